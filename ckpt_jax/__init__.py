@@ -1,0 +1,103 @@
+"""Object-based checkpoints for JAX and Flax.
+
+    import ckpt_jax as ckpt
+
+    checkpoint = ckpt.Checkpoint(model=model, optimizer=optimizer)
+    path = checkpoint.save("runs/a/ckpt")
+    checkpoint.restore(ckpt.latest_checkpoint("runs/a")).assert_consumed()
+
+Objects are saved as a graph and matched on restore by the local names of the edges between
+them. See `Checkpoint` for objects, `save`, `restore` and `load` for trees, `io` for savers.
+"""
+
+__version__ = "0.1.0"
+
+from ckpt_jax import lazy_flax  # isort: skip  # its view goes before those of pytrees
+from ckpt_jax import io
+from ckpt_jax.trackable import pytree as _pytree  # registers the views of values
+from ckpt_jax.checkpoint import Checkpoint
+from ckpt_jax.errors import (
+    AsyncSaveError,
+    BarrierTimeoutError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    RegistrationError,
+    RestoreMismatchError,
+    ShardError,
+    UnsaveableError,
+    UnsupportedFormatError,
+)
+from ckpt_jax.functional import load, plan_restore, restore, save
+from ckpt_jax.latest import latest_checkpoint
+from ckpt_jax.options import (
+    CheckpointOptions,
+    MaxShardSize,
+    PlannedSlice,
+    ShardByDevice,
+    ShardByProcess,
+)
+from ckpt_jax.reader import CheckpointReader
+from ckpt_jax.report import ReportEntry, RestoreReport
+from ckpt_jax.savers.registry import (
+    register_checkpoint_saver,
+    register_serializable,
+    registration_scope,
+)
+from ckpt_jax.state_file import CheckpointState, get_checkpoint_state
+from ckpt_jax.status import LoadStatus
+from ckpt_jax.trackable.base import (
+    AutoTrackable,
+    NoDependency,
+    PythonState,
+    SlotOwner,
+    Trackable,
+    Variable,
+    no_automatic_dependency_tracking,
+)
+from ckpt_jax.trackable.view import register_view
+
+load_checkpoint = CheckpointReader
+
+__all__ = [
+    "AsyncSaveError",
+    "AutoTrackable",
+    "BarrierTimeoutError",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "CheckpointOptions",
+    "CheckpointReader",
+    "CheckpointState",
+    "CorruptCheckpointError",
+    "LoadStatus",
+    "MaxShardSize",
+    "NoDependency",
+    "PlannedSlice",
+    "PythonState",
+    "RegistrationError",
+    "ReportEntry",
+    "RestoreMismatchError",
+    "RestoreReport",
+    "ShardByDevice",
+    "ShardByProcess",
+    "ShardError",
+    "SlotOwner",
+    "Trackable",
+    "UnsaveableError",
+    "UnsupportedFormatError",
+    "Variable",
+    "get_checkpoint_state",
+    "io",
+    "latest_checkpoint",
+    "load",
+    "load_checkpoint",
+    "no_automatic_dependency_tracking",
+    "plan_restore",
+    "register_checkpoint_saver",
+    "register_serializable",
+    "register_view",
+    "registration_scope",
+    "restore",
+    "save",
+]

@@ -1,0 +1,258 @@
+"""Checkpoint: the verbs for objects.
+
+A `Checkpoint` names the objects of a program. With a *root* it saves that object, and the
+names it was given are attached to it as further children; without one it is the root itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ckpt_jax.graph.labels import SAVE_COUNTER, Label
+from ckpt_jax.graph.trace import LiveGraph, trace
+from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.reader import CheckpointReader
+from ckpt_jax.restoring import Restoration
+from ckpt_jax.saving import write_checkpoint
+from ckpt_jax.savers import registry
+from ckpt_jax.savers.values import describe
+from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
+from ckpt_jax.status import LoadStatus
+from ckpt_jax.trackable.base import AutoTrackable, Variable
+from ckpt_jax.trackable.view import View, view_of
+
+Path = str | os.PathLike[str]
+
+
+class Checkpoint(AutoTrackable):
+    """Names objects, and saves and restores them together.
+
+    Args:
+      root: an object to save as the root of the graph (or a weak reference to one); by
+        default the checkpoint itself is the root.
+      **named: objects by name. Anything that has a view: trackables, `nnx` modules and
+        optimizers, pytrees, arrays, Python scalars, strings, None.
+
+    `checkpoint.name` is the present value: the same object where it is mutable, the rebuilt
+    pytree where it is not. Assigning `checkpoint.name` replaces it.
+
+    Raises:
+      ValueError: a value has no view, or a name that `root` uses for something else.
+
+    Source: `tf.train.Checkpoint`.
+
+    Example:
+      >>> import jax.numpy as jnp, tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = Checkpoint(params={"w": jnp.arange(2.0)}, step=7).save(f"{directory}/ckpt")
+      ...     fresh = Checkpoint(params={"w": jnp.zeros(2)}, step=0)
+      ...     status = fresh.restore(path).assert_consumed()
+      ...     fresh.params, fresh.step, fresh.save_counter
+      ({'w': Array([0., 1.], dtype=float32)}, 7, 1)
+    """
+
+    def __init__(self, root: Any = None, **named: Any):
+        private = self.__dict__
+        private["_self_root"] = root if isinstance(root, weakref.ref) else lambda: root
+        private["_self_rooted"] = root is not None and not _is_empty_container(root)
+        private["_self_counter"] = None
+        if private["_self_rooted"] and view_of(self._root_object()) is None:
+            raise ValueError(f"root of type {type(root).__qualname__} has no view")
+        for name in sorted(named):
+            value = named[name]
+            if name == SAVE_COUNTER:
+                raise AttributeError("save_counter is the checkpoint's own; it cannot be given")
+            if view_of(value) is None:
+                raise ValueError(
+                    f"{name}={type(value).__qualname__}: nothing is known about how to save it; "
+                    "ckpt.register_view teaches the library new kinds"
+                )
+            if private["_self_rooted"]:
+                self._check_name(name, value)
+            setattr(self, name, value)
+
+    def _root_object(self) -> Any:
+        root = self.__dict__["_self_root"]()
+        if root is None and self.__dict__["_self_rooted"]:
+            raise AssertionError("the root of this checkpoint was garbage-collected")
+        return root
+
+    def _check_name(self, name: str, value: Any) -> None:
+        root = self._root_object()
+        view = view_of(root)
+        assert view is not None
+        for label, child in view.children(root):
+            if label == name and child is not value:
+                raise ValueError(f"root.{name} already exists, as another object")
+
+    def _is_state(self, value: Any) -> bool:
+        return view_of(value) is not None
+
+    # --- verbs -------------------------------------------------------------------------
+
+    def write(self, path: Path, options: CheckpointOptions | None = None) -> str:
+        """Saves to exactly `path`, without a number, a counter or the state file.
+
+        Returns:
+          The path of the checkpoint. Pairs with `read`.
+        """
+        options = options or DEFAULT
+        path = os.fspath(path)
+        write_checkpoint(self._trace(), path, options, overwrite=True)
+        _call_back(options.write_callbacks, path)
+        return path
+
+    def save(self, prefix: Path, options: CheckpointOptions | None = None) -> str:
+        """Saves to `f"{prefix}-{n}"` with n one above `save_counter`, which it advances.
+
+        The state file `checkpoint` of the directory then names this checkpoint as the latest.
+
+        Returns:
+          The path of the checkpoint. Pairs with `restore`.
+        """
+        options = options or DEFAULT
+        counter = self._counter()
+        number = int(counter.value) + 1
+        path = f"{os.fspath(prefix)}-{number}"
+        counter.assign_counter(number)
+        try:
+            write_checkpoint(self._trace(), path, options, overwrite=True)
+        except BaseException:
+            counter.assign_counter(number - 1)
+            raise
+        _call_back(options.write_callbacks, path)
+        directory = os.path.dirname(path) or "."
+        update_checkpoint_state(directory, CheckpointState(os.path.abspath(path), ()))
+        return path
+
+    def read(self, path: Path | None, options: CheckpointOptions | None = None) -> LoadStatus:
+        """Restores what `write` saved, without touching the save counter; see `restore`."""
+        options = options or DEFAULT
+        if path is None:
+            return LoadStatus(None, self._trace)
+        with CheckpointReader(path) as reader:
+            restoration = Restoration(reader.path, reader.object_graph, options)
+            root = restoration.run(self._trace(), reader)
+        if self.__dict__["_self_rooted"] and root is not self._root_object():
+            self.__dict__["_self_root"] = lambda: root
+        return LoadStatus(restoration, self._trace)
+
+    def restore(self, path: Path | None, options: CheckpointOptions | None = None) -> LoadStatus:
+        """Restores objects from a checkpoint, matched by the names of the edges between them.
+
+        Mutable objects change in place; pytrees are rebuilt, so read them back from the
+        checkpoint's attribute. Values of objects that do not exist yet wait for them.
+
+        Args:
+          path: of a checkpoint, as `save` returned it; None restores nothing.
+          options: `cast`, `skip_slot_variables` and `max_inflight_bytes` apply.
+
+        Raises:
+          CheckpointNotFoundError: nothing is there; the message lists what is near.
+          RestoreMismatchError: a shape, dtype or kind differs, or a value that exists only
+            abstractly is not in the checkpoint. Nothing was read or changed.
+          CorruptCheckpointError: bytes are damaged.
+        """
+        self._counter()
+        return self.read(path, options)
+
+    def sync(self) -> None:
+        """Waits for outstanding work and raises its errors. Saves are synchronous so far."""
+
+    @property
+    def save_counter(self) -> int:
+        """How many times `save` has been called, this checkpoint's past included."""
+        return int(self._counter().value)
+
+    @property
+    def root(self) -> Any:
+        """The root object, where one was given."""
+        return self._root_object()
+
+    # --- the graph ---------------------------------------------------------------------
+
+    def _counter(self) -> _Counter:
+        """The save counter, made on first use; a restored value may wait for it."""
+        private = self.__dict__
+        if private["_self_counter"] is None:
+            counter = _Counter(0)
+            if private["_self_rooted"]:
+                root = self._root_object()
+                known = root._counter() if isinstance(root, Checkpoint) else None
+                counter = known or counter
+            private["_self_counter"] = counter
+            if not private["_self_rooted"] or self.trackable_children().get(SAVE_COUNTER) is None:
+                self.track(SAVE_COUNTER, counter)
+        return private["_self_counter"]
+
+    def _trace(self) -> LiveGraph:
+        if not self.__dict__["_self_rooted"]:
+            return trace(self, describe, registry.saver_of())
+        return trace(self._root_object(), describe, registry.saver_of(), _RootedView(self))
+
+
+class _Counter(Variable):
+    """The save counter: a Python int in a box."""
+
+    def __init__(self, value: int):
+        self._value = value
+
+    def assign_counter(self, value: int) -> None:
+        self._value = value
+
+
+class _RootedView(View):
+    """A root object with the names that its Checkpoint attaches to it."""
+
+    identity = True
+
+    def __init__(self, checkpoint: Checkpoint):
+        root = checkpoint._root_object()
+        view = view_of(root)
+        assert view is not None
+        self.view = view
+        self.container = view.container
+        self.mutable = view.mutable
+        own = {label for label, _ in view.children(root)}
+        self.attached = {
+            name: child
+            for name, child in checkpoint.trackable_children().items()
+            if name not in own
+        }
+        self.checkpoint = checkpoint
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        return [*self.view.children(obj), *self.attached.items()]
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        attached = {label: child for label, child in changed.items() if label in self.attached}
+        if attached:
+            view_of(self.checkpoint).rebuild(self.checkpoint, attached)  # type: ignore[union-attr]
+        own = {label: child for label, child in changed.items() if label not in attached}
+        return self.view.rebuild(obj, own) if own else obj
+
+    def values(self, obj: Any) -> Mapping[str, Any]:
+        return self.view.values(obj)
+
+    def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
+        return self.view.assign(obj, values)
+
+    def slots(self, obj: Any) -> Mapping[tuple[str, Any], Any]:
+        return self.view.slots(obj)
+
+
+def _is_empty_container(root: Any) -> bool:
+    return isinstance(root, list | tuple | dict) and not root
+
+
+def _call_back(callbacks: Iterable[Callable[..., Any]], path: str) -> None:
+    for callback in callbacks:
+        if inspect.signature(callback).parameters:
+            callback(path)
+        else:
+            callback()
+

@@ -1,0 +1,92 @@
+"""What can go wrong, as a tree.
+
+    CheckpointError
+    ├── CheckpointNotFoundError   (also FileNotFoundError)  nothing readable at that path
+    ├── CorruptCheckpointError    bytes differ from what was written, or are gone
+    ├── UnsupportedFormatError    written by a newer format than this library reads
+    ├── RestoreMismatchError      checkpoint and target disagree; carries the whole report
+    ├── UnsaveableError           (also TypeError)  a leaf cannot be saved; names every such path
+    ├── ShardError                (also ValueError)  shards that do not make up whole arrays
+    ├── RegistrationError         (also ValueError)  a saver or class registry refused, or lacks, a name
+    ├── AsyncSaveError            a save in the background failed
+    └── BarrierTimeoutError       (also TimeoutError)  other processes did not arrive in time
+
+Every message says what, where (the path of local names, the file, the key), what was
+expected, what was found, and what to do next. Problems are collected and raised together;
+they stay on the exception as data.
+
+The assertions of `LoadStatus` raise plain `AssertionError`s, as TensorFlow's do.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ckpt_jax.report import RestoreReport
+
+
+class CheckpointError(Exception):
+    """Root of every error that this library raises on purpose."""
+
+
+class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
+    """There is no checkpoint at that path; the message lists those that the directory holds."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A checksum failed, or a file is truncated or missing.
+
+    Attributes:
+      file: path of the damaged file or shard directory, as far as it is known.
+      key: the checkpoint key whose value it holds, as far as it is known.
+    """
+
+    def __init__(self, message: str, *, file: str | None = None, key: str | None = None):
+        super().__init__(message)
+        self.file = file
+        self.key = key
+
+
+class UnsupportedFormatError(CheckpointError):
+    """The checkpoint was written in a format newer than this library reads."""
+
+
+class RestoreMismatchError(CheckpointError):
+    """Checkpoint and target disagree; nothing was read and nothing was changed.
+
+    Attributes:
+      report: the `RestoreReport` with every difference.
+    """
+
+    def __init__(self, message: str, report: RestoreReport):
+        super().__init__(message)
+        self.report = report
+
+
+class UnsaveableError(CheckpointError, TypeError):
+    """Objects that cannot be saved were found before anything was written.
+
+    Attributes:
+      problems: tuple of (path of local names, what is wrong).
+    """
+
+    def __init__(self, message: str, problems: tuple[tuple[str, str], ...] = ()):
+        super().__init__(message)
+        self.problems = problems
+
+
+class ShardError(CheckpointError, ValueError):
+    """Slices overlap, leave a hole, or disagree on the dtype or shape of one array."""
+
+
+class RegistrationError(CheckpointError, ValueError):
+    """A registry refused a name, or a name that a checkpoint asks for is not registered."""
+
+
+class AsyncSaveError(CheckpointError):
+    """A save that ran in the background failed; the cause is chained."""
+
+
+class BarrierTimeoutError(CheckpointError, TimeoutError):
+    """Some processes did not reach a barrier before its deadline; the message names them."""

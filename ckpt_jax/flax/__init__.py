@@ -1,0 +1,99 @@
+"""How Flax's objects are shown to the object graph.
+
+An `nnx.Module` (and everything else built on nnx's Pytree: optimizers, rngs, lists, dicts,
+metrics) is a mutable object whose children are the attributes that nnx itself calls data; the
+static ones are the program's own. An `nnx.Variable` is a mutable box for one value. Linen's
+parameters, `TrainState` and flax.struct classes are pytrees and need nothing here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from flax import nnx
+
+from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
+from ckpt_jax.trackable.pytree import DictView
+from ckpt_jax.trackable.view import View, add_view, view_of
+
+
+class ModuleView(View):
+    """An nnx object: the attributes that hold data."""
+
+    identity = True
+    mutable = True
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        nodes = obj._pytree__nodes
+        return [
+            (name, value)
+            for name, value in vars(obj).items()
+            if nodes.get(name, False) and not name.startswith("_pytree__")
+        ]
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        for name, value in changed.items():
+            setattr(obj, str(name), value)
+        return obj
+
+
+class ListView(ModuleView):
+    """An nnx.List, by position."""
+
+    container = "list"
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        return enumerate(obj)
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        for index, value in changed.items():
+            obj[index] = value
+        return obj
+
+
+class DictModuleView(ModuleView):
+    container = "dict"
+
+
+class VariableView(View):
+    """An nnx.Variable: its value is its own where that is one array, else its child."""
+
+    container = "leaf"
+    identity = True
+    mutable = True
+
+    def children(self, obj: nnx.Variable) -> Iterable[tuple[Label, Any]]:
+        value = obj.get_raw_value()
+        return () if _is_leaf(value) else [("value", value)]
+
+    def rebuild(self, obj: nnx.Variable, changed: Mapping[Label, Any]) -> Any:
+        obj.set_raw_value(changed["value"])
+        return obj
+
+    def values(self, obj: nnx.Variable) -> Mapping[str, Any]:
+        value = obj.get_raw_value()
+        return {VARIABLE_VALUE: value} if _is_leaf(value) else {}
+
+    def assign(self, obj: nnx.Variable, values: Mapping[str, Any]) -> Any:
+        obj.set_raw_value(values[VARIABLE_VALUE])
+        return obj
+
+
+class StateView(DictView):
+    """An nnx.State: a mapping that is rebuilt, of variables that are restored in place."""
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        return type(obj)({label: changed.get(label, child) for label, child in obj.items()})
+
+
+def _is_leaf(value: Any) -> bool:
+    view = view_of(value)
+    return view is not None and view.container == "leaf"
+
+
+add_view(nnx.Pytree, ModuleView())
+add_view(nnx.List, ListView())
+add_view(nnx.Dict, DictModuleView())
+add_view(nnx.Variable, VariableView())
+add_view(nnx.State, StateView())

@@ -1,0 +1,267 @@
+"""Save and restore in one call each, for pytrees and Flax objects."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import jax
+
+from ckpt_jax.errors import RestoreMismatchError
+from ckpt_jax.graph.labels import SAVE_COUNTER, Label
+from ckpt_jax.graph.match import match
+from ckpt_jax.graph.model import LeafSpec, ObjectGraph
+from ckpt_jax.graph.patterns import Rule, Selection, rename as renamed, selects
+from ckpt_jax.graph.plan import ReadPlan, plan_read
+from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.reader import CheckpointReader
+from ckpt_jax.report import ReportEntry, RestoreReport
+from ckpt_jax.restoring import abstract_only, execute, fits, live_graph, raise_problems
+from ckpt_jax.saving import write_checkpoint
+from ckpt_jax.savers import host
+from ckpt_jax.savers.values import as_saved
+from ckpt_jax.store.index import dtype_of
+
+T = TypeVar("T")
+Path = str | os.PathLike[str]
+
+
+def save(
+    path: Path, tree: Any, *, options: CheckpointOptions | None = None, overwrite: bool = False
+) -> str:
+    """Saves a pytree, an `nnx.Module` or any other object with a view.
+
+    Args:
+      path: the directory to create.
+      tree: what to save.
+      options: how.
+      overwrite: whether a checkpoint at `path` may be replaced (atomically).
+
+    Returns:
+      `path`.
+
+    Raises:
+      FileExistsError: `path` exists.
+      UnsaveableError: naming every leaf that cannot be saved; nothing was written.
+
+    Example:
+      >>> import numpy as np, tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = save(f"{directory}/a", {"w": np.arange(3), "step": 7})
+      ...     load(path)
+      {'w': array([0, 1, 2]), 'step': 7}
+    """
+    path = os.fspath(path)
+    write_checkpoint(live_graph(tree), path, options or DEFAULT, overwrite=overwrite)
+    return path
+
+
+def restore(
+    path: Path,
+    target: T,
+    *,
+    strict: bool = True,
+    rename: Iterable[Rule] = (),
+    options: CheckpointOptions | None = None,
+) -> T:
+    """Restores what `save` saved, into the structure, dtypes, shapes and shardings of a target.
+
+    Args:
+      path: of a checkpoint.
+      target: arrays, `jax.ShapeDtypeStruct`s (with shardings), Python values, or an
+        `nnx.Module`, which is restored in place.
+      strict: whether a value that only one side has is an error. If not, the target keeps its
+        own value where the checkpoint has none.
+      rename: ordered rules (saved pattern, target pattern) for values that moved; for each
+        value the first rule that matches counts.
+      options: how.
+
+    Returns:
+      The target with the saved values: the same object where it is mutable.
+
+    Raises:
+      RestoreMismatchError: with every missing, unexpected and mismatched value in its
+        `.report`. Nothing was read or changed.
+      CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
+    """
+    options = options or DEFAULT
+    with CheckpointReader(path) as reader:
+        live = live_graph(target)
+        plan = _plan(reader, live, rename, options)
+        fatal = plan.report
+        if not strict:
+            missing = abstract_only(fatal.missing, live)
+            fatal = replace(fatal, unexpected=(), missing=missing)
+        if fatal.missing or fatal.unexpected or fatal.mismatched:
+            raise_problems(fatal, reader.path)
+        return execute(plan, live, reader, options)[0]
+
+
+def plan_restore(
+    path: Path, target: Any, *, rename: Iterable[Rule] = (), options: CheckpointOptions | None = None
+) -> RestoreReport:
+    """What `restore` would do, without reading array bytes.
+
+    Args:
+      path, target, rename, options: as for `restore`.
+
+    Returns:
+      The report; `print` shows it as a table.
+    """
+    with CheckpointReader(path) as reader:
+        return _plan(reader, live_graph(target), rename, options or DEFAULT).report
+
+
+def _plan(
+    reader: CheckpointReader, live: LiveGraph, rules: Iterable[Rule], options: CheckpointOptions
+) -> ReadPlan:
+    moved = renamed(reader.object_graph, rules)
+    found = match(moved.graph, live.graph)
+    plan = plan_read(
+        moved.graph,
+        live,
+        found,
+        path=reader.path,
+        fits=fits(options.cast),
+        saved_paths=moved.saved_paths,
+        skip_slots=options.skip_slot_variables,
+    )
+    # Nothing appears later in a functional restore: what would wait is unexpected.
+    report = plan.report
+    left_over = [
+        entry
+        for entry in (*report.unexpected, *report.deferred)
+        if not _is_bookkeeping(reader.object_graph, entry)
+    ]
+    problems = tuple(ReportEntry(path, what=what) for path, what in moved.problems)
+    report = replace(
+        report,
+        unexpected=tuple(left_over),
+        deferred=(),
+        mismatched=(*problems, *report.mismatched),
+    )
+    return replace(plan, report=report)
+
+
+def _is_bookkeeping(saved: ObjectGraph, entry: ReportEntry) -> bool:
+    """Whether an entry is the save counter that a Checkpoint adds to what it was given."""
+    return entry.path == SAVE_COUNTER and saved.nodes[0].container in ("", "list", "dict")
+
+
+def load(
+    path: Path,
+    *,
+    only: Selection | None = None,
+    sharding: Any = None,
+) -> Any:
+    """Reads a checkpoint without a target.
+
+    Args:
+      path: of a checkpoint.
+      only: a pattern, a list of patterns, or a predicate on paths: what to read. The result
+        then holds nothing else; a list with gaps becomes a dict by position.
+      sharding: a `jax.sharding.Sharding`, or a function `(path, jax.ShapeDtypeStruct)` that
+        gives one (or None), to place arrays on devices. Without it arrays are numpy arrays.
+
+    Returns:
+      Dicts, lists, tuples and scalars as they were saved; objects of other kinds as dicts.
+
+    Raises:
+      CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
+      KeyError: `only` selects nothing.
+    """
+    with CheckpointReader(path) as reader:
+        saved = reader.object_graph
+        chosen = selects(only)
+        wanted = {
+            (node, attribute.name): attribute
+            for node, attribute in saved.attributes()
+            if chosen(saved.value_path(node, attribute.name))
+        }
+        if only is not None and not wanted:
+            raise KeyError(f"{reader.path} holds nothing that {only!r} selects")
+        requests = {
+            attribute.key: _request(
+                saved.value_path(node, attribute.name), attribute.spec, sharding
+            )
+            for (node, _), attribute in wanted.items()
+        }
+        data = reader.read(requests)
+        values: dict[int, dict[str, Any]] = {}
+        for (node, name), attribute in wanted.items():
+            value = as_saved(data[attribute.key], attribute.spec)
+            values.setdefault(node, {})[name] = value
+        return _build(saved, values, everything=only is None)
+
+
+def _request(path: str, spec: LeafSpec, sharding: Any) -> jax.ShapeDtypeStruct | None:
+    if sharding is None or spec.kind not in ("array", "numpy"):
+        return None
+    struct = jax.ShapeDtypeStruct(spec.shape, dtype_of(spec.dtype))
+    if isinstance(sharding, Callable):  # type: ignore[arg-type]
+        sharding = sharding(path, struct)
+        if sharding is None:
+            return None
+    if problem := host.placement_problem(spec.shape, sharding):
+        raise RestoreMismatchError(
+            f"{path}: {problem}", RestoreReport(path, mismatched=(ReportEntry(path, what=problem),))
+        )
+    return jax.ShapeDtypeStruct(spec.shape, struct.dtype, sharding=sharding)
+
+
+def _build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:
+    """Plain containers from a graph, leaves first."""
+    keep = set(values)
+    parents: dict[int, list[int]] = {}
+    for node, entry in enumerate(saved.nodes):
+        for _, child in entry.children:
+            parents.setdefault(child, []).append(node)
+    todo = list(keep)
+    while todo:
+        for parent in parents.get(todo.pop(), ()):
+            if parent not in keep:
+                keep.add(parent)
+                todo.append(parent)
+    built: dict[int, Any] = {}
+    open_nodes: set[int] = set()
+    stack = [0]
+    while stack:
+        node = stack[-1]
+        if node in built:
+            stack.pop()
+            continue
+        children = [
+            (label, child)
+            for label, child in saved.nodes[node].children
+            if everything or child in keep
+        ]
+        waiting = [child for _, child in children if child not in built]
+        cyclic = [child for child in waiting if child in open_nodes]
+        waiting = [child for child in waiting if child not in open_nodes]
+        if waiting:
+            open_nodes.add(node)
+            stack += waiting
+            continue
+        del cyclic  # an edge back to an object that is being built has no plain form
+        parts = {label: built[child] for label, child in children if child in built}
+        built[node] = _container(saved, node, parts, values.get(node, {}))
+        open_nodes.discard(node)
+        stack.pop()
+    return built[0]
+
+
+def _container(
+    saved: ObjectGraph, node: int, parts: dict[Label, Any], values: dict[str, Any]
+) -> Any:
+    entry = saved.nodes[node]
+    if not parts and len(values) == 1 and len(entry.attributes) == 1:
+        (value,) = values.values()
+        return value
+    if entry.container == "none":
+        return None
+    if entry.container in ("list", "tuple") and list(parts) == list(range(len(entry.children))):
+        return list(parts.values()) if entry.container == "list" else tuple(parts.values())
+    return {**parts, **values}

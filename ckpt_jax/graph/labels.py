@@ -1,0 +1,124 @@
+"""Edge labels, and the names that are made of them.
+
+A *label* is what an object calls one of its children: a string (an attribute, a field, a
+dict key) or another hashable Python scalar (a position in a list, a dict key that is an
+int, a bool, a float, bytes or None). Labels keep their type, so the dict keys 0 and "0" are
+two edges. A label's *local name* is its text.
+
+Two strings are made of the labels on a node's first path from the root:
+
+* its *path*, for people, reports and patterns: the local names joined with "/";
+* its *checkpoint key*, for the file: the local names escaped as TensorFlow does, so that no
+  name can be mistaken for a separator, followed by ".ATTRIBUTES/<attribute>".
+
+Both are injective: different nodes never share one.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+Label = str | int | float | bytes | None
+
+VARIABLE_VALUE = "VARIABLE_VALUE"
+PYTHON_STATE = "py_state"
+OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
+SAVE_COUNTER = "save_counter"
+
+_MISREADABLE = re.compile(r"/|\.[.SET]")
+_ESCAPED_ONLY = re.compile(r"(?<!\.)(\.\.)*\.[TAO]")  # typed names and TensorFlow's markers
+_ATTRIBUTES = ".ATTRIBUTES"
+_OPTIMIZER_SLOT = ".OPTIMIZER_SLOT"
+
+
+def local_name(label: Label) -> str:
+    """The text of a label.
+
+    >>> [local_name(label) for label in ("kernel", 3, True, b"k", None)]
+    ['kernel', '3', 'True', '6b', 'None']
+    """
+    if isinstance(label, str):
+        return label
+    return label.hex() if isinstance(label, bytes) else repr(label)
+
+
+def escape(name: str) -> str:
+    """`name` as one segment of a checkpoint key (TensorFlow's escaping, and ".E" for "").
+
+    >>> escape("a/b.c"), escape("")
+    ('a.Sb..c', '.E')
+    """
+    return name.replace(".", "..").replace("/", ".S") if name else ".E"
+
+
+def unescape(segment: str) -> str:
+    """The inverse of `escape`.
+
+    >>> unescape("a.Sb..c")
+    'a/b.c'
+    """
+    if segment == ".E":
+        return ""
+    return ".".join(part.replace(".S", "/") for part in segment.split(".."))
+
+
+def readable(name: str) -> str:
+    """`name` as one segment of a path: verbatim, or escaped where that could be misread.
+
+    >>> readable("layer.0"), readable("a/b"), readable("")
+    ('layer.0', 'a.Sb', '.E')
+    """
+    return escape(name) if not name or _MISREADABLE.search(name) else name
+
+
+def escaped_names(labels: Sequence[Label]) -> list[str]:
+    """The escaped local names of one object's edges, made distinct.
+
+    A label that is no string gives way to a string of the same text by a suffix that no
+    escaped name contains.
+
+    >>> escaped_names(["0", 0, "a.b"])
+    ['0', '0.Tint', 'a..b']
+    """
+    names = [escape(local_name(label)) for label in labels]
+    if len(set(names)) == len(names):
+        return names
+    strings = {escape(label) for label in labels if isinstance(label, str)}
+    return [
+        name if isinstance(label, str) or name not in strings else f"{name}.T{type(label).__name__}"
+        for label, name in zip(labels, names, strict=True)
+    ]
+
+
+def path_of(object_key: str) -> str:
+    """The readable path of an object, from its escaped path.
+
+    >>> path_of("a..b/c.Sd")
+    'a.b/c.Sd'
+    """
+    if "." not in object_key:
+        return object_key
+    return "/".join(
+        name if _ESCAPED_ONLY.search(name) else readable(unescape(name))
+        for name in object_key.split("/")
+    )
+
+
+def attribute_key(object_key: str, attribute: str) -> str:
+    """Checkpoint key of one value of the object with the escaped path `object_key`.
+
+    >>> attribute_key("model/w", VARIABLE_VALUE)
+    'model/w/.ATTRIBUTES/VARIABLE_VALUE'
+    """
+    return f"{object_key}/{_ATTRIBUTES}/{escape(attribute)}"
+
+
+def slot_key(variable_key: str, optimizer_key: str, slot_name: str) -> str:
+    """Escaped path of a slot variable, from the escaped paths of variable and optimizer."""
+    return f"{variable_key}/{_OPTIMIZER_SLOT}/{optimizer_key}/{escape(slot_name)}"
+
+
+def object_key_of(key: str) -> str:
+    """The object's part of a checkpoint key."""
+    return key.partition(f"/{_ATTRIBUTES}/")[0]

@@ -1,0 +1,167 @@
+"""The object graph as a value: what is saved, and what a live program looks like.
+
+A graph is a tuple of nodes; a node's id is its position and node 0 is the root. A node has
+labelled edges to its children, values of its own (*attributes*), and, where it is an
+optimizer, *slots*: edges labelled with (variable, slot name). The same type describes the
+graph in a file and the graph of live objects, which is why restoring is a match of two
+values.
+
+Nothing here holds arrays, devices or files; a `LeafSpec` and a `ShardingSpec` are plain data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ckpt_jax.graph.labels import Label, path_of
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class LeafSpec:
+    """What a value is, without the value.
+
+    `kind` says what it was in the program: "array" (a jax.Array), "numpy", "numpy_scalar",
+    "prng_key" (a typed key array; dtype and shape are those of its key data), "int", "float",
+    "complex", "bool", "str", "bytes", "python_state"; "" where it is unknown.
+    """
+
+    kind: str = ""
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    weak_type: bool = False
+    prng_impl: str = ""
+
+    def __str__(self) -> str:
+        if self.kind == "prng_key":
+            return f"key<{self.prng_impl}>{list(self.shape[:-1])}"
+        if self.kind in ("array", "numpy", "numpy_scalar", ""):
+            return f"{self.dtype or '?'}{list(self.shape)}"
+        return self.kind
+
+
+@dataclass(frozen=True, slots=True)
+class ShardingSpec:
+    """How a jax.Array lay on its devices when it was saved: advice, never needed to restore."""
+
+    kind: str
+    axis_names: tuple[str, ...] = ()
+    mesh_shape: tuple[int, ...] = ()
+    partitions: tuple[tuple[str, ...], ...] = ()
+    num_devices: int = 1
+    memory_kind: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """One value of a node: its local name, its checkpoint key, and what it is."""
+
+    name: str
+    key: str
+    spec: LeafSpec = LeafSpec()
+    sharding: ShardingSpec | None = None
+    full_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """An edge of an optimizer: (variable, slot name) -> slot variable, all node ids."""
+
+    variable: int
+    name: str
+    node: int
+
+
+@dataclass(frozen=True, slots=True)
+class SaverRef:
+    """The registered saver that holds a node's values, and the node's name in it."""
+
+    name: str
+    object_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One object.
+
+    `container` is what a reader without the program makes of it: "" for an object, "leaf",
+    "none", "dict", "list", "tuple", "namedtuple", "dataclass", ...; `type_name` is for people.
+    `has_values` is TensorFlow's has_checkpoint_values: whether this node or a descendant
+    carries values (None in files that do not say).
+    """
+
+    container: str = ""
+    type_name: str = ""
+    children: tuple[tuple[Label, int], ...] = ()
+    attributes: tuple[Attribute, ...] = ()
+    slots: tuple[Slot, ...] = ()
+    saver: SaverRef | None = None
+    has_values: bool | None = None
+
+
+@dataclass(frozen=True)
+class ObjectGraph:
+    """Nodes, and the escaped path of each along its first breadth-first discovery."""
+
+    nodes: tuple[Node, ...]
+    object_keys: tuple[str, ...] = field(repr=False)
+
+    @cached_property
+    def paths(self) -> tuple[str, ...]:
+        """The readable path of each node: local names joined with "/"."""
+        return tuple([path_of(key) for key in self.object_keys])
+
+    @cached_property
+    def by_key(self) -> dict[str, LeafSpec]:
+        """What is stored under each checkpoint key."""
+        return {attribute.key: attribute.spec for _, attribute in self.attributes()}
+
+    @cached_property
+    def slots_of_variable(self) -> dict[int, list[tuple[int, Slot]]]:
+        """(optimizer, slot) pairs by variable."""
+        found: dict[int, list[tuple[int, Slot]]] = {}
+        for optimizer, node in enumerate(self.nodes):
+            for slot in node.slots:
+                found.setdefault(slot.variable, []).append((optimizer, slot))
+        return found
+
+    def slot(self, optimizer: int, variable: int, name: str) -> int | None:
+        """The slot variable of an optimizer for a variable."""
+        return self._slot_nodes.get((optimizer, variable, name))
+
+    @cached_property
+    def slot_nodes(self) -> frozenset[int]:
+        """Ids of all slot variables."""
+        return frozenset(self._slot_nodes.values())
+
+    @cached_property
+    def _slot_nodes(self) -> dict[tuple[int, int, str], int]:
+        return {
+            (optimizer, slot.variable, slot.name): slot.node
+            for optimizer, node in enumerate(self.nodes)
+            for slot in node.slots
+        }
+
+    def carries_values(self, node: int) -> bool:
+        """Whether a node or a descendant has values; files that do not say count as yes
+        unless the node has nothing at all."""
+        entry = self.nodes[node]
+        if entry.has_values is not None:
+            return entry.has_values
+        return bool(entry.children or entry.attributes or entry.slots or entry.saver)
+
+    def attributes(self) -> Iterator[tuple[int, Attribute]]:
+        for node_id, node in enumerate(self.nodes):
+            for attribute in node.attributes:
+                yield node_id, attribute
+
+    def value_path(self, node: int, attribute: str) -> str:
+        """The path of a value: that of its node where it is the node's one value."""
+        path = self.paths[node]
+        if len(self.nodes[node].attributes) == 1 and attribute in ("VARIABLE_VALUE", "py_state"):
+            return path
+        return f"{path}/{attribute}" if path else attribute

@@ -1,0 +1,286 @@
+"""Plan: from a match to what has to be read, with every problem known before a byte is.
+
+A `ReadPlan` lists one `Read` per value that the program takes from the checkpoint and one
+`SaverCall` per registered saver, next to a report that accounts for every value on either
+side. `assign` executes the other end: it puts the values that were read into the live
+objects, in place where they are mutable, by rebuilding where they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt_jax.graph.labels import Label
+from ckpt_jax.graph.match import Match
+from ckpt_jax.graph.model import Attribute, LeafSpec, Node, ObjectGraph
+from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.report import ReportEntry, RestoreReport, nearest
+
+Fits = Callable[[LeafSpec, LeafSpec, Any], str | None]
+_MAX_HINTS = 50  # looking for near names costs time for each missing one
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One value to read: from checkpoint key `key` into attribute `name` of a live node."""
+
+    node: int
+    name: str
+    key: str
+    saved: LeafSpec
+    target: LeafSpec
+    value: Any  # what the target holds now
+
+
+@dataclass(frozen=True, slots=True)
+class SaverCall:
+    """Live nodes by the name that a registered saver knows them by."""
+
+    saver: str
+    nodes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    report: RestoreReport
+    reads: tuple[Read, ...]
+    calls: tuple[SaverCall, ...]
+
+
+def plan_read(
+    saved: ObjectGraph,
+    live: LiveGraph,
+    match: Match,
+    *,
+    path: str,
+    fits: Fits,
+    saved_paths: Mapping[int, str] | None = None,
+    only: frozenset[int] | None = None,
+    skip_slots: bool = False,
+) -> ReadPlan:
+    """What a match means for values.
+
+    Args:
+      saved, live, match: the two graphs and their match.
+      path: of the checkpoint, for the report.
+      fits: says why a saved spec cannot become what the target is (spec, value), or None.
+      saved_paths: paths in the checkpoint as written, where names were changed since.
+      only: live nodes to plan for, where the others are done; all by default.
+      skip_slots: leave slot variables alone on both sides.
+    """
+    planner = _Planner(saved, live, match, fits, saved_paths or {}, skip_slots)
+    planner.live_side(only)
+    planner.saved_side()
+    planner.conflicts()
+    return planner.finish(path)
+
+
+class _Planner:
+    def __init__(
+        self,
+        saved: ObjectGraph,
+        live: LiveGraph,
+        match: Match,
+        fits: Fits,
+        saved_paths: Mapping[int, str],
+        skip_slots: bool,
+    ):
+        self.saved, self.live, self.match, self.fits = saved, live, match, fits
+        self.saved_paths = saved_paths
+        self.skipped_saved = saved.slot_nodes if skip_slots else frozenset()
+        self.skipped_live = live.graph.slot_nodes if skip_slots else frozenset()
+        self.reads: list[Read] = []
+        self.calls: dict[str, dict[str, int]] = {}
+        self.used: set[tuple[int, str]] = set()  # (saved node, attribute) with a place to go
+        self.entries: dict[str, list[ReportEntry]] = {
+            kind: [] for kind in ("restored", "missing", "unexpected", "mismatched", "deferred")
+        }
+
+    def live_side(self, only: frozenset[int] | None) -> None:
+        sources = self.match.sources()
+        for node_id, node in enumerate(self.live.graph.nodes):
+            if node_id in self.skipped_live or (only is not None and node_id not in only):
+                continue
+            source = sources.get(node_id)
+            if source is not None and (node.saver or self.saved.nodes[source].saver):
+                self.by_saver(node_id, node, source)
+                continue
+            for attribute in node.attributes:
+                self.by_attribute(node_id, attribute, source)
+            if node.saver:
+                path = self.live.graph.paths[node_id]
+                self.entries["missing"].append(ReportEntry(path, f"saver {node.saver.name}"))
+
+    def by_saver(self, node_id: int, node: Node, source: int) -> None:
+        """A registered saver wrote these values, or takes the object now."""
+        saved = self.saved.nodes[source]
+        if saved.saver:
+            name, object_name = saved.saver.name, saved.saver.object_name
+        elif saved.attributes and node.saver:
+            name, object_name = node.saver.name, saved.attributes[0].key
+        else:
+            return
+        self.calls.setdefault(name, {})[object_name] = node_id
+        self.used.update((source, attribute.name) for attribute in saved.attributes)
+        entry = ReportEntry(self.live.graph.paths[node_id], f"saver {name}", f"saver {name}")
+        self.entries["restored"].append(entry)
+
+    def by_attribute(self, node_id: int, target: Attribute, source: int | None) -> None:
+        path = self.live.graph.value_path(node_id, target.name)
+        found = None if source is None else _same_attribute(self.saved.nodes[source], target)
+        if source is None or found is None:
+            self.entries["missing"].append(ReportEntry(path, str(target.spec)))
+            return
+        self.used.add((source, found.name))
+        value = self.live.values[node_id][target.name]
+        problem = self.fits(found.spec, target.spec, value)
+        entry = ReportEntry(
+            path, str(target.spec), str(found.spec), problem or "", self.original(source, found)
+        )
+        if problem:
+            self.entries["mismatched"].append(entry)
+        else:
+            self.entries["restored"].append(entry)
+            read = Read(node_id, target.name, found.key, found.spec, target.spec, value)
+            self.reads.append(read)
+
+    def original(self, node: int, attribute: Attribute) -> str:
+        """The path under which the checkpoint holds a value."""
+        if node in self.saved_paths:
+            return self.saved_paths[node]
+        return self.saved.value_path(node, attribute.name)
+
+    def saved_side(self) -> None:
+        waiting = reachable(self.saved, self.waiting_roots())
+        for node_id, attribute in self.saved.attributes():
+            if (node_id, attribute.name) in self.used or node_id in self.skipped_saved:
+                continue
+            kind = "deferred" if node_id in waiting else "unexpected"
+            if node_id in self.match.bound and kind == "deferred":
+                kind = "unexpected"
+            path = self.saved.value_path(node_id, attribute.name)
+            entry = ReportEntry(
+                path, "", str(attribute.spec), "", self.original(node_id, attribute)
+            )
+            self.entries[kind].append(entry)
+
+    def waiting_roots(self) -> list[int]:
+        """Saved nodes whose parent is bound to an object that may still get such a child."""
+        views = self.live.views
+        return [
+            saved
+            for (parent, _), saved in self.match.frontier.items()
+            if saved not in self.match.bound and parent < len(views) and views[parent].mutable
+        ]
+
+    def conflicts(self) -> None:
+        for conflict in self.match.conflicts:
+            if conflict.bound_saved is not None:
+                path = self.live.graph.paths[conflict.live]
+                one, two = (
+                    self.saved.paths[node] for node in (conflict.bound_saved, conflict.saved)
+                )
+                what = f"one object here, but two values in the checkpoint: {one} and {two}"
+                self.entries["mismatched"].append(ReportEntry(path, "", "", what))
+
+    def finish(self, path: str) -> ReadPlan:
+        self.entries["missing"] = self.with_hints()
+        renamed = tuple(
+            entry
+            for entries in self.entries.values()
+            for entry in entries
+            if self.saved_paths and entry.saved_path not in ("", entry.path)
+        )
+        report = RestoreReport(
+            path,
+            **{kind: tuple(entries) for kind, entries in self.entries.items()},
+            renamed=renamed,
+        )
+        calls = tuple(SaverCall(name, nodes) for name, nodes in self.calls.items())
+        return ReadPlan(report, tuple(self.reads), calls)
+
+    def with_hints(self) -> list[ReportEntry]:
+        spare = [entry.path for kind in ("unexpected", "deferred") for entry in self.entries[kind]]
+        return [
+            ReportEntry(
+                entry.path,
+                entry.expected,
+                what=f"expected {entry.expected}, but the checkpoint has nothing there",
+                nearest=nearest(entry.path, spare) if i < _MAX_HINTS else (),
+            )
+            for i, entry in enumerate(self.entries["missing"])
+        ]
+
+
+def _same_attribute(node: Node, target: Attribute) -> Attribute | None:
+    """The saved value for a live attribute: by name, else the only one there is."""
+    for attribute in node.attributes:
+        if attribute.name == target.name:
+            return attribute
+    if len(node.attributes) == 1 and target.name in ("VARIABLE_VALUE", "py_state"):
+        only = node.attributes[0]
+        return only if only.name in ("VARIABLE_VALUE", "py_state") else None
+    return None
+
+
+def reachable(graph: ObjectGraph, roots: list[int]) -> set[int]:
+    """Nodes that can be reached from `roots` along child edges, and the slots of those."""
+    seen = set(roots)
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        slots = [slot.node for _, slot in graph.slots_of_variable.get(node, ())]
+        slots += [slot.node for slot in graph.nodes[node].slots]
+        for child in [*(child for _, child in graph.nodes[node].children), *slots]:
+            if child not in seen:
+                seen.add(child)
+                todo.append(child)
+    return seen
+
+
+# --- assign ----------------------------------------------------------------------------
+
+
+def assign(live: LiveGraph, values: Mapping[int, Mapping[str, Any]]) -> Any:
+    """Puts values into the live objects; returns the root to use from then on.
+
+    Args:
+      live: the graph to change. Mutable objects are changed in place, immutable ones rebuilt,
+        up to the nearest mutable object or the root.
+      values: attribute values by node. A node's value under the name "" replaces the object.
+    """
+    new: dict[int, Any] = {}
+    for node, attributes in values.items():
+        obj = live.objects[node]
+        result = attributes[""] if "" in attributes else live.views[node].assign(obj, attributes)
+        if result is not obj:
+            new[node] = result
+    # Immutable containers are trees, whose parents have smaller ids: one pass rebuilds them all.
+    for node in range(len(live.objects) - 1, -1, -1):
+        children = live.graph.nodes[node].children
+        if not children or not new:
+            continue
+        changed: dict[Label, Any] = {
+            label: new[child] for label, child in children if child in new
+        }
+        if changed:
+            obj = live.objects[node]
+            result = live.views[node].rebuild(obj, changed)
+            if result is not obj:
+                new[node] = result
+    return new.get(0, live.objects[0])
+
+
+def pretty_name(graph: ObjectGraph, node: int) -> str:
+    """A node's name as TensorFlow prints it: (root).a.b, or an optimizer's state."""
+    for optimizer, owner in enumerate(graph.nodes):
+        for slot in owner.slots:
+            if slot.node == node:
+                of, for_ = (pretty_name(graph, n) for n in (optimizer, slot.variable))
+                return f"{of}'s state '{slot.name}' for {for_}"
+    path = graph.paths[node]
+    return ".".join(["(root)", *path.split("/")]) if path else "(root)"
+
+

@@ -1,0 +1,229 @@
+"""Trace: from live objects to an object graph.
+
+A breadth-first walk over the children that views show. An object with an identity (a
+trackable, a module, an array) is one node however many edges lead to it, and is named after
+the first, shortest path; the parts of an immutable container are one node per place. After
+the walk, optimizers add their slot variables.
+
+The walk reads no value. What a value *is* (`describe`) and whether a registered saver takes
+an object (`saver_of`) are questions it passes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt_jax.errors import UnsaveableError
+from ckpt_jax.graph import labels
+from ckpt_jax.graph.labels import Label
+from ckpt_jax.graph.model import (
+    Attribute,
+    LeafSpec,
+    Node,
+    ObjectGraph,
+    SaverRef,
+    ShardingSpec,
+    Slot,
+)
+from ckpt_jax.trackable.view import View, view_of
+
+Describe = Callable[[Any], tuple[LeafSpec, ShardingSpec | None]]
+SaverOf = Callable[[Any], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveGraph:
+    """An object graph together with the objects that it was traced from.
+
+    `objects`, `views` and `values` run parallel to `graph.nodes`; `values[i]` maps attribute
+    names to values as they were when traced.
+    """
+
+    graph: ObjectGraph
+    objects: tuple[Any, ...]
+    views: tuple[View, ...]
+    values: tuple[Mapping[str, Any], ...]
+
+
+def trace(
+    root: Any,
+    describe: Describe,
+    saver_of: SaverOf = lambda obj: None,
+    root_view: View | None = None,
+) -> LiveGraph:
+    """The graph of everything reachable from `root`.
+
+    Args:
+      root: any object that has a view.
+      describe: says what a value is; raises TypeError for one that cannot be saved.
+      saver_of: the name of the registered saver that takes an object, or None.
+      root_view: how to see the root, where that is not its own view.
+
+    Raises:
+      UnsaveableError: naming every object that has no view or cannot be saved.
+    """
+    walk = _Walk(describe, saver_of)
+    walk.enter(root, "", root_view)
+    walk.run()
+    return walk.finish()
+
+
+class _Walk:
+    """The growing columns of a trace; one list entry per node."""
+
+    def __init__(self, describe: Describe, saver_of: SaverOf):
+        self.describe = describe
+        self.saver_of = saver_of
+        self.objects: list[Any] = []
+        self.views: list[View] = []
+        self.keys: list[str] = []
+        self.values: list[Mapping[str, Any]] = []
+        self.attributes: list[tuple[Attribute, ...]] = []
+        self.savers: list[SaverRef | None] = []
+        self.children: list[tuple[tuple[Label, int], ...]] = []
+        self.slots: dict[int, list[Slot]] = {}
+        self.node_of: dict[int, int] = {}  # id(object) -> node, for objects with an identity
+        self.problems: list[tuple[str, str]] = []
+
+    def enter(self, obj: Any, key: str, view: View | None = None) -> int:
+        """The node of `obj`, made where it is new."""
+        view = view or view_of(obj)
+        if view is None:
+            self.problems.append((labels.path_of(key), _no_view(obj)))
+            view = _NOTHING
+        node = len(self.objects)
+        if view.identity and (known := self.node_of.setdefault(id(obj), node)) != node:
+            return known
+        self.objects.append(obj)
+        self.views.append(view)
+        self.keys.append(key)
+        saver = self.saver_of(obj)
+        self.savers.append(SaverRef(saver, key) if saver else None)
+        values = {} if saver else view.values(obj)
+        self.values.append(values)
+        self.attributes.append(
+            tuple([self.attribute(key, name, value) for name, value in values.items()])
+        )
+        return node
+
+    def attribute(self, key: str, name: str, value: Any) -> Attribute:
+        try:
+            spec, sharding = self.describe(value)
+        except TypeError as error:
+            self.problems.append((labels.path_of(key), str(error)))
+            spec, sharding = LeafSpec(), None
+        return Attribute(name, labels.attribute_key(key, name), spec, sharding)
+
+    def run(self) -> None:
+        """Breadth first: the list of objects is the queue."""
+        at = len(self.children)
+        while at < len(self.objects):
+            pairs = tuple(self.views[at].children(self.objects[at]))
+            if pairs:
+                prefix = f"{self.keys[at]}/" if at else ""
+                names = labels.escaped_names([label for label, _ in pairs])
+                self.children.append(
+                    tuple(
+                        [
+                            (label, self.enter(child, prefix + name))
+                            for (label, child), name in zip(pairs, names, strict=True)
+                        ]
+                    )
+                )
+            else:
+                self.children.append(())
+            at += 1
+
+    def add_slots(self) -> None:
+        """Slot variables, named after their variable; only where both ends are in the graph."""
+        regular = len(self.objects)
+        for node in range(regular):
+            for (name, variable), value in self.views[node].slots(self.objects[node]).items():
+                owner = self.node_of.get(id(variable))
+                if owner is None:
+                    continue
+                key = labels.slot_key(self.keys[owner], self.keys[node], name)
+                slot = self.enter(value, key)
+                if slot < regular:
+                    self.problems.append(
+                        (
+                            labels.path_of(self.keys[slot]),
+                            f"slot variable {name!r} of {labels.path_of(self.keys[node])} "
+                            "is also an ordinary child; it can be one or the other",
+                        )
+                    )
+                self.slots.setdefault(node, []).append(Slot(owner, name, slot))
+        self.run()
+
+    def finish(self) -> LiveGraph:
+        self.add_slots()
+        if self.problems:
+            lines = "\n".join(f"  {path or '(root)'}: {what}" for path, what in self.problems)
+            raise UnsaveableError(
+                f"{len(self.problems)} of the object graph's values cannot be saved or restored; "
+                f"nothing was written:\n{lines}\n"
+                "Remove them, wrap them in ckpt.NoDependency, or register a view for their type.",
+                tuple(self.problems),
+            )
+        own = [
+            bool(attributes or saver or i in self.slots)
+            for i, (attributes, saver) in enumerate(zip(self.attributes, self.savers, strict=True))
+        ]
+        columns = zip(
+            self.objects,
+            self.views,
+            self.children,
+            self.attributes,
+            self.savers,
+            has_values(own, self.children),
+            strict=True,
+        )
+        nodes = tuple(
+            [
+                Node(
+                    view.container,
+                    _type_name(type(obj)),
+                    children,
+                    attributes,
+                    tuple(self.slots.get(i, ())),
+                    saver,
+                    has,
+                )
+                for i, (obj, view, children, attributes, saver, has) in enumerate(columns)
+            ]
+        )
+        graph = ObjectGraph(nodes, tuple(self.keys))
+        return LiveGraph(graph, tuple(self.objects), tuple(self.views), tuple(self.values))
+
+
+def has_values(own: Sequence[bool], children: Sequence[tuple[tuple[Label, int], ...]]) -> list[bool]:
+    """For each node, whether it or a descendant has values of its own (cycles are fine)."""
+    parents: dict[int, list[int]] = {}
+    for node, edges in enumerate(children):
+        for _, child in edges:
+            parents.setdefault(child, []).append(node)
+    has = list(own)
+    todo = [node for node, marked in enumerate(has) if marked]
+    while todo:
+        for parent in parents.get(todo.pop(), ()):
+            if not has[parent]:
+                has[parent] = True
+                todo.append(parent)
+    return has
+
+
+def _type_name(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else _dotted(kind)
+
+
+def _dotted(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _no_view(obj: Any) -> str:
+    return f"{_dotted(type(obj))} has no view, so its state is unknown"
+
+
+_NOTHING = View()

@@ -1,0 +1,210 @@
+"""The three primitives that every saver is made of.
+
+`write_shard` writes slices of arrays into one shard, `merge_shards` makes a checkpoint of
+shards by reference, `read_slices` reads any box of any array, whatever slices it was written
+in. They are the counterparts of TensorFlow's SaveV2, MergeV2Checkpoints and RestoreV2; the
+default saver uses nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.savers import host
+from ckpt_jax.savers.values import encode
+from ckpt_jax.store import merge as _merge
+from ckpt_jax.store import shard as _shard
+from ckpt_jax.store.box import Box, whole
+from ckpt_jax.store.read import ShardedReader
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A box of a larger array.
+
+    Attributes:
+      array: the contents of the box, a numpy or JAX array of the box's shape.
+      box: one (start, stop) pair per axis.
+      global_shape: the shape of the whole array.
+
+    Example:
+      >>> Slice(np.zeros((2, 3)), ((0, 2), (0, 3)), (4, 3)).box
+      ((0, 2), (0, 3))
+    """
+
+    array: Any
+    box: Box
+    global_shape: tuple[int, ...]
+
+
+def write_shard(
+    prefix: str,
+    values: Mapping[str, Any],
+    *,
+    options: CheckpointOptions = DEFAULT,
+) -> str:
+    """Writes arrays, or slices of larger arrays, into a new shard.
+
+    Args:
+      prefix: directory to create for the shard.
+      values: by key, an array (numpy, jax.Array or a scalar), bytes, a `Slice`, or a list of
+        slices. Of a jax.Array its addressable shards are written, each distinct one once.
+      options: `compression`, `durable` and `max_inflight_bytes` apply.
+
+    Returns:
+      `prefix`, for `merge_shards`.
+
+    Raises:
+      FileExistsError: there is something at `prefix`.
+
+    Source: TensorFlow's SaveV2.
+
+    Example:
+      >>> import tempfile
+      >>> top = Slice(np.zeros((2, 3)), ((0, 2), (0, 3)), (4, 3))
+      >>> rest = Slice(np.ones((2, 3)), ((2, 4), (0, 3)), (4, 3))
+      >>> with tempfile.TemporaryDirectory() as d:
+      ...     shards = [write_shard(f"{d}/{i}", {"w": part}) for i, part in enumerate([top, rest])]
+      ...     path = merge_shards(shards, f"{d}/merged")
+      ...     read_slices(path, {"w": ((1, 3), (0, 1))})["w"].tolist()
+      [[0.0], [1.0]]
+    """
+    _shard.write_shard(
+        prefix,
+        {key: _slices_of(value) for key, value in values.items()},
+        compression=options.compression,
+        durable=options.durable,
+        max_inflight_bytes=options.max_inflight_bytes,
+    )
+    return prefix
+
+
+def _slices_of(value: Any) -> Any:
+    if isinstance(value, Slice):
+        return _shard.Slice(np.asarray(encode(value.array)), value.box, value.global_shape)
+    if isinstance(value, list | tuple):
+        return [_slices_of(part) for part in value]
+    value = encode(value)
+    if isinstance(value, jax.Array):
+        return [_shard.Slice(data, box, value.shape) for box, _, data in host.host_slices(value)]
+    return value
+
+
+def merge_shards(
+    prefixes: Sequence[str],
+    destination: str,
+    *,
+    extra: Mapping[str, bytes] | None = None,
+    options: CheckpointOptions = DEFAULT,
+) -> str:
+    """Makes one checkpoint directory of shards, by reference: no array byte is copied.
+
+    Args:
+      prefixes: what `write_shard` returned; shards outside `destination` are moved into it.
+      destination: the directory of the checkpoint.
+      extra: small values by key that are committed in the same transaction.
+      options: `durable` applies.
+
+    Returns:
+      `destination`.
+
+    Raises:
+      ShardError: naming every array of which two shards define the same slice, on whose dtype
+        or shape shards disagree, or that has a hole.
+
+    Source: TensorFlow's MergeV2Checkpoints.
+    """
+    return _merge.merge_shards(prefixes, destination, extra or {}, durable=options.durable)
+
+
+def read_slices(
+    prefix: str,
+    requests: Mapping[str, jax.ShapeDtypeStruct | Box | None],
+    *,
+    options: CheckpointOptions = DEFAULT,
+) -> dict[str, Any]:
+    """Reads arrays, or boxes of arrays, from a checkpoint or a single shard.
+
+    Args:
+      prefix: what `merge_shards` or `write_shard` returned.
+      requests: by key, None for the whole array in numpy (or bytes), a box for that part of it
+        in numpy, or a `jax.ShapeDtypeStruct` for a jax.Array of its dtype on its sharding
+        (the default device without one). Only what this process's devices need is read.
+      options: `max_inflight_bytes` applies.
+
+    Raises:
+      KeyError: a key is not there.
+      ValueError: a box or shape does not fit the stored array.
+      CorruptCheckpointError: naming file and key.
+
+    Source: TensorFlow's RestoreV2.
+    """
+    with ShardedReader(prefix) as reader:
+        return read_values(reader, requests, options)
+
+
+def read_values(
+    reader: ShardedReader,
+    requests: Mapping[str, jax.ShapeDtypeStruct | Box | None],
+    options: CheckpointOptions = DEFAULT,
+) -> dict[str, Any]:
+    """`read_slices` on an open reader. Arrays are placed while others are still being read."""
+    results: dict[str, Any] = {}
+    keys: list[str] = []
+    boxes: list[tuple[Box, ...]] = []
+    unplaced: dict[str, np.ndarray] = {}
+    for key, request in requests.items():
+        if key not in reader.index:
+            raise KeyError(f"{reader.directory} holds nothing under the key {key!r}")
+        wanted = _wanted(reader, key, request)
+        if wanted is None:
+            results[key] = reader.read_bytes(key)
+        else:
+            keys.append(key)
+            boxes.append(wanted)
+    found = reader.read(
+        list(zip(keys, boxes, strict=True)), max_inflight_bytes=options.max_inflight_bytes
+    )
+    for number, contents in found:
+        key = keys[number]
+        request = requests[key]
+        if not isinstance(request, jax.ShapeDtypeStruct):
+            results[key] = contents[0]
+            continue
+        dtype = np.dtype(request.dtype)
+        contents = tuple([x if x.dtype == dtype else x.astype(dtype) for x in contents])
+        if request.sharding is None:
+            unplaced[key] = contents[0]
+        else:
+            results[key] = host.place(request.shape, request.sharding, boxes[number], contents)
+    results.update(zip(unplaced, jax.device_put(list(unplaced.values())), strict=True))
+    return results
+
+
+def _wanted(
+    reader: ShardedReader, key: str, request: jax.ShapeDtypeStruct | Box | None
+) -> tuple[Box, ...] | None:
+    """The boxes to read for a request; None for a byte string."""
+    entry = reader.index.entry(key)
+    if entry.dtype == "bytes":
+        if request is not None:
+            raise ValueError(f"{key!r} is a byte string; it has no boxes and no sharding")
+        return None
+    if request is None:
+        return (whole(entry.shape),)
+    if not isinstance(request, jax.ShapeDtypeStruct):
+        return (request,)
+    if tuple(request.shape) != tuple(entry.shape):
+        raise ValueError(f"{key!r} has shape {entry.shape}, asked for {tuple(request.shape)}")
+    if request.sharding is None:
+        return (whole(entry.shape),)
+    return host.wanted_boxes(request.sharding, entry.shape)
+
+
+__all__ = ["Slice", "merge_shards", "read_slices", "write_shard"]

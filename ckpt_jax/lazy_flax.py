@@ -1,0 +1,28 @@
+"""Teaches the library Flax when a program first shows it an object of Flax's.
+
+Importing Flax takes longer than this whole package, and programs without it should not pay.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from ckpt_jax.trackable.view import View, add_kind, view_of
+
+_done = False
+
+
+def _flax_view(obj: Any) -> View | None:
+    global _done
+    if _done or "flax" not in sys.modules:
+        return None
+    if not any(base.__module__.partition(".")[0] == "flax" for base in type(obj).__mro__):
+        return None
+    _done = True
+    import ckpt_jax.flax  # noqa: F401, PLC0415  # only once a program uses Flax
+
+    return view_of(obj)
+
+
+add_kind(_flax_view)  # before the kinds of pytrees: nnx modules are registered with JAX, too

@@ -1,0 +1,187 @@
+"""Options: frozen values that say how to save and restore.
+
+A sharding policy decides which slices go into which shard: it takes the slices that a process
+is about to write and returns them in groups, one group per shard.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+MIB = 1 << 20
+
+Box = tuple[tuple[int, int], ...]
+
+
+class PlannedSlice(NamedTuple):
+    """One slice of one value, about to be written.
+
+    Attributes:
+      key: the checkpoint key.
+      box: (start, stop) per axis, inside `shape`.
+      shape: of the whole array.
+      dtype: canonical name.
+      nbytes: of the slice.
+      process: index of the process that writes it.
+      device: id of the device that holds it.
+    """
+
+    key: str
+    box: Box
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    process: int
+    device: int
+
+
+Groups = Sequence[Sequence[PlannedSlice]]
+ShardingPolicy = Callable[[Sequence[PlannedSlice]], Groups]
+
+
+@dataclass(frozen=True, slots=True)
+class ShardByDevice:
+    """One shard for each device that holds values (the default)."""
+
+    def __call__(self, slices: Sequence[PlannedSlice]) -> Groups:
+        groups: dict[int, list[PlannedSlice]] = {}
+        for piece in slices:
+            groups.setdefault(piece.device, []).append(piece)
+        return list(groups.values())
+
+
+@dataclass(frozen=True, slots=True)
+class ShardByProcess:
+    """One shard for each process.
+
+    Source: `tf.train.experimental.ShardByTaskPolicy`.
+    """
+
+    def __call__(self, slices: Sequence[PlannedSlice]) -> Groups:
+        return [slices] if slices else []
+
+
+@dataclass(frozen=True, slots=True)
+class MaxShardSize:
+    """Shards of at most `nbytes`, as far as single elements allow.
+
+    A slice that does not fit into what is left of a shard is cut along the axis that needs the
+    fewest parts; where not even one row fits, it starts a new shard; where one element is
+    larger than the limit, that element is a shard of its own.
+
+    Source: `tf.train.experimental.MaxShardSizePolicy`.
+
+    Attributes:
+      nbytes: the limit, in bytes; at least 1.
+    """
+
+    nbytes: int
+
+    def __post_init__(self) -> None:
+        if self.nbytes < 1:
+            raise ValueError(f"MaxShardSize needs at least 1 byte, got {self.nbytes}")
+
+    def __call__(self, slices: Sequence[PlannedSlice]) -> Groups:
+        groups: list[list[PlannedSlice]] = []
+        room = 0
+        for piece in slices:
+            todo = [piece]
+            while todo:
+                part = todo.pop()
+                if groups and part.nbytes <= room:
+                    groups[-1].append(part)
+                    room -= part.nbytes
+                    continue
+                cut = _cut(part, room) or (None if part.nbytes <= self.nbytes else self._cut(part))
+                if cut is None:
+                    groups.append([part])
+                    room = self.nbytes - part.nbytes
+                else:
+                    todo += [cut[1], cut[0]]
+                    if room < cut[0].nbytes <= self.nbytes:
+                        groups.append([])
+                        room = self.nbytes
+        return groups
+
+    def _cut(self, piece: PlannedSlice) -> tuple[PlannedSlice, PlannedSlice] | None:
+        """A first part for an empty shard, or one row to cut further; None for one element."""
+        if cut := _cut(piece, self.nbytes):
+            return cut
+        axis = max(range(len(piece.box)), key=lambda i: piece.box[i][1] - piece.box[i][0], default=0)
+        if _size(piece.box) <= 1:
+            return None
+        start, stop = piece.box[axis]
+        return _part(piece, axis, start, start + 1), _part(piece, axis, start + 1, stop)
+
+
+def _size(box: Box) -> int:
+    return math.prod([stop - start for start, stop in box])
+
+
+def _cut(piece: PlannedSlice, room: int) -> tuple[PlannedSlice, PlannedSlice] | None:
+    """`piece` in two, the first at most `room` bytes, along the axis with the fewest parts."""
+    best: tuple[int, int, int] | None = None
+    for axis, (start, stop) in enumerate(piece.box):
+        length = stop - start
+        fitting = room * length // piece.nbytes if piece.nbytes else 0
+        if 0 < fitting < length:
+            parts = -(-length // fitting)
+            candidate = (parts, axis, -(-length // parts))
+            best = min(best, candidate) if best else candidate
+    if best is None:
+        return None
+    _, axis, length = best
+    start, stop = piece.box[axis]
+    return (
+        _part(piece, axis, start, start + length),
+        _part(piece, axis, start + length, stop),
+    )
+
+
+def _part(piece: PlannedSlice, axis: int, start: int, stop: int) -> PlannedSlice:
+    box = (*piece.box[:axis], (start, stop), *piece.box[axis + 1 :])
+    return piece._replace(box=box, nbytes=piece.nbytes // _size(piece.box) * _size(box))
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointOptions:
+    """How to save and restore. Every field has a default that is safe.
+
+    Attributes:
+      sharding_policy: which slices go into which shard.
+      write_callbacks: functions of no argument, or of the path, called after the commit.
+      skip_slot_variables: leave optimizer slots out of a restore and its assertions.
+      cast: allow a restore to change a value's dtype; otherwise a difference is a mismatch.
+      compression: None, or "zstd".
+      durable: fsync files and directories before a save is reported as done.
+      max_inflight_bytes: host memory that a save or restore may use beyond the arrays' own.
+
+    Source: `tf.train.CheckpointOptions`.
+
+    Example:
+      >>> CheckpointOptions(cast=True).cast
+      True
+    """
+
+    sharding_policy: ShardingPolicy = ShardByDevice()
+    write_callbacks: tuple[Callable[..., Any], ...] = ()
+    skip_slot_variables: bool = False
+    cast: bool = False
+    compression: str | None = None
+    durable: bool = True
+    max_inflight_bytes: int = 64 * MIB
+
+    def __post_init__(self) -> None:
+        if not callable(self.sharding_policy):
+            raise ValueError(f"sharding_policy must be callable, got {self.sharding_policy!r}")
+        if self.compression not in (None, "zstd"):
+            raise ValueError(f"compression must be None or 'zstd', got {self.compression!r}")
+        if self.max_inflight_bytes < 1:
+            raise ValueError("max_inflight_bytes must be positive")
+        object.__setattr__(self, "write_callbacks", tuple(self.write_callbacks))
+
+
+DEFAULT = CheckpointOptions()

@@ -1,0 +1,132 @@
+"""CheckpointReader: the values of a checkpoint by key, and its object graph.
+
+Opening reads the graph and the index, no array byte, and touches no device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from functools import cached_property
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ckpt_jax.errors import CorruptCheckpointError
+from ckpt_jax.graph import codec
+from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
+from ckpt_jax.graph.model import LeafSpec, ObjectGraph
+from ckpt_jax.io import read_values
+from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.savers.values import as_saved
+from ckpt_jax.store.box import Box
+from ckpt_jax.store.directory import require_checkpoint
+from ckpt_jax.store.index import dtype_of
+from ckpt_jax.store.read import ShardedReader
+from ckpt_jax.store.seal import unseal
+
+
+class CheckpointReader:
+    """Reads values by their keys, without any of the objects that they belong to.
+
+    Args:
+      path: of a checkpoint directory.
+
+    Use it as a context manager, or `close` it, to let go of the files.
+
+    Raises:
+      CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
+
+    Source: `tf.train.load_checkpoint`, `tf.train.CheckpointReader`.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = os.fspath(path)
+        require_checkpoint(self.path)
+        self._sharded = ShardedReader(os.path.abspath(self.path))
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Closes the files; further reads fail."""
+        self._sharded.close()
+
+    @cached_property
+    def object_graph(self) -> ObjectGraph:
+        """The saved object graph."""
+        data = self._sharded.extra(OBJECT_GRAPH_KEY)
+        if data is None:
+            raise CorruptCheckpointError(
+                f"{self.path} has no object graph", file=self.path, key=OBJECT_GRAPH_KEY
+            )
+        try:
+            return codec.decode(unseal(data))
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(
+                f"{self.path}: {OBJECT_GRAPH_KEY}: {error}", file=self.path, key=OBJECT_GRAPH_KEY
+            ) from error
+
+    def keys(self) -> list[str]:
+        """All checkpoint keys, sorted."""
+        return list(self._sharded.index.keys)
+
+    def has_tensor(self, key: str) -> bool:
+        """Whether there is a value under `key`."""
+        return key in self._sharded.index
+
+    def get_variable_to_shape_map(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each value; () for scalars and byte strings."""
+        return {key: self._sharded.index.entry(key).shape for key in self.keys()}
+
+    def get_variable_to_dtype_map(self) -> dict[str, np.dtype]:
+        """The dtype of each value; `object` for byte strings."""
+        entries = {key: self._sharded.index.entry(key).dtype for key in self.keys()}
+        return {
+            key: np.dtype(object) if name == "bytes" else dtype_of(name)
+            for key, name in entries.items()
+        }
+
+    def get_tensor(self, key: str, box: Box | None = None) -> Any:
+        """The value under `key`.
+
+        Args:
+          key: a checkpoint key.
+          box: one (start, stop) pair per axis; the whole array by default.
+
+        Returns:
+          A numpy array, or the Python scalar or string that was saved.
+
+        Raises:
+          KeyError: there is no such key.
+        """
+        if not self.has_tensor(key):
+            raise KeyError(f"{self.path} holds nothing under the key {key!r}")
+        data = read_values(self._sharded, {key: box})[key]
+        return data if box is not None else as_saved(data, self._specs.get(key, LeafSpec()))
+
+    def read(self, requests: Mapping[str, Any], options: CheckpointOptions = DEFAULT) -> dict:
+        """Several values at once; see `ckpt.io.read_slices`."""
+        return read_values(self._sharded, requests, options)
+
+    def missing_keys(self) -> list[str]:
+        """Keys that the object graph names and the index lacks (none, in a sound checkpoint)."""
+        return [key for key in self._specs if key not in self._sharded.index]
+
+    @cached_property
+    def _specs(self) -> dict[str, LeafSpec]:
+        return self.object_graph.by_key
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of values read so far."""
+        return self._sharded.bytes_read

@@ -1,0 +1,277 @@
+"""Restoring: from a checkpoint and live objects to restored objects.
+
+open    graph and index
+match   the saved graph with the live one
+plan    every value to read, and every problem; nothing has been read and nothing changed yet
+read    only what this process's devices need
+assign  in place where objects are mutable, by rebuilding where they are not
+
+A `Restoration` is one such restore. It goes on living while saved values wait for their
+objects: `attach` runs the same stages for an object that appeared later.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from ckpt_jax.errors import RegistrationError, RestoreMismatchError
+from ckpt_jax.graph.labels import Label
+from ckpt_jax.graph.match import Match, extend, match
+from ckpt_jax.graph.model import LeafSpec, ObjectGraph
+from ckpt_jax.graph.plan import Read, ReadPlan, assign, plan_read
+from ckpt_jax.graph.trace import LiveGraph, trace
+from ckpt_jax.options import CheckpointOptions
+from ckpt_jax.reader import CheckpointReader
+from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
+from ckpt_jax.savers import host, registry
+from ckpt_jax.savers.values import ARRAY_KINDS, decode, describe, difference
+from ckpt_jax.store.index import dtype_of
+from ckpt_jax.trackable.base import await_child
+
+ADVICE = (
+    "Nothing was read or changed. Pass a target that fits, rename=[(saved, target), ...] for "
+    "values that moved, strict=False to keep the target's own values, or "
+    "options=CheckpointOptions(cast=True) to convert dtypes."
+)
+
+
+def live_graph(root: Any) -> LiveGraph:
+    """The object graph of a program's objects."""
+    return trace(root, describe, registry.saver_of())
+
+
+# --- plan ------------------------------------------------------------------------------
+
+
+def fits(cast: bool) -> Callable[[LeafSpec, LeafSpec, Any], str | None]:
+    """The test whether a saved value can take a live one's place."""
+
+    def why_not(saved: LeafSpec, target: LeafSpec, value: Any) -> str | None:
+        problem = difference(saved, target, cast)
+        if problem is None and target.kind == "array":
+            problem = host.placement_problem(target.shape, host.placement(value))
+        return problem
+
+    return why_not
+
+
+def raise_problems(report: RestoreReport, path: str) -> None:
+    raise RestoreMismatchError(describe_problems(report, path, ADVICE), report)
+
+
+# --- read and assign -------------------------------------------------------------------
+
+
+def read(plan: ReadPlan, reader: CheckpointReader, options: CheckpointOptions) -> list[Any]:
+    """The value of each `Read` of a plan, each array once per dtype and placement."""
+    requests: dict[tuple[str, Any, Any], int] = {}
+    order = [requests.setdefault(_identity(r), len(requests)) for r in plan.reads]
+    first: dict[int, Read] = {}
+    for number, r in zip(order, plan.reads, strict=True):
+        first.setdefault(number, r)
+    found: list[Any] = [None] * len(first)
+    # One pass serves each key once; a key that is wanted in several ways takes further passes.
+    todo = dict(first)
+    while todo:
+        batch: dict[str, int] = {}
+        for number, r in todo.items():
+            batch.setdefault(r.key, number)
+        asked = {key: _request(first[number]) for key, number in batch.items()}
+        for key, data in reader.read(asked, options).items():
+            r = first[batch[key]]
+            found[batch[key]] = decode(data, r.saved, r.target, r.value)
+        for number in batch.values():
+            del todo[number]
+    return [found[number] for number in order]
+
+
+def _identity(read: Read) -> tuple[str, Any, Any]:
+    return read.key, read.target, host.placement(read.value)
+
+
+def _request(read: Read) -> jax.ShapeDtypeStruct | None:
+    if read.target.kind not in ("array", "prng_key"):
+        return None
+    if read.saved.kind not in (*ARRAY_KINDS, "prng_key") and read.target.kind == "array":
+        return None  # a Python number: its range is checked before it becomes an array
+    return jax.ShapeDtypeStruct(
+        read.saved.shape, dtype_of(read.target.dtype), sharding=host.placement(read.value)
+    )
+
+
+def execute(
+    plan: ReadPlan, live: LiveGraph, reader: CheckpointReader, options: CheckpointOptions
+) -> tuple[Any, list[Any]]:
+    """Reads what a plan says and puts it into the live objects; returns the root and the values."""
+    savers = [(_usable_saver(call.saver, call.nodes, live), call) for call in plan.calls]
+    values: dict[int, dict[str, Any]] = {}
+    for r, value in zip(plan.reads, read(plan, reader, options), strict=True):
+        if r.target.kind == "array" and not isinstance(value, jax.Array):
+            value = jax.device_put(np.asarray(value), host.placement(r.value))
+        values.setdefault(r.node, {})[r.name] = value
+    for saver, call in savers:
+        objects = {name: live.objects[node] for name, node in call.nodes.items()}
+        if saver is None:
+            continue
+        for name, value in (saver.restore_fn(objects, reader.path) or {}).items():
+            values.setdefault(call.nodes[name], {})[""] = value
+    return assign(live, values), [v for of_node in values.values() for v in of_node.values()]
+
+
+def _usable_saver(
+    name: str, nodes: Mapping[str, int], live: LiveGraph
+) -> registry.RegisteredSaver | None:
+    """The saver that a checkpoint names, if it takes the objects; None to skip them."""
+    saver = registry.get_saver(name)
+    refused = [live.graph.paths[n] for n in nodes.values() if not saver.predicate(live.objects[n])]
+    if not refused:
+        return saver
+    if saver.strict_predicate_restore:
+        raise RegistrationError(
+            f"the checkpoint saver {name!r} cannot be used to restore {', '.join(refused)}: its "
+            "predicate refuses the objects there"
+        )
+    return None
+
+
+# --- one restore -----------------------------------------------------------------------
+
+_uids = itertools.count(1)
+_restored_by: dict[int, tuple[weakref.ref[Any], int]] = {}  # id(object) -> (object, uid)
+
+
+def _note_restored(obj: Any, uid: int) -> None:
+    """Remembers the restore that an object's values come from, as long as it lives."""
+    if _has_weakrefs(obj):
+        key = id(obj)
+        _restored_by[key] = weakref.ref(obj, lambda _: _restored_by.pop(key, None)), uid
+
+
+def _restored_uid(obj: Any) -> int:
+    ref, uid = _restored_by.get(id(obj), (None, 0))
+    return uid if ref is not None and ref() is obj else 0
+
+
+def _has_weakrefs(obj: Any) -> bool:
+    """Whether an object can be told from its replacement without keeping it alive."""
+    return type(obj).__weakrefoffset__ != 0
+
+
+class Restoration:
+    """One restore of a checkpoint into mutable objects, finished or waiting.
+
+    Attributes:
+      path: of the checkpoint.
+      saved: its object graph.
+      uid: grows with every restore; the values of a later one win.
+    """
+
+    def __init__(self, path: str, saved: ObjectGraph, options: CheckpointOptions):
+        self.path = path
+        self.saved = saved
+        self.options = options
+        self.uid = next(_uids)
+        self.partial_is_fine = False
+        self._bound: dict[int, list[weakref.ref[Any]]] = {}  # saved node -> its mutable objects
+
+    def run(self, live: LiveGraph, reader: CheckpointReader) -> Any:
+        """Restores what is there and lets the rest wait; returns the root."""
+        return self._bind(live, match(self.saved, live.graph), reader)
+
+    def attach(self, parent: Any, label: Label, child: Any, saved: int) -> Any:
+        """Restores into an object that appeared under an awaited name."""
+        live = live_graph(child)
+        before = Match(self._bound_in(live), {})
+        with CheckpointReader(self.path) as reader:
+            return self._bind(live, extend(before, self.saved, live.graph, [(saved, 0)]), reader)
+
+    def _bound_in(self, live: LiveGraph) -> dict[int, int]:
+        """What is bound already, in the node ids of `live`; -1 for objects outside of it."""
+        node_of = {id(obj): i for i, obj in enumerate(live.objects)}
+        return {
+            saved: node_of.get(id(obj), -1)
+            for saved, (first, *_) in self._bound.items()
+            if (obj := first()) is not None
+        }
+
+    def _bind(self, live: LiveGraph, found: Match, reader: CheckpointReader) -> Any:
+        newer = frozenset(
+            i for i, obj in enumerate(live.objects) if _restored_uid(obj) < self.uid
+        )
+        plan = plan_read(
+            self.saved,
+            live,
+            found,
+            path=self.path,
+            fits=fits(self.options.cast),
+            only=newer,
+            skip_slots=self.options.skip_slot_variables,
+        )
+        fatal = replace(
+            plan.report,
+            missing=abstract_only(plan.report.missing, live),
+            mismatched=tuple([entry for entry in plan.report.mismatched if entry.expected]),
+            unexpected=(),
+        )
+        if fatal.missing or fatal.mismatched:
+            raise_problems(fatal, self.path)
+        root, new = execute(plan, live, reader, self.options)
+        for value in new:
+            _note_restored(value, self.uid)
+        self._remember(live, found)
+        return root
+
+    def _remember(self, live: LiveGraph, found: Match) -> None:
+        for saved, node in [*found.bound.items(), *found.shared]:
+            if node >= 0 and live.views[node].mutable:
+                obj = live.objects[node]
+                _note_restored(obj, max(self.uid, _restored_uid(obj)))
+                if _has_weakrefs(obj):
+                    self._bound.setdefault(saved, []).append(weakref.ref(obj))
+        for (parent, label), saved in found.frontier.items():
+            if parent >= 0 and live.views[parent].mutable and self.saved.carries_values(saved):
+                await_child(live.objects[parent], label, _Waiting(self, saved))
+
+    def is_bound(self, saved: int, obj: Any) -> bool:
+        """Whether this restore has bound a saved node to this object. An object that cannot be
+        referred to weakly (an nnx.Variable) is known by its place."""
+        return not _has_weakrefs(obj) or any(ref() is obj for ref in self._bound.get(saved, ()))
+
+
+def abstract_only(entries: tuple[ReportEntry, ...], live: LiveGraph) -> tuple[ReportEntry, ...]:
+    """The entries whose value in the program is abstract, so that nothing can stand in for it."""
+    if not entries:
+        return ()
+    abstract = {
+        live.graph.value_path(node, name)
+        for node, values in enumerate(live.values)
+        for name, value in values.items()
+        if isinstance(value, jax.ShapeDtypeStruct)
+    }
+    return tuple([entry for entry in entries if entry.path in abstract])
+
+
+class _Waiting:
+    """A saved node that waits for its object; see `trackable.base.Pending`."""
+
+    def __init__(self, restoration: Restoration, saved: int):
+        self.restoration = restoration
+        self.saved = saved
+
+    def attach(self, parent: Any, label: Label, child: Any) -> Any:
+        return self.restoration.attach(parent, label, child, self.saved)
+
+    def initial_value(self) -> LeafSpec | None:
+        node = self.restoration.saved.nodes[self.saved]
+        if len(node.attributes) == 1 and not node.children:
+            return node.attributes[0].spec
+        return None
+
+

@@ -1,0 +1,185 @@
+"""The default saver: every value that no registered saver takes.
+
+snapshot    brings what this process holds of each value to host memory: views of CPU arrays,
+            copies from other devices, all started before the first is waited for.
+plan_write  groups the slices into shards, as the sharding policy says.
+write       writes each shard with the same primitive that registered savers use.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from ckpt_jax import io
+from ckpt_jax.errors import ShardError
+from ckpt_jax.options import (
+    CheckpointOptions,
+    Groups,
+    MaxShardSize,
+    PlannedSlice,
+    ShardByDevice,
+    ShardByProcess,
+    ShardingPolicy,
+)
+from ckpt_jax.savers import host
+from ckpt_jax.store.box import Box, inside, shape_of, size_of, slices, tiling_problem, whole
+from ckpt_jax.store.index import dtype_name
+
+_BUILT_IN = (ShardByDevice, ShardByProcess, MaxShardSize)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Slices on the host, by (key, box)."""
+
+    slices: tuple[PlannedSlice, ...]
+    contents: Mapping[tuple[str, Box], np.ndarray | bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class WritePlan:
+    """The contents of each shard: key -> a byte string or slices."""
+
+    shards: tuple[Mapping[str, Any], ...]
+
+
+def snapshot(values: Mapping[str, jax.Array | np.ndarray | bytes], *, copy: bool) -> Snapshot:
+    """What this process writes of `values`, on the host.
+
+    Args:
+      values: by checkpoint key, as `encode` gives them.
+      copy: also copy numpy arrays, which the program could change while they are written.
+    """
+    process = jax.process_index()
+    home = jax.local_devices()[0].id
+    host.start_transfers(value for value in values.values() if isinstance(value, jax.Array))
+    planned: list[PlannedSlice] = []
+    contents: dict[tuple[str, Box], np.ndarray | bytes] = {}
+    for key, value in values.items():
+        if isinstance(value, jax.Array):
+            dtype = dtype_name(value.dtype)
+            for box, device, data in host.host_slices(value):
+                contents[key, box] = data
+                planned.append(
+                    PlannedSlice(key, box, value.shape, dtype, data.nbytes, process, device)
+                )
+        elif process == 0:
+            is_array = isinstance(value, np.ndarray)
+            data = value.copy() if is_array and copy else value
+            box = whole(data.shape) if isinstance(data, np.ndarray) else ()
+            dtype = dtype_name(data.dtype) if isinstance(data, np.ndarray) else "bytes"
+            nbytes = data.nbytes if isinstance(data, np.ndarray) else len(data)
+            contents[key, box] = data
+            planned.append(PlannedSlice(key, box, shape_of(box), dtype, nbytes, process, home))
+    return Snapshot(tuple(planned), contents)
+
+
+def plan_write(snap: Snapshot, policy: ShardingPolicy) -> WritePlan:
+    """Groups a snapshot into shards.
+
+    Raises:
+      ShardError: a user's policy dropped, repeated or changed a slice, or mixed processes.
+    """
+    groups = policy(snap.slices)
+    if not isinstance(policy, _BUILT_IN):
+        _check_policy(snap.slices, groups)
+    return WritePlan(tuple(_shard(snap, group) for group in groups if group))
+
+
+def _shard(snap: Snapshot, group: Sequence[PlannedSlice]) -> dict[str, Any]:
+    shard: dict[str, Any] = {}
+    whole_of: dict[str, list[Box]] | None = None
+    for piece in group:
+        data = snap.contents.get((piece.key, piece.box))
+        if data is None:  # a part of a slice
+            if whole_of is None:
+                whole_of = {}
+                for key, box in snap.contents:
+                    whole_of.setdefault(key, []).append(box)
+            data = _part(snap, piece, whole_of[piece.key])
+        if isinstance(data, bytes):
+            shard[piece.key] = data
+        else:
+            part = io.Slice(data, piece.box, piece.shape)
+            shard.setdefault(piece.key, []).append(part)
+    return shard
+
+
+def _part(snap: Snapshot, piece: PlannedSlice, boxes: Sequence[Box]) -> np.ndarray:
+    for box in boxes:
+        if all(a <= c and d <= b for (a, b), (c, d) in zip(box, piece.box, strict=True)):
+            data = snap.contents[piece.key, box]
+            assert isinstance(data, np.ndarray)
+            return data[slices(piece.box, origin=box)]
+    raise ShardError(f"{piece.key}: no slice of this process contains {piece.box}")
+
+
+def _check_policy(slices: Sequence[PlannedSlice], groups: Groups) -> None:
+    """Whether the groups hold exactly the slices, each whole or cut into disjoint parts."""
+    problems: list[str] = []
+    by_key: dict[str, list[PlannedSlice]] = {}
+    for piece in slices:
+        by_key.setdefault(piece.key, []).append(piece)
+    parts: dict[tuple[str, Box], list[PlannedSlice]] = {}
+    for number, group in enumerate(groups):
+        processes = {piece.process for piece in group}
+        if len(processes) > 1:
+            problems.append(f"shard {number} mixes processes {sorted(processes)}")
+        for part in group:
+            owner = next((p for p in by_key.get(part.key, ()) if _holds(p.box, part.box)), None)
+            if part.key not in by_key:
+                problems.append(f"{part.key}: added")
+            elif owner is None:
+                problems.append(f"{part.key}: {part.box} lies in no slice that there is to write")
+            else:
+                problems += _changes(owner, part)
+                parts.setdefault((owner.key, owner.box), []).append(part)
+    for piece in slices:
+        found = parts.get((piece.key, piece.box), [])
+        if not found:
+            problems.append(f"{piece.key}: {piece.box} was dropped")
+            continue
+        origin = [start for start, _ in piece.box]
+        relative = [
+            tuple((a - o, b - o) for (a, b), o in zip(part.box, origin, strict=True))
+            for part in found
+        ]
+        if problem := tiling_problem(relative, shape_of(piece.box)):
+            problems.append(f"{piece.key}: {problem}")
+        elif len(found) > 1 and not size_of(piece.box):
+            problems.append(f"{piece.key}: {piece.box} is repeated")
+    if problems:
+        listed = "\n".join(f"  {problem}" for problem in problems)
+        raise ShardError(f"the sharding policy did not keep the values; nothing written:\n{listed}")
+
+
+def _holds(outer: Box, inner: Box) -> bool:
+    return len(outer) == len(inner) and all(
+        a <= c <= d <= b for (a, b), (c, d) in zip(outer, inner, strict=True)
+    )
+
+
+def _changes(owner: PlannedSlice, part: PlannedSlice) -> list[str]:
+    changed = [name for name in ("shape", "dtype", "process") if _differs(owner, part, name)]
+    if not inside(part.box, part.shape) and "shape" not in changed:
+        changed.append("box")
+    return [f"{part.key}: changed its {name}" for name in changed]
+
+
+def _differs(owner: PlannedSlice, part: PlannedSlice, name: str) -> bool:
+    return getattr(owner, name) != getattr(part, name)
+
+
+def write(plan: WritePlan, directory: str, options: CheckpointOptions) -> list[str]:
+    """Writes the shards into new directories below `directory`; returns those."""
+    prefix = os.path.join(directory, f"{jax.process_index():05d}-")
+    jobs = [(f"{prefix}{number:05d}", shard) for number, shard in enumerate(plan.shards)]
+    with ThreadPoolExecutor(min(2, len(jobs)) or 1) as pool:
+        return list(pool.map(lambda job: io.write_shard(*job, options=options), jobs))

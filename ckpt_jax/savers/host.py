@@ -1,0 +1,102 @@
+"""Between devices and host memory: which slices a process holds, and where slices go.
+
+A jax.Array is taken apart along its own sharding: each distinct box once, from the first
+device that holds it, so that nothing is gathered and replicas are not written twice. It is
+put together along the sharding that the target asks for. What depends on the sharding and the
+shape alone is worked out once for all arrays that share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jax
+import numpy as np
+
+from ckpt_jax.store.box import Box, Shape, from_index
+
+
+@lru_cache(maxsize=4096)
+def owned_boxes(sharding: jax.sharding.Sharding, shape: Shape) -> tuple[tuple[int, Box, int], ...]:
+    """What this process writes of an array: (number of the addressable shard, box, device id).
+
+    A box that several devices hold belongs to the first of them, in the sharding's order.
+    """
+    owner: dict[Box, int] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        owner.setdefault(from_index(index, shape), device.id)
+    addressable = sharding.addressable_devices_indices_map(shape)
+    found = []
+    for number, (device, index) in enumerate(addressable.items()):
+        box = from_index(index or (), shape)
+        if owner[box] == device.id:
+            found.append((number, box, device.id))
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def wanted_boxes(sharding: jax.sharding.Sharding, shape: Shape) -> tuple[Box, ...]:
+    """The distinct boxes that this process's devices need of an array."""
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    return tuple(dict.fromkeys(from_index(index or (), shape) for index in indices))
+
+
+def start_transfers(arrays: Iterable[jax.Array]) -> None:
+    """Starts the copies to host memory of all shards that this process writes."""
+    for array in arrays:
+        if next(iter(array.sharding.device_set)).platform != "cpu":
+            for number, _, _ in owned_boxes(array.sharding, array.shape):
+                array.addressable_data(number).copy_to_host_async()
+
+
+def host_slices(array: jax.Array) -> list[tuple[Box, int, np.ndarray]]:
+    """(box, device id, contents) of each slice that this process writes.
+
+    On CPU the contents are views. They stay what they are even if the array is donated or
+    deleted: JAX does not reuse memory while a view of it lives.
+    """
+    return [
+        (box, device, np.asarray(array.addressable_data(number)))
+        for number, box, device in owned_boxes(array.sharding, array.shape)
+    ]
+
+
+def place(
+    shape: Shape,
+    sharding: jax.sharding.Sharding,
+    boxes: Sequence[Box],
+    contents: Sequence[np.ndarray],
+) -> jax.Array:
+    """The array of `shape` on `sharding` whose `boxes` have these contents.
+
+    Contents that lie at multiples of 64 bytes become the array's memory on CPU without a copy.
+    """
+    by_box = dict(zip(boxes, contents, strict=True))
+    return jax.make_array_from_callback(
+        shape, sharding, lambda index: by_box[from_index(index, shape)]
+    )
+
+
+def placement(value: Any) -> jax.sharding.Sharding | None:
+    """The sharding that a target asks for; None where it leaves that to JAX."""
+    if isinstance(value, jax.Array):
+        return value.sharding if value.committed else None
+    return value.sharding if isinstance(value, jax.ShapeDtypeStruct) else None
+
+
+def placement_problem(shape: Shape, sharding: jax.sharding.Sharding | None) -> str | None:
+    """Why an array of `shape` cannot lie on `sharding`."""
+    if sharding is None:
+        return None
+    return _placement_problem(tuple(shape), sharding)
+
+
+@lru_cache(maxsize=4096)
+def _placement_problem(shape: Shape, sharding: jax.sharding.Sharding) -> str | None:
+    try:
+        sharding.shard_shape(shape)
+    except ValueError as error:
+        return f"shape {shape} cannot be placed on {sharding}: {error}".splitlines()[0]
+    return None

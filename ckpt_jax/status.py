@@ -1,0 +1,172 @@
+"""LoadStatus: what a restore did, and assertions about it.
+
+The assertions look at the program as it is now, not as it was when `restore` was called:
+values that waited may have found their objects since. They follow TensorFlow's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+from ckpt_jax.graph.match import Match, match
+from ckpt_jax.graph.plan import plan_read, pretty_name
+from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.report import RestoreReport
+from ckpt_jax.restoring import Restoration, fits
+
+_MAX_LISTED = 10
+
+
+class LoadStatus:
+    """The outcome of `Checkpoint.restore` or `read`.
+
+    Each assertion returns the status, for chaining. As a context manager it asserts on
+    leaving that everything was consumed:
+
+        with checkpoint.restore(path):
+            ...  # create what is still missing
+
+    Source: `tf.train.Checkpoint.restore`'s status objects.
+    """
+
+    def __init__(self, restoration: Restoration | None, trace: Callable[[], LiveGraph]):
+        self._restoration = restoration
+        self._trace = trace
+
+    @property
+    def report(self) -> RestoreReport:
+        """Every value on either side, as things stand now."""
+        if self._restoration is None:
+            return RestoreReport("(no checkpoint)")
+        return self._look()[2]
+
+    def assert_consumed(self) -> LoadStatus:
+        """Every value in the checkpoint has a place in the program, and the other way round.
+
+        Raises:
+          AssertionError: naming the values that have not.
+        """
+        self.assert_existing_objects_matched()
+        assert self._restoration is not None
+        live, found, report = self._look()
+        saved = self._restoration.saved
+        unresolved = [
+            f"Unresolved object in checkpoint {pretty_name(saved, node)}: {what}"
+            for node, what in self._unresolved(live, found)
+        ]
+        unused = [f"Unused attributes in checkpoint: {entry}" for entry in report.unexpected]
+        _fail("values of the checkpoint have no place in the program", unresolved or unused)
+        return self
+
+    def assert_existing_objects_matched(self) -> LoadStatus:
+        """Every object of the program that has values got them from this checkpoint.
+
+        Raises:
+          AssertionError: naming the objects that did not.
+        """
+        if self._restoration is None:
+            raise AssertionError("No checkpoint specified; nothing was restored")
+        live, found, _ = self._look()
+        sources = found.sources()
+        skipped = live.graph.slot_nodes if self._skips_slots() else frozenset()
+        unmatched = [
+            pretty_name(live.graph, node)
+            for node, entry in enumerate(live.graph.nodes)
+            if entry.attributes
+            and node not in skipped
+            and (node not in sources or not self._holds(live, sources[node], node))
+        ]
+        _fail("objects of the program are not in the checkpoint", unmatched)
+        return self
+
+    def assert_nontrivial_match(self) -> LoadStatus:
+        """Something besides the root was matched.
+
+        Raises:
+          AssertionError: nothing was.
+        """
+        if self._restoration is None:
+            raise AssertionError("No checkpoint specified; nothing was restored")
+        live, found, _ = self._look()
+        if len(found.bound) <= 1:
+            if len(live.graph.nodes) <= 1:
+                raise AssertionError("Nothing to load: the program tracks no objects")
+            raise AssertionError(
+                "Nothing but the root was matched with the checkpoint. It holds "
+                f"{_listed(list(self._restoration.saved.paths[1:]))}; the program has "
+                f"{_listed(list(live.graph.paths[1:]))}"
+            )
+        return self
+
+    def expect_partial(self) -> LoadStatus:
+        """Silences the note about values that were never used; assertions stay as they are."""
+        if self._restoration is not None:
+            self._restoration.partial_is_fine = True
+        return self
+
+    def initialize_or_restore(self) -> LoadStatus:
+        """Nothing to do outside of TensorFlow's graph mode; kept for programs ported from it."""
+        return self
+
+    def __enter__(self) -> LoadStatus:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.assert_consumed()
+
+    def _look(self) -> tuple[LiveGraph, Match, RestoreReport]:
+        assert self._restoration is not None
+        live = self._trace()
+        found = match(self._restoration.saved, live.graph)
+        plan = plan_read(
+            self._restoration.saved,
+            live,
+            found,
+            path=self._restoration.path,
+            fits=fits(self._restoration.options.cast),
+            skip_slots=self._skips_slots(),
+        )
+        return live, found, plan.report
+
+    def _skips_slots(self) -> bool:
+        return self._restoration is not None and self._restoration.options.skip_slot_variables
+
+    def _holds(self, live: LiveGraph, saved: int, node: int) -> bool:
+        """Whether a live node still is the object that the restore bound. Values without an
+        identity of their own (leaves of a pytree) are known by their place."""
+        assert self._restoration is not None
+        if not live.views[node].mutable:
+            return True
+        return self._restoration.is_bound(saved, live.objects[node])
+
+    def _unresolved(self, live: LiveGraph, found: Match) -> list[tuple[int, str]]:
+        assert self._restoration is not None
+        saved = self._restoration.saved
+        skipped = saved.slot_nodes if self._skips_slots() else frozenset()
+        return [
+            (node, ", ".join(str(attribute.spec) for attribute in entry.attributes))
+            for node, entry in enumerate(saved.nodes)
+            if entry.attributes
+            and node not in skipped
+            and (node not in found.bound or not self._holds(live, node, found.bound[node]))
+        ]
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(name or "(root)" for name in names[:_MAX_LISTED])
+    more = len(names) - _MAX_LISTED
+    return f"{shown} and {more} more ({len(names)} in all)" if more > 0 else shown or "nothing"
+
+
+def _fail(what: str, names: list[str]) -> None:
+    if names:
+        lines = "\n".join(f"  {name}" for name in names[:_MAX_LISTED])
+        more = f"\n  ... {len(names)} in all" if len(names) > _MAX_LISTED else ""
+        raise AssertionError(f"{len(names)} {what}:\n{lines}{more}")

@@ -1,0 +1,150 @@
+"""Directories: where a checkpoint is staged, how it takes its place, what is one.
+
+A checkpoint is written into a staging directory beside its destination and takes the
+destination's name in one rename, so that a path holds a whole checkpoint or none. Where there
+is one already, the two directories are exchanged in one step and the old one goes last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+
+from ckpt_jax.errors import CheckpointNotFoundError
+from ckpt_jax.store.durable import fsync_directory
+
+MANIFEST = "manifest.ocdbt"
+_STAGING = re.compile(r"^(?P<name>.+)\.staging-[0-9a-f]{16}$")
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether `path` is a directory with a committed root database."""
+    return os.path.isfile(os.path.join(path, MANIFEST)) and not _STAGING.match(
+        os.path.basename(os.path.abspath(path))
+    )
+
+
+def checkpoints_in(directory: str) -> list[str]:
+    """The names of the checkpoints in a directory, numbered ones in the order of numbers."""
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return []
+    found = [name for name in names if is_checkpoint(os.path.join(directory, name))]
+    return sorted(found, key=lambda name: (number_of(name) is None, number_of(name) or 0, name))
+
+
+def number_of(path: str) -> int | None:
+    """The number at the end of a checkpoint's name.
+
+    >>> number_of("runs/ckpt-12"), number_of("runs/final")
+    (12, None)
+    """
+    found = re.search(r"-(\d+)$", os.path.basename(path))
+    return int(found.group(1)) if found else None
+
+
+def require_checkpoint(path: str) -> None:
+    """Checks that there is a checkpoint at `path`.
+
+    Raises:
+      CheckpointNotFoundError: saying what is there instead, and which checkpoints are near.
+    """
+    if is_checkpoint(path):
+        return
+    if _STAGING.match(os.path.basename(os.path.abspath(path))):
+        what = f"{path} is the staging directory of a save that did not finish"
+        near = os.path.dirname(os.path.abspath(path))
+    elif os.path.isdir(path):
+        what = f"{path} is a directory, but not a checkpoint (it has no {MANIFEST})"
+        near = path
+    elif os.path.lexists(path):
+        what = f"{path} is a file, not a checkpoint directory"
+        near = os.path.dirname(os.path.abspath(path))
+    else:
+        what = f"there is no checkpoint at {path}"
+        near = os.path.dirname(os.path.abspath(path))
+    names = checkpoints_in(near)
+    if not names and near == path:
+        near = os.path.dirname(os.path.abspath(path))
+        names = checkpoints_in(near)
+    if names:
+        what += f". Checkpoints in {near}: {', '.join(names[-20:])}"
+    elif not os.path.isdir(near):
+        what += f". The directory {near} does not exist"
+    else:
+        what += f". There are no checkpoints in {near}"
+    raise CheckpointNotFoundError(what)
+
+
+@contextlib.contextmanager
+def staged(path: str, *, overwrite: bool, durable: bool) -> Iterator[str]:
+    """A staging directory that becomes `path` when the block ends well, and goes when not.
+
+    Raises:
+      FileExistsError: there is something at `path` that may not be replaced.
+    """
+    path = os.path.abspath(path)
+    _check_replaceable(path, overwrite)
+    parent = os.path.dirname(path)
+    os.makedirs(parent, exist_ok=True)
+    staging = f"{path}.staging-{secrets.token_hex(8)}"
+    try:
+        os.mkdir(staging)
+        yield staging
+        _publish(staging, path, overwrite=overwrite)
+        if durable:
+            fsync_directory(parent)
+    finally:
+        # Nothing is left of a save that failed; after an exchange this is the old checkpoint.
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_replaceable(path: str, overwrite: bool) -> None:
+    if not os.path.lexists(path):
+        return
+    if is_checkpoint(path):
+        if not overwrite:
+            raise FileExistsError(f"{path} exists; pass overwrite=True to replace the checkpoint")
+    elif not os.path.isdir(path) or os.listdir(path):
+        raise FileExistsError(f"{path} exists and is not a checkpoint; it is not replaced")
+
+
+def _publish(staging: str, path: str, *, overwrite: bool) -> None:
+    try:
+        os.rename(staging, path)
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise
+    _check_replaceable(path, overwrite)
+    if not _exchange(staging, path):
+        # Without an atomic exchange the old checkpoint steps aside for the new one.
+        aside = f"{path}.staging-{secrets.token_hex(8)}"
+        os.rename(path, aside)
+        os.rename(staging, path)
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _exchange(one: str, other: str) -> bool:
+    """Swaps two names in one step where the system can (Linux: renameat2 RENAME_EXCHANGE)."""
+    if not sys.platform.startswith("linux"):
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    if renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL):
+        return False
+    raise OSError(number, os.strerror(number), one, None, other)
+

@@ -1,0 +1,322 @@
+"""Writing a shard: the slices of one call, in a database of their own.
+
+Big slices become rows of stacks, one stack for each size, straight from the memory that they
+lie in. Small slices are copied one after the other into packs, which are stacks of one row, so
+that ten thousand of them cost no more than a few big ones. The bytes reach the database in
+groups of bounded size, a transaction each, because TensorStore keeps an encoded copy of what
+is in a transaction. The last transaction carries the index: a database without one is the
+remains of an interrupted write.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import numpy as np
+import tensorstore as ts
+
+from ckpt_jax.store.box import Box, Shape, inside, shape_of, whole
+from ckpt_jax.store.durable import fsync_directory, fsync_file
+from ckpt_jax.store.index import (
+    BYTES,
+    COMPRESSIONS,
+    INDEX_KEY,
+    Index,
+    Layout,
+    Shard,
+    Stack,
+    dtype_name,
+)
+from ckpt_jax.store.stack import (
+    ALIGNMENT,
+    DATA,
+    chunk_nbytes,
+    new_context,
+    open_database,
+    open_stack,
+    round_up,
+    storage_error,
+)
+
+BIG_NBYTES = 256 << 10  # from here on a slice is a row of its own
+PACK_NBYTES = 16 << 20  # what a pack may grow to; the reader takes a pack in one go
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """A box of a larger array.
+
+    Attributes:
+      array: the contents of the box.
+      box: where they lie in the array.
+      global_shape: shape of the whole array.
+    """
+
+    array: np.ndarray
+    box: Box
+    global_shape: Shape
+
+
+Value = np.ndarray | bytes | Slice | Sequence[Slice]
+
+
+def write_shard(
+    directory: str,
+    slices: Mapping[str, Value],
+    *,
+    compression: str | None = None,
+    durable: bool = True,
+    max_inflight_bytes: int = 64 << 20,
+    pool: Executor | None = None,
+) -> int:
+    """Writes `slices` and their index to a new database in `directory`.
+
+    Contiguous arrays are not copied: they must not change until the call returns.
+
+    Args:
+      directory: does not exist yet, or is empty.
+      slices: what to store under each key: a whole array, a byte string, or boxes of an array.
+      compression: None or "zstd".
+      durable: return only when all of it would survive a power failure.
+      max_inflight_bytes: bound on the memory for encoded copies and packs.
+      pool: where files are flushed meanwhile; a private thread by default.
+
+    Returns:
+      Number of bytes of all slices.
+
+    Raises:
+      FileExistsError: `directory` holds something.
+      OSError: the file system refused, for lack of space or permission for example.
+      ValueError: an array has a dtype that cannot be stored, or another shape than its box.
+    """
+    if (compression or "") not in COMPRESSIONS:
+        raise ValueError(f"compression is {compression!r}, expected None or 'zstd'")
+    plan = _plan(slices, compression or "", max_inflight_bytes)
+    os.makedirs(directory, exist_ok=True)
+    if os.listdir(directory):
+        raise FileExistsError(f"{directory}: a shard is written to a new directory, this has files")
+    groups = list(_groups(_transfers(plan, max_inflight_bytes), max_inflight_bytes)) or [[]]
+    context = new_context()
+    flushed: set[str] = set()
+    flushes: list[Future[None]] = []
+    data = os.path.join(directory, DATA)
+    with ExitStack() as stack:
+        if pool is None and durable:
+            pool = stack.enter_context(ThreadPoolExecutor(1, "ckpt-flush"))
+        created: set[int] = set()
+        try:
+            for i, group in enumerate(groups):
+                last = i == len(groups) - 1
+                _write_group(directory, context, plan.index, group, created, last=last)
+                if durable and pool is not None:
+                    new = set(os.listdir(data)) - flushed
+                    flushed |= new
+                    flushes += [pool.submit(fsync_file, os.path.join(data, f)) for f in new]
+        except ValueError as error:
+            raise storage_error(error, directory) from error
+        for flush in flushes:
+            flush.result()
+    if durable:
+        with os.scandir(directory) as files:
+            for file in files:
+                fsync_file(file.path)
+        fsync_directory(directory)
+        fsync_directory(os.path.dirname(os.path.abspath(directory)))
+    return sum(plan.index.layouts[i].nbytes for i in plan.index.layout.tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The index, and where the bytes of its stacks come from.
+
+    Attributes:
+      rows: for each stack of big slices, its rows; None for a pack.
+      packs: for each pack, by stack number, the buffers that follow each other in it.
+    """
+
+    index: Index
+    rows: dict[int, list[np.ndarray]]
+    packs: dict[int, list[np.ndarray | bytes]]
+
+
+_PADDING = [bytes(n) for n in range(ALIGNMENT)]
+
+
+def _plan(slices: Mapping[str, Value], compression: str, max_pack_nbytes: int) -> _Plan:
+    max_pack_nbytes = min(PACK_NBYTES, max_pack_nbytes)
+    keys = tuple(sorted(slices))
+    layouts: dict[tuple[str, Shape, Box, int], int] = {}
+    places: list[tuple[int, int, int, int, int]] = []  # key, layout, stack, row, offset
+    rows: dict[int, list[np.ndarray]] = {}
+    packs: dict[int, list[np.ndarray | bytes]] = {}
+    sizes: list[int] = []  # of the rows of each stack
+    stack_of_size: dict[int, int] = {}
+    pack = -1
+    for number, key in enumerate(keys):
+        for dtype, shape, box, source in _sources(key, slices[key]):
+            nbytes = len(source) if isinstance(source, bytes) else source.nbytes
+            layout = layouts.setdefault((dtype, shape, box, nbytes), len(layouts))
+            if nbytes == 0:
+                places.append((number, layout, 0, 0, 0))
+            elif nbytes >= BIG_NBYTES:
+                stack = stack_of_size.setdefault(nbytes, len(sizes))
+                if stack == len(sizes):
+                    sizes.append(nbytes)
+                    rows[stack] = []
+                places.append((number, layout, stack, len(rows[stack]), 0))
+                rows[stack].append(_as_bytes(source))
+            else:
+                offset = round_up(sizes[pack]) if packs else 0
+                if not packs or offset + nbytes > max_pack_nbytes:
+                    pack, offset = len(sizes), 0
+                    sizes.append(0)
+                    packs[pack] = []
+                if offset != sizes[pack]:
+                    packs[pack].append(_PADDING[offset - sizes[pack]])
+                places.append((number, layout, pack, 0, offset))
+                packs[pack].append(source)
+                sizes[pack] = offset + nbytes
+    stacks = [
+        Stack(len(rows.get(i, "1")), nbytes, chunk_nbytes(nbytes), compression)
+        for i, nbytes in enumerate(sizes)
+    ]
+    shard = Shard(secrets.token_hex(8), ".", tuple(stacks))
+    return _Plan(_index(shard, keys, [Layout(*m) for m in layouts], places), rows, packs)
+
+
+def _index(
+    shard: Shard,
+    keys: tuple[str, ...],
+    layouts: list[Layout],
+    places: list[tuple[int, int, int, int, int]],
+) -> Index:
+    in_order = sorted(range(len(layouts)), key=layouts.__getitem__)
+    rank = np.argsort(in_order)
+    key, layout, stack, row, offset = np.array(places, np.int64).reshape(-1, 5).T
+    layout = rank[layout] if len(layouts) else layout
+    order = np.lexsort((layout, key))
+    columns = [c[order] for c in (key, layout, np.zeros_like(key), stack, row, offset)]
+    return Index((shard,), tuple([layouts[i] for i in in_order]), keys, *columns)
+
+
+def _sources(key: str, value: Value) -> Iterator[tuple[str, Shape, Box, np.ndarray | bytes]]:
+    if isinstance(value, bytes):
+        yield BYTES, (), (), value
+        return
+    if isinstance(value, np.ndarray):
+        yield _dtype(key, value), value.shape, whole(value.shape), _stored(value)
+        return
+    for part in [value] if isinstance(value, Slice) else value:
+        if not inside(part.box, part.global_shape) or part.array.shape != shape_of(part.box):
+            raise ValueError(
+                f"{key}: contents of shape {part.array.shape} for box {part.box} of an array of "
+                f"shape {part.global_shape}"
+            )
+        yield _dtype(key, part.array), part.global_shape, part.box, _stored(part.array)
+
+
+def _dtype(key: str, array: np.ndarray) -> str:
+    try:
+        return dtype_name(array.dtype)
+    except ValueError as error:
+        raise ValueError(f"{key}: {error}") from None
+
+
+def _stored(array: np.ndarray) -> np.ndarray:
+    """`array` itself where it lies in memory as it will on disk; exports its bytes."""
+    if array.dtype.byteorder == ">":
+        array = array.astype(array.dtype.newbyteorder("<"))
+    array = np.ascontiguousarray(array)
+    return array if array.dtype.kind in "biufc" and array.dtype.isbuiltin == 1 else _as_bytes(array)
+
+
+def _as_bytes(source: np.ndarray | bytes) -> np.ndarray:
+    if isinstance(source, bytes):
+        return np.frombuffer(source, np.uint8)
+    return source.reshape(-1).view(np.uint8)
+
+
+@dataclass(frozen=True, slots=True)
+class _Transfer:
+    """Bytes `start` to `stop` of one row of a stack."""
+
+    stack: int
+    row: int
+    start: int
+    stop: int
+    source: np.ndarray | list[np.ndarray | bytes]
+
+
+def _transfers(plan: _Plan, max_nbytes: int) -> Iterator[_Transfer]:
+    (shard,) = plan.index.shards
+    for number, sources in plan.rows.items():
+        stack = shard.stacks[number]
+        step = max(1, max_nbytes // stack.chunk_nbytes) * stack.chunk_nbytes
+        for row, source in enumerate(sources):
+            for start in range(0, stack.row_nbytes, step):
+                stop = min(start + step, stack.row_nbytes)
+                yield _Transfer(number, row, start, stop, source)
+    for number, parts in plan.packs.items():
+        yield _Transfer(number, 0, 0, shard.stacks[number].row_nbytes, parts)
+
+
+def _groups(transfers: Iterator[_Transfer], max_nbytes: int) -> Iterator[list[_Transfer]]:
+    group: list[_Transfer] = []
+    held = 0
+    for transfer in transfers:
+        nbytes = transfer.stop - transfer.start
+        if group and held + nbytes > max_nbytes:
+            yield group
+            group, held = [], 0
+        group.append(transfer)
+        held += nbytes
+    if group:
+        yield group
+
+
+def _write_group(
+    directory: str,
+    context: ts.Context,
+    index: Index,
+    group: list[_Transfer],
+    created: set[int],
+    *,
+    last: bool,
+) -> None:
+    (shard,) = index.shards
+    transaction = ts.Transaction(atomic=True)
+    stores: dict[int, ts.TensorStore] = {}
+    writes = []
+    for t in group:
+        if t.stack not in stores:
+            stores[t.stack] = open_stack(
+                directory,
+                context,
+                shard.id,
+                t.stack,
+                shard.stacks[t.stack],
+                create=t.stack not in created,
+                transaction=transaction,
+            )
+            created.add(t.stack)
+        source = t.source
+        if isinstance(source, list):
+            # Arrays are buffers; numpy's stubs say so from Python 3.12 on.
+            joined = b"".join(source)  # pyright: ignore[reportArgumentType]
+            source = np.frombuffer(joined, np.uint8)
+        writes.append(
+            stores[t.stack][t.row, t.start : t.stop].write(
+                source[t.start : t.stop], can_reference_source_data_indefinitely=True
+            )
+        )
+    if last:
+        database = open_database(directory, context).with_transaction(transaction)
+        writes.append(database.write(INDEX_KEY, index.to_bytes()))
+    for write in writes:
+        (write.copy if isinstance(write, ts.WriteFutures) else write).result()
+    transaction.commit_async().result()

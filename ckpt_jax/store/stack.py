@@ -1,0 +1,107 @@
+"""Stacks as TensorStore sees them: the one place that knows how bytes are addressed.
+
+A database is an OCDBT key-value store in a directory. A stack is a zarr3 array of bytes in it,
+[rows, row_nbytes] in chunks of [1, chunk_nbytes], each chunk with a CRC-32C.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+
+import tensorstore as ts
+
+from ckpt_jax.errors import CheckpointError
+from ckpt_jax.store.index import Stack
+
+CHUNK_NBYTES = 1 << 20  # what chunks come close to: small reads stay small, overhead too
+ALIGNMENT = 64  # of slices in rows and of results in memory; what JAX aliases without a copy
+MANIFEST = "manifest.ocdbt"  # the file whose presence makes a directory a database
+DATA = "d"  # the directory of a database's data files
+
+_OS_ERROR = re.compile(r"os_error_code='(\d+)'")
+
+
+@cache
+def _threads() -> ts.Context:
+    # Files are flushed by us, all at once, see `durable`.
+    return ts.Context({"file_io_sync": False, "file_io_concurrency": {"limit": 8}})
+
+
+def new_context() -> ts.Context:
+    """A context for one reader or writer: threads are shared by all, caches by none.
+
+    A cache outlives what it describes when a directory is removed and its name is used again.
+    """
+    return ts.Context({"cache_pool": {"total_bytes_limit": 0}}, _threads())
+
+
+def round_up(n: int, unit: int = ALIGNMENT) -> int:
+    return -(-n // unit) * unit
+
+
+def chunk_nbytes(row_nbytes: int) -> int:
+    """Size of the chunks of a row: equal up to a few bytes, near `CHUNK_NBYTES`."""
+    pieces = max(1, round(row_nbytes / CHUNK_NBYTES))
+    return -(-row_nbytes // pieces)
+
+
+def _database(directory: str) -> dict[str, str]:
+    return {"driver": "ocdbt", "base": f"file://{os.path.abspath(directory)}/"}
+
+
+def open_database(directory: str, context: ts.Context, prefix: str = "") -> ts.KvStore:
+    spec = _database(directory) | {"path": prefix}
+    return ts.KvStore.open(spec, context=context).result()
+
+
+def open_stack(
+    directory: str,
+    context: ts.Context,
+    shard_id: str,
+    number: int,
+    stack: Stack,
+    *,
+    create: bool = False,
+    transaction: ts.Transaction | None = None,
+) -> ts.TensorStore:
+    """Stack `number` of a shard; unless it is created, `stack` is believed unseen."""
+    codecs: list[dict[str, object]] = [{"name": "bytes"}]
+    if stack.compression == "zstd":
+        codecs.append({"name": "zstd", "configuration": {"level": 1}})
+    codecs.append({"name": "crc32c"})
+    grid = {"chunk_shape": [1, stack.chunk_nbytes]}
+    spec = {
+        "driver": "zarr3",
+        "kvstore": _database(directory) | {"path": f"{shard_id}/{number}/"},
+        "metadata": {
+            "zarr_format": 3,
+            "node_type": "array",
+            "shape": [stack.rows, stack.row_nbytes],
+            "data_type": "uint8",
+            "chunk_grid": {"name": "regular", "configuration": grid},
+            "chunk_key_encoding": {"name": "default"},
+            "fill_value": 0,
+            "codecs": codecs,
+        },
+        # A chunk of zeros is data like any other, and an absent chunk is damage.
+        "store_data_equal_to_fill_value": True,
+        "fill_missing_data_reads": False,
+    }
+    return ts.open(
+        ts.Spec(spec),
+        context=context,
+        transaction=transaction,
+        create=create,
+        open=not create,
+        assume_metadata=not create,
+    ).result()
+
+
+def storage_error(error: Exception, directory: str) -> Exception:
+    """What TensorStore's `error` on `directory` is called here: an OSError where it was one."""
+    code = _OS_ERROR.search(str(error))
+    if code is not None:
+        return OSError(int(code[1]), os.strerror(int(code[1])), directory)
+    return CheckpointError(f"{directory}: {error}")

@@ -1,0 +1,408 @@
+"""Trackables: mutable objects that name their children.
+
+*Tracking* gives a child a local name. A `Trackable` is told explicitly, an `AutoTrackable`
+tracks what is assigned to its attributes. Restoring may come before a child exists: then a
+*pending* entry waits under the child's name, and tracking the child hands it over. That is
+all a trackable knows of checkpoints: somebody awaits this name.
+
+State lives in the instance's `__dict__` under two private names, made on first use, so that a
+subclass need not call `super().__init__()`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ckpt_jax.graph.labels import PYTHON_STATE, VARIABLE_VALUE, Label
+from ckpt_jax.trackable.view import View, add_view, view_of
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+_CHILDREN = "_self_children"  # {local name: child}
+_PENDING = "_self_pending"  # {local name: [Pending, ...]}, oldest first
+_TRACKING = "_self_tracking"  # False inside no_automatic_dependency_tracking
+
+
+class Pending(Protocol):
+    """A restore that waits for a child to appear."""
+
+    def attach(self, parent: Any, label: Label, child: Any) -> Any:
+        """Restores what it can into `child`; returns the child to use."""
+
+    def initial_value(self) -> Any | None:
+        """The value that waits, where it is one array; None where it is more."""
+
+
+class Trackable:
+    """An object whose children and values are saved in an object graph.
+
+    Children are given with `track`. An object with values of its own overrides
+    `serialize_to_arrays` and `restore_from_arrays`.
+
+    Source: `tf.train.experimental.PythonState`'s base, TensorFlow's `Trackable`.
+
+    Example:
+      >>> class Model(Trackable):
+      ...     def __init__(self):
+      ...         self.w = self.track("w", Variable(jnp.zeros(2)))
+      >>> sorted(Model().trackable_children())
+      ['w']
+    """
+
+    def track(self, name: str, value: Any, overwrite: bool = False) -> Any:
+        """Names `value` as a child.
+
+        Args:
+          name: the local name; it identifies the child in checkpoints.
+          value: anything that has a view.
+          overwrite: whether the name may already belong to a different object.
+
+        Returns:
+          The child to use: `value`, or a rebuilt one where a pending restore waited for it
+          and it is immutable.
+
+        Raises:
+          ValueError: the name already belongs to a different object.
+          TypeError: nothing is known about how to save `value`.
+        """
+        if view_of(value) is None:
+            raise TypeError(
+                f"cannot track {name!r}: {type(value).__qualname__} has no view "
+                "(ckpt.register_view teaches the library new kinds)"
+            )
+        children = _own(self, _CHILDREN)
+        known = name in children
+        if known and children[name] is not value and not overwrite:
+            raise ValueError(
+                f"{name!r} is already declared as a dependency of {type(self).__qualname__}; "
+                "pass overwrite=True to replace it"
+            )
+        children[name] = value
+        if not known:
+            children[name] = value = receive(self, name, value)
+        return value
+
+    def trackable_children(self) -> dict[str, Any]:
+        """The children by local name, in the order in which they were first tracked."""
+        return dict(self.__dict__.get(_CHILDREN, ()))
+
+    def serialize_to_arrays(self) -> dict[str, Any]:
+        """The object's own values: local name -> array or Python scalar."""
+        return {}
+
+    def restore_from_arrays(self, arrays: dict[str, Any]) -> None:
+        """Takes back the values that `serialize_to_arrays` names."""
+        raise NotImplementedError(
+            f"{type(self).__qualname__} saves values but does not override restore_from_arrays"
+        )
+
+    def add_variable(
+        self,
+        name: str,
+        shape: tuple[int, ...] | None = None,
+        dtype: Any = jnp.float32,
+        initializer: Any = None,
+        overwrite: bool = False,
+    ) -> Variable:
+        """Creates a `Variable` and tracks it; a value that waits for this name wins.
+
+        Args:
+          name: the local name.
+          shape: of the value; required with an initializer function or none at all.
+          dtype: of the value.
+          initializer: a function `(shape, dtype) -> array`, or a constant (then no shape).
+            Zeros by default. A function is not called when a restored value waits.
+          overwrite: whether the name may already belong to a different object.
+
+        Raises:
+          ValueError: both a shape and a constant, neither, a name in use, or a waiting value
+            of another shape or dtype.
+        """
+        if name in self.__dict__.get(_CHILDREN, ()) and not overwrite:
+            raise ValueError(f"a variable named {name!r} is already declared here")
+        constant = initializer is not None and not callable(initializer)
+        if constant and shape is not None:
+            raise ValueError(
+                f"variable {name!r}: do not specify shape with a constant initial value"
+            )
+        if shape is None and not constant:
+            raise ValueError(f"variable {name!r}: a shape is needed without a constant value")
+        if constant:
+            value = jnp.asarray(initializer, dtype)
+        else:
+            waiting = self.__dict__.get(_PENDING, {}).get(name, ())
+            if waiting and waiting[-1].initial_value() is not None:
+                value = jax.ShapeDtypeStruct(tuple(shape or ()), dtype)
+            elif initializer is not None:
+                value = jnp.asarray(initializer(tuple(shape or ()), dtype))
+            else:
+                value = jnp.zeros(tuple(shape or ()), dtype)
+        return self.track(name, Variable(value), overwrite=overwrite)
+
+
+class NoDependency:
+    """Marks a value that is assigned to an attribute but is not state.
+
+    Example:
+      >>> class Model(AutoTrackable):
+      ...     def __init__(self): self.cache = NoDependency({})
+      >>> Model().cache, Model().trackable_children()
+      ({}, {})
+    """
+
+    def __init__(self, value: Any):
+        self.value = value
+
+
+class AutoTrackable(Trackable):
+    """Tracks what is assigned to its attributes; deleting an attribute drops the child.
+
+    Arrays, trackables, Flax objects and containers of these are state. Plain Python scalars
+    and strings, functions, and whatever else has no view are configuration.
+
+    Source: TensorFlow's `AutoTrackable` (`tf.Module`, `tf.train.Checkpoint`).
+
+    Example:
+      >>> class Model(AutoTrackable):
+      ...     def __init__(self):
+      ...         self.w = Variable(jnp.zeros(2))
+      ...         self.width = 2
+      >>> sorted(Model().trackable_children())
+      ['w']
+    """
+
+    def _is_state(self, value: Any) -> bool:
+        return holds_state(value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, NoDependency):
+            self.__dict__.get(_CHILDREN, {}).pop(name, None)
+            super().__setattr__(name, value.value)
+            return
+        children = _own(self, _CHILDREN)
+        if self.__dict__.get(_TRACKING, True):
+            if self._is_state(value):
+                value = self.track(name, value, overwrite=True)
+            else:
+                children.pop(name, None)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self.__dict__.get(_CHILDREN, {}).pop(name, None)
+
+
+class Variable:
+    """A mutable box for one array.
+
+    Args:
+      value: an array, or a `jax.ShapeDtypeStruct` for a variable that will be restored.
+
+    Source: the part that `tf.Variable` plays in a checkpoint.
+
+    Example:
+      >>> v = Variable(jnp.zeros(2))
+      >>> v.assign(v.value + 1).value
+      Array([1., 1.], dtype=float32)
+    """
+
+    def __init__(self, value: Any):
+        if not isinstance(value, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic):
+            value = jnp.asarray(value)
+        self._value = value
+
+    @property
+    def value(self) -> Any:
+        """The array in the box."""
+        return self._value
+
+    def assign(self, value: Any) -> Variable:
+        """Replaces the array by one of the same shape; returns the variable."""
+        value = value if hasattr(value, "dtype") else jnp.asarray(value, self.dtype)
+        if value.shape != self.shape:
+            raise ValueError(f"expected shape {self.shape}, got {value.shape}")
+        self._value = value
+        return self
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self._value.shape
+
+    @property
+    def dtype(self) -> Any:
+        return self._value.dtype
+
+    def __repr__(self) -> str:
+        return f"Variable({self._value!r})"
+
+
+class PythonState:
+    """Python state that saves itself as one string.
+
+    Subclasses implement `serialize() -> str | bytes` and `deserialize(value: bytes)`.
+
+    Source: `tf.train.experimental.PythonState`.
+
+    Example:
+      >>> class Position(PythonState):
+      ...     index = 0
+      ...     def serialize(self): return str(self.index)
+      ...     def deserialize(self, value): self.index = int(value)
+    """
+
+    def serialize(self) -> str | bytes:
+        """The state as a string; called once per save, while `save` blocks."""
+        raise NotImplementedError
+
+    def deserialize(self, value: bytes) -> None:
+        """Takes back a string that `serialize` gave (text arrives as UTF-8)."""
+        raise NotImplementedError
+
+
+@runtime_checkable
+class SlotOwner(Protocol):
+    """An optimizer: an object that owns per-variable state.
+
+    `slots()` returns {(slot name, variable): slot variable}. In a checkpoint a slot variable
+    is found through its variable, whatever either is called.
+    """
+
+    def slots(self) -> Mapping[tuple[str, Any], Any]: ...
+
+
+# --- tracking --------------------------------------------------------------------------
+
+
+def _own(obj: Any, name: str) -> dict[str, Any]:
+    """A private dict of `obj`, made on first use."""
+    return obj.__dict__.setdefault(name, {})
+
+
+def receive(parent: Any, label: Label, child: Any) -> Any:
+    """Hands a newly tracked child to the restores that wait for its name, the newest first."""
+    waiting = getattr(parent, "__dict__", {}).get(_PENDING, {}).pop(label, ())
+    for pending in reversed(waiting):
+        child = pending.attach(parent, label, child)
+    return child
+
+
+def await_child(parent: Any, label: Label, pending: Pending) -> None:
+    """Lets `pending` wait for the child `label` of `parent`."""
+    _own(parent, _PENDING).setdefault(label, []).append(pending)
+
+
+def pending_names(parent: Any) -> list[str]:
+    """The names under which restores wait."""
+    return list(getattr(parent, "__dict__", {}).get(_PENDING, ()))
+
+
+def holds_state(value: Any) -> bool:
+    """Whether an attribute's value is state: an array, a trackable, or a container of some.
+
+    Scalars, strings, None, and containers of nothing else are configuration, except for empty
+    lists and dicts, to which state may yet be added.
+    """
+    if isinstance(value, int | float | complex | str | bytes | None | np.generic):
+        return False
+    if isinstance(value, list | dict) and not value:
+        return True
+    view = view_of(value)
+    if view is None:
+        return False
+    return view.identity or any(holds_state(child) for _, child in view.children(value))
+
+
+@contextlib.contextmanager
+def no_automatic_dependency_tracking_scope(obj: AutoTrackable) -> Iterator[None]:
+    """Inside the block, attributes assigned to `obj` are not tracked."""
+    before = obj.__dict__.get(_TRACKING, True)
+    obj.__dict__[_TRACKING] = False
+    try:
+        yield
+    finally:
+        obj.__dict__[_TRACKING] = before
+
+
+def no_automatic_dependency_tracking(method: F) -> F:
+    """Decorator: attributes that the method assigns to `self` are not tracked.
+
+    Source: TensorFlow's decorator of the same name.
+    """
+
+    @functools.wraps(method)
+    def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with no_automatic_dependency_tracking_scope(self):
+            return method(self, *args, **kwargs)
+
+    return wrapper  # type: ignore[return-value]
+
+
+# --- views -----------------------------------------------------------------------------
+
+
+class TrackableView(View):
+    identity = True
+    mutable = True
+
+    def children(self, obj: Trackable) -> Iterable[tuple[Label, Any]]:
+        return obj.trackable_children().items()
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        for label, child in changed.items():
+            _own(obj, _CHILDREN)[str(label)] = child
+            if isinstance(obj, AutoTrackable):
+                obj.__dict__[str(label)] = child
+        return obj
+
+    def values(self, obj: Any) -> Mapping[str, Any]:
+        return obj.serialize_to_arrays()
+
+    def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
+        obj.restore_from_arrays(dict(values))
+        return obj
+
+    def slots(self, obj: Any) -> Mapping[tuple[str, Any], Any]:
+        return obj.slots() if isinstance(obj, SlotOwner) else {}
+
+
+class VariableView(View):
+    """A box: the value is the variable's own."""
+
+    container = "leaf"
+    identity = True
+    mutable = True
+
+    def values(self, obj: Variable) -> Mapping[str, Any]:
+        return {VARIABLE_VALUE: obj._value}
+
+    def assign(self, obj: Variable, values: Mapping[str, Any]) -> Any:
+        obj._value = values[VARIABLE_VALUE]
+        return obj
+
+
+class PythonStateView(TrackableView):
+    """One string of its own, and the children of a trackable where it is one, too."""
+
+    container = "leaf"
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        return obj.trackable_children().items() if isinstance(obj, Trackable) else ()
+
+    def values(self, obj: Any) -> Mapping[str, Any]:
+        return {PYTHON_STATE: obj}
+
+    def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
+        obj.deserialize(values[PYTHON_STATE])
+        return obj
+
+
+add_view(Trackable, TrackableView())
+add_view(Variable, VariableView())
+add_view(PythonState, PythonStateView())

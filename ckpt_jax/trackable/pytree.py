@@ -1,0 +1,167 @@
+"""Views of plain values and pytrees: leaves, the builtin containers, and all that JAX knows.
+
+A pytree is immutable to this library, whatever Python thinks of its containers: the caller's
+lists and dicts are never changed, a restored tree is a rebuilt one. The builtin containers
+are read directly, so that dict keys of any sortable or unsortable mixture work and keep their
+order; any other type that is registered with JAX (flax.struct, FrozenDict, Equinox modules,
+a user's own) is taken apart and put together by JAX itself, which leaves its static fields as
+the target has them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
+from ckpt_jax.trackable.view import View, add_kind
+
+
+class LeafView(View):
+    """A value that is its own only part: an array, a scalar, a string."""
+
+    container = "leaf"
+
+    def __init__(self, identity: bool = False):
+        self.identity = identity
+
+    def values(self, obj: Any) -> Mapping[str, Any]:
+        return {VARIABLE_VALUE: obj}
+
+    def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
+        return values[VARIABLE_VALUE]
+
+
+class NoneView(View):
+    container = "none"
+
+
+class DictView(View):
+    container = "dict"
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        return obj.items()
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        items = {label: changed.get(label, child) for label, child in obj.items()}
+        if isinstance(obj, defaultdict):
+            return type(obj)(obj.default_factory, items)
+        return type(obj)(items)
+
+
+class ListView(View):
+    container = "list"
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        return enumerate(obj)
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        return type(obj)([changed.get(i, child) for i, child in enumerate(obj)])
+
+
+class TupleView(View):
+    """Tuples, and named tuples by field."""
+
+    def __init__(self, named: bool):
+        self.named = named
+        self.container = "namedtuple" if named else "tuple"
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        return zip(obj._fields, obj, strict=True) if self.named else enumerate(obj)
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        parts = [changed.get(label, child) for label, child in self.children(obj)]
+        return type(obj)._make(parts) if self.named else tuple(parts)
+
+
+class DataclassView(View):
+    """Dataclasses that are not registered with JAX: every field is state."""
+
+    container = "dataclass"
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        return [(field.name, getattr(obj, field.name)) for field in dataclasses.fields(obj)]
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        return dataclasses.replace(obj, **dict(changed))  # type: ignore[arg-type]
+
+
+class RegisteredView(View):
+    """Any other type registered with JAX, one level of it."""
+
+    def __init__(self, container: str):
+        self.container = container
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda x: x is not obj)
+        return [(_label(path[0]), child) for path, child in leaves]
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        _, treedef = jax.tree.flatten(obj, is_leaf=lambda x: x is not obj)
+        parts = [changed.get(label, child) for label, child in self.children(obj)]
+        return jax.tree.unflatten(treedef, parts)
+
+
+def _label(key: Any) -> Label:
+    match key:
+        case jax.tree_util.GetAttrKey(name=name):
+            return name
+        case jax.tree_util.SequenceKey(idx=index):
+            return index
+        case jax.tree_util.DictKey(key=label) | jax.tree_util.FlattenedIndexKey(key=label):
+            return label
+    return str(key)
+
+
+def _is_registered(obj: Any) -> bool:
+    leaves = jax.tree.leaves(obj, is_leaf=lambda x: x is not obj)
+    return not (len(leaves) == 1 and leaves[0] is obj)
+
+
+def _is_dataclass(obj: Any) -> bool:
+    return dataclasses.is_dataclass(obj) and not isinstance(obj, type)
+
+
+def pytree_view(obj: Any) -> View | None:
+    """The view of an object by what kind of value or pytree its type is."""
+    match obj:
+        case None:
+            return _NONE
+        case jax.Array() | np.ndarray():
+            return _ARRAY
+        case enum.Enum() | int() | float() | complex() | bool() | str() | bytes() | np.generic():
+            return _VALUE
+        case jax.ShapeDtypeStruct():
+            return _VALUE  # a description: equal ones are not one array
+        case tuple() if hasattr(obj, "_fields"):
+            return _NAMED_TUPLE
+        case tuple() if type(obj) is tuple or not _is_registered(obj):
+            return _TUPLE
+        case list() if type(obj) is list or not _is_registered(obj):
+            return _LIST
+        case dict() if type(obj) in _DICTS or not _is_registered(obj):
+            return _DICT
+    if _is_registered(obj):
+        return _REGISTERED_DATACLASS if _is_dataclass(obj) else _REGISTERED
+    return _DATACLASS if _is_dataclass(obj) else None
+
+
+_NONE = NoneView()
+_VALUE = LeafView()
+_ARRAY = LeafView(identity=True)
+_TUPLE = TupleView(named=False)
+_NAMED_TUPLE = TupleView(named=True)
+_LIST = ListView()
+_DICT = DictView()
+_DICTS = (dict, OrderedDict, defaultdict)
+_DATACLASS = DataclassView()
+_REGISTERED = RegisteredView("dict")
+_REGISTERED_DATACLASS = RegisteredView("dataclass")
+
+add_kind(pytree_view)

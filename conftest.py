@@ -1,0 +1,16 @@
+"""Where tests and doctests run: on eight virtual CPU devices.
+
+At the root rather than in tests/, so that it holds for the doctests of the package too. The
+variables are read when JAX first looks for devices, which is after this file was imported, and
+are inherited by the processes that tests start.
+"""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    ).strip()
+
+collect_ignore_glob = ["ckpt_jax/_proto/*"]  # generated, without doctests

@@ -1,0 +1,70 @@
+"""Every example runs as a program of its own, and says what it promises to show."""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+def run(name, *arguments):
+    """The example's exit code and its output; a warning in it, or in its children, is an error."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", EXAMPLES / name, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=280,
+    )
+    return done.returncode, done.stdout
+
+
+def rows(output):
+    """The rows of the table, by phase: (mesh, first step, last step)."""
+    pattern = r"^(\w+) +(\d x \d) +(\d+)-(\d+) "
+    found = re.findall(pattern, output, flags=re.MULTILINE)
+    return {phase: (mesh, int(first), int(last)) for phase, mesh, first, last in found}
+
+
+def test_every_example_is_tested():
+    tested = {"linen_train_state.py", "resume_on_another_mesh.py"}
+    assert {file.name for file in EXAMPLES.glob("*.py")} == tested
+
+
+def test_a_killed_run_resumes_on_another_mesh_and_finishes_on_one_device(tmp_path):
+    code, output = run("resume_on_another_mesh.py", "--steps", 36, "--directory", tmp_path)
+    assert code == 0, output
+    assert "FAILED" not in output
+    assert "ok     both restored states are bit-equal to the saved ones" in output
+    assert "ok     their leaves lie as the new layouts say" in output
+    assert "ok     the losses are those of the uninterrupted run" in output
+    table = rows(output)
+    killed_after = table["first"][2]
+    resumed_after = table["second"][1] - 1
+    assert table["first"][:2] == ("4 x 2", 1)
+    assert 12 <= killed_after < 36, output
+    assert killed_after - 3 <= resumed_after <= killed_after, output
+    assert resumed_after % 3 == 0, output
+    assert table["second"] == ("2 x 4", resumed_after + 1, 27)
+    assert table["third"] == ("1 x 1", 28, 36)
+    assert table["uninterrupted"] == ("4 x 2", 1, 36)
+
+
+def test_the_resumed_run_does_not_mix_with_an_earlier_one(tmp_path):
+    (tmp_path / "interrupted").mkdir()
+    code, output = run("resume_on_another_mesh.py", "--directory", tmp_path)
+    assert code == 2
+    assert "holds an earlier run" in output
+
+
+def test_a_train_state_continues_on_another_mesh():
+    code, output = run("linen_train_state.py", "--steps", 20)
+    assert code == 0, output
+    assert "FAILED" not in output
+    assert output.count("ok     ") == 4
+    assert re.search(r"^resumed +2 x 4 +20 ", output, flags=re.MULTILINE), output

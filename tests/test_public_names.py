@@ -1,0 +1,107 @@
+"""The public surface is this list, and everything on it is documented."""
+
+import inspect
+import types
+
+import pytest
+
+import ckpt_jax
+
+PUBLIC = (
+    # checkpoints of objects
+    "Checkpoint",
+    "LoadStatus",
+    "Trackable",
+    "AutoTrackable",
+    "Variable",
+    "PythonState",
+    "NoDependency",
+    "no_automatic_dependency_tracking",
+    "SlotOwner",
+    "optax_state",
+    "register_view",
+    # checkpoints of pytrees
+    "save",
+    "restore",
+    "load",
+    "plan_restore",
+    # looking into one
+    "CheckpointReader",
+    "load_checkpoint",
+    "list_variables",
+    "load_variable",
+    "object_metadata",
+    "list_objects",
+    "TrackableView",
+    "CheckpointView",
+    "verify",
+    "RestoreReport",
+    "VerifyReport",
+    # the checkpoints of a directory
+    "latest_checkpoint",
+    "get_checkpoint_state",
+    "checkpoints_iterator",
+    "CheckpointManager",
+    "PreemptionHandler",
+    # savers and classes of one's own
+    "io",
+    "register_checkpoint_saver",
+    "register_serializable",
+    "registration_scope",
+    "save_object",
+    "load_object",
+    # options
+    "CheckpointOptions",
+    "ShardByDevice",
+    "ShardByProcess",
+    "MaxShardSize",
+    # errors
+    "CheckpointError",
+    "CheckpointNotFoundError",
+    "CorruptCheckpointError",
+    "UnsupportedFormatError",
+    "RestoreMismatchError",
+    "UnsaveableError",
+    "ShardError",
+    "RegistrationError",
+    "AsyncSaveError",
+    "BarrierTimeoutError",
+)
+
+
+def test_the_public_names_are_these():
+    assert sorted(ckpt_jax.__all__) == sorted(PUBLIC)
+
+
+def test_nothing_else_is_visible():
+    """What the namespace holds besides is private or a module of the package."""
+    visible = {
+        name
+        for name, value in vars(ckpt_jax).items()
+        if not name.startswith("_") and not isinstance(value, types.ModuleType)
+    }
+    assert visible <= {*PUBLIC, "annotations"}
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_a_public_name_is_documented(name: str):
+    value = getattr(ckpt_jax, name)
+    text = (value.__doc__ or "").strip()
+    assert text, f"{name} has no docstring"
+    # What dataclasses write where a class has none is its signature.
+    assert not text.startswith(f"{name}("), f"{name} has no docstring of its own"
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_the_public_methods_of_a_class_are_documented(name: str):
+    value = getattr(ckpt_jax, name)
+    if not inspect.isclass(value):
+        return
+    undocumented = [
+        f"{name}.{attribute}"
+        for attribute, member in vars(value).items()
+        if not attribute.startswith("_")
+        and (inspect.isfunction(member) or isinstance(member, property | classmethod))
+        and not inspect.getdoc(getattr(value, attribute))
+    ]
+    assert not undocumented
