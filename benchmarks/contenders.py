@@ -9,6 +9,7 @@ inside the timing (`fsync_added`).
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import warnings
@@ -31,7 +32,7 @@ class Contender(ABC):
     fsync_added: ClassVar[bool]
     reshards: ClassVar[bool]  # restores onto any sharding; else into host memory
     in_place: ClassVar[bool]  # restores into buffers that exist already
-    background: ClassVar[bool] = False  # `begin_save` is there
+    background: bool = False  # `begin_save` is there
 
     @abstractmethod
     def source(self, host: Host, sharding: Sharding) -> Any:
@@ -95,12 +96,13 @@ class CkptJax(JaxContender):
     name = module = "ckpt_jax"
     note = "defaults: durable, checksums written and verified"
     fsync_added = False
-    background = True
 
     def __init__(self) -> None:
         import ckpt_jax
 
         self.ckpt = ckpt_jax
+        options = dataclasses.fields(ckpt_jax.CheckpointOptions)
+        self.background = any(option.name == "enable_async" for option in options)
 
     def save(self, path: str, source: Any) -> None:
         self.ckpt.save(path, source, overwrite=True)

@@ -55,6 +55,10 @@ def binding_limit(group: Sequence[Result]) -> Result | None:
 
 
 HEADER = ("workload", "operation", "who", "median", "min - max", "MB/s", "/ ckpt_jax", "min - max")
+LEGEND = """
+/ ckpt_jax: the figure of that line divided by that of ckpt_jax, round by round. Above 1 ckpt_jax
+is better; beside a limit, how much of it ckpt_jax reaches. <- is the limit that binds: of the
+fastest ways to use each resource that the operation needs, the slowest."""
 TEXTS = 3  # the first columns; the others are numbers
 
 

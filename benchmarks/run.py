@@ -323,6 +323,7 @@ def main() -> int:
                 progress(name)
                 results += section(libraries, settings)
     print(report.table(results))
+    print(report.LEGEND)
     if parsed.json:
         Path(parsed.json).write_text(report.as_json(results, about) + "\n")
     if parsed.chart:
@@ -331,7 +332,9 @@ def main() -> int:
 
 
 def note(library: Contender) -> str:
-    return library.note + ("; an fsync of all files is added" if library.fsync_added else "")
+    fsync = "; an fsync of all files is added" if library.fsync_added else ""
+    background = "" if library.background else "; async: n/a"
+    return library.note + fsync + background
 
 
 def introduce(about: Mapping[str, Any]) -> None:

@@ -10,11 +10,7 @@ Objects are saved as a graph and matched on restore by the local names of the ed
 them. See `Checkpoint` for objects, `save`, `restore` and `load` for trees, `io` for savers.
 """
 
-__version__ = "0.1.0"
-
-from ckpt_jax import lazy_flax  # isort: skip  # its view goes before those of pytrees
 from ckpt_jax import io
-from ckpt_jax.trackable import pytree as _pytree  # registers the views of values
 from ckpt_jax.checkpoint import Checkpoint
 from ckpt_jax.errors import (
     AsyncSaveError,
@@ -29,6 +25,15 @@ from ckpt_jax.errors import (
     UnsupportedFormatError,
 )
 from ckpt_jax.functional import load, plan_restore, restore, save
+from ckpt_jax.inspect import (
+    CheckpointView,
+    TrackableView,
+    list_objects,
+    list_variables,
+    load_checkpoint,
+    load_variable,
+    object_metadata,
+)
 from ckpt_jax.latest import latest_checkpoint
 from ckpt_jax.options import (
     CheckpointOptions,
@@ -56,8 +61,7 @@ from ckpt_jax.trackable.base import (
     no_automatic_dependency_tracking,
 )
 from ckpt_jax.trackable.view import register_view
-
-load_checkpoint = CheckpointReader
+from ckpt_jax.version import __version__
 
 __all__ = [
     "AsyncSaveError",
@@ -69,6 +73,7 @@ __all__ = [
     "CheckpointOptions",
     "CheckpointReader",
     "CheckpointState",
+    "CheckpointView",
     "CorruptCheckpointError",
     "LoadStatus",
     "MaxShardSize",
@@ -84,15 +89,21 @@ __all__ = [
     "ShardError",
     "SlotOwner",
     "Trackable",
+    "TrackableView",
     "UnsaveableError",
     "UnsupportedFormatError",
     "Variable",
+    "__version__",
     "get_checkpoint_state",
     "io",
     "latest_checkpoint",
+    "list_objects",
+    "list_variables",
     "load",
     "load_checkpoint",
+    "load_variable",
     "no_automatic_dependency_tracking",
+    "object_metadata",
     "plan_restore",
     "register_checkpoint_saver",
     "register_serializable",

@@ -17,12 +17,13 @@ from ckpt_jax.graph.trace import LiveGraph, trace
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoring import Restoration
-from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.savers import registry
+from ckpt_jax.savers.host import without_gc
 from ckpt_jax.savers.values import describe
+from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 from ckpt_jax.status import LoadStatus
-from ckpt_jax.trackable.base import AutoTrackable, Variable
+from ckpt_jax.trackable.base import AutoTrackable, TrackableView, Variable
 from ckpt_jax.trackable.view import View, view_of
 
 Path = str | os.PathLike[str]
@@ -189,6 +190,7 @@ class Checkpoint(AutoTrackable):
                 self.track(SAVE_COUNTER, counter)
         return private["_self_counter"]
 
+    @without_gc()
     def _trace(self) -> LiveGraph:
         if not self.__dict__["_self_rooted"]:
             return trace(self, describe, registry.saver_of())
@@ -229,9 +231,10 @@ class _RootedView(View):
         return [*self.view.children(obj), *self.attached.items()]
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
-        attached = {label: child for label, child in changed.items() if label in self.attached}
-        if attached:
-            view_of(self.checkpoint).rebuild(self.checkpoint, attached)  # type: ignore[union-attr]
+        attached: dict[Label, Any] = {
+            label: child for label, child in changed.items() if label in self.attached
+        }
+        TrackableView().rebuild(self.checkpoint, attached)
         own = {label: child for label, child in changed.items() if label not in attached}
         return self.view.rebuild(obj, own) if own else obj
 
@@ -255,4 +258,3 @@ def _call_back(callbacks: Iterable[Callable[..., Any]], path: str) -> None:
             callback(path)
         else:
             callback()
-

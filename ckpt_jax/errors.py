@@ -7,7 +7,7 @@
     ├── RestoreMismatchError      checkpoint and target disagree; carries the whole report
     ├── UnsaveableError           (also TypeError)  a leaf cannot be saved; names every such path
     ├── ShardError                (also ValueError)  shards that do not make up whole arrays
-    ├── RegistrationError         (also ValueError)  a saver or class registry refused, or lacks, a name
+    ├── RegistrationError         (also ValueError)  a registry refused a name, or lacks it
     ├── AsyncSaveError            a save in the background failed
     └── BarrierTimeoutError       (also TimeoutError)  other processes did not arrive in time
 

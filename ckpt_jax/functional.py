@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -13,16 +13,17 @@ from ckpt_jax.errors import RestoreMismatchError
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.match import match
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
-from ckpt_jax.graph.patterns import Rule, Selection, rename as renamed, selects
+from ckpt_jax.graph.patterns import Rule, Selection, selects
+from ckpt_jax.graph.patterns import rename as renamed
 from ckpt_jax.graph.plan import ReadPlan, plan_read
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring import abstract_only, execute, fits, live_graph, raise_problems
-from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.savers import host
 from ckpt_jax.savers.values import as_saved
+from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.store.index import dtype_of
 
 T = TypeVar("T")
@@ -101,7 +102,11 @@ def restore(
 
 
 def plan_restore(
-    path: Path, target: Any, *, rename: Iterable[Rule] = (), options: CheckpointOptions | None = None
+    path: Path,
+    target: Any,
+    *,
+    rename: Iterable[Rule] = (),
+    options: CheckpointOptions | None = None,
 ) -> RestoreReport:
     """What `restore` would do, without reading array bytes.
 
@@ -201,7 +206,7 @@ def _request(path: str, spec: LeafSpec, sharding: Any) -> jax.ShapeDtypeStruct |
     if sharding is None or spec.kind not in ("array", "numpy"):
         return None
     struct = jax.ShapeDtypeStruct(spec.shape, dtype_of(spec.dtype))
-    if isinstance(sharding, Callable):  # type: ignore[arg-type]
+    if callable(sharding):
         sharding = sharding(path, struct)
         if sharding is None:
             return None

@@ -182,7 +182,7 @@ def read_values(
         if request.sharding is None:
             unplaced[key] = contents[0]
         else:
-            results[key] = host.place(request.shape, request.sharding, boxes[number], contents)
+            results[key] = host.place(request.shape, dtype, request.sharding, contents)
     results.update(zip(unplaced, jax.device_put(list(unplaced.values())), strict=True))
     return results
 

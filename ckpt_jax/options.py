@@ -110,10 +110,12 @@ class MaxShardSize:
         """A first part for an empty shard, or one row to cut further; None for one element."""
         if cut := _cut(piece, self.nbytes):
             return cut
-        axis = max(range(len(piece.box)), key=lambda i: piece.box[i][1] - piece.box[i][0], default=0)
         if _size(piece.box) <= 1:
             return None
-        start, stop = piece.box[axis]
+        lengths = [stop - start for start, stop in piece.box]
+        axis = lengths.index(max(lengths))
+        start = piece.box[axis][0]
+        stop = start + lengths[axis]
         return _part(piece, axis, start, start + 1), _part(piece, axis, start + 1, stop)
 
 

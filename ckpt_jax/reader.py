@@ -19,6 +19,7 @@ from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
 from ckpt_jax.io import read_values
 from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.savers.host import without_gc
 from ckpt_jax.savers.values import as_saved
 from ckpt_jax.store.box import Box
 from ckpt_jax.store.directory import require_checkpoint
@@ -62,6 +63,7 @@ class CheckpointReader:
         self._sharded.close()
 
     @cached_property
+    @without_gc()
     def object_graph(self) -> ObjectGraph:
         """The saved object graph."""
         data = self._sharded.extra(OBJECT_GRAPH_KEY)
@@ -114,7 +116,9 @@ class CheckpointReader:
         data = read_values(self._sharded, {key: box})[key]
         return data if box is not None else as_saved(data, self._specs.get(key, LeafSpec()))
 
-    def read(self, requests: Mapping[str, Any], options: CheckpointOptions = DEFAULT) -> dict:
+    def read(
+        self, requests: Mapping[str, Any], options: CheckpointOptions = DEFAULT
+    ) -> dict[str, Any]:
         """Several values at once; see `ckpt.io.read_slices`."""
         return read_values(self._sharded, requests, options)
 

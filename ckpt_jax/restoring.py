@@ -42,6 +42,7 @@ ADVICE = (
 )
 
 
+@host.without_gc()
 def live_graph(root: Any) -> LiveGraph:
     """The object graph of a program's objects."""
     return trace(root, describe, registry.saver_of())
@@ -106,6 +107,7 @@ def _request(read: Read) -> jax.ShapeDtypeStruct | None:
     )
 
 
+@host.without_gc()
 def execute(
     plan: ReadPlan, live: LiveGraph, reader: CheckpointReader, options: CheckpointOptions
 ) -> tuple[Any, list[Any]]:
@@ -202,9 +204,7 @@ class Restoration:
         }
 
     def _bind(self, live: LiveGraph, found: Match, reader: CheckpointReader) -> Any:
-        newer = frozenset(
-            i for i, obj in enumerate(live.objects) if _restored_uid(obj) < self.uid
-        )
+        newer = frozenset(i for i, obj in enumerate(live.objects) if _restored_uid(obj) < self.uid)
         plan = plan_read(
             self.saved,
             live,
@@ -273,5 +273,3 @@ class _Waiting:
         if len(node.attributes) == 1 and not node.children:
             return node.attributes[0].spec
         return None
-
-

@@ -19,6 +19,7 @@ from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, path_of
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.savers import default
+from ckpt_jax.savers.host import without_gc
 from ckpt_jax.savers.registry import get_saver
 from ckpt_jax.savers.values import encode
 from ckpt_jax.store.directory import staged
@@ -27,6 +28,7 @@ from ckpt_jax.store.seal import seal
 SHARDS = "shards"
 
 
+@without_gc()
 def write_checkpoint(
     live: LiveGraph, path: str, options: CheckpointOptions, *, overwrite: bool
 ) -> None:
@@ -46,19 +48,20 @@ def _values(live: LiveGraph) -> dict[str, Any]:
     """Every value of the default saver by key, as an array or a byte string."""
     values: dict[str, Any] = {}
     problems: list[tuple[str, str]] = []
+    causes: list[Exception] = []
     for node, attribute in live.graph.attributes():
         value = live.values[node][attribute.name]
         try:
             values[attribute.key] = encode(value)
         except Exception as error:  # whatever a user's serialize() raises: named with its path
             problems.append((path_of(live.graph.object_keys[node]), f"{error!r}"))
-            cause = error
+            causes.append(error)
     if problems:
         lines = "\n".join(f"  {path or '(root)'}: {what}" for path, what in problems)
         raise UnsaveableError(
             f"{len(problems)} values cannot be saved; nothing was written:\n{lines}",
             tuple(problems),
-        ) from cause
+        ) from causes[0]
     return values
 
 

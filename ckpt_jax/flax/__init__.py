@@ -63,19 +63,19 @@ class VariableView(View):
     identity = True
     mutable = True
 
-    def children(self, obj: nnx.Variable) -> Iterable[tuple[Label, Any]]:
+    def children(self, obj: nnx.Variable[Any]) -> Iterable[tuple[Label, Any]]:
         value = obj.get_raw_value()
         return () if _is_leaf(value) else [("value", value)]
 
-    def rebuild(self, obj: nnx.Variable, changed: Mapping[Label, Any]) -> Any:
+    def rebuild(self, obj: nnx.Variable[Any], changed: Mapping[Label, Any]) -> Any:
         obj.set_raw_value(changed["value"])
         return obj
 
-    def values(self, obj: nnx.Variable) -> Mapping[str, Any]:
+    def values(self, obj: nnx.Variable[Any]) -> Mapping[str, Any]:
         value = obj.get_raw_value()
         return {VARIABLE_VALUE: value} if _is_leaf(value) else {}
 
-    def assign(self, obj: nnx.Variable, values: Mapping[str, Any]) -> Any:
+    def assign(self, obj: nnx.Variable[Any], values: Mapping[str, Any]) -> Any:
         obj.set_raw_value(values[VARIABLE_VALUE])
         return obj
 

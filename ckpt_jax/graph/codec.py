@@ -25,6 +25,7 @@ from ckpt_jax.graph.model import (
     ShardingSpec,
     Slot,
 )
+from ckpt_jax.version import __version__
 
 T = TypeVar("T", bound=Hashable)
 _Reference = pb.TrackableObjectGraph.TrackableObject.ObjectReference
@@ -109,8 +110,12 @@ def encode(graph: ObjectGraph) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
-def decode(data: bytes) -> ObjectGraph:
-    """The graph in a `TrackableObjectGraph` message, TensorFlow's included.
+def decode(data: bytes, *, foreign: bool = False) -> ObjectGraph:
+    """The graph in an unsealed `TrackableObjectGraph` message.
+
+    Args:
+      data: the message.
+      foreign: whether it may come from TensorFlow, which writes no format version.
 
     Raises:
       CorruptCheckpointError: the bytes are no such message or contradict themselves.
@@ -122,12 +127,12 @@ def decode(data: bytes) -> ObjectGraph:
     except DecodeError as error:
         raise CorruptCheckpointError(f"the object graph cannot be parsed: {error}") from error
     if message.format_version > FORMAT_VERSION:
-        from ckpt_jax import __version__  # not at import time: it is the package being imported
-
         raise UnsupportedFormatError(
             f"written by format {message.format_version}, this is ckpt_jax {__version__} "
             f"which reads up to {FORMAT_VERSION}; install a newer ckpt_jax"
         )
+    if not (message.format_version or foreign):
+        raise CorruptCheckpointError("the object graph has no format version")
     try:
         return _decode(message)
     except (ValueError, KeyError, IndexError) as error:
@@ -164,6 +169,8 @@ def _decode(message: pb.TrackableObjectGraph) -> ObjectGraph:
             ]
         )
         children = tuple([(_label(child), child.node_id) for child in entry.children])
+        if len({(child.key_kind, child.local_name) for child in entry.children}) < len(children):
+            raise ValueError(f"node {len(nodes)} has two edges of one label")
         ids = [child for _, child in children]
         ids += [node for slot in slots for node in (slot.variable, slot.node)]
         if ids and not (0 <= min(ids) and max(ids) < count):
@@ -199,7 +206,10 @@ def _decode(message: pb.TrackableObjectGraph) -> ObjectGraph:
 
 
 def _label(reference: Any) -> Label:
-    return _FROM_TEXT[reference.key_kind](reference.local_name)
+    label = _FROM_TEXT[reference.key_kind](reference.local_name)
+    if labels.local_name(label) != reference.local_name:
+        raise ValueError(f"{reference.local_name!r} is not how the label {label!r} is written")
+    return label
 
 
 def object_keys(nodes: Sequence[Node]) -> tuple[str, ...]:
@@ -221,7 +231,5 @@ def object_keys(nodes: Sequence[Node]) -> tuple[str, ...]:
     for optimizer, node in enumerate(nodes):
         for slot in node.slots:
             if slot.node not in keys and slot.variable in keys and optimizer in keys:
-                keys[slot.node] = labels.slot_key(
-                    keys[slot.variable], keys[optimizer], slot.name
-                )
+                keys[slot.node] = labels.slot_key(keys[slot.variable], keys[optimizer], slot.name)
     return tuple([keys.get(node, f".N{node}") for node in range(len(nodes))])

@@ -17,6 +17,7 @@ Both are injective: different nodes never share one.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 Label = str | int | float | bytes | None
@@ -75,18 +76,18 @@ def readable(name: str) -> str:
 def escaped_names(labels: Sequence[Label]) -> list[str]:
     """The escaped local names of one object's edges, made distinct.
 
-    A label that is no string gives way to a string of the same text by a suffix that no
-    escaped name contains.
+    A label that is no string gives way, where another label has the same text, by a suffix
+    that no escaped name contains.
 
     >>> escaped_names(["0", 0, "a.b"])
     ['0', '0.Tint', 'a..b']
     """
     names = [escape(local_name(label)) for label in labels]
-    if len(set(names)) == len(names):
+    count = Counter(names)
+    if len(count) == len(names):
         return names
-    strings = {escape(label) for label in labels if isinstance(label, str)}
     return [
-        name if isinstance(label, str) or name not in strings else f"{name}.T{type(label).__name__}"
+        name if isinstance(label, str) or count[name] == 1 else f"{name}.T{type(label).__name__}"
         for label, name in zip(labels, names, strict=True)
     ]
 

@@ -51,10 +51,10 @@ class Match:
 
     def sources(self) -> dict[int, int]:
         """Live node -> the saved node whose values it takes."""
-        return {
-            **{live: saved for saved, live in self.shared},
-            **{live: saved for saved, live in reversed(self.bound.items())},
-        }
+        sources = {live: saved for saved, live in self.shared}
+        for saved, live in reversed(tuple(self.bound.items())):  # of several, the first counts
+            sources[live] = saved
+        return sources
 
 
 NOTHING_MATCHED = Match(MappingProxyType({}), MappingProxyType({}))

@@ -195,7 +195,11 @@ class _Planner:
         )
         report = RestoreReport(
             path,
-            **{kind: tuple(entries) for kind, entries in self.entries.items()},
+            restored=tuple(self.entries["restored"]),
+            missing=tuple(self.entries["missing"]),
+            unexpected=tuple(self.entries["unexpected"]),
+            mismatched=tuple(self.entries["mismatched"]),
+            deferred=tuple(self.entries["deferred"]),
             renamed=renamed,
         )
         calls = tuple(SaverCall(name, nodes) for name, nodes in self.calls.items())
@@ -262,9 +266,7 @@ def assign(live: LiveGraph, values: Mapping[int, Mapping[str, Any]]) -> Any:
         children = live.graph.nodes[node].children
         if not children or not new:
             continue
-        changed: dict[Label, Any] = {
-            label: new[child] for label, child in children if child in new
-        }
+        changed: dict[Label, Any] = {label: new[child] for label, child in children if child in new}
         if changed:
             obj = live.objects[node]
             result = live.views[node].rebuild(obj, changed)
@@ -282,5 +284,3 @@ def pretty_name(graph: ObjectGraph, node: int) -> str:
                 return f"{of}'s state '{slot.name}' for {for_}"
     path = graph.paths[node]
     return ".".join(["(root)", *path.split("/")]) if path else "(root)"
-
-

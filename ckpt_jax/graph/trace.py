@@ -124,6 +124,7 @@ class _Walk:
             if pairs:
                 prefix = f"{self.keys[at]}/" if at else ""
                 names = labels.escaped_names([label for label, _ in pairs])
+                self.check_text(names, prefix)
                 self.children.append(
                     tuple(
                         [
@@ -135,6 +136,15 @@ class _Walk:
             else:
                 self.children.append(())
             at += 1
+
+    def check_text(self, names: Sequence[str], prefix: str) -> None:
+        for name in names:
+            if not name.isascii():
+                try:
+                    name.encode()
+                except UnicodeEncodeError as error:
+                    what = f"the name {name!r} is not valid Unicode ({error.reason})"
+                    self.problems.append((labels.path_of(prefix) + repr(name), what))
 
     def add_slots(self) -> None:
         """Slot variables, named after their variable; only where both ends are in the graph."""
@@ -198,7 +208,9 @@ class _Walk:
         return LiveGraph(graph, tuple(self.objects), tuple(self.views), tuple(self.values))
 
 
-def has_values(own: Sequence[bool], children: Sequence[tuple[tuple[Label, int], ...]]) -> list[bool]:
+def has_values(
+    own: Sequence[bool], children: Sequence[tuple[tuple[Label, int], ...]]
+) -> list[bool]:
     """For each node, whether it or a descendant has values of its own (cycles are fine)."""
     parents: dict[int, list[int]] = {}
     for node, edges in enumerate(children):

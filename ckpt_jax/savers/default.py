@@ -71,11 +71,11 @@ def snapshot(values: Mapping[str, jax.Array | np.ndarray | bytes], *, copy: bool
                     PlannedSlice(key, box, value.shape, dtype, data.nbytes, process, device)
                 )
         elif process == 0:
-            is_array = isinstance(value, np.ndarray)
-            data = value.copy() if is_array and copy else value
-            box = whole(data.shape) if isinstance(data, np.ndarray) else ()
-            dtype = dtype_name(data.dtype) if isinstance(data, np.ndarray) else "bytes"
-            nbytes = data.nbytes if isinstance(data, np.ndarray) else len(data)
+            if isinstance(value, bytes):
+                data, box, dtype, nbytes = value, (), "bytes", len(value)
+            else:
+                data = value.copy() if copy else value
+                box, dtype, nbytes = whole(data.shape), dtype_name(data.dtype), data.nbytes
             contents[key, box] = data
             planned.append(PlannedSlice(key, box, shape_of(box), dtype, nbytes, process, home))
     return Snapshot(tuple(planned), contents)

@@ -121,9 +121,10 @@ def registration_scope() -> Iterator[None]:
     try:
         yield
     finally:
-        for registry, before in ((_savers, savers), (_classes, classes)):
-            registry.clear()
-            registry.update(before)  # type: ignore[arg-type]
+        _savers.clear()
+        _savers.update(savers)
+        _classes.clear()
+        _classes.update(classes)
         remove_views_since(views)
 
 
@@ -169,9 +170,7 @@ def register_serializable(
             raise TypeError(f"predicate of the class {full!r} must be callable")
         if full in _classes:
             raise RegistrationError(f"a class named {full!r} is already registered")
-        _classes[full] = RegisteredClass(
-            full, cls, predicate or (lambda obj: isinstance(obj, cls))
-        )
+        _classes[full] = RegisteredClass(full, cls, predicate or (lambda obj: isinstance(obj, cls)))
         return cls
 
     return decorate

@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ckpt_jax.graph.model import LeafSpec, ShardingSpec
@@ -41,7 +42,8 @@ def describe(value: Any) -> tuple[LeafSpec, ShardingSpec | None]:
     for kind, describe_kind in _DESCRIBE:
         if isinstance(value, kind):
             return describe_kind(value), None
-    raise TypeError(f"{type(value).__module__}.{type(value).__qualname__} is not an array or scalar")
+    kind = type(value)
+    raise TypeError(f"{kind.__module__}.{kind.__qualname__} is not an array or scalar")
 
 
 def _spec_of_array(value: Any) -> LeafSpec:
@@ -50,10 +52,10 @@ def _spec_of_array(value: Any) -> LeafSpec:
 
 @lru_cache(maxsize=4096)
 def _array_spec(shape: tuple[int, ...], dtype: Any, weak_type: bool) -> LeafSpec:
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key):
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
         data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
         return LeafSpec("prng_key", dtype_name(data.dtype), data.shape, prng_impl=_impl_of(dtype))
-    if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
         raise TypeError(f"arrays of the extended dtype {dtype} are not supported")
     return LeafSpec("array", dtype_name(dtype), tuple(shape), weak_type)
 
@@ -125,7 +127,7 @@ def sharding_spec(sharding: jax.sharding.Sharding) -> ShardingSpec:
 def encode(value: Any) -> jax.Array | np.ndarray | bytes:
     """The array or byte string that stands for a value in the file."""
     if isinstance(value, jax.Array):
-        if jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             return jax.random.key_data(value)
         return value
     if isinstance(value, np.ndarray):
@@ -149,9 +151,8 @@ def _state_bytes(state: PythonState) -> bytes:
         return data.encode("utf-8")
     if isinstance(data, bytes):
         return data
-    raise TypeError(
-        f"{type(state).__qualname__}.serialize() must return str or bytes, got {type(data).__name__}"
-    )
+    kind, got = type(state).__qualname__, type(data).__name__
+    raise TypeError(f"{kind}.serialize() must return str or bytes, got {got}")
 
 
 # --- back ------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ def _family(spec: LeafSpec) -> str:
     for family, kinds in (("bool", np.bool_), ("int", np.integer), ("complex", np.complexfloating)):
         if np.issubdtype(dtype, kinds):
             return family
-    return "int" if jax.dtypes.issubdtype(dtype, np.integer) else "float"
+    return "int" if jnp.issubdtype(dtype, np.integer) else "float"
 
 
 def decode(data: Any, saved: LeafSpec, target: LeafSpec, like: Any = None) -> Any:

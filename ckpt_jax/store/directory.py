@@ -147,4 +147,3 @@ def _exchange(one: str, other: str) -> bool:
     if number in (errno.ENOSYS, errno.EINVAL):
         return False
     raise OSError(number, os.strerror(number), one, None, other)
-

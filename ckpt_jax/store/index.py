@@ -13,6 +13,7 @@ pattern. Hence the cost per slice is that of a few array operations.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import math
@@ -206,17 +207,18 @@ class Index:
         columns = (self.shard, self.stack, self.row, self.offset)
         places = zip(*[column[rows].tolist() for column in columns], strict=True)
         slices = [
-            StoredSlice(layout.box, *place, layout.nbytes)
-            for layout, place in zip(layouts, places, strict=True)
+            StoredSlice(layout.box, shard, stack, row, offset, layout.nbytes)
+            for layout, (shard, stack, row, offset) in zip(layouts, places, strict=True)
         ]
         return Entry(layouts[0].dtype, layouts[0].shape, tuple(slices))
 
     def moved(self, directory: str) -> Index:
         """This index of one shard, as seen from a checkpoint that holds it in `directory`."""
         (shard,) = self.shards
-        moved = dataclasses.replace(shard, directory=directory)
-        columns = (getattr(self, name) for name in _COLUMNS)
-        return Index((moved,), self.layouts, self.keys, *columns)
+        moved = copy.copy(self)  # columns are shared
+        shards = (dataclasses.replace(shard, directory=directory),)
+        object.__setattr__(moved, "shards", shards)
+        return moved
 
     def to_bytes(self) -> bytes:
         """This index as a sealed message."""

@@ -520,21 +520,21 @@ def _runs(pieces: _Pieces, stacks: _Stacks) -> list[_Run]:
     if not pieces.row.size:
         return []
     chunk = stacks.chunk_nbytes[pieces.stack]
-    first = _first_of_ranges(pieces, chunk)
-    # Ranges: the columns of `pieces` and of `first` become one number for each range.
-    stack, row = pieces.stack[first], pieces.row[first]
-    start = pieces.start[first] // ALIGNMENT * ALIGNMENT
-    stop = np.maximum.reduceat(pieces.stop, first)
+    begin = _first_of_ranges(pieces, chunk)
+    # Ranges: from here on a column has one number for each of them.
+    stack, row = pieces.stack[begin], pieces.row[begin]
+    start = pieces.start[begin] // ALIGNMENT * ALIGNMENT
+    stop = np.maximum.reduceat(pieces.stop, begin)
     pitch = -(-(stop - start) // ALIGNMENT) * ALIGNMENT
-    follows = np.zeros(len(first), bool)
+    follows = np.zeros(len(begin), bool)
     follows[1:] = (np.diff(stack) == 0) & (np.diff(row) == 1)
     follows[1:] &= (np.diff(start) == 0) & (np.diff(stop) == 0)
     chain = np.flatnonzero(~follows)
-    along = np.arange(len(first)) - np.repeat(chain, np.diff(chain, append=len(first)))
+    along = np.arange(len(begin)) - np.repeat(chain, np.diff(chain, append=len(begin)))
     begins = np.flatnonzero(along % np.maximum(1, RUN_NBYTES // pitch) == 0)
-    # Runs: one number for each.
-    rows = np.diff(begins, append=len(first))
-    piece = np.append(first[begins], len(pieces.row))
+    # Runs: from here on one number for each.
+    rows = np.diff(begins, append=len(begin))
+    piece = np.append(begin[begins], len(pieces.row))
     pieces_in = np.diff(piece)
     offset = (pieces.row - np.repeat(row[begins], pieces_in)) * np.repeat(pitch[begins], pieces_in)
     offset += pieces.start - np.repeat(start[begins], pieces_in)
@@ -548,10 +548,13 @@ def _runs(pieces: _Pieces, stacks: _Stacks) -> list[_Run]:
         pitch[begins],
         piece[:-1],
         piece[1:],
+        viewed,
     )
     runs = [
-        _Run(*numbers, offset[numbers[6] : numbers[7]].tolist(), view)
-        for *numbers, view in zip(*[c.tolist() for c in columns], viewed.tolist(), strict=True)
+        _Run(s, r, a, b, nbytes, p, first, last, offset[first:last].tolist(), view)
+        for s, r, a, b, nbytes, p, first, last, view in zip(
+            *[c.tolist() for c in columns], strict=True
+        )
     ]
     needed = np.minimum.reduceat(pieces.request, piece[:-1])
     return [runs[i] for i in np.argsort(needed, kind="stable")]

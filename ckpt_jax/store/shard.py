@@ -100,7 +100,8 @@ def write_shard(
     os.makedirs(directory, exist_ok=True)
     if os.listdir(directory):
         raise FileExistsError(f"{directory}: a shard is written to a new directory, this has files")
-    groups = list(_groups(_transfers(plan, max_inflight_bytes), max_inflight_bytes)) or [[]]
+    groups = _groups(_transfers(plan, max_inflight_bytes), max_inflight_bytes)
+    group: list[_Transfer] | None = next(groups, [])
     context = new_context()
     flushed: set[str] = set()
     flushes: list[Future[None]] = []
@@ -110,9 +111,11 @@ def write_shard(
             pool = stack.enter_context(ThreadPoolExecutor(1, "ckpt-flush"))
         created: set[int] = set()
         try:
-            for i, group in enumerate(groups):
-                last = i == len(groups) - 1
+            while group is not None:
+                following = next(groups, None)
+                last = following is None
                 _write_group(directory, context, plan.index, group, created, last=last)
+                group = following
                 if durable and pool is not None:
                     new = set(os.listdir(data)) - flushed
                     flushed |= new
@@ -140,7 +143,7 @@ class _Plan:
     """
 
     index: Index
-    rows: dict[int, list[np.ndarray]]
+    rows: dict[int, list[np.ndarray | bytes]]
     packs: dict[int, list[np.ndarray | bytes]]
 
 
@@ -150,17 +153,27 @@ _PADDING = [bytes(n) for n in range(ALIGNMENT)]
 def _plan(slices: Mapping[str, Value], compression: str, max_pack_nbytes: int) -> _Plan:
     max_pack_nbytes = min(PACK_NBYTES, max_pack_nbytes)
     keys = tuple(sorted(slices))
-    layouts: dict[tuple[str, Shape, Box, int], int] = {}
+    layouts: dict[Layout, int] = {}
+    seen: dict[tuple[object, ...], tuple[int, int]] = {}  # -> number of the layout, nbytes
     places: list[tuple[int, int, int, int, int]] = []  # key, layout, stack, row, offset
-    rows: dict[int, list[np.ndarray]] = {}
+    rows: dict[int, list[np.ndarray | bytes]] = {}
     packs: dict[int, list[np.ndarray | bytes]] = {}
     sizes: list[int] = []  # of the rows of each stack
     stack_of_size: dict[int, int] = {}
     pack = -1
     for number, key in enumerate(keys):
-        for dtype, shape, box, source in _sources(key, slices[key]):
-            nbytes = len(source) if isinstance(source, bytes) else source.nbytes
-            layout = layouts.setdefault((dtype, shape, box, nbytes), len(layouts))
+        for part in _parts(slices[key]):
+            # What slices of one layout have in common is worked out once.
+            if isinstance(part, bytes):
+                source, alike = part, (len(part),)
+            else:
+                source = part.array
+                alike = (source.dtype, source.shape, part.box, part.global_shape)
+            known = seen.get(alike)
+            if known is None:
+                new = _layout(key, part)
+                known = seen[alike] = (layouts.setdefault(new, len(layouts)), new.nbytes)
+            layout, nbytes = known
             if nbytes == 0:
                 places.append((number, layout, 0, 0, 0))
             elif nbytes >= BIG_NBYTES:
@@ -169,7 +182,7 @@ def _plan(slices: Mapping[str, Value], compression: str, max_pack_nbytes: int) -
                     sizes.append(nbytes)
                     rows[stack] = []
                 places.append((number, layout, stack, len(rows[stack]), 0))
-                rows[stack].append(_as_bytes(source))
+                rows[stack].append(source)
             else:
                 offset = round_up(sizes[pack]) if packs else 0
                 if not packs or offset + nbytes > max_pack_nbytes:
@@ -186,7 +199,7 @@ def _plan(slices: Mapping[str, Value], compression: str, max_pack_nbytes: int) -
         for i, nbytes in enumerate(sizes)
     ]
     shard = Shard(secrets.token_hex(8), ".", tuple(stacks))
-    return _Plan(_index(shard, keys, [Layout(*m) for m in layouts], places), rows, packs)
+    return _Plan(_index(shard, keys, list(layouts), places), rows, packs)
 
 
 def _index(
@@ -204,38 +217,39 @@ def _index(
     return Index((shard,), tuple([layouts[i] for i in in_order]), keys, *columns)
 
 
-def _sources(key: str, value: Value) -> Iterator[tuple[str, Shape, Box, np.ndarray | bytes]]:
-    if isinstance(value, bytes):
-        yield BYTES, (), (), value
-        return
+def _parts(value: Value) -> Sequence[bytes | Slice]:
     if isinstance(value, np.ndarray):
-        yield _dtype(key, value), value.shape, whole(value.shape), _stored(value)
-        return
-    for part in [value] if isinstance(value, Slice) else value:
-        if not inside(part.box, part.global_shape) or part.array.shape != shape_of(part.box):
-            raise ValueError(
-                f"{key}: contents of shape {part.array.shape} for box {part.box} of an array of "
-                f"shape {part.global_shape}"
-            )
-        yield _dtype(key, part.array), part.global_shape, part.box, _stored(part.array)
+        return (Slice(value, whole(value.shape), value.shape),)
+    return (value,) if isinstance(value, bytes | Slice) else value
 
 
-def _dtype(key: str, array: np.ndarray) -> str:
+def _layout(key: str, part: bytes | Slice) -> Layout:
+    if isinstance(part, bytes):
+        return Layout(BYTES, (), (), len(part))
+    array, box, shape = part.array, part.box, part.global_shape
+    if not inside(box, shape) or array.shape != shape_of(box):
+        raise ValueError(
+            f"{key}: contents of shape {array.shape} for box {box} of an array of shape {shape}"
+        )
     try:
-        return dtype_name(array.dtype)
+        return Layout(dtype_name(array.dtype), shape, box, array.nbytes)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
 
 
-def _stored(array: np.ndarray) -> np.ndarray:
-    """`array` itself where it lies in memory as it will on disk; exports its bytes."""
-    if array.dtype.byteorder == ">":
-        array = array.astype(array.dtype.newbyteorder("<"))
-    array = np.ascontiguousarray(array)
-    return array if array.dtype.kind in "biufc" and array.dtype.isbuiltin == 1 else _as_bytes(array)
+def _buffer(source: np.ndarray | bytes) -> np.ndarray | bytes:
+    """`source` itself where it lies in memory as it will on disk and can export its bytes."""
+    if isinstance(source, bytes):
+        return source
+    if source.dtype.byteorder == ">":
+        source = source.astype(source.dtype.newbyteorder("<"))
+    source = np.ascontiguousarray(source)
+    exports = source.dtype.kind in "biufc" and source.dtype.isbuiltin == 1
+    return source if exports else source.reshape(-1).view(np.uint8)
 
 
 def _as_bytes(source: np.ndarray | bytes) -> np.ndarray:
+    source = _buffer(source)
     if isinstance(source, bytes):
         return np.frombuffer(source, np.uint8)
     return source.reshape(-1).view(np.uint8)
@@ -258,6 +272,7 @@ def _transfers(plan: _Plan, max_nbytes: int) -> Iterator[_Transfer]:
         stack = shard.stacks[number]
         step = max(1, max_nbytes // stack.chunk_nbytes) * stack.chunk_nbytes
         for row, source in enumerate(sources):
+            source = _as_bytes(source)  # here, so that copies live no longer than their group
             for start in range(0, stack.row_nbytes, step):
                 stop = min(start + step, stack.row_nbytes)
                 yield _Transfer(number, row, start, stop, source)
@@ -270,6 +285,8 @@ def _groups(transfers: Iterator[_Transfer], max_nbytes: int) -> Iterator[list[_T
     held = 0
     for transfer in transfers:
         nbytes = transfer.stop - transfer.start
+        if isinstance(transfer.source, list):
+            nbytes *= 2  # a pack is a copy itself
         if group and held + nbytes > max_nbytes:
             yield group
             group, held = [], 0
@@ -307,7 +324,7 @@ def _write_group(
         source = t.source
         if isinstance(source, list):
             # Arrays are buffers; numpy's stubs say so from Python 3.12 on.
-            joined = b"".join(source)  # pyright: ignore[reportArgumentType]
+            joined = b"".join(map(_buffer, source))  # pyright: ignore[reportArgumentType]
             source = np.frombuffer(joined, np.uint8)
         writes.append(
             stores[t.stack][t.row, t.start : t.stop].write(

@@ -26,7 +26,7 @@ _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 @cache
 def _threads() -> ts.Context:
     # Files are flushed by us, all at once, see `durable`.
-    return ts.Context({"file_io_sync": False, "file_io_concurrency": {"limit": 8}})
+    return ts.Context({"file_io_sync": False, "file_io_concurrency": {"limit": 4}})
 
 
 def new_context() -> ts.Context:

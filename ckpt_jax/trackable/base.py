@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -178,6 +178,10 @@ class AutoTrackable(Trackable):
       ['w']
     """
 
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any: ...
+
     def _is_state(self, value: Any) -> bool:
         return holds_state(value)
 
@@ -280,7 +284,7 @@ class SlotOwner(Protocol):
 # --- tracking --------------------------------------------------------------------------
 
 
-def _own(obj: Any, name: str) -> dict[str, Any]:
+def _own(obj: Any, name: str) -> dict[Any, Any]:
     """A private dict of `obj`, made on first use."""
     return obj.__dict__.setdefault(name, {})
 
@@ -341,7 +345,7 @@ def no_automatic_dependency_tracking(method: F) -> F:
         with no_automatic_dependency_tracking_scope(self):
             return method(self, *args, **kwargs)
 
-    return wrapper  # type: ignore[return-value]
+    return wrapper  # pyright: ignore[reportReturnType]
 
 
 # --- views -----------------------------------------------------------------------------

@@ -89,7 +89,7 @@ class DataclassView(View):
         return [(field.name, getattr(obj, field.name)) for field in dataclasses.fields(obj)]
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
-        return dataclasses.replace(obj, **dict(changed))  # type: ignore[arg-type]
+        return dataclasses.replace(obj, **{str(name): child for name, child in changed.items()})
 
 
 class RegisteredView(View):

@@ -5,6 +5,7 @@ Importing Flax takes longer than this whole package, and programs without it sho
 
 from __future__ import annotations
 
+import importlib
 import sys
 from typing import Any
 
@@ -20,9 +21,8 @@ def _flax_view(obj: Any) -> View | None:
     if not any(base.__module__.partition(".")[0] == "flax" for base in type(obj).__mro__):
         return None
     _done = True
-    import ckpt_jax.flax  # noqa: F401, PLC0415  # only once a program uses Flax
-
+    importlib.import_module("ckpt_jax.flax")
     return view_of(obj)
 
 
-add_kind(_flax_view)  # before the kinds of pytrees: nnx modules are registered with JAX, too
+add_kind(_flax_view)
