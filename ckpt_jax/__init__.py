@@ -61,7 +61,7 @@ from ckpt_jax.trackable.base import (
     no_automatic_dependency_tracking,
 )
 from ckpt_jax.trackable.view import register_view
-from ckpt_jax.version import __version__
+from ckpt_jax.version import __version__ as __version__
 
 __all__ = [
     "AsyncSaveError",
@@ -93,7 +93,6 @@ __all__ = [
     "UnsaveableError",
     "UnsupportedFormatError",
     "Variable",
-    "__version__",
     "get_checkpoint_state",
     "io",
     "latest_checkpoint",

@@ -30,7 +30,7 @@ def load_checkpoint(path: Path) -> CheckpointReader:
     Source: `tf.train.load_checkpoint`.
 
     Example:
-      >>> import ckpt_jax as ckpt, tempfile
+      >>> import ckpt_jax as ckpt, numpy as np, tempfile
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     path = ckpt.save(f"{directory}/a", {"w": np.arange(3)})
       ...     with load_checkpoint(path) as reader:

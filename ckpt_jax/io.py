@@ -8,8 +8,9 @@ default saver uses nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any
 
 import jax
@@ -62,6 +63,8 @@ def write_shard(
 
     Raises:
       FileExistsError: there is something at `prefix`.
+      TypeError: a key is no string, or a list holds something else than slices.
+      ValueError: an array has a dtype that cannot be stored, or another shape than its box.
 
     Source: TensorFlow's SaveV2.
 
@@ -77,7 +80,7 @@ def write_shard(
     """
     _shard.write_shard(
         prefix,
-        {key: _slices_of(value) for key, value in values.items()},
+        {_checked(key): _slices_of(key, value) for key, value in values.items()},
         compression=options.compression,
         durable=options.durable,
         max_inflight_bytes=options.max_inflight_bytes,
@@ -85,15 +88,29 @@ def write_shard(
     return prefix
 
 
-def _slices_of(value: Any) -> Any:
+def _checked(key: str) -> str:
+    if not isinstance(key, str):
+        raise TypeError(f"checkpoint keys are strings, got {key!r}")
+    return key
+
+
+def _slices_of(key: str, value: Any) -> Any:
     if isinstance(value, Slice):
-        return _shard.Slice(np.asarray(encode(value.array)), value.box, value.global_shape)
+        array = np.asarray(encode(value.array))
+        return _shard.Slice(array, _box(value.box), tuple(map(index, value.global_shape)))
     if isinstance(value, list | tuple):
-        return [_slices_of(part) for part in value]
+        if not all(isinstance(part, Slice) for part in value):
+            raise TypeError(f"{key}: a list under one key is a list of ckpt.io.Slice")
+        return [_slices_of(key, part) for part in value]
     value = encode(value)
     if isinstance(value, jax.Array):
         return [_shard.Slice(data, box, value.shape) for box, _, data in host.host_slices(value)]
     return value
+
+
+def _box(box: Iterable[Iterable[int]]) -> Box:
+    """A box whose pairs may have been lists, and its bounds numpy integers."""
+    return tuple([(index(start), index(stop)) for start, stop in box])
 
 
 def merge_shards(
@@ -199,7 +216,7 @@ def _wanted(
     if request is None:
         return (whole(entry.shape),)
     if not isinstance(request, jax.ShapeDtypeStruct):
-        return (request,)
+        return (_box(request),)
     if tuple(request.shape) != tuple(entry.shape):
         raise ValueError(f"{key!r} has shape {entry.shape}, asked for {tuple(request.shape)}")
     if request.sharding is None:

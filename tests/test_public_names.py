@@ -18,7 +18,6 @@ PUBLIC = (
     "NoDependency",
     "no_automatic_dependency_tracking",
     "SlotOwner",
-    "optax_state",
     "register_view",
     # checkpoints of pytrees
     "save",
@@ -34,24 +33,17 @@ PUBLIC = (
     "list_objects",
     "TrackableView",
     "CheckpointView",
-    "verify",
     "RestoreReport",
     "ReportEntry",
-    "VerifyReport",
     # the checkpoints of a directory
     "latest_checkpoint",
     "get_checkpoint_state",
     "CheckpointState",
-    "checkpoints_iterator",
-    "CheckpointManager",
-    "PreemptionHandler",
     # savers and classes of one's own
     "io",
     "register_checkpoint_saver",
     "register_serializable",
     "registration_scope",
-    "save_object",
-    "load_object",
     # options
     "CheckpointOptions",
     "ShardByDevice",

@@ -20,7 +20,7 @@ C = TypeVar("C", bound=type)
 SaveFn = Callable[[dict[str, Any], str], "str | list[str] | None"]
 RestoreFn = Callable[[dict[str, Any], str], "dict[str, Any] | None"]
 
-_NAME = re.compile(r"^[a-zA-Z0-9._-]+$")
+_NAME = re.compile(r"[a-zA-Z0-9._-]+")
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +196,7 @@ def _full_name(package: str, name: str | None, what: str) -> str:
             f"the package and name of a {what} must be strings, got {package!r} and {name!r}"
         )
     full = f"{package}.{name}"
-    if not _NAME.match(full):
+    if not _NAME.fullmatch(full):
         raise RegistrationError(
             f"Invalid registered {what} name {full!r}: use letters, digits, '.', '_' and '-'"
         )

@@ -53,7 +53,9 @@ _COLUMNS = {
 
 def _named_dtypes() -> dict[str, np.dtype]:
     # longdouble has the same name for different bits on different machines: left out.
-    numpy_types = [np.dtype(code) for code in "?bBhHiIqQefdFD"]
+    # By name, not by type code: where two codes are one type, the name gives the usual one.
+    sized = "int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
+    numpy_types = [np.dtype(name) for name in ("bool", *sized.split(), "complex64", "complex128")]
     members = [getattr(ml_dtypes, name) for name in dir(ml_dtypes)]
     scalars = [m for m in members if isinstance(m, type) and issubclass(m, np.generic)]
     return {dtype.name: dtype for dtype in [*numpy_types, *map(np.dtype, scalars)]}

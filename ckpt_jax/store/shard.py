@@ -71,7 +71,7 @@ def write_shard(
     *,
     compression: str | None = None,
     durable: bool = True,
-    max_inflight_bytes: int = 64 << 20,
+    max_inflight_bytes: int = 16 << 20,
     pool: Executor | None = None,
 ) -> int:
     """Writes `slices` and their index to a new database in `directory`.

@@ -237,10 +237,12 @@ class Variable:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """The shape of the array."""
         return self._value.shape
 
     @property
     def dtype(self) -> Any:
+        """The dtype of the array."""
         return self._value.dtype
 
     def __repr__(self) -> str:
@@ -278,7 +280,9 @@ class SlotOwner(Protocol):
     is found through its variable, whatever either is called.
     """
 
-    def slots(self) -> Mapping[tuple[str, Any], Any]: ...
+    def slots(self) -> Mapping[tuple[str, Any], Any]:
+        """{(slot name, variable): slot variable}"""
+        ...
 
 
 # --- tracking --------------------------------------------------------------------------
