@@ -61,6 +61,7 @@ from ckpt_jax.trackable.base import (
     no_automatic_dependency_tracking,
 )
 from ckpt_jax.trackable.view import register_view
+from ckpt_jax.verifying import Damage, VerifyReport, verify
 from ckpt_jax.version import __version__ as __version__
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "CheckpointState",
     "CheckpointView",
     "CorruptCheckpointError",
+    "Damage",
     "LoadStatus",
     "MaxShardSize",
     "NoDependency",
@@ -93,6 +95,7 @@ __all__ = [
     "UnsaveableError",
     "UnsupportedFormatError",
     "Variable",
+    "VerifyReport",
     "get_checkpoint_state",
     "io",
     "latest_checkpoint",
@@ -110,4 +113,5 @@ __all__ = [
     "registration_scope",
     "restore",
     "save",
+    "verify",
 ]

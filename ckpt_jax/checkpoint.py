@@ -26,7 +26,7 @@ from ckpt_jax.status import LoadStatus
 from ckpt_jax.trackable.base import AutoTrackable, TrackableView, Variable
 from ckpt_jax.trackable.view import View, view_of
 
-Path = str | os.PathLike[str]
+Path = str | bytes | os.PathLike[Any]
 
 
 class Checkpoint(AutoTrackable):
@@ -102,7 +102,7 @@ class Checkpoint(AutoTrackable):
           The path of the checkpoint. Pairs with `read`.
         """
         options = options or DEFAULT
-        path = os.fspath(path)
+        path = os.fsdecode(path)
         write_checkpoint(self._trace(), path, options, overwrite=True)
         _call_back(options.write_callbacks, path)
         return path
@@ -118,7 +118,7 @@ class Checkpoint(AutoTrackable):
         options = options or DEFAULT
         counter = self._counter()
         number = int(counter.value) + 1
-        path = f"{os.fspath(prefix)}-{number}"
+        path = f"{os.fsdecode(prefix)}-{number}"
         counter.assign_counter(number)
         try:
             write_checkpoint(self._trace(), path, options, overwrite=True)

@@ -27,7 +27,7 @@ from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.store.index import dtype_of
 
 T = TypeVar("T")
-Path = str | os.PathLike[str]
+Path = str | bytes | os.PathLike[Any]
 
 
 def save(
@@ -55,7 +55,7 @@ def save(
       ...     load(path)
       {'w': array([0, 1, 2]), 'step': 7}
     """
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     write_checkpoint(live_graph(tree), path, options or DEFAULT, overwrite=overwrite)
     return path
 

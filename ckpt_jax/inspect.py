@@ -15,7 +15,7 @@ from ckpt_jax.restoring import live_graph
 from ckpt_jax.store.directory import is_checkpoint
 from ckpt_jax.trackable.view import view_of
 
-Path = str | os.PathLike[str]
+Path = str | bytes | os.PathLike[Any]
 
 
 def load_checkpoint(path: Path) -> CheckpointReader:
@@ -37,7 +37,7 @@ def load_checkpoint(path: Path) -> CheckpointReader:
       ...         reader.keys(), reader.get_tensor("w/.ATTRIBUTES/VARIABLE_VALUE")
       (['w/.ATTRIBUTES/VARIABLE_VALUE'], array([0, 1, 2]))
     """
-    path = os.fspath(path)
+    path = os.fsdecode(path)
     if not is_checkpoint(path) and os.path.isdir(path):
         path = latest_checkpoint(path) or path
     return CheckpointReader(path)

@@ -9,7 +9,6 @@ default saver uses nothing else.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from operator import index
 from typing import Any
 
@@ -23,25 +22,7 @@ from ckpt_jax.store import merge as _merge
 from ckpt_jax.store import shard as _shard
 from ckpt_jax.store.box import Box, whole
 from ckpt_jax.store.read import ShardedReader
-
-
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """A box of a larger array.
-
-    Attributes:
-      array: the contents of the box, a numpy or JAX array of the box's shape.
-      box: one (start, stop) pair per axis.
-      global_shape: the shape of the whole array.
-
-    Example:
-      >>> Slice(np.zeros((2, 3)), ((0, 2), (0, 3)), (4, 3)).box
-      ((0, 2), (0, 3))
-    """
-
-    array: Any
-    box: Box
-    global_shape: tuple[int, ...]
+from ckpt_jax.store.shard import Slice
 
 
 def write_shard(
@@ -78,12 +59,15 @@ def write_shard(
       ...     read_slices(path, {"w": ((1, 3), (0, 1))})["w"].tolist()
       [[0.0], [1.0]]
     """
+    parts = {_checked(key): _slices_of(key, value) for key, value in values.items()}
     _shard.write_shard(
         prefix,
-        {_checked(key): _slices_of(key, value) for key, value in values.items()},
+        # Of an array of which this process holds nothing, it writes nothing.
+        {key: value for key, value in parts.items() if not isinstance(value, list) or value},
         compression=options.compression,
         durable=options.durable,
-        max_inflight_bytes=options.max_inflight_bytes,
+        # Two shards are written at a time, and TensorStore holds what it encodes twice.
+        max_inflight_bytes=max(options.max_inflight_bytes // 4, 1),
     )
     return prefix
 
@@ -186,7 +170,8 @@ def read_values(
             keys.append(key)
             boxes.append(wanted)
     found = reader.read(
-        list(zip(keys, boxes, strict=True)), max_inflight_bytes=options.max_inflight_bytes
+        list(zip(keys, boxes, strict=True)),
+        max_inflight_bytes=max(options.max_inflight_bytes // 2, 1),  # half for what is cut anew
     )
     for number, contents in found:
         key = keys[number]

@@ -1,21 +1,38 @@
-"""Which checkpoint of a directory is the latest."""
+"""The checkpoints of a directory as files: which is the latest, which are new, and removing one.
+
+A checkpoint *exists* where there is a committed directory, and is *usable* where its index and
+object graph can be read and agree; neither looks at the bytes of arrays, which are checked
+when they are read.
+
+Order is that of the numbers in the names. Times are only reported.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
 
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.state_file import get_checkpoint_state
-from ckpt_jax.store.directory import checkpoints_in, number_of
+from ckpt_jax.store.directory import (
+    MANIFEST,
+    checkpoints_in,
+    is_checkpoint,
+    number_of,
+    require_checkpoint,
+)
 
 _log = logging.getLogger("ckpt_jax")
 
+Path = str | os.PathLike[str]
 
-def latest_checkpoint(
-    directory: str | os.PathLike[str], latest_filename: str | None = None
-) -> str | None:
+
+def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> str | None:
     """The path of the newest usable checkpoint that the directory's state file knows of.
 
     Where the one that the state file names is gone or damaged, the newest older one is taken
@@ -28,15 +45,26 @@ def latest_checkpoint(
     Returns:
       A path for `Checkpoint.restore`, or None where there is none.
 
-    Source: `tf.train.latest_checkpoint`.
+    Raises:
+      ValueError: the state file names no checkpoint.
+
+    Source: `tf.train.latest_checkpoint`, which returns None where ours falls back.
+
+    Example:
+      >>> import os, tempfile
+      >>> from ckpt_jax.checkpoint import Checkpoint
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     checkpoint = Checkpoint(step=7)
+      ...     paths = [checkpoint.save(f"{directory}/ckpt") for _ in range(2)]
+      ...     os.path.basename(latest_checkpoint(directory))
+      'ckpt-2'
     """
-    directory = os.fspath(directory)
     state = get_checkpoint_state(directory, latest_filename)
     if state is None:
         return None
     first = state.model_checkpoint_path
-    for path in [first, *_older(directory, first)]:
-        problem = _problem(path)
+    for path in [first, *older_checkpoints(directory, first)]:
+        problem = problem_with(path)
         if problem is None:
             if path != first:
                 _log.warning("falling back to %s, the newest usable checkpoint", path)
@@ -45,23 +73,188 @@ def latest_checkpoint(
     return None
 
 
-def _older(directory: str, path: str) -> list[str]:
-    """Checkpoints of the same name with smaller numbers, the newest first."""
+def older_checkpoints(directory: Path, path: str) -> list[str]:
+    """The checkpoints in `directory` of the same name as `path` with smaller numbers.
+
+    Returns:
+      Paths, the largest number first; none where `path` has no number.
+    """
     number = number_of(path)
     if number is None:
         return []
-    name = os.path.basename(path)[: -len(str(number))]
+    name = _name_without_number(path)
     return [
         os.path.join(directory, other)
-        for other in reversed(checkpoints_in(directory))
-        if other[: len(name)] == name and (n := number_of(other)) is not None and n < number
+        for other in reversed(checkpoints_in(os.fspath(directory)))
+        if (n := number_of(other)) is not None and n < number
+        if _name_without_number(other) == name
     ]
 
 
-def _problem(path: str) -> str | None:
+def problem_with(path: str) -> str | None:
+    """Why the checkpoint at `path` is not usable; None where it is."""
     try:
         with CheckpointReader(path) as reader:
             missing = reader.missing_keys()
     except (CheckpointError, OSError) as error:
         return str(error)
     return f"it lacks {missing[0]}" if missing else None
+
+
+def checkpoints_iterator(
+    directory: Path,
+    timeout: float | None = None,
+    *,
+    min_interval_seconds: float = 0.0,
+    timeout_fn: Callable[[], bool] | None = None,
+    poll_seconds: float = 1.0,
+    wait: Callable[[float], object] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[str]:
+    """Yields the checkpoints of a directory as they appear, for evaluating beside training.
+
+    Each time it is asked it yields the latest one, once; what was saved and overtaken in
+    between is skipped. One that is damaged, or was removed before it could be opened, is
+    passed over with a warning, and none older is yielded in its place.
+
+    Args:
+      directory: where somebody saves; it need not exist yet.
+      timeout: seconds to wait for each new checkpoint; None waits for ever.
+      min_interval_seconds: the least time between the moments at which two are yielded.
+      timeout_fn: called when the time is over; the iteration ends if it returns true, and
+        goes on waiting otherwise. Without it the iteration ends.
+      poll_seconds: between two looks at the state file.
+      wait: what waits, given seconds.
+      clock: the time in seconds, from any origin.
+
+    Returns:
+      An iterator over paths for `Checkpoint.restore`.
+
+    Raises:
+      ValueError: while iterating, the state file names no checkpoint.
+
+    Source: `tf.train.checkpoints_iterator`.
+
+    Example:
+      >>> import os, tempfile
+      >>> from ckpt_jax.checkpoint import Checkpoint
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = Checkpoint(step=7).save(f"{directory}/ckpt")
+      ...     [os.path.basename(path) for path in checkpoints_iterator(directory, timeout=0)]
+      ['ckpt-1']
+    """
+    seen: str | None = None
+    while True:
+        deadline = None if timeout is None else clock() + timeout
+        while (path := _latest_unless(directory, seen)) is None:
+            remaining = poll_seconds if deadline is None else deadline - clock()
+            if remaining <= 0:
+                break
+            wait(min(poll_seconds, remaining))
+        if path is None:
+            if timeout_fn is None or timeout_fn():
+                return
+            continue
+        seen = path
+        problem = problem_with(path)
+        if problem is not None:
+            _log.warning("the checkpoint %s is not usable: %s", path, problem)
+            continue
+        earliest = clock() + min_interval_seconds
+        yield path
+        early = earliest - clock()
+        if early > 0:
+            wait(early)
+
+
+def _latest_unless(directory: Path, seen: str | None) -> str | None:
+    """The latest checkpoint by the state file, if it is another than `seen`."""
+    state = get_checkpoint_state(directory)
+    if state is None or state.model_checkpoint_path == seen:
+        return None
+    return state.model_checkpoint_path
+
+
+def checkpoint_exists(path: Path) -> bool:
+    """Whether there is a committed checkpoint at `path`; it may still be damaged.
+
+    Args:
+      path: of a checkpoint, as `save` returned it.
+
+    Source: `tf.compat.v1.train.checkpoint_exists`.
+
+    Example:
+      >>> checkpoint_exists("/nowhere/ckpt-1")
+      False
+    """
+    return is_checkpoint(os.fspath(path))
+
+
+def get_checkpoint_mtimes(paths: Iterable[Path]) -> list[float]:
+    """When checkpoints were committed, or copied to where they are.
+
+    Args:
+      paths: of checkpoints.
+
+    Returns:
+      Seconds since the epoch by the clock of the file system, in the order of `paths`. One
+      that does not exist is left out.
+
+    Source: `tf.compat.v1.train.get_checkpoint_mtimes`.
+
+    Example:
+      >>> get_checkpoint_mtimes(["/nowhere/ckpt-1"])
+      []
+    """
+    times: list[float] = []
+    for path in map(os.fspath, paths):
+        if is_checkpoint(path):
+            try:
+                times.append(os.stat(os.path.join(path, MANIFEST)).st_mtime)
+            except FileNotFoundError:
+                continue  # somebody removed it meanwhile
+    return times
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Removes the checkpoint at `path`; it is no error if there is nothing.
+
+    It first takes the name of a staging directory, so that at no moment a part of it can be
+    taken for a checkpoint. Of a symbolic link, only the link goes.
+
+    Args:
+      path: of a checkpoint, as `save` returned it.
+
+    Raises:
+      CheckpointNotFoundError: what is there is no checkpoint; it stays.
+      OSError: it could not be removed, or not all of it; then what is left is in a directory
+        `<path>.staging-<16 hex digits>`, which is no checkpoint.
+
+    Source: `tf.compat.v1.train.remove_checkpoint`.
+
+    Example:
+      >>> import tempfile
+      >>> from ckpt_jax.checkpoint import Checkpoint
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = Checkpoint(step=7).save(f"{directory}/ckpt")
+      ...     remove_checkpoint(path)
+      ...     checkpoint_exists(path)
+      False
+    """
+    path = os.path.abspath(path)
+    if not os.path.lexists(path):
+        return
+    require_checkpoint(path)
+    try:
+        if os.path.islink(path):
+            os.unlink(path)
+            return
+        aside = f"{path}.staging-{secrets.token_hex(8)}"
+        os.rename(path, aside)
+    except FileNotFoundError:
+        return  # somebody else removed it in this moment
+    shutil.rmtree(aside)
+
+
+def _name_without_number(path: str) -> str:
+    return os.path.basename(path).rpartition("-")[0]

@@ -42,8 +42,8 @@ class CheckpointReader:
     Source: `tf.train.load_checkpoint`, `tf.train.CheckpointReader`.
     """
 
-    def __init__(self, path: str | os.PathLike[str]):
-        self.path = os.fspath(path)
+    def __init__(self, path: str | bytes | os.PathLike[Any]):
+        self.path = os.fsdecode(path)
         require_checkpoint(self.path)
         self._sharded = ShardedReader(os.path.abspath(self.path))
 
@@ -121,6 +121,15 @@ class CheckpointReader:
     ) -> dict[str, Any]:
         """Several values at once; see `ckpt.io.read_slices`."""
         return read_values(self._sharded, requests, options)
+
+    def stored_spec(self, key: str) -> LeafSpec:
+        """The dtype and shape that a value is stored with."""
+        entry = self._sharded.index.entry(key)
+        return LeafSpec("", entry.dtype, entry.shape)
+
+    def stored_nbytes(self, key: str) -> int:
+        """The size of a value in bytes."""
+        return sum(piece.nbytes for piece in self._sharded.index.entry(key).slices)
 
     def missing_keys(self) -> list[str]:
         """Keys that the object graph names and the index lacks (none, in a sound checkpoint)."""

@@ -8,6 +8,7 @@ import pytest
 import ckpt_jax
 
 PUBLIC = (
+    "__version__",
     # checkpoints of objects
     "Checkpoint",
     "LoadStatus",
@@ -33,6 +34,9 @@ PUBLIC = (
     "list_objects",
     "TrackableView",
     "CheckpointView",
+    "verify",
+    "VerifyReport",
+    "Damage",
     "RestoreReport",
     "ReportEntry",
     # the checkpoints of a directory

@@ -89,6 +89,7 @@ def plan_write(snap: Snapshot, policy: ShardingPolicy) -> WritePlan:
     """
     groups = policy(snap.slices)
     if not isinstance(policy, _BUILT_IN):
+        groups = [list(group) for group in groups]  # either may be a generator
         _check_policy(snap.slices, groups)
     return WritePlan(tuple(_shard(snap, group) for group in groups if group))
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ckpt_jax.errors import RegistrationError
+from ckpt_jax.trackable.base import PythonState
 from ckpt_jax.trackable.view import mark_views, remove_views_since
 
 C = TypeVar("C", bound=type)
@@ -53,7 +54,7 @@ def register_checkpoint_saver(
       restore_fn: `(objects by name, merged_prefix)`; reads with `ckpt.io.read_slices` and
         assigns in place (returning None), or returns new values by name for immutable objects.
       strict_predicate_restore: whether restoring into an object that the predicate refuses is
-        an error; otherwise the object is skipped with a warning.
+        an error; otherwise the object is skipped and keeps its value.
 
     Raises:
       TypeError: an argument of the wrong kind.
@@ -87,7 +88,12 @@ def register_checkpoint_saver(
 
 
 def saver_name(obj: Any) -> str | None:
-    """The saver that takes `obj`, the latest registered first; None for the default saver."""
+    """The saver that takes `obj`, the latest registered first; None for the default saver.
+
+    A `PythonState` saves itself, whatever a predicate says.
+    """
+    if isinstance(obj, PythonState):
+        return None
     for saver in reversed(_savers.values()):
         if saver.predicate(obj):
             return saver.name
@@ -112,6 +118,11 @@ def get_saver(name: str) -> RegisteredSaver:
             f"the checkpoint saver cannot be found: {name!r} is not registered; import the module "
             f"that registers it first (registered now: {sorted(_savers) or 'none'})"
         ) from None
+
+
+def unregister_checkpoint_saver(name: str) -> None:
+    """Forgets a saver: the program as it is where nobody registered it."""
+    del _savers[get_saver(name).name]
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -52,12 +53,16 @@ class Slice:
     """A box of a larger array.
 
     Attributes:
-      array: the contents of the box.
-      box: where they lie in the array.
+      array: the contents of the box, of its shape.
+      box: where they lie in the array: one (start, stop) pair per axis.
       global_shape: shape of the whole array.
+
+    Example:
+      >>> Slice(np.zeros((2, 3)), ((0, 2), (0, 3)), (4, 3)).box
+      ((0, 2), (0, 3))
     """
 
-    array: np.ndarray
+    array: Any
     box: Box
     global_shape: Shape
 
