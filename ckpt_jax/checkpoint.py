@@ -10,8 +10,10 @@ import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
+from ckpt_jax.background import Background
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.trace import LiveGraph, trace
 from ckpt_jax.options import DEFAULT, CheckpointOptions
@@ -20,7 +22,7 @@ from ckpt_jax.restoring import Restoration
 from ckpt_jax.savers import registry
 from ckpt_jax.savers.host import without_gc
 from ckpt_jax.savers.values import describe
-from ckpt_jax.saving import write_checkpoint
+from ckpt_jax.saving import begin
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 from ckpt_jax.status import LoadStatus
 from ckpt_jax.trackable.base import AutoTrackable, TrackableView, Variable
@@ -103,8 +105,8 @@ class Checkpoint(AutoTrackable):
         """
         options = options or DEFAULT
         path = os.fsdecode(path)
-        write_checkpoint(self._trace(), path, options, overwrite=True)
-        _call_back(options.write_callbacks, path)
+        self._background().wait()
+        self._write(path, options)
         return path
 
     def save(self, prefix: Path, options: CheckpointOptions | None = None) -> str:
@@ -115,24 +117,51 @@ class Checkpoint(AutoTrackable):
         Returns:
           The path of the checkpoint. Pairs with `restore`.
         """
-        options = options or DEFAULT
+        self._background().wait()
         counter = self._counter()
-        number = int(counter.value) + 1
+        number = counter.value + 1
         path = f"{os.fsdecode(prefix)}-{number}"
-        counter.assign_counter(number)
-        try:
-            write_checkpoint(self._trace(), path, options, overwrite=True)
-        except BaseException:
+
+        def committed() -> None:
+            state = CheckpointState(os.path.abspath(path))
+            update_checkpoint_state(os.path.dirname(path) or ".", state)
+
+        def failed() -> None:  # a save that failed has not happened
             counter.assign_counter(number - 1)
-            raise
-        _call_back(options.write_callbacks, path)
-        directory = os.path.dirname(path) or "."
-        update_checkpoint_state(directory, CheckpointState(os.path.abspath(path), ()))
+
+        counter.assign_counter(number)
+        self._write(path, options or DEFAULT, committed, failed)
         return path
+
+    def _write(
+        self,
+        path: str,
+        options: CheckpointOptions,
+        committed: Callable[[], None] = lambda: None,
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Writes to `path` and calls back, here or in the background."""
+        with ExitStack() as undo:
+            undo.callback(failed)
+            finish = begin(self._trace(), path, options, overwrite=True)
+            undo_later = undo.pop_all()
+
+        def work() -> None:
+            with undo_later as undo:
+                finish()
+                undo.pop_all()
+            _call_back(options.write_callbacks, path)
+            committed()
+
+        if options.enable_async:
+            self._background().start(work, f"saving {path}")
+        else:
+            work()
 
     def read(self, path: Path | None, options: CheckpointOptions | None = None) -> LoadStatus:
         """Restores what `write` saved, without touching the save counter; see `restore`."""
         options = options or DEFAULT
+        self._background().wait()
         if path is None:
             return LoadStatus(None, self._trace)
         with CheckpointReader(path) as reader:
@@ -162,12 +191,20 @@ class Checkpoint(AutoTrackable):
         return self.read(path, options)
 
     def sync(self) -> None:
-        """Waits for outstanding work and raises its errors. Saves are synchronous so far."""
+        """Waits for a save in the background.
+
+        Raises:
+          AsyncSaveError: it failed; the cause is chained.
+        """
+        self._background().wait()
+
+    def _background(self) -> Background:
+        return self.__dict__.setdefault("_self_background", Background())
 
     @property
     def save_counter(self) -> int:
         """How many times `save` has been called, this checkpoint's past included."""
-        return int(self._counter().value)
+        return self._counter().value
 
     @property
     def root(self) -> Any:
@@ -204,6 +241,7 @@ class _Counter(Variable):
         self._value = value
 
     def assign_counter(self, value: int) -> None:
+        """Replaces the number."""
         self._value = value
 
 

@@ -81,14 +81,14 @@ def _checked(key: str) -> str:
 def _slices_of(key: str, value: Any) -> Any:
     if isinstance(value, Slice):
         array = np.asarray(encode(value.array))
-        return _shard.Slice(array, _box(value.box), tuple(map(index, value.global_shape)))
+        return Slice(array, _box(value.box), tuple(map(index, value.global_shape)))
     if isinstance(value, list | tuple):
         if not all(isinstance(part, Slice) for part in value):
             raise TypeError(f"{key}: a list under one key is a list of ckpt.io.Slice")
         return [_slices_of(key, part) for part in value]
     value = encode(value)
     if isinstance(value, jax.Array):
-        return [_shard.Slice(data, box, value.shape) for box, _, data in host.host_slices(value)]
+        return [Slice(data, box, value.shape) for box, _, data in host.host_slices(value)]
     return value
 
 

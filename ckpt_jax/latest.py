@@ -1,8 +1,8 @@
 """The checkpoints of a directory as files: which is the latest, which are new, and removing one.
 
 A checkpoint *exists* where there is a committed directory, and is *usable* where its index and
-object graph can be read and agree; neither looks at the bytes of arrays, which are checked
-when they are read.
+object graph can be read and agree, and its files have the sizes that the index lists. Neither
+looks at the bytes of arrays, which are checked when they are read.
 
 Order is that of the numbers in the names. Times are only reported.
 """
@@ -10,11 +10,14 @@ Order is that of the numbers in the names. Times are only reported.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from typing import Any
 
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.reader import CheckpointReader
@@ -29,7 +32,7 @@ from ckpt_jax.store.directory import (
 
 _log = logging.getLogger("ckpt_jax")
 
-Path = str | os.PathLike[str]
+Path = str | bytes | os.PathLike[Any]
 
 
 def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> str | None:
@@ -59,6 +62,7 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
       ...     os.path.basename(latest_checkpoint(directory))
       'ckpt-2'
     """
+    directory = os.fsdecode(directory)
     state = get_checkpoint_state(directory, latest_filename)
     if state is None:
         return None
@@ -82,10 +86,11 @@ def older_checkpoints(directory: Path, path: str) -> list[str]:
     number = number_of(path)
     if number is None:
         return []
+    directory = os.fsdecode(directory)
     name = _name_without_number(path)
     return [
         os.path.join(directory, other)
-        for other in reversed(checkpoints_in(os.fspath(directory)))
+        for other in reversed(checkpoints_in(directory))
         if (n := number_of(other)) is not None and n < number
         if _name_without_number(other) == name
     ]
@@ -96,7 +101,9 @@ def problem_with(path: str) -> str | None:
     try:
         with CheckpointReader(path) as reader:
             missing = reader.missing_keys()
-    except (CheckpointError, OSError) as error:
+            for shard in reader._sharded.index.shards:
+                reader._sharded._check_files(shard)
+    except (CheckpointError, OSError, ValueError) as error:
         return str(error)
     return f"it lacks {missing[0]}" if missing else None
 
@@ -114,8 +121,8 @@ def checkpoints_iterator(
     """Yields the checkpoints of a directory as they appear, for evaluating beside training.
 
     Each time it is asked it yields the latest one, once; what was saved and overtaken in
-    between is skipped. One that is damaged, or was removed before it could be opened, is
-    passed over with a warning, and none older is yielded in its place.
+    between is skipped. While it is not usable, because it is still being copied, is damaged, or
+    was removed in this moment, a warning says so, and none older is yielded in its place.
 
     Args:
       directory: where somebody saves; it need not exist yet.
@@ -143,36 +150,41 @@ def checkpoints_iterator(
       ...     [os.path.basename(path) for path in checkpoints_iterator(directory, timeout=0)]
       ['ckpt-1']
     """
+    directory = os.fsdecode(directory)
     seen: str | None = None
     while True:
-        deadline = None if timeout is None else clock() + timeout
-        while (path := _latest_unless(directory, seen)) is None:
-            remaining = poll_seconds if deadline is None else deadline - clock()
-            if remaining <= 0:
-                break
+        deadline = math.inf if timeout is None else clock() + timeout
+        path, problem = _newer(directory, seen, None)
+        while path is None and (remaining := deadline - clock()) > 0:
             wait(min(poll_seconds, remaining))
-        if path is None:
-            if timeout_fn is None or timeout_fn():
-                return
-            continue
-        seen = path
-        problem = problem_with(path)
-        if problem is not None:
-            _log.warning("the checkpoint %s is not usable: %s", path, problem)
-            continue
-        earliest = clock() + min_interval_seconds
-        yield path
-        early = earliest - clock()
-        if early > 0:
-            wait(early)
+            path, problem = _newer(directory, seen, problem)
+        if path is not None:
+            seen, earliest = path, clock() + min_interval_seconds
+            yield path
+            if (early := earliest - clock()) > 0:
+                wait(early)
+        elif timeout_fn is None or timeout_fn():
+            return
 
 
-def _latest_unless(directory: Path, seen: str | None) -> str | None:
-    """The latest checkpoint by the state file, if it is another than `seen`."""
+def _newer(
+    directory: str, seen: str | None, known_problem: str | None
+) -> tuple[str | None, str | None]:
+    """The latest checkpoint by the state file, if it is another than `seen` and usable.
+
+    Returns:
+      Its path or None, and the problem that was logged unless it was known before.
+    """
     state = get_checkpoint_state(directory)
     if state is None or state.model_checkpoint_path == seen:
-        return None
-    return state.model_checkpoint_path
+        return None, None
+    path = state.model_checkpoint_path
+    problem = problem_with(path)
+    if problem is None:
+        return path, None
+    if problem != known_problem:
+        _log.warning("the checkpoint %s is not usable yet: %s", path, problem)
+    return None, problem
 
 
 def checkpoint_exists(path: Path) -> bool:
@@ -187,7 +199,7 @@ def checkpoint_exists(path: Path) -> bool:
       >>> checkpoint_exists("/nowhere/ckpt-1")
       False
     """
-    return is_checkpoint(os.fspath(path))
+    return is_checkpoint(os.fsdecode(path))
 
 
 def get_checkpoint_mtimes(paths: Iterable[Path]) -> list[float]:
@@ -207,12 +219,10 @@ def get_checkpoint_mtimes(paths: Iterable[Path]) -> list[float]:
       []
     """
     times: list[float] = []
-    for path in map(os.fspath, paths):
-        if is_checkpoint(path):
-            try:
-                times.append(os.stat(os.path.join(path, MANIFEST)).st_mtime)
-            except FileNotFoundError:
-                continue  # somebody removed it meanwhile
+    for path in paths:
+        if checkpoint_exists(path):
+            with suppress(FileNotFoundError):  # somebody removes it in this moment
+                times.append(os.stat(os.path.join(os.fsdecode(path), MANIFEST)).st_mtime)
     return times
 
 
@@ -241,7 +251,7 @@ def remove_checkpoint(path: Path) -> None:
       ...     checkpoint_exists(path)
       False
     """
-    path = os.path.abspath(path)
+    path = os.path.abspath(os.fsdecode(path))
     if not os.path.lexists(path):
         return
     require_checkpoint(path)

@@ -153,6 +153,9 @@ class CheckpointOptions:
     """How to save and restore. Every field has a default that is safe.
 
     Attributes:
+      enable_async: let a `Checkpoint` write in the background. When `save` returns, nothing
+        that the program does can change what is written; errors come with the next `save`,
+        with `sync`, or are logged at exit.
       sharding_policy: which slices go into which shard.
       write_callbacks: functions of no argument, or of the path, called after the commit.
       skip_slot_variables: leave optimizer slots out of a restore and its assertions.
@@ -168,6 +171,7 @@ class CheckpointOptions:
       True
     """
 
+    enable_async: bool = False
     sharding_policy: ShardingPolicy = ShardByDevice()
     write_callbacks: tuple[Callable[..., Any], ...] = ()
     skip_slot_variables: bool = False

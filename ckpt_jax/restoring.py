@@ -13,6 +13,7 @@ objects: `attach` runs the same stages for an object that appeared later.
 from __future__ import annotations
 
 import itertools
+import logging
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -25,7 +26,7 @@ from ckpt_jax.errors import RegistrationError, RestoreMismatchError
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.match import Match, extend, match
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
-from ckpt_jax.graph.plan import Read, ReadPlan, assign, plan_read
+from ckpt_jax.graph.plan import Read, ReadPlan, assign, plan_read, pretty_name
 from ckpt_jax.graph.trace import LiveGraph, trace
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
@@ -145,6 +146,8 @@ def _usable_saver(
 
 # --- one restore -----------------------------------------------------------------------
 
+_log = logging.getLogger("ckpt_jax")
+_MAX_LOGGED = 10
 _uids = itertools.count(1)
 _restored_by: dict[int, tuple[weakref.ref[Any], int]] = {}  # id(object) -> (object, uid)
 
@@ -166,6 +169,33 @@ def _has_weakrefs(obj: Any) -> bool:
     return type(obj).__weakrefoffset__ != 0
 
 
+class _LeftOver:
+    """The values of a checkpoint that no object has taken yet.
+
+    They are logged, as one record, when the last one who could still take or ask for them is
+    gone. It holds no reference to the restoration that it watches.
+    """
+
+    def __init__(self, path: str, saved: ObjectGraph):
+        self.path = path
+        self.saved = saved
+        self.nodes = {node for node, _ in saved.attributes()}
+        self.is_expected = False
+
+    def log(self) -> None:
+        if self.nodes and not self.is_expected:
+            names = [pretty_name(self.saved, node) for node in sorted(self.nodes)[:_MAX_LOGGED]]
+            more = len(self.nodes) - len(names)
+            _log.warning(
+                "%d values of %s were never used: %s%s. If that is as it should be, call "
+                "expect_partial() on the status that restore() returns.",
+                len(self.nodes),
+                self.path,
+                ", ".join(names),
+                f" and {more} more" if more else "",
+            )
+
+
 class Restoration:
     """One restore of a checkpoint into mutable objects, finished or waiting.
 
@@ -180,7 +210,9 @@ class Restoration:
         self.saved = saved
         self.options = options
         self.uid = next(_uids)
-        self.partial_is_fine = False
+        self.left_over = _LeftOver(path, saved)
+        finalizer = weakref.finalize(self, self.left_over.log)
+        finalizer.atexit = False  # at interpreter exit nobody is waiting any more
         self._bound: dict[int, list[weakref.ref[Any]]] = {}  # saved node -> its mutable objects
 
     def run(self, live: LiveGraph, reader: CheckpointReader) -> Any:
@@ -230,6 +262,7 @@ class Restoration:
 
     def _remember(self, live: LiveGraph, found: Match) -> None:
         for saved, node in [*found.bound.items(), *found.shared]:
+            self.left_over.nodes.discard(saved)
             if node >= 0 and live.views[node].mutable:
                 obj = live.objects[node]
                 _note_restored(obj, max(self.uid, _restored_uid(obj)))

@@ -10,6 +10,8 @@ commit     one transaction for graph and index, then one rename
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 from ckpt_jax import io
@@ -28,20 +30,40 @@ from ckpt_jax.store.seal import seal
 SHARDS = "shards"
 
 
-@without_gc()
 def write_checkpoint(
     live: LiveGraph, path: str, options: CheckpointOptions, *, overwrite: bool
 ) -> None:
     """Writes a traced graph to `path`, or leaves everything as it was and raises."""
-    snapshot = default.snapshot(_values(live), copy=False)
+    begin(live, path, options, overwrite=overwrite)()
+
+
+@without_gc()
+def begin(
+    live: LiveGraph, path: str, options: CheckpointOptions, *, overwrite: bool
+) -> Callable[[], None]:
+    """The part of a save that has to see the objects as they are now.
+
+    Returns:
+      The rest, to be called once, on any thread: it writes and commits. Nothing that the
+      program does meanwhile can change what is written.
+    """
+    snapshot = default.snapshot(_values(live), copy=options.enable_async)
     plan = default.plan_write(snapshot, options.sharding_policy)
     graph = seal(codec.encode(live.graph))
-    with staged(path, overwrite=overwrite, durable=options.durable) as staging:
+    with ExitStack() as stack:
+        staging = stack.enter_context(staged(path, overwrite=overwrite, durable=options.durable))
         shards = os.path.join(staging, SHARDS)
         os.mkdir(shards)
         prefixes = _registered_shards(live, shards)
-        prefixes += default.write(plan, shards, options)
-        io.merge_shards(prefixes, staging, extra={OBJECT_GRAPH_KEY: graph}, options=options)
+        later = stack.pop_all()
+
+    def finish() -> None:
+        with later:
+            written = default.write(plan, shards, options)
+            extra = {OBJECT_GRAPH_KEY: graph}
+            io.merge_shards([*prefixes, *written], staging, extra=extra, options=options)
+
+    return finish
 
 
 def _values(live: LiveGraph) -> dict[str, Any]:

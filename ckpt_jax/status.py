@@ -41,13 +41,18 @@ class LoadStatus:
             return RestoreReport("(no checkpoint)")
         return self._look()[2]
 
-    def assert_consumed(self) -> LoadStatus:
+    def assert_consumed(self, *, limit: int | None = _MAX_LISTED) -> LoadStatus:
         """Every value in the checkpoint has a place in the program, and the other way round.
+
+        Args:
+          limit: how many values a failure names; None for all.
 
         Raises:
           AssertionError: naming the values that have not.
         """
-        self.assert_existing_objects_matched()
+        if self._restoration is not None:
+            self._restoration.left_over.is_expected = True  # whoever asserts has been told
+        self.assert_existing_objects_matched(limit=limit)
         assert self._restoration is not None
         live, found, report = self._look()
         saved = self._restoration.saved
@@ -56,11 +61,14 @@ class LoadStatus:
             for node, what in self._unresolved(live, found)
         ]
         unused = [f"Unused attributes in checkpoint: {entry}" for entry in report.unexpected]
-        _fail("values of the checkpoint have no place in the program", unresolved or unused)
+        _fail("values of the checkpoint have no place in the program", unresolved or unused, limit)
         return self
 
-    def assert_existing_objects_matched(self) -> LoadStatus:
+    def assert_existing_objects_matched(self, *, limit: int | None = _MAX_LISTED) -> LoadStatus:
         """Every object of the program that has values got them from this checkpoint.
+
+        Args:
+          limit: how many objects a failure names; None for all.
 
         Raises:
           AssertionError: naming the objects that did not.
@@ -77,7 +85,7 @@ class LoadStatus:
             and node not in skipped
             and (node not in sources or not self._holds(live, sources[node], node))
         ]
-        _fail("objects of the program are not in the checkpoint", unmatched)
+        _fail("objects of the program are not in the checkpoint", unmatched, limit)
         return self
 
     def assert_nontrivial_match(self) -> LoadStatus:
@@ -102,7 +110,7 @@ class LoadStatus:
     def expect_partial(self) -> LoadStatus:
         """Silences the note about values that were never used; assertions stay as they are."""
         if self._restoration is not None:
-            self._restoration.partial_is_fine = True
+            self._restoration.left_over.is_expected = True
         return self
 
     def initialize_or_restore(self) -> LoadStatus:
@@ -119,7 +127,7 @@ class LoadStatus:
         traceback: TracebackType | None,
     ) -> None:
         if kind is None:
-            self.assert_consumed()
+            self.assert_consumed(limit=None)
 
     def _look(self) -> tuple[LiveGraph, Match, RestoreReport]:
         assert self._restoration is not None
@@ -165,8 +173,8 @@ def _listed(names: list[str]) -> str:
     return f"{shown} and {more} more ({len(names)} in all)" if more > 0 else shown or "nothing"
 
 
-def _fail(what: str, names: list[str]) -> None:
+def _fail(what: str, names: list[str], limit: int | None) -> None:
     if names:
-        lines = "\n".join(f"  {name}" for name in names[:_MAX_LISTED])
-        more = f"\n  ... {len(names)} in all" if len(names) > _MAX_LISTED else ""
+        lines = "\n".join(f"  {name}" for name in names[:limit])
+        more = f"\n  ... {len(names)} in all" if limit is not None and len(names) > limit else ""
         raise AssertionError(f"{len(names)} {what}:\n{lines}{more}")

@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("flax",),
     ("lazy_flax",),
     ("reader", "readers", "multihost"),
-    ("saving", "restoring", "latest", "verifying"),
+    ("saving", "restoring", "latest", "verifying", "background"),
     ("status", "checkpoint", "functional"),
     ("manager", "inspect"),
     ("__init__",),

@@ -2,7 +2,7 @@
 
 import pytest
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, wrappers_pb2
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_jax._proto import trackable_object_graph_pb2 as pb
@@ -110,6 +110,7 @@ def test_decoding_gives_back_every_graph_that_was_encoded(graph):
     assert repr(again) == repr(graph)
 
 
+@settings(max_examples=40)
 @given(graphs())
 def test_one_graph_has_one_encoding(graph):
     assert encode(decode(encode(graph))) == encode(graph)
@@ -206,6 +207,7 @@ def tensorflow_graph():
     )
 
 
+@settings(max_examples=40)
 @given(graphs())
 def test_tensorflows_layout_parses_what_we_write(tensorflow_graph, graph):
     theirs = tensorflow_graph()

@@ -22,7 +22,7 @@ ML_DTYPES = sorted(
     ),
     key=str,
 )
-NUMPY_DTYPES = [np.dtype(code) for code in "?bBhHiIqQefdFD"]
+NUMPY_DTYPES = [np.dtype(code) for code in "?bBhHiIlLefdFD"]
 TIME_DTYPES = [np.dtype(name) for name in ("M8[s]", "M8[D]", "M8[25ns]", "m8[ms]", "M8", "m8")]
 ALL_DTYPES = [*NUMPY_DTYPES, *TIME_DTYPES, *ML_DTYPES]
 
@@ -51,6 +51,8 @@ def bits_of(dtype: np.dtype) -> int:
 
 
 def in_jax(dtype: np.dtype) -> bool:
+    if dtype.kind in "Mm" or jax.dtypes.canonicalize_dtype(dtype) != dtype:
+        return False
     try:
         return jnp.asarray(every_pattern(dtype)).dtype == dtype
     except (TypeError, jax.errors.JaxRuntimeError):

@@ -1,0 +1,444 @@
+"""Trackables and variables. Numbers in docstrings are those of TensorFlow's test behaviours."""
+
+import copy
+import pickle
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ckpt_jax as ckpt
+from ckpt_jax.trackable.base import await_child, pending_names, receive
+
+
+class Model(ckpt.AutoTrackable):
+    """Takes its attributes from a test."""
+
+    def __init__(self, **attributes):
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+def names(obj):
+    return list(obj.trackable_children())
+
+
+class Waiting:
+    """A restore that waits, as a trackable sees it."""
+
+    def __init__(self, log, name="restore", replacement=None, value=None):
+        self.log, self.name, self.replacement, self.value = log, name, replacement, value
+
+    def attach(self, parent, label, child):
+        self.log.append((self.name, parent, label, child))
+        return child if self.replacement is None else self.replacement
+
+    def initial_value(self):
+        return self.value
+
+
+def wait(parent, label, waiting):
+    await_child(parent, label, waiting)
+
+
+# --- Trackable --------------------------------------------------------------------------
+
+
+def test_children_are_listed_in_the_order_in_which_they_were_tracked():
+    obj = ckpt.Trackable()
+    first, second = ckpt.Variable(1.0), ckpt.Variable(2.0)
+    assert obj.track("b", first) is first
+    obj.track("a", second)
+    assert obj.trackable_children() == {"b": first, "a": second}
+    assert names(obj) == ["b", "a"]
+
+
+def test_the_listing_of_children_is_a_copy():
+    obj = Model(v=ckpt.Variable(1.0))
+    obj.trackable_children().clear()
+    assert names(obj) == ["v"]
+
+
+def test_a_name_belongs_to_one_object_unless_it_is_overwritten():
+    """TensorFlow 187."""
+    obj = ckpt.Trackable()
+    first, second = ckpt.Variable(1.0), ckpt.Variable(2.0)
+    obj.track("v", first)
+    with pytest.raises(ValueError, match="already declared as a dependency"):
+        obj.track("v", second)
+    assert obj.trackable_children() == {"v": first}
+    obj.track("v", second, overwrite=True)
+    assert obj.trackable_children() == {"v": second}
+
+
+def test_an_overwritten_child_keeps_its_place():
+    obj = Model(a=ckpt.Variable(1.0), b=ckpt.Variable(2.0))
+    obj.track("a", ckpt.Variable(3.0), overwrite=True)
+    assert names(obj) == ["a", "b"]
+
+
+def test_tracking_one_object_twice_under_one_name_is_fine():
+    """TensorFlow 264."""
+    obj, v = ckpt.Trackable(), ckpt.Variable(1.0)
+    obj.track("v", v)
+    assert obj.track("v", v) is v
+    assert names(obj) == ["v"]
+
+
+def test_what_has_no_view_cannot_be_tracked():
+    obj = ckpt.Trackable()
+    with pytest.raises(TypeError, match="'f'.*register_view"):
+        obj.track("f", print)
+    assert names(obj) == []
+
+
+def test_a_plain_trackable_does_not_track_its_attributes():
+    obj = ckpt.Trackable()
+    obj.v = ckpt.Variable(1.0)
+    assert names(obj) == []
+
+
+def test_an_object_with_values_has_to_say_how_they_come_back():
+    class Half(ckpt.Trackable):
+        def serialize_to_arrays(self):
+            return {"x": jnp.zeros(1)}
+
+    with pytest.raises(NotImplementedError, match="Half.*restore_from_arrays"):
+        Half().restore_from_arrays({"x": jnp.zeros(1)})
+    assert ckpt.Trackable().serialize_to_arrays() == {}
+
+
+# --- what waits for a child -------------------------------------------------------------
+
+
+def test_a_child_that_is_awaited_is_handed_over_once():
+    obj, log, v = ckpt.Trackable(), [], ckpt.Variable(1.0)
+    wait(obj, "v", Waiting(log))
+    assert pending_names(obj) == ["v"]
+    obj.track("w", ckpt.Variable(0.0))
+    assert log == []
+    obj.track("v", v)
+    assert log == [("restore", obj, "v", v)]
+    assert "v" not in pending_names(obj)
+    obj.track("v", ckpt.Variable(2.0), overwrite=True)
+    assert len(log) == 1
+
+
+def test_the_newest_of_several_restores_gets_a_child_first():
+    obj, log = ckpt.Trackable(), []
+    for name in ("old", "new"):
+        wait(obj, "v", Waiting(log, name))
+    obj.track("v", ckpt.Variable(1.0))
+    assert [entry[0] for entry in log] == ["new", "old"]
+
+
+def test_a_rebuilt_child_takes_the_place_of_the_one_that_was_assigned():
+    obj, new = Model(), jnp.ones(2)
+    wait(obj, "w", Waiting([], replacement=new))
+    obj.w = jnp.zeros(2)
+    assert obj.w is new
+    assert obj.trackable_children()["w"] is new
+
+
+def test_an_object_that_awaits_nothing_hands_nothing_over():
+    v = ckpt.Variable(1.0)
+    assert receive(object(), "v", v) is v
+    assert pending_names(object()) == []
+
+
+# --- add_variable -----------------------------------------------------------------------
+
+
+def test_a_shape_and_a_constant_contradict_each_other():
+    """TensorFlow 1."""
+    with pytest.raises(ValueError, match="not specify shape"):
+        ckpt.Trackable().add_variable("v", shape=(2,), initializer=1.0)
+
+
+def test_a_variable_may_be_made_from_a_constant():
+    """TensorFlow 2."""
+    obj = ckpt.Trackable()
+    v = obj.add_variable("v", initializer=3.0)
+    assert (v.value, v.shape) == (3.0, ())
+    assert obj.trackable_children() == {"v": v}
+
+
+def test_a_variable_may_be_made_from_a_shape_and_an_initializer():
+    """TensorFlow 3."""
+    obj = ckpt.Trackable()
+    ones = obj.add_variable("ones", shape=(2,), initializer=jnp.ones)
+    zeros = obj.add_variable("zeros", shape=(2, 2), dtype=jnp.int16)
+    assert ones.value.tolist() == [1.0, 1.0]
+    assert zeros.value.tolist() == [[0, 0], [0, 0]] and zeros.dtype == jnp.int16
+
+
+def test_a_second_variable_of_one_name_is_refused():
+    """TensorFlow 4."""
+    obj = ckpt.Trackable()
+    first = obj.add_variable("v", initializer=1.0)
+    with pytest.raises(ValueError, match="already declared"):
+        obj.add_variable("v", initializer=2.0)
+    assert obj.trackable_children() == {"v": first}
+    second = obj.add_variable("v", initializer=2.0, overwrite=True)
+    assert obj.trackable_children() == {"v": second}
+
+
+def test_variables_of_one_name_on_different_objects_do_not_clash():
+    """TensorFlow 5."""
+    one, other = ckpt.Trackable(), ckpt.Trackable()
+    assert one.add_variable("v", initializer=1.0) is not other.add_variable("v", initializer=1.0)
+
+
+def test_the_dtype_that_is_asked_for_is_honoured():
+    """TensorFlow 10, 11."""
+    obj = ckpt.Trackable()
+    assert obj.add_variable("a", dtype=jnp.bfloat16, initializer=1.0).dtype == jnp.bfloat16
+    made = obj.add_variable("b", (3,), jnp.float16, jnp.ones)
+    assert (made.dtype, made.shape) == (jnp.float16, (3,))
+
+
+def test_a_variable_needs_a_shape_or_a_constant():
+    obj = ckpt.Trackable()
+    with pytest.raises(ValueError, match="shape is needed"):
+        obj.add_variable("v", initializer=jnp.ones)
+    assert names(obj) == []
+
+
+def test_the_initializer_is_not_called_for_a_variable_whose_value_waits():
+    obj, log = ckpt.Trackable(), []
+    wait(obj, "v", Waiting(log, value="float32[2]"))
+    made = obj.add_variable("v", (2,), initializer=lambda *args: pytest.fail("called"))
+    ((_, _, _, child),) = log
+    assert child is made
+    assert made.value == jax.ShapeDtypeStruct((2,), jnp.float32)
+
+
+def test_the_initializer_is_called_where_more_than_one_value_waits():
+    obj = ckpt.Trackable()
+    wait(obj, "v", Waiting([], value=None))
+    made = obj.add_variable("v", (2,), initializer=jnp.ones)
+    assert made.value.tolist() == [1.0, 1.0]
+
+
+# --- AutoTrackable ----------------------------------------------------------------------
+
+
+def test_attributes_that_hold_state_are_tracked_and_configuration_is_not():
+    obj = Model(
+        array=jnp.zeros(1),
+        numpy=np.zeros(1),
+        variable=ckpt.Variable(0.0),
+        object=Model(),
+        width=3,
+        rate=0.1,
+        name="model",
+        flag=True,
+        nothing=None,
+        function=len,
+        scalar=np.float32(1),
+    )
+    assert names(obj) == ["array", "numpy", "variable", "object"]
+    assert (obj.width, obj.name, obj.function) == (3, "model", len)
+
+
+@pytest.mark.parametrize(
+    ("value", "tracked"),
+    [
+        ([], True),
+        ({}, True),
+        ([1, "a"], False),
+        ({"rate": 0.1}, False),
+        ((), False),
+        ((3, 3), False),
+        ([1, ckpt.Variable(0.0)], True),
+        ({"a": [{"b": (jnp.zeros(1),)}]}, True),
+        ((1, (2, jnp.zeros(1))), True),
+    ],
+)
+def test_a_container_is_state_if_it_holds_state_or_may_yet_do_so(value, tracked):
+    assert (names(Model(attribute=value)) == ["attribute"]) is tracked
+
+
+def test_a_subclass_need_not_call_its_base_constructor():
+    """TensorFlow 9."""
+
+    class Bare(ckpt.AutoTrackable):
+        def __init__(self):
+            pass
+
+    obj = Bare()
+    obj.v = ckpt.Variable(1.0)
+    made = obj.add_variable("w", initializer=2.0)
+    assert obj.trackable_children() == {"v": obj.v, "w": made}
+
+
+def test_assigning_another_object_replaces_the_child():
+    """TensorFlow 265."""
+    obj = Model(v=ckpt.Variable(1.0))
+    new = obj.v = ckpt.Variable(2.0)
+    obj.v = obj.v
+    assert obj.v is new
+    assert obj.trackable_children() == {"v": new}
+
+
+@pytest.mark.parametrize("value", [3, None, "text", len, ckpt.NoDependency(ckpt.Variable(2.0))])
+def test_assigning_something_that_is_no_state_drops_the_child(value):
+    obj = Model(v=ckpt.Variable(1.0))
+    obj.v = value
+    assert names(obj) == []
+
+
+def test_deleting_an_attribute_drops_the_child():
+    """TensorFlow 266."""
+    obj = Model(v=ckpt.Variable(1.0))
+    del obj.v
+    assert names(obj) == [] and not hasattr(obj, "v")
+    obj.v = ckpt.Variable(2.0)
+    assert obj.trackable_children() == {"v": obj.v}
+
+
+def test_deleting_what_is_not_there_is_an_attribute_error():
+    obj = Model(v=ckpt.Variable(1.0))
+    with pytest.raises(AttributeError):
+        del obj.w
+    assert names(obj) == ["v"]
+
+
+def test_attributes_with_underscores_are_tracked_too():
+    assert names(Model(_v=ckpt.Variable(1.0))) == ["_v"]
+
+
+def test_tracking_keeps_its_books_out_of_sight_of_other_instances():
+    one, other = Model(v=ckpt.Variable(1.0)), Model()
+    assert (names(one), names(other)) == (["v"], [])
+
+
+def test_a_deep_copy_has_children_of_its_own():
+    """TensorFlow 235."""
+    obj = Model(v=ckpt.Variable(jnp.zeros(2)))
+    other = copy.deepcopy(obj)
+    other.v.assign(jnp.ones(2))
+    assert type(other.v) is ckpt.Variable and other.trackable_children()["v"] is other.v
+    assert obj.v.value.tolist() == [0.0, 0.0]
+
+
+def test_pickling_keeps_what_is_tracked():
+    obj = pickle.loads(pickle.dumps(Model(v=ckpt.Variable(np.ones(2)), width=3)))
+    assert obj.trackable_children() == {"v": obj.v} and obj.width == 3
+
+
+# --- NoDependency -----------------------------------------------------------------------
+
+
+def test_no_dependency_gives_its_value_to_the_attribute_and_tracks_nothing():
+    cache = {"v": ckpt.Variable(1.0)}
+    obj = Model(cache=ckpt.NoDependency(cache))
+    assert obj.cache is cache
+    assert names(obj) == []
+
+
+def test_no_automatic_dependency_tracking_holds_for_one_method():
+    class Quiet(ckpt.AutoTrackable):
+        @ckpt.no_automatic_dependency_tracking
+        def __init__(self, v):
+            self.v = v
+
+        def track_more(self, v):
+            self.w = v
+
+    obj = Quiet(ckpt.Variable(1.0))
+    obj.track_more(ckpt.Variable(2.0))
+    assert names(obj) == ["w"] and obj.v.value == 1.0
+    assert Quiet.__init__.__name__ == "__init__"
+
+
+def test_tracking_comes_back_after_a_method_that_failed():
+    class Failing(ckpt.AutoTrackable):
+        @ckpt.no_automatic_dependency_tracking
+        def fail(self):
+            raise KeyError
+
+    obj = Failing()
+    with pytest.raises(KeyError):
+        obj.fail()
+    obj.v = ckpt.Variable(1.0)
+    assert names(obj) == ["v"]
+
+
+def test_methods_without_tracking_may_call_each_other():
+    class Nested(ckpt.AutoTrackable):
+        @ckpt.no_automatic_dependency_tracking
+        def outer(self):
+            self.inner()
+            self.after = ckpt.Variable(1.0)
+
+        @ckpt.no_automatic_dependency_tracking
+        def inner(self):
+            self.inside = ckpt.Variable(2.0)
+
+    obj = Nested()
+    obj.outer()
+    assert names(obj) == []
+
+
+def test_a_method_without_tracking_returns_what_it_returns():
+    class Quiet(ckpt.AutoTrackable):
+        @ckpt.no_automatic_dependency_tracking
+        def add(self, a, *, b):
+            return a + b
+
+    assert Quiet().add(1, b=2) == 3
+
+
+# --- Variable ---------------------------------------------------------------------------
+
+
+def test_a_variable_holds_one_array_and_its_shape():
+    v = ckpt.Variable(jnp.zeros(2))
+    assert v.assign(jnp.ones(2)) is v
+    assert v.value.tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match=r"expected shape \(2,\), got \(3,\)"):
+        v.assign(jnp.ones(3))
+    assert v.shape == (2,)
+
+
+def test_a_number_that_is_assigned_takes_the_dtype_of_the_variable():
+    v = ckpt.Variable(jnp.zeros((), jnp.bfloat16))
+    assert v.assign(3).dtype == jnp.bfloat16
+    assert v.value == 3
+
+
+def test_numbers_become_arrays_and_arrays_stay_what_they_are():
+    array = np.arange(2)
+    assert isinstance(ckpt.Variable(1.5).value, jax.Array)
+    assert ckpt.Variable(array).value is array
+
+
+def test_variables_are_told_apart_by_identity():
+    one, other = ckpt.Variable(1.0), ckpt.Variable(1.0)
+    assert one != other and len({one, other}) == 2
+
+
+def test_a_variable_may_be_abstract():
+    v = ckpt.Variable(jax.ShapeDtypeStruct((2, 3), jnp.int8))
+    assert (v.shape, v.dtype) == ((2, 3), jnp.int8)
+
+
+# --- PythonState ------------------------------------------------------------------------
+
+
+def test_python_state_has_to_say_what_it_is():
+    with pytest.raises(NotImplementedError):
+        ckpt.PythonState().serialize()
+    with pytest.raises(NotImplementedError):
+        ckpt.PythonState().deserialize(b"")
+
+
+def test_an_object_with_slots_is_a_slot_owner():
+    class Optimizer(ckpt.Trackable):
+        def slots(self):
+            return {}
+
+    assert isinstance(Optimizer(), ckpt.SlotOwner)
+    assert not isinstance(ckpt.Trackable(), ckpt.SlotOwner)
