@@ -1,7 +1,7 @@
 """The checkpoints of a directory as files: which is the latest, which are new, and removing one.
 
 A checkpoint *exists* where there is a committed directory, and is *usable* where its index and
-object graph can be read and agree, and its files have the sizes that the index lists. Neither
+object graph can be read and agree, and its files hold as many bytes as the index lists. Neither
 looks at the bytes of arrays, which are checked when they are read.
 
 Order is that of the numbers in the names. Times are only reported.
@@ -29,6 +29,8 @@ from ckpt_jax.store.directory import (
     number_of,
     require_checkpoint,
 )
+from ckpt_jax.store.index import Index
+from ckpt_jax.store.stack import DATA
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -100,12 +102,21 @@ def problem_with(path: str) -> str | None:
     """Why the checkpoint at `path` is not usable; None where it is."""
     try:
         with CheckpointReader(path) as reader:
-            missing = reader.missing_keys()
-            for shard in reader._sharded.index.shards:
-                reader._sharded._check_files(shard)
-    except (CheckpointError, OSError, ValueError) as error:
+            missing = [f"it lacks {key}" for key in reader.missing_keys()]
+            missing += _short_shards(path, reader._sharded.index)
+    except (CheckpointError, OSError) as error:
         return str(error)
-    return f"it lacks {missing[0]}" if missing else None
+    return missing[0] if missing else None
+
+
+def _short_shards(path: str, index: Index) -> Iterator[str]:
+    """Says which shards have fewer bytes of data than the index lists."""
+    for shard in index.shards:
+        listed = sum(s.rows * s.row_nbytes for s in shard.stacks if not s.compression)
+        data = os.path.join(path, shard.directory, DATA)
+        found = sum(entry.stat().st_size for entry in os.scandir(data)) if shard.stacks else 0
+        if found < max(listed, bool(shard.stacks)):
+            yield f"{data} has {found} bytes, the index lists {listed}"
 
 
 def checkpoints_iterator(

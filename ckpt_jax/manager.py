@@ -33,7 +33,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -386,7 +386,8 @@ class CheckpointManager:
 
         The checkpoint's save counter advances by one, with an explicit number too. A save
         that fails changes nothing: not the counter, the state file, or any checkpoint. If a
-        write callback fails, the new checkpoint is there, but is not recorded.
+        write callback fails, the new checkpoint is there, but is not recorded. A save in the
+        background is recorded, and the others are removed, when it has finished.
 
         Args:
           checkpoint_number: the number in its name; an integer, or what else `step_counter`
@@ -403,6 +404,7 @@ class CheckpointManager:
           ValueError: a negative number, or a metric that is not one number.
           TypeError: a number or step that is no integer.
           UnsaveableError: values that cannot be saved; nothing was written.
+          AsyncSaveError: an earlier save failed in the background; this one has not begun.
 
         Source: `tf.train.CheckpointManager.save`, where a failed save advances the counter.
         """
@@ -410,28 +412,25 @@ class CheckpointManager:
         if step is not None and not self._is_due(step, check_interval):
             return None
         scores = {name: _as_number(name, value) for name, value in (metrics or {}).items()}
+        self.sync()
         counter = self._checkpoint._counter()
-        count = int(counter.value) + 1
+        count = counter.value + 1
         number = count if checkpoint_number is None else as_integer(checkpoint_number)
         if number < 0:
             raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
         path = os.path.join(self._directory, f"{self._name}-{number}")
-        options = options or DEFAULT
-        committed: list[str] = []
-        callbacks = (
-            lambda: committed.append(path),
-            *options.write_callbacks,
-            lambda: self._record(number, path, scores),
-        )
+        last_step = self._last_step
+
+        def committed() -> None:
+            self._record(number, path, scores)
+
+        def failed() -> None:  # a save that failed has not happened
+            counter.assign_counter(count - 1)
+            self._last_step = last_step
+
         counter.assign_counter(count)
-        try:
-            self._checkpoint.write(path, replace(options, write_callbacks=callbacks))
-        except BaseException:
-            if not committed:
-                counter.assign_counter(count - 1)
-            raise
-        if step is not None:
-            self._last_step = step
+        self._last_step = step
+        self._checkpoint._write(path, options or DEFAULT, committed, failed)
         return path
 
     def _is_due(self, step: int, check_interval: bool) -> bool:
@@ -457,6 +456,7 @@ class CheckpointManager:
 
         Source: `tf.train.CheckpointManager.restore_or_initialize`, without the older ones.
         """
+        self.sync()
         if self._latest is None:
             if self._init_fn is not None:
                 self._init_fn()
@@ -513,7 +513,10 @@ class CheckpointManager:
         return [*self._sweep(sweep), *(p for p in leftovers if _attempt(shutil.rmtree, p))]
 
     def sync(self) -> None:
-        """Waits for outstanding saves and raises their errors.
+        """Waits for a save in the background.
+
+        Raises:
+          AsyncSaveError: it failed; the cause is chained.
 
         Source: `tf.train.CheckpointManager.sync`.
         """

@@ -35,6 +35,7 @@ from ckpt_jax.checkpoint import Checkpoint
 from ckpt_jax.errors import RegistrationError
 from ckpt_jax.functional import restore, save
 from ckpt_jax.inspect import load_checkpoint
+from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.savers.registry import (
     RegisteredSaver,
     get_saver,
@@ -150,9 +151,19 @@ class SaverTests:
 
     def test_a_save_replaces_an_earlier_one(self, tmp_path: pathlib.Path) -> None:
         with self._registered():
-            for seed in range(2):
-                path = Checkpoint(object=self.make_object(seed)).write(tmp_path / "a")
+            Checkpoint(object=self.make_object(0)).write(tmp_path / "a")
+            path = Checkpoint(object=self.make_object(1)).write(tmp_path / "a")
             self.assert_same(self.make_object(1), _read(path, object=self.make_empty()).object)
+
+    def test_a_save_in_the_background_holds_what_was_there(self, tmp_path: pathlib.Path) -> None:
+        background = CheckpointOptions(enable_async=True)
+        with self._registered():
+            other = Checkpoint(object=self.make_object(1)).write(tmp_path / "other")
+            checkpoint = Checkpoint(object=self.make_object(0))
+            path = checkpoint.write(tmp_path / "a", options=background)
+            checkpoint.read(other)  # mutable objects change while they are written
+            checkpoint.sync()
+            self.assert_same(self.make_object(0), _read(path, object=self.make_empty()).object)
 
     def test_the_children_are_saved_as_usual(self, tmp_path: pathlib.Path) -> None:
         with self._registered():

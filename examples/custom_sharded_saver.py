@@ -24,6 +24,7 @@ The table's `scale` is an ordinary child: it is saved and restored as usual, reg
 or not. Exits with 1 if a check fails.
 """
 
+import itertools
 import os
 import pathlib
 import sys
@@ -82,7 +83,7 @@ class PartitionedEmbedding(ckpt.AutoTrackable):
     def runs(self) -> Iterator[tuple[int, int]]:
         """The table's rows as (start, stop), cut into one run for each device."""
         bounds = np.linspace(0, self.shape[0], len(set(self.devices)) + 1).astype(int)
-        return ((int(a), int(b)) for a, b in zip(bounds, bounds[1:], strict=False))
+        return ((int(a), int(b)) for a, b in itertools.pairwise(bounds))
 
     def shares(self, run: tuple[int, int]) -> Iterator[tuple[int, slice, np.ndarray]]:
         """What each bucket has of a run: (bucket, its part of the bucket, its rows in the run)."""

@@ -6,6 +6,7 @@ import os
 import weakref
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -161,7 +162,7 @@ def test_paths_may_be_path_objects(tmp_path):
     checkpoint.v.assign(np.float32(0.0))
     checkpoint.restore(Path(saved)).assert_consumed()
     assert value(checkpoint.v) == 1.0
-    ckpt.Checkpoint(v=var(0.0)).read(Path(written)).assert_consumed()
+    ckpt.Checkpoint(v=var(0.0)).restore(Path(written)).assert_consumed()
 
 
 def test_read_and_write_do_not_go_with_save_and_restore(path):
@@ -206,13 +207,13 @@ def test_no_file_stays_open_after_a_restore(prefix):
     checkpoint = ckpt.Checkpoint(v=var(1.0))
     saved = checkpoint.save(prefix)
     status = checkpoint.restore(saved)
-    opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if exists(fd)]
-    assert not [name for name in opened if name.startswith(saved)]
+    assert not [name for name in open_files() if name.startswith(saved)]
     status.assert_consumed()
 
 
-def exists(fd):
-    return os.path.islink(f"/proc/self/fd/{fd}")
+def open_files():
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    return [os.readlink(link) for link in links if os.path.islink(link)]
 
 
 def test_write_callbacks_run_after_the_commit_with_or_without_the_path(prefix):
@@ -363,7 +364,7 @@ def test_python_state_gives_text_or_bytes_and_gets_bytes(path):
     fresh = ckpt.Checkpoint(t=Raw(""), b=Raw(""), e=Raw("x"))
     fresh.read(path).assert_consumed()
     assert (fresh.t.state, fresh.b.state, fresh.e.state) == ("ü\0".encode(), b"\xff\0", b"")
-    assert "t/.ATTRIBUTES/py_state" in ckpt.load_checkpoint(path).keys()
+    assert ("t/.ATTRIBUTES/py_state", ()) in ckpt.list_variables(path)
 
 
 def test_numpy_state_in_attributes_is_restored_again_and_again(tmp_path):
@@ -484,7 +485,8 @@ def test_a_loop_can_be_restored_before_it_is_closed(prefix):
     for obj, shape, found in ((first, (), 1.0), (second, (1,), [2.0])):
         with pytest.raises(AssertionError):
             status.assert_consumed()
-        assert value(obj.add_variable("v", shape)) == found
+        obj.v = obj.add_variable("v", shape)
+        assert value(obj.v) == found
     status.assert_consumed()
     second.v.assign(np.float32([9.0]))
     checkpoint.restore(saved).assert_consumed()
@@ -494,7 +496,9 @@ def test_a_loop_can_be_restored_before_it_is_closed(prefix):
 def test_only_names_that_carry_values_wait(prefix):
     """TensorFlow 78, 79."""
     branch = Model(inner=Model(v=var(1.0)))
-    saved = ckpt.Checkpoint(Model(empty=Model(deep=Model()), branch=branch, w=var(2.0))).save(prefix)
+    saved = ckpt.Checkpoint(Model(empty=Model(deep=Model()), branch=branch, w=var(2.0))).save(
+        prefix
+    )
     root = Model()
     ckpt.Checkpoint(root).restore(saved)
     assert sorted(pending_names(root)) == ["branch", "w"]
@@ -516,8 +520,6 @@ def test_a_pytree_that_is_assigned_receives_what_waits_for_it(path):
 
 
 def test_an_abstract_value_is_filled_or_refused(path):
-    import jax
-
     ckpt.Checkpoint(v=var([1.0, 2.0])).write(path)
     abstract = jax.ShapeDtypeStruct((2,), jnp.float32)
     fresh = ckpt.Checkpoint(v=ckpt.Variable(abstract))
@@ -878,11 +880,19 @@ def test_the_counter_comes_from_the_newest_restore(tmp_path):
     checkpoint = ckpt.Checkpoint(Model(v=var(1.0)))
     paths = [checkpoint.save(tmp_path / "ckpt") for _ in range(3)]
     fresh = ckpt.Checkpoint(Model(v=var(0.0)))
-    fresh.read(paths[2])
-    fresh.read(paths[0])
-    assert fresh.save_counter == 1
+    fresh.restore(paths[2]).assert_consumed()
     fresh.restore(paths[1]).assert_consumed()
     assert fresh.save_counter == 2
+    assert fresh.save(tmp_path / "ckpt") == paths[2]
+
+
+def test_a_counter_that_waited_for_its_first_use_comes_from_the_newest_read(tmp_path):
+    checkpoint = ckpt.Checkpoint(v=var(1.0))
+    paths = [checkpoint.save(tmp_path / "ckpt") for _ in range(3)]
+    fresh = ckpt.Checkpoint(v=var(0.0))
+    fresh.read(paths[1])
+    fresh.read(paths[2])
+    assert fresh.save_counter == 3
 
 
 def test_a_checkpoint_as_root_shares_its_counter(prefix):
@@ -975,11 +985,8 @@ def test_a_checkpoint_view_matches_a_tree_that_is_partly_the_same(path):
     expected = {0: fresh, 1: fresh.a, 2: fresh.b, 4: fresh.a.d, 6: fresh.b.f}
     assert matched.keys() == expected.keys()
     assert all(matched[node] is obj for node, obj in expected.items())
-    assert view.diff(Model(a=fresh.a, x=saved))[1:] == ([2, 3, 5, 6], [saved, *saved_parts(saved)])
-
-
-def saved_parts(saved):
-    return [saved.a, saved.b, saved.a.c, saved.a.d, saved.b.e, saved.b.f]
+    fresh.new = new = Model()
+    assert view.diff(fresh)[1:] == ([3, 5], [new])
 
 
 def test_one_saved_object_under_two_names_matches_the_first_candidate(path):

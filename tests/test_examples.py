@@ -32,7 +32,12 @@ def rows(output):
 
 
 def test_every_example_is_tested():
-    tested = {"linen_train_state.py", "resume_on_another_mesh.py"}
+    tested = {
+        "custom_sharded_saver.py",
+        "linen_train_state.py",
+        "quantized_saver.py",
+        "resume_on_another_mesh.py",
+    }
     assert {file.name for file in EXAMPLES.glob("*.py")} == tested
 
 
@@ -68,3 +73,23 @@ def test_a_train_state_continues_on_another_mesh():
     assert "FAILED" not in output
     assert output.count("ok     ") == 4
     assert re.search(r"^resumed +2 x 4 +20 ", output, flags=re.MULTILINE), output
+
+
+def test_a_partitioned_embedding_restores_onto_other_buckets_and_as_a_plain_array():
+    code, output = run("custom_sharded_saver.py")
+    assert code == 0, output
+    assert "FAILED" not in output
+    assert output.count("ok     ") == 7
+    assert re.search(r"^saved +13 +8 ", output, flags=re.MULTILINE), output
+    assert re.search(r"^restored +5 +3 ", output, flags=re.MULTILINE), output
+    assert "9 shards, 8 of them runs of the table's rows" in output
+
+
+def test_moments_are_saved_in_8_bits():
+    code, output = run("quantized_saver.py")
+    assert code == 0, output
+    assert "FAILED" not in output
+    assert output.count("ok     ") == 5
+    sizes = re.findall(r"^(?:default saver|8 bits) +(\d+) KiB", output, flags=re.MULTILINE)
+    default, small = map(int, sizes)
+    assert small < 0.8 * default, output

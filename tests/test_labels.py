@@ -134,7 +134,14 @@ def test_labels_that_differ_in_text_need_no_suffix():
 
 @pytest.mark.parametrize(
     ("label", "text"),
-    [("a/b", "a/b"), (-3, "-3"), (False, "False"), (1e16, "1e+16"), (b"\x0f", "0f"), (None, "None")],
+    [
+        ("a/b", "a/b"),
+        (-3, "-3"),
+        (False, "False"),
+        (1e16, "1e+16"),
+        (b"\x0f", "0f"),
+        (None, "None"),
+    ],
 )
 def test_a_local_name_is_the_text_that_the_wire_format_specifies(label, text):
     assert local_name(label) == text

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_jax.graph.codec import object_keys
@@ -93,6 +93,7 @@ def attach(before, saved, live, edge):
 # --- laws -------------------------------------------------------------------------------
 
 
+@settings(max_examples=50)
 @given(graphs())
 def test_a_match_of_a_graph_with_itself_binds_everything(saved):
     found = match(saved, saved)
@@ -100,6 +101,7 @@ def test_a_match_of_a_graph_with_itself_binds_everything(saved):
     assert (found.frontier, found.conflicts, found.shared) == ({}, (), ())
 
 
+@settings(max_examples=50)
 @given(graphs_and_twins())
 def test_the_numbering_of_nodes_does_not_matter(twins):
     saved, live, place = twins
@@ -108,6 +110,7 @@ def test_the_numbering_of_nodes_does_not_matter(twins):
     assert (found.frontier, found.conflicts, found.shared) == ({}, (), ())
 
 
+@settings(max_examples=50)
 @given(graphs_and_twins(), st.data())
 def test_the_result_does_not_depend_on_the_order_in_which_children_are_attached(twins, data):
     saved, live, place = twins
@@ -122,6 +125,7 @@ def test_the_result_does_not_depend_on_the_order_in_which_children_are_attached(
     assert (found.frontier, found.conflicts, found.shared) == ({}, (), ())
 
 
+@settings(max_examples=50)
 @given(graphs(), graphs(), st.data())
 def test_extend_never_unbinds_whatever_appears(saved, live, data):
     order = data.draw(st.permutations(edges_of(live)))
@@ -136,6 +140,7 @@ def test_extend_never_unbinds_whatever_appears(saved, live, data):
         found = after
 
 
+@settings(max_examples=50)
 @given(graphs(), graphs())
 def test_every_edge_of_a_bound_node_is_followed_waits_or_is_a_conflict(saved, live):
     found = match(saved, live)
@@ -150,6 +155,7 @@ def test_every_edge_of_a_bound_node_is_followed_waits_or_is_a_conflict(saved, li
                 assert found.bound.get(child) == other or (child, other) in disagreements
 
 
+@settings(max_examples=50)
 @given(graphs(), graphs())
 def test_every_live_node_takes_the_values_of_one_saved_node_at_most(saved, live):
     found = match(saved, live)
@@ -158,6 +164,7 @@ def test_every_live_node_takes_the_values_of_one_saved_node_at_most(saved, live)
     assert set(found.sources()) == set(found.bound.values()) | {b for _, b in found.shared}
 
 
+@settings(max_examples=50)
 @given(graphs(), graphs())
 def test_a_match_that_is_continued_with_what_it_knows_stays_the_same(saved, live):
     found = match(saved, live)

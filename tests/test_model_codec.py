@@ -102,6 +102,7 @@ def optimizer_graph():
 # --- round trips ------------------------------------------------------------------------
 
 
+@settings(max_examples=60)
 @given(graphs())
 def test_decoding_gives_back_every_graph_that_was_encoded(graph):
     again = decode(encode(graph))
@@ -267,6 +268,7 @@ def read_or_refuse(data, **kwargs):
         return None
 
 
+@settings(max_examples=60)
 @given(graphs(), st.data())
 def test_damaged_bytes_are_refused_or_read_but_never_crash(graph, data):
     damaged = bytearray(encode(graph))

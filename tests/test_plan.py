@@ -3,7 +3,7 @@
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_jax.graph.labels import SAVE_COUNTER, VARIABLE_VALUE
@@ -113,23 +113,27 @@ def accounts(saved, live):
     return report
 
 
+@settings(max_examples=50)
 @given(trees(mutable=False), trees(mutable=False))
 def test_every_value_of_two_pytrees_appears_exactly_once(saved, live):
     report = accounts(saved, live)
     assert not report.deferred  # nothing appears later in an immutable container
 
 
+@settings(max_examples=50)
 @given(trees(mutable=True), trees(mutable=True))
 def test_every_value_of_two_object_graphs_appears_exactly_once(saved, live):
     accounts(saved, live)
 
 
+@settings(max_examples=50)
 @given(trees(mutable=True))
 def test_a_tree_restores_into_itself_exactly(tree):
     report = accounts(tree, tree)
     assert report.exact and not report.renamed
 
 
+@settings(max_examples=50)
 @given(trees(mutable=True), trees(mutable=True))
 def test_there_is_one_read_for_each_restored_value(saved, live):
     plan = planned(saved, live)
@@ -224,7 +228,9 @@ def with_slot(value):
 
 def test_slot_variables_are_values_like_others():
     slot = "v/.OPTIMIZER_SLOT/opt/m"
-    assert paths(planned(with_slot(1), with_slot(0)).report) == {"restored": {"opt/rate", "v", slot}}
+    assert paths(planned(with_slot(1), with_slot(0)).report) == {
+        "restored": {"opt/rate", "v", slot}
+    }
 
 
 @pytest.mark.parametrize(
@@ -294,6 +300,7 @@ def test_nothing_to_assign_changes_nothing():
     assert assign(trace(root, describe), {}) is root
 
 
+@settings(max_examples=50)
 @given(trees(mutable=False), st.data())
 def test_values_that_are_assigned_are_found_by_the_next_trace(tree, data):
     live = trace(tree, describe)
@@ -328,9 +335,7 @@ def test_what_can_be_reached_includes_slots_and_survives_cycles():
 def test_a_report_prints_its_problems_before_its_successes():
     report = planned({"a": 1, "b": 1}, {"a": 0, "b": "x"}).report
     lines = str(report).splitlines()
-    assert lines[0] == (
-        "ckpt-1: 1 mismatched, 0 missing, 0 unexpected, 0 deferred, 1 restored"
-    )
+    assert lines[0] == ("ckpt-1: 1 mismatched, 0 missing, 0 unexpected, 0 deferred, 1 restored")
     assert [line.split()[:2] for line in lines[1:]] == [["mismatched", "b"], ["restored", "a"]]
 
 

@@ -1,5 +1,6 @@
 """Sharding policies: the groups they make, and what is refused of a user's own."""
 
+import itertools
 import math
 import os
 
@@ -75,7 +76,7 @@ ROW = (0, 1)
 
 def parts_of_1d(*cuts):
     """The groups of v0 and then v1, each cut at the same places."""
-    bounds = list(zip(cuts, cuts[1:], strict=False))
+    bounds = list(itertools.pairwise(cuts))
     return [[("v0", (b,))] for b in bounds] + [[("v1", (b, ROW))] for b in bounds]
 
 
@@ -120,10 +121,14 @@ def test_a_shard_may_hold_the_end_of_one_array_and_the_start_of_the_next():
 
 
 def test_a_part_of_an_array_is_cut_with_boxes_of_the_whole():
-    part = planned("v0", (2, 5), ((0, 2), (0, 3)))
-    columns = [[("v0", ((0, 2), (i, i + 1)))] for i in range(3)]
-    assert boxes(ckpt.MaxShardSize(8)([part])) == columns
-    rows = [[("v0", ((i, i + 1), (0, 3)))] for i in range(2)]
+    part = planned("v0", (2, 5), ((0, 2), (1, 4)))
+    # A column fits; of the two columns that are left, a row does.
+    assert boxes(ckpt.MaxShardSize(8)([part])) == [
+        [("v0", ((0, 2), (1, 2)))],
+        [("v0", ((0, 1), (2, 4)))],
+        [("v0", ((1, 2), (2, 4)))],
+    ]
+    rows = [[("v0", ((i, i + 1), (1, 4)))] for i in range(2)]
     assert boxes(ckpt.MaxShardSize(12)([part])) == rows
     inner = planned("v0", (9, 9), ((4, 6), (5, 8)))
     assert boxes(ckpt.MaxShardSize(12)([inner])) == [
@@ -212,7 +217,9 @@ def test_any_limit_ends_in_groups_that_hold_every_element_once(slices, limit):
     for key, shape in {piece.key: piece.shape for piece in slices}.items():
         assert tiling_problem([piece.box for piece in pieces if piece.key == key], shape) is None
     itemsize = {
-        piece.key: piece.nbytes // math.prod(shape_of(piece.box)) for piece in slices if piece.nbytes
+        piece.key: piece.nbytes // math.prod(shape_of(piece.box))
+        for piece in slices
+        if piece.nbytes
     }
     for group in groups:
         total = sum(piece.nbytes for piece in group)
@@ -249,7 +256,9 @@ def halves(slices):
             continue
         (start, stop), *rest = piece.box
         middle = (start + stop) // 2
-        groups += [[piece._replace(box=(rows, *rest))] for rows in ((start, middle), (middle, stop))]
+        groups += [
+            [piece._replace(box=(rows, *rest))] for rows in ((start, middle), (middle, stop))
+        ]
     return groups
 
 
@@ -334,7 +343,7 @@ def test_the_refusal_says_what_happened_to_which_key(tmp_path, how, what):
 
 def test_all_that_a_policy_did_is_listed_at_once(tmp_path):
     def policy(slices):
-        one, two, three = slices
+        one, _, three = slices
         return [[one._replace(dtype="int8"), one], [three]]
 
     with pytest.raises(ckpt.ShardError) as caught:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
-from ckpt_jax.store import read as read_module
+from ckpt_jax.store import gather as gather_module
 from ckpt_jax.store import shard as shard_module
 from ckpt_jax.store.box import slices
 from ckpt_jax.store.index import _DTYPES, INDEX_KEY, Index, Stack
@@ -101,7 +101,7 @@ def test_what_is_read_is_what_was_written(
     requests = [(f"key {i}", wanted) for i, (_, _, wanted) in enumerate(arrays)]
     requests += requests[:1]
     with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(read_module, "RUN_NBYTES", run_nbytes)
+        patch.setattr(gather_module, "RUN_NBYTES", run_nbytes)
         patch.setattr(shard_module, "BIG_NBYTES", big_nbytes)
         write_checkpoint(root, stored, n_shards, compression)
         with ShardedReader(root) as reader:

@@ -3,7 +3,7 @@
 from collections import deque
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_jax.errors import UnsaveableError
@@ -75,6 +75,7 @@ def shortest_paths(root):
 # --- identity and names -----------------------------------------------------------------
 
 
+@settings(max_examples=50)
 @given(things())
 def test_every_reachable_object_is_one_node_under_its_first_breadth_first_path(root):
     live = traced(root)
@@ -84,6 +85,7 @@ def test_every_reachable_object_is_one_node_under_its_first_breadth_first_path(r
     assert list(live.graph.paths) == list(shortest_paths(root).values())
 
 
+@settings(max_examples=50)
 @given(things())
 def test_edges_lead_to_the_nodes_of_the_children(root):
     live = traced(root)
@@ -93,6 +95,7 @@ def test_edges_lead_to_the_nodes_of_the_children(root):
         assert all(live.objects[child] is children[label] for label, child in node.children)
 
 
+@settings(max_examples=50)
 @given(things())
 def test_a_traced_graph_survives_the_codec(root):
     graph = traced(root).graph
@@ -200,6 +203,7 @@ def test_what_describe_says_is_what_the_graph_records():
     assert (attribute.spec, attribute.sharding) == (LeafSpec("float", "float64"), sharding)
 
 
+@settings(max_examples=50)
 @given(things())
 def test_a_node_has_values_exactly_if_a_value_can_be_reached_from_it(root):
     graph = traced(root).graph

@@ -89,9 +89,21 @@ def plan_write(snap: Snapshot, policy: ShardingPolicy) -> WritePlan:
     """
     groups = policy(snap.slices)
     if not isinstance(policy, _BUILT_IN):
-        groups = [list(group) for group in groups]  # either may be a generator
+        groups = _lists(groups)
         _check_policy(snap.slices, groups)
     return WritePlan(tuple(_shard(snap, group) for group in groups if group))
+
+
+def _lists(groups: Any) -> list[list[PlannedSlice]]:
+    """What a policy returned, where the groups and each of them may be generators."""
+    try:
+        lists = [list(group) for group in groups]
+    except TypeError as error:
+        raise ShardError(f"a sharding policy returns groups of slices: {error}") from error
+    for piece in (piece for group in lists for piece in group):
+        if not isinstance(piece, PlannedSlice):
+            raise ShardError(f"a sharding policy returns groups of slices, got {piece!r} in one")
+    return lists
 
 
 def _shard(snap: Snapshot, group: Sequence[PlannedSlice]) -> dict[str, Any]:

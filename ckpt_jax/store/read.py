@@ -1,16 +1,10 @@
 """Reading slices: boxes wanted by the caller, out of the boxes that were stored.
 
-Terms. A *request* asks for boxes of one array. A *piece* is the range of bytes of one stored
-slice that one wanted box needs. A *run* is what one read brings: consecutive rows of a stack,
-or a range of one row, with all pieces in it.
+`gather` says which runs of bytes to read. Here they are read and put together.
 
-1. *Geometry.* Wanted boxes are intersected with stored slices. The result depends only on the
-   array's pattern of layouts and the boxes, so it is worked out once for all arrays alike.
-2. *Runs.* All pieces are sorted by place and joined to runs of bounded size, on whole columns.
-   Pieces in one chunk come together, as a chunk has to be read as a whole to be verified.
-3. *Reading.* A bounded number of bytes is in flight; each run goes straight into a fresh
+1. *Reading.* A bounded number of bytes is in flight; each run goes straight into a fresh
    buffer, in the order in which requests need them.
-4. *Assembly.* A box that lies contiguously in one stored slice is a view of the run's buffer.
+2. *Assembly.* A box that lies contiguously in one stored slice is a view of the run's buffer.
    The others are copied together from the runs that hold their parts. A request is yielded as
    soon as its last run has arrived, while later ones are being read.
 """
@@ -20,16 +14,25 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections import defaultdict, deque
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import numpy as np
 import tensorstore as ts
 
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
-from ckpt_jax.store.box import Box, Shape, inside, intersect, shape_of, size_of, slices
-from ckpt_jax.store.index import BYTES, INDEX_KEY, Index, Layout, Shard, dtype_of
+from ckpt_jax.store.box import Box
+from ckpt_jax.store.gather import (
+    Geometry,
+    Pieces,
+    Read,
+    Request,
+    Run,
+    Stacks,
+    geometry_of,
+    runs_of,
+)
+from ckpt_jax.store.index import INDEX_KEY, Index, Shard
 from ckpt_jax.store.stack import (
     ALIGNMENT,
     MANIFEST,
@@ -40,10 +43,8 @@ from ckpt_jax.store.stack import (
     storage_error,
 )
 
-RUN_NBYTES = 16 << 20
 _BLOCK_NBYTES = 4 << 20  # from this size on numpy asks for huge pages, which fill 4x faster
 
-Request = tuple[str, Sequence[Box]]
 Arrays = tuple[np.ndarray, ...]
 
 
@@ -99,11 +100,11 @@ class ShardedReader:
         self.directory = os.path.abspath(directory)
         self.index = read_index(self.directory)
         self.bytes_read = 0
-        self._stacks = _Stacks(self.index)
+        self._stacks = Stacks(self.index)
         self._context = new_context()
         self._stores: dict[int, ts.TensorStore] | None = {}
         self._sound: set[int] = set()  # shards whose files are as large as they have to be
-        self._geometries: dict[tuple[int, tuple[Box, ...], bool], _Geometry] = {}
+        self._geometries: dict[tuple[int, tuple[Box, ...], bool], Geometry] = {}
 
     def __enter__(self) -> ShardedReader:
         return self
@@ -150,10 +151,10 @@ class ShardedReader:
         if self._stores is None:
             raise RuntimeError(f"{self.directory}: the reader is closed")
         geometries = self._geometries_of(requests)
-        pieces = _Pieces.of(self.index, self._stacks, requests, geometries)
+        pieces = Pieces.of(self.index, self._stacks, requests, geometries)
         return self._results(requests, geometries, pieces, max_inflight_bytes)
 
-    def _geometries_of(self, requests: Sequence[Request]) -> list[_Geometry]:
+    def _geometries_of(self, requests: Sequence[Request]) -> list[Geometry]:
         index, cached = self.index, self._geometries
         geometries = []
         seen: set[str] = set()
@@ -168,7 +169,7 @@ class ShardedReader:
             if geometry is None:
                 layouts = [index.layouts[i] for i in index.patterns[what[0]]]
                 try:
-                    geometry = _geometry(layouts, what[1], views=what[2])
+                    geometry = geometry_of(layouts, what[1], views=what[2])
                 except ValueError as error:
                     raise ValueError(f"{key}: {error} in {self.directory}") from None
                 cached[what] = geometry
@@ -178,15 +179,15 @@ class ShardedReader:
     def _results(
         self,
         requests: Sequence[Request],
-        geometries: list[_Geometry],
-        pieces: _Pieces,
+        geometries: list[Geometry],
+        pieces: Pieces,
         max_inflight_bytes: int,
     ) -> Iterator[tuple[int, Arrays]]:
         assembly = _Assembly(geometries, pieces)
-        runs = _runs(pieces, self._stacks)
+        runs = runs_of(pieces, self._stacks)
         memory = _Memory(sum(run.nbytes for run in runs))
         reads = (read for run in runs for read in run.reads(self._stacks))
-        in_flight: deque[tuple[_Read, ts.WriteFutures]] = deque()
+        in_flight: deque[tuple[Read, ts.WriteFutures]] = deque()
         held = 0
         waiting = next(reads, None)
         try:
@@ -214,7 +215,7 @@ class ShardedReader:
             for _, future in in_flight:  # they write into our buffers
                 future.commit.exception()
 
-    def _start(self, read: _Read, memory: _Memory) -> ts.WriteFutures:
+    def _start(self, read: Read, memory: _Memory) -> ts.WriteFutures:
         run = read.run
         store = self._store(run.stack)
         if run.buffer is None:
@@ -256,7 +257,7 @@ class ShardedReader:
         return os.path.normpath(os.path.join(self.directory, shard.directory))
 
     def _corrupt(
-        self, error: ValueError, read: _Read, pieces: _Pieces, requests: Sequence[Request]
+        self, error: ValueError, read: Read, pieces: Pieces, requests: Sequence[Request]
     ) -> Exception:
         run = read.run
         here = range(run.first, run.last)
@@ -290,302 +291,6 @@ def _damage(error: ValueError, directory: str, what: str, key: str | None = None
     return CorruptCheckpointError(
         f"{what}: {file} is damaged or incomplete: {error}", file=file, key=key
     )
-
-
-class _Stacks:
-    """The stacks of all shards under one numbering, as columns."""
-
-    def __init__(self, index: Index):
-        shards = index.shards
-        stacks = [stack for shard in shards for stack in shard.stacks]
-        self.base = np.cumsum([0, *[len(shard.stacks) for shard in shards]])
-        self.shard = [i for i, shard in enumerate(shards) for _ in shard.stacks]
-        self.number = [j for shard in shards for j in range(len(shard.stacks))]
-        self.chunk_nbytes = np.array([s.chunk_nbytes for s in stacks], np.int64)
-        self.row_nbytes = np.array([s.row_nbytes for s in stacks], np.int64)
-
-    def nbytes_decoded(self, read: _Read) -> int:
-        chunk = int(self.chunk_nbytes[read.run.stack])
-        stop = min(round_up(read.stop, chunk), int(self.row_nbytes[read.run.stack]))
-        return (stop - read.start // chunk * chunk) * (read.run.nbytes // read.run.pitch)
-
-
-@dataclass(frozen=True, slots=True)
-class _Use:
-    """What a piece is good for.
-
-    Attributes:
-      box: position of the wanted box.
-      shape: of the part that the piece holds.
-      where: the place of that part in the wanted box; None where it is all of it and
-        contiguous, so that a view will do.
-      strides: of the part inside the stored slice, in bytes.
-    """
-
-    box: int
-    shape: Shape
-    where: tuple[slice, ...] | None
-    strides: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Geometry:
-    """How wanted boxes are made of stored slices, for all arrays of one pattern.
-
-    Attributes:
-      dtype: of the arrays.
-      shapes: of the wanted boxes.
-      slices: for each piece, the position of its slice in the array's entry.
-      starts, stops: for each piece, its bytes, counted from the start of its slice.
-      uses: for each piece, what it is good for.
-    """
-
-    dtype: np.dtype
-    shapes: tuple[Shape, ...]
-    slices: np.ndarray
-    starts: np.ndarray
-    stops: np.ndarray
-    uses: tuple[_Use, ...]
-
-
-def _geometry(layouts: Sequence[Layout], wanted: Sequence[Box], *, views: bool) -> _Geometry:
-    shape = layouts[0].shape
-    dtype = np.dtype(np.uint8) if layouts[0].dtype == BYTES else dtype_of(layouts[0].dtype)
-    stored = [layout.box for layout in layouts]
-    if layouts[0].dtype == BYTES:
-        if any(box != () for box in wanted):
-            raise ValueError("is a byte string, its only box is ()")
-        shape = (layouts[0].nbytes,)
-        stored = [((0, shape[0]),)]
-        wanted = stored * len(wanted)
-    pieces: list[tuple[int, int, int, _Use]] = []
-    viewed: dict[int, list[tuple[int, int]]] = defaultdict(list)
-    for number, box in enumerate(wanted):
-        if not inside(box, shape):
-            raise ValueError(f"box {box} does not lie inside shape {shape}")
-        held = 0
-        for i, origin in enumerate(stored):
-            common = intersect(origin, box)
-            if common is None:
-                continue
-            held += size_of(common)
-            extent = shape_of(origin)
-            strides = tuple(
-                [math.prod(extent[axis + 1 :]) * dtype.itemsize for axis in range(len(extent))]
-            )
-            start, stop = _range(common, origin, strides, dtype.itemsize)
-            free = views and all(stop <= a or b <= start for a, b in viewed[i])
-            if free and common == box and stop - start == size_of(box) * dtype.itemsize:
-                viewed[i].append((start, stop))
-                pieces.append((i, start, stop, _Use(number, shape_of(box), None, strides)))
-                continue
-            for part in _cut(common, strides):
-                start, stop = _range(part, origin, strides, dtype.itemsize)
-                use = _Use(number, shape_of(part), slices(part, box), strides)
-                pieces.append((i, start, stop, use))
-        if held != size_of(box):
-            raise ValueError(f"only {held} of {size_of(box)} elements of box {box} are stored")
-    number, start, stop = np.array([p[:3] for p in pieces], np.int64).reshape(-1, 3).T
-    uses = tuple([p[3] for p in pieces])
-    return _Geometry(dtype, tuple(map(shape_of, wanted)), number, start, stop, uses)
-
-
-def _range(part: Box, origin: Box, strides: tuple[int, ...], itemsize: int) -> tuple[int, int]:
-    """The bytes from the first element of `part` to its last, in the slice with box `origin`."""
-    start = sum((a - o) * n for (a, _), (o, _), n in zip(part, origin, strides, strict=True))
-    span = sum((b - a - 1) * n for (a, b), n in zip(part, strides, strict=True))
-    return start, start + span + itemsize
-
-
-def _cut(part: Box, strides: tuple[int, ...]) -> Iterator[Box]:
-    """`part` in parts that span no more than `RUN_NBYTES`, so that scratch memory is bounded."""
-    axis = next((i for i, (a, b) in enumerate(part) if b - a > 1), None)
-    if axis is None or (part[axis][1] - part[axis][0]) * strides[axis] <= RUN_NBYTES:
-        yield part
-        return
-    first, last = part[axis]
-    step = max(1, RUN_NBYTES // strides[axis])
-    for a in range(first, last, step):
-        smaller = (*part[:axis], (a, min(a + step, last)), *part[axis + 1 :])
-        yield from _cut(smaller, strides) if step == 1 else [smaller]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Pieces:
-    """All pieces of a call, as columns, sorted by place.
-
-    Attributes:
-      request, use: position of the request, and of the use in its geometry.
-      stack, row, start, stop: the place of the bytes; the stack in `_Stacks` numbering.
-      view: whether a view would do.
-    """
-
-    request: np.ndarray
-    use: np.ndarray
-    stack: np.ndarray
-    row: np.ndarray
-    start: np.ndarray
-    stop: np.ndarray
-    view: np.ndarray
-
-    @classmethod
-    def of(
-        cls,
-        index: Index,
-        stacks: _Stacks,
-        requests: Sequence[Request],
-        geometries: Sequence[_Geometry],
-    ) -> _Pieces:
-        number = index.number
-        alike: dict[int, list[int]] = defaultdict(list)
-        for i, geometry in enumerate(geometries):
-            alike[id(geometry)].append(i)
-        parts = []
-        for members in alike.values():
-            geometry = geometries[members[0]]
-            keys = [number[requests[i][0]] for i in members]
-            rows = (index.starts[keys][:, None] + geometry.slices).ravel()
-            many = len(members)
-            start = index.offset[rows]
-            parts.append(
-                (
-                    np.repeat(np.array(members), len(geometry.uses)),
-                    np.tile(np.arange(len(geometry.uses)), many),
-                    stacks.base[index.shard[rows]] + index.stack[rows],
-                    index.row[rows],
-                    start + np.tile(geometry.starts, many),
-                    start + np.tile(geometry.stops, many),
-                    np.tile(np.array([u.where is None for u in geometry.uses], bool), many),
-                )
-            )
-        if not parts:
-            return cls(*[np.empty(0, np.int64)] * 7)
-        columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        order = np.lexsort((columns[4], columns[3], columns[2]))
-        return cls(*[column[order] for column in columns])
-
-
-@dataclass(slots=True)
-class _Run:
-    """Rows of a stack from `row` on, or a range of one row, and what lies in it.
-
-    Attributes:
-      start, stop: bytes of each row.
-      nbytes: of the buffer, in which rows lie `pitch` bytes apart.
-      first, last: the pieces.
-      offset: for each piece, where it starts in the buffer.
-      viewed: whether results will be views of the buffer.
-      buffer: where it is read to, from the time on when it is.
-    """
-
-    stack: int
-    row: int
-    start: int
-    stop: int
-    nbytes: int
-    pitch: int
-    first: int
-    last: int
-    offset: list[int]
-    viewed: bool
-    buffer: np.ndarray | None = field(default=None)
-
-    def reads(self, stacks: _Stacks) -> Iterator[_Read]:
-        """This run in one read, or in several that end with a chunk if it is too large."""
-        chunk = int(stacks.chunk_nbytes[self.stack])
-        step = max(1, RUN_NBYTES // chunk) * chunk
-        start = self.start
-        while start < self.stop:
-            stop = self.stop
-            if stop - start > RUN_NBYTES:
-                stop = min(stop, start // chunk * chunk + step)
-            nbytes = (stop - start) * (self.nbytes // self.pitch)
-            yield _Read(self, start, stop, nbytes, stop == self.stop)
-            start = stop
-
-
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """Bytes `start` to `stop` of the rows of a run."""
-
-    run: _Run
-    start: int
-    stop: int
-    nbytes: int
-    last: bool
-
-
-def _runs(pieces: _Pieces, stacks: _Stacks) -> list[_Run]:
-    """Joins pieces to runs, in the order in which requests need them."""
-    if not pieces.row.size:
-        return []
-    chunk = stacks.chunk_nbytes[pieces.stack]
-    begin = _first_of_ranges(pieces, chunk)
-    # Ranges: from here on a column has one number for each of them.
-    stack, row = pieces.stack[begin], pieces.row[begin]
-    start = pieces.start[begin] // ALIGNMENT * ALIGNMENT
-    stop = np.maximum.reduceat(pieces.stop, begin)
-    pitch = -(-(stop - start) // ALIGNMENT) * ALIGNMENT
-    follows = np.zeros(len(begin), bool)
-    follows[1:] = (np.diff(stack) == 0) & (np.diff(row) == 1)
-    follows[1:] &= (np.diff(start) == 0) & (np.diff(stop) == 0)
-    chain = np.flatnonzero(~follows)
-    along = np.arange(len(begin)) - np.repeat(chain, np.diff(chain, append=len(begin)))
-    begins = np.flatnonzero(along % np.maximum(1, RUN_NBYTES // pitch) == 0)
-    # Runs: from here on one number for each.
-    rows = np.diff(begins, append=len(begin))
-    piece = np.append(begin[begins], len(pieces.row))
-    pieces_in = np.diff(piece)
-    offset = (pieces.row - np.repeat(row[begins], pieces_in)) * np.repeat(pitch[begins], pieces_in)
-    offset += pieces.start - np.repeat(start[begins], pieces_in)
-    viewed = np.logical_or.reduceat(pieces.view & (offset % ALIGNMENT == 0), piece[:-1])
-    columns = (
-        stack[begins],
-        row[begins],
-        start[begins],
-        stop[begins],
-        rows * pitch[begins],
-        pitch[begins],
-        piece[:-1],
-        piece[1:],
-        viewed,
-    )
-    runs = [
-        _Run(s, r, a, b, nbytes, p, first, last, offset[first:last].tolist(), view)
-        for s, r, a, b, nbytes, p, first, last, view in zip(
-            *[c.tolist() for c in columns], strict=True
-        )
-    ]
-    needed = np.minimum.reduceat(pieces.request, piece[:-1])
-    return [runs[i] for i in np.argsort(needed, kind="stable")]
-
-
-def _first_of_ranges(pieces: _Pieces, chunk: np.ndarray) -> np.ndarray:
-    """The pieces that begin a range. Pieces that touch one chunk come into one range."""
-    same_row = (np.diff(pieces.stack) == 0) & (np.diff(pieces.row) == 0)
-    begins = np.ones(len(pieces.row), bool)
-    reach = _reach(np.cumsum(~np.append(False, same_row)), pieces.stop)
-    begins[1:] = ~same_row | (pieces.start[1:] // chunk[1:] > (reach[:-1] - 1) // chunk[1:])
-    first = np.flatnonzero(begins)
-    last = np.append(first[1:], len(begins))
-    length = np.maximum.reduceat(pieces.stop, first) - pieces.start[first]
-    for i in np.flatnonzero((length > RUN_NBYTES) & (last - first > 1)).tolist():
-        # Too long: cut where no more than the chunk at the seam has to be read twice.
-        start, stop = pieces.start[first[i]], pieces.stop[first[i]]
-        for j in range(first[i] + 1, last[i]):
-            if pieces.stop[j] - start > RUN_NBYTES and stop - pieces.start[j] < chunk[j]:
-                begins[j] = True
-                start, stop = pieces.start[j], pieces.stop[j]
-            else:
-                stop = max(stop, pieces.stop[j])
-    return np.flatnonzero(begins)
-
-
-def _reach(group: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """Running maximum of `stop` inside each group; groups are numbered in ascending order."""
-    values, rank = np.unique(stop, return_inverse=True)
-    base = group * len(values)
-    return values[np.maximum.accumulate(base + rank) - base]
 
 
 class _Memory:
@@ -627,7 +332,7 @@ def _aligned(nbytes: int) -> np.ndarray:
 class _Assembly:
     """Results as far as their parts have arrived."""
 
-    def __init__(self, geometries: list[_Geometry], pieces: _Pieces):
+    def __init__(self, geometries: list[Geometry], pieces: Pieces):
         self._geometries = geometries
         self._request: list[int] = pieces.request.tolist()
         self._use: list[int] = pieces.use.tolist()
@@ -635,7 +340,7 @@ class _Assembly:
         self._boxes: dict[int, list[np.ndarray | None]] = {}
         self._done = [i for i, missing in enumerate(self._missing) if not missing]
 
-    def arrived(self, run: _Run, memory: _Memory) -> None:
+    def arrived(self, run: Run, memory: _Memory) -> None:
         """Takes the pieces of `run`, whose buffer is filled."""
         buffer = run.buffer
         assert buffer is not None
@@ -681,7 +386,7 @@ class _Assembly:
             )
 
 
-def _empty(geometry: _Geometry, box: int, memory: _Memory) -> np.ndarray:
+def _empty(geometry: Geometry, box: int, memory: _Memory) -> np.ndarray:
     shape = geometry.shapes[box]
     nbytes = math.prod(shape) * geometry.dtype.itemsize
     return np.ndarray(shape, geometry.dtype, memory.take(nbytes))

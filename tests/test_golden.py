@@ -1,0 +1,144 @@
+"""Checkpoints of every released format stay readable, and damaged ones are refused."""
+
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from make_golden import GOLDEN, Color, Cursor, Point, Settings, blank_1, tree_1, write_1
+
+import ckpt_jax as ckpt
+
+FORMAT_1 = GOLDEN / "format-1"
+
+
+def assert_same(found, expected, path="root"):
+    """Equal types, structure, dtypes and bits."""
+    if isinstance(expected, Cursor):
+        assert found.text in (expected.text, str(expected.text).encode()), path
+        return
+    assert type(found) is type(expected), path
+    match expected:
+        case dict():
+            assert list(map(repr, found)) == list(map(repr, expected)), path
+            for label in expected:
+                assert_same(found[label], expected[label], f"{path}/{label!r}")
+        case list() | tuple():
+            assert len(found) == len(expected), path
+            for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+                assert_same(one, other, f"{path}/{i}")
+        case Settings():
+            assert_same(vars(found), vars(expected), path)
+        case jax.Array() if jax.dtypes.issubdtype(expected.dtype, jax.dtypes.prng_key):
+            assert found.dtype == expected.dtype, path
+            assert_same(jax.random.key_data(found), jax.random.key_data(expected), path)
+        case jax.Array() | np.ndarray() | np.generic():
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape), path
+            assert np.asarray(found).tobytes() == np.asarray(expected).tobytes(), path
+        case _:
+            assert repr(found) == repr(expected), path
+
+
+def as_loaded(tree):
+    """What `load` makes of the golden tree."""
+    match tree:
+        case Point():
+            return {"x": as_loaded(tree.x), "y": as_loaded(tree.y)}
+        case dict():
+            return {label: as_loaded(child) for label, child in tree.items()}
+        case list() | tuple():
+            return type(tree)(map(as_loaded, tree))
+        case Settings():
+            return vars(tree)
+        case Color():
+            return tree.name
+        case Cursor():
+            return str(tree.text).encode()
+        case jax.Array() if jax.dtypes.issubdtype(tree.dtype, jax.dtypes.prng_key):
+            return np.asarray(jax.random.key_data(tree))
+        case jax.Array():
+            return np.asarray(tree)
+    return tree
+
+
+def test_format_1_loads():
+    found = ckpt.load(FORMAT_1)
+    assert_same(found, as_loaded(tree_1()))
+    assert found["tied"][0] is found["tied"][1]["again"]
+
+
+def test_format_1_restores():
+    found = ckpt.restore(FORMAT_1, blank_1())
+    assert_same(found, tree_1())
+    assert found["tied"][0] is found["tied"][1]["again"]
+
+
+def test_format_1_restores_into_a_checkpoint():
+    checkpoint = ckpt.Checkpoint(**blank_1())
+    checkpoint.restore(FORMAT_1).assert_existing_objects_matched()
+    assert checkpoint.labels["a/b"] == 8
+    assert_same(checkpoint.big, tree_1()["big"])
+
+
+def test_format_1_says_that_it_is_format_1():
+    from ckpt_jax._proto import index_pb2, trackable_object_graph_pb2
+    from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
+    from ckpt_jax.store.index import INDEX_KEY
+    from ckpt_jax.store.read import ShardedReader
+
+    reader = ShardedReader(str(FORMAT_1))
+    try:
+        graph, index = reader.extra(OBJECT_GRAPH_KEY), reader.extra(INDEX_KEY)
+        assert graph is not None
+        assert index is not None
+    finally:
+        reader.close()
+    assert trackable_object_graph_pb2.TrackableObjectGraph.FromString(graph).format_version == 1
+    assert index_pb2.Index.FromString(index).format_version == 1
+
+
+def test_the_golden_tree_is_still_written_so_that_it_reads_back(tmp_path):
+    path = write_1(tmp_path / "a")
+    assert_same(ckpt.load(path), as_loaded(tree_1()))
+    with ckpt.load_checkpoint(path) as new, ckpt.load_checkpoint(FORMAT_1) as old:
+        assert new.keys() == old.keys()
+        assert new.get_variable_to_shape_map() == old.get_variable_to_shape_map()
+        assert new.object_graph == old.object_graph
+
+
+def test_format_1_is_small():
+    assert sum(file.stat().st_size for file in FORMAT_1.rglob("*") if file.is_file()) < 500_000
+
+
+FILES = sorted(str(file.relative_to(FORMAT_1)) for file in FORMAT_1.rglob("*") if file.is_file())
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_copy_of_format_1_is_refused_or_reads_the_same(tmp_path, name):
+    """One file of it cut short, emptied, removed, or with a bit flipped."""
+    path = Path(shutil.copytree(FORMAT_1, tmp_path / "a"))
+    file = path / name
+    data = file.read_bytes()
+    expected = as_loaded(tree_1())
+    outcomes = set()
+    for damaged in (
+        data[: len(data) // 2],
+        b"",
+        None,
+        *(data[:i] + bytes([data[i] ^ 16]) + data[i + 1 :] for i in range(0, len(data), 1 + len(data) // 9)),
+    ):
+        if damaged is None:
+            os.remove(file)
+        else:
+            file.write_bytes(damaged)
+        try:
+            found = ckpt.load(path)
+        except (ckpt.CorruptCheckpointError, ckpt.CheckpointNotFoundError):
+            outcomes.add("refused")
+        else:
+            outcomes.add("read")
+            assert_same(found, expected)
+    needed = not (name.startswith("shards") and name.endswith("manifest.ocdbt"))
+    assert ("refused" in outcomes) == needed
