@@ -69,7 +69,10 @@ class Background:
 _all: weakref.WeakSet[Background] = weakref.WeakSet()
 
 
-@atexit.register
 def _report_all_at_exit() -> None:
     for background in list(_all):
         background._report_at_exit()
+
+
+# Before the thread pools that the work uses are shut down, which is earlier than `atexit`.
+getattr(threading, "_register_atexit", atexit.register)(_report_all_at_exit)

@@ -80,16 +80,26 @@ def _checked(key: str) -> str:
 
 def _slices_of(key: str, value: Any) -> Any:
     if isinstance(value, Slice):
-        array = np.asarray(encode(value.array))
-        return Slice(array, _box(value.box), tuple(map(index, value.global_shape)))
+        return _plain(value)
     if isinstance(value, list | tuple):
-        if not all(isinstance(part, Slice) for part in value):
+        if not all([isinstance(part, Slice) for part in value]):
             raise TypeError(f"{key}: a list under one key is a list of ckpt.io.Slice")
-        return [_slices_of(key, part) for part in value]
+        return [_plain(part) for part in value]
     value = encode(value)
     if isinstance(value, jax.Array):
         return [Slice(data, box, value.shape) for box, _, data in host.host_slices(value)]
     return value
+
+
+def _plain(part: Slice) -> Slice:
+    """A slice of a numpy array, its box and shape tuples of Python integers."""
+    box, shape = part.box, part.global_shape
+    if type(part.array) is np.ndarray and type(box) is type(shape) is tuple:
+        bounds = [bound for pair in (shape, *box) if type(pair) is tuple for bound in pair]
+        if len(bounds) == 3 * len(shape) and {*map(type, bounds)} <= {int}:
+            return part  # as the default saver writes them by the thousand
+    array = np.asarray(encode(part.array))
+    return Slice(array, _box(part.box), tuple(map(index, part.global_shape)))
 
 
 def _box(box: Iterable[Iterable[int]]) -> Box:

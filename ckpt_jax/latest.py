@@ -29,8 +29,6 @@ from ckpt_jax.store.directory import (
     number_of,
     require_checkpoint,
 )
-from ckpt_jax.store.index import Index
-from ckpt_jax.store.stack import DATA
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -103,20 +101,10 @@ def problem_with(path: str) -> str | None:
     try:
         with CheckpointReader(path) as reader:
             missing = [f"it lacks {key}" for key in reader.missing_keys()]
-            missing += _short_shards(path, reader._sharded.index)
+            reader.check_files()
     except (CheckpointError, OSError) as error:
         return str(error)
     return missing[0] if missing else None
-
-
-def _short_shards(path: str, index: Index) -> Iterator[str]:
-    """Says which shards have fewer bytes of data than the index lists."""
-    for shard in index.shards:
-        listed = sum(s.rows * s.row_nbytes for s in shard.stacks if not s.compression)
-        data = os.path.join(path, shard.directory, DATA)
-        found = sum(entry.stat().st_size for entry in os.scandir(data)) if shard.stacks else 0
-        if found < max(listed, bool(shard.stacks)):
-            yield f"{data} has {found} bytes, the index lists {listed}"
 
 
 def checkpoints_iterator(

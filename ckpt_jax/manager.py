@@ -50,8 +50,8 @@ from ckpt_jax.latest import (
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.state_file import (
     CheckpointState,
-    _replace_file,
     get_checkpoint_state,
+    replace_file,
     update_checkpoint_state,
 )
 from ckpt_jax.store.directory import number_of
@@ -75,6 +75,10 @@ class CheckpointRecord:
       time: when it was recorded, in seconds since the epoch, by the manager's clock.
       metrics: as given to `CheckpointManager.save`.
       path: of the checkpoint.
+
+    Example:
+      >>> CheckpointRecord(3, metrics={"loss": 0.5}).number
+      3
     """
 
     number: int
@@ -89,6 +93,13 @@ class RetentionPolicy(Protocol):
 
     Of several policies each keeps its own: a checkpoint goes when none of them keeps it. The
     latest checkpoint stays in any case.
+
+    Example:
+      >>> class KeepPrimes:
+      ...     def keep(self, records):
+      ...         return {r.number for r in records if r.number in (2, 3, 5, 7)}
+      >>> isinstance(KeepPrimes(), RetentionPolicy)
+      True
     """
 
     def keep(self, records: tuple[CheckpointRecord, ...]) -> Collection[int]:
@@ -186,6 +197,9 @@ class KeepBest:
 @dataclass(frozen=True, slots=True)
 class KeepAny:
     """Keeps what any of several policies keeps.
+
+    Raises:
+      TypeError: one of them is no policy.
 
     Example:
       >>> policy = KeepAny((KeepLatest(1), KeepEveryNSteps(2)))
@@ -455,6 +469,15 @@ class CheckpointManager:
           RestoreMismatchError, UnsupportedFormatError: as `Checkpoint.restore`.
 
         Source: `tf.train.CheckpointManager.restore_or_initialize`, without the older ones.
+
+        Example:
+          >>> import os, tempfile
+          >>> with tempfile.TemporaryDirectory() as directory:
+          ...     path = CheckpointManager(Checkpoint(step=7), directory).save()
+          ...     fresh = Checkpoint(step=0)
+          ...     path = CheckpointManager(fresh, directory).restore_or_initialize()
+          ...     os.path.basename(path), fresh.step
+          ('ckpt-1', 7)
         """
         self.sync()
         if self._latest is None:
@@ -721,4 +744,4 @@ def write_metrics(directory: str, metrics: Mapping[str, Mapping[str, float]]) ->
         if own
     }
     if content or os.path.lexists(path):
-        _replace_file(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+        replace_file(path, json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -131,6 +131,14 @@ class CheckpointReader:
         """The size of a value in bytes."""
         return sum(piece.nbytes for piece in self._sharded.index.entry(key).slices)
 
+    def check_files(self) -> None:
+        """Compares the sizes of all files with what they have to hold; reads no value.
+
+        Raises:
+          CorruptCheckpointError: a file is truncated or missing.
+        """
+        self._sharded.check_files()
+
     def missing_keys(self) -> list[str]:
         """Keys that the object graph names and the index lacks (none, in a sound checkpoint)."""
         return [key for key in self._specs if key not in self._sharded.index]

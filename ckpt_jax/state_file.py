@@ -122,7 +122,7 @@ def update_checkpoint_state(
             f"{path}: expected different names for checkpoint and state file, found the same. "
             "Save under another name, or pass another latest_filename."
         )
-    _replace_file(path, render(stored))
+    replace_file(path, render(stored))
 
 
 def stored_form(directory: str | os.PathLike[str], state: CheckpointState) -> CheckpointState:
@@ -203,7 +203,7 @@ def _stored_path(directory: str, path: str) -> str:
     return path if outside and os.path.isabs(path) else relative
 
 
-def _replace_file(path: str, text: str) -> None:
+def replace_file(path: str, text: str) -> None:
     temporary = f"{path}.{secrets.token_hex(8)}.tmp"
     try:
         with open(temporary, "x", encoding="ascii", newline="\n") as file:

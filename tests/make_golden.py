@@ -73,7 +73,12 @@ def tree_1() -> dict[Any, Any]:
     return {
         "dtypes": {dtype: pattern(dtype, 6) for dtype in DTYPES},
         "floats": np.array([0.0, -0.0, np.inf, -np.inf, np.nan, 5e-324, 0.1]),
-        "shapes": [np.ones(()), np.zeros((0,)), np.zeros((2, 0, 3)), np.arange(24.0).reshape(2, 3, 4)],
+        "shapes": [
+            np.ones(()),
+            np.zeros((0,)),
+            np.zeros((2, 0, 3)),
+            np.arange(24.0).reshape(2, 3, 4),
+        ],
         "big": pattern("float32", 80_000).reshape(400, 200),
         "jax": jnp.arange(12, dtype=jnp.float32).reshape(3, 4),
         "key": jax.random.key(42),
@@ -94,8 +99,11 @@ def blank_1() -> dict[Any, Any]:
     """A target for `tree_1`, with other values."""
     shared = np.zeros(10, np.int32)
     tree = tree_1()
-    return {
-        **jax.tree.map(np.zeros_like, {k: tree[k] for k in ("dtypes", "floats", "shapes", "big")}),
+    blank = {
+        "dtypes": {dtype: np.zeros_like(array) for dtype, array in tree["dtypes"].items()},
+        "floats": np.zeros_like(tree["floats"]),
+        "shapes": [np.zeros_like(array) for array in tree["shapes"]],
+        "big": np.zeros_like(tree["big"]),
         "jax": jax.ShapeDtypeStruct((3, 4), jnp.float32),
         "key": jax.random.key(0),
         "keys": jax.ShapeDtypeStruct((3,), tree["keys"].dtype),
@@ -109,6 +117,8 @@ def blank_1() -> dict[Any, Any]:
         "nested": {"a": {"b": 0}, ".ATTRIBUTES": 0, ".S": 0},
         "tied": [shared, {"again": shared}],
     }
+    assert list(blank) == list(tree)
+    return blank
 
 
 def write_1(path: Path) -> str:
@@ -118,4 +128,6 @@ def write_1(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    print(write_1(Path(*sys.argv[1:] or [str(GOLDEN / "format-1")])))
+    import make_golden  # so that the classes have the names that they have in the tests
+
+    print(make_golden.write_1(Path(*sys.argv[1:] or [str(GOLDEN / "format-1")])))

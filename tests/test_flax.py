@@ -78,7 +78,9 @@ def saved(tmp_path_factory):
 def test_a_module_and_its_optimizer_are_restored_in_place(saved):
     path, expected_model, expected_optimizer = saved
     model, optimizer = trained(2)
-    variables = {id(v) for _, v in nnx.iter_graph((model, optimizer)) if isinstance(v, nnx.Variable)}
+    variables = {
+        id(v) for _, v in nnx.iter_graph((model, optimizer)) if isinstance(v, nnx.Variable)
+    }
     assert leaves(model, optimizer) != leaves(expected_model, expected_optimizer)
     found = ckpt.restore(path, {"model": model, "optimizer": optimizer})
     assert found["model"] is model
@@ -175,7 +177,9 @@ def test_a_model_of_another_width_is_refused_and_left_alone(tmp_path):
     path = ckpt.save(tmp_path / "a", Net(nnx.Rngs(0), width=4))
     model = Net(nnx.Rngs(1), width=5)
     before = leaves(model)
-    with pytest.raises(ckpt.RestoreMismatchError, match=r"layers/0/kernel: expected shape \(5, 5\)"):
+    with pytest.raises(
+        ckpt.RestoreMismatchError, match=r"layers/0/kernel: expected shape \(5, 5\)"
+    ):
         ckpt.restore(path, model)
     assert leaves(model) == before
 
@@ -198,7 +202,10 @@ def test_an_abstract_module_with_shardings_is_restored_onto_them(tmp_path, mesh4
     model.kernel.set_value(jax.device_put(model.kernel[...], sharding))
     path = ckpt.save(tmp_path / "a", model)
     abstract = nnx.eval_shape(build)
-    wanted = {"kernel": NamedSharding(mesh24, P("model", "data")), "bias": NamedSharding(mesh24, P())}
+    wanted = {
+        "kernel": NamedSharding(mesh24, P("model", "data")),
+        "bias": NamedSharding(mesh24, P()),
+    }
     for name, place in wanted.items():
         variable = getattr(abstract, name)
         struct = variable.get_raw_value()

@@ -172,7 +172,9 @@ def as_loaded(tree):
         case enum.Enum():
             return tree.name
         case Point():
-            return {label: as_loaded(child) for label, child in zip(tree._fields, tree, strict=True)}
+            return {
+                label: as_loaded(child) for label, child in zip(tree._fields, tree, strict=True)
+            }
         case Pair():
             return {0: as_loaded(tree.one), 1: as_loaded(tree.two)}
         case list() | tuple():
@@ -218,10 +220,9 @@ leaves = st.one_of(
     st.sampled_from(Color),
 )
 texts = st.one_of(
-    st.sampled_from(
-        ["", ".", "..", "/", "a/b", "a.b", ".S", ".E", ".Tint", "0", "1", "-1", "True", "None", "é"]
-        + [".ATTRIBUTES", ".OPTIMIZER_SLOT", "VARIABLE_VALUE", "save_counter", "6b", "*", "\n", "\0"]
-    ),
+    st.sampled_from(["", ".", "..", "/", "a/b", "a.b", ".S", ".E", ".Tint", ".ATTRIBUTES"]),
+    st.sampled_from(["0", "1", "-1", "True", "None", "6b", "é", "*", "\n", "\0"]),
+    st.sampled_from([".OPTIMIZER_SLOT", "VARIABLE_VALUE", "save_counter"]),
     st.text(st.characters(exclude_categories=["Cs"]), max_size=4),
 )
 labels = st.one_of(
@@ -300,7 +301,7 @@ def test_a_single_value_is_a_tree(tmp_path, leaf):
 
 
 def test_int_and_text_keys_live_side_by_side(tmp_path):
-    tree = {0: 1, "0": 2, False: 1, b"k": 3, "6b": 4, None: 5, "None": 6, 0.5: 7, "0.5": 8}
+    tree = {0: 1, "0": 2, True: 0, b"k": 3, "6b": 4, None: 5, "None": 6, 0.5: 7, "0.5": 8}
     path = ckpt.save(tmp_path / "a", tree)
     assert_exactly(ckpt.load(path), tree)
     assert_exactly(ckpt.restore(path, dict.fromkeys(tree, 0)), tree)
@@ -625,7 +626,9 @@ def test_tied_arrays_are_saved_once_and_tied_again(tmp_path, kind):
     blank = kind(np.zeros(4096))
     for found in (
         ckpt.load(path),
-        ckpt.restore(path, {"embed": blank, "head": {"kernel": blank}, "copy": kind(np.ones(4096))}),
+        ckpt.restore(
+            path, {"embed": blank, "head": {"kernel": blank}, "copy": kind(np.ones(4096))}
+        ),
     ):
         assert found["embed"] is found["head"]["kernel"]
         assert found["embed"] is not found["copy"]
@@ -673,7 +676,10 @@ def test_the_callers_containers_and_arrays_are_never_changed(tmp_path):
 
 def test_what_was_loaded_belongs_to_the_caller(tmp_path):
     path = ckpt.save(tmp_path / "a", {"a": np.zeros(3), "b": np.zeros(3)})
-    for read in (lambda: ckpt.load(path), lambda: ckpt.restore(path, {k: np.ones(3) for k in "ab"})):
+    for read in (
+        lambda: ckpt.load(path),
+        lambda: ckpt.restore(path, {k: np.ones(3) for k in "ab"}),
+    ):
         found = read()
         found["a"] += 1
         assert found["b"].tolist() == [0, 0, 0]

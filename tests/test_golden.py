@@ -77,7 +77,7 @@ def test_format_1_restores():
 
 def test_format_1_restores_into_a_checkpoint():
     checkpoint = ckpt.Checkpoint(**blank_1())
-    checkpoint.restore(FORMAT_1).assert_existing_objects_matched()
+    checkpoint.read(FORMAT_1).assert_consumed()
     assert checkpoint.labels["a/b"] == 8
     assert_same(checkpoint.big, tree_1()["big"])
 
@@ -123,12 +123,9 @@ def test_a_damaged_copy_of_format_1_is_refused_or_reads_the_same(tmp_path, name)
     data = file.read_bytes()
     expected = as_loaded(tree_1())
     outcomes = set()
-    for damaged in (
-        data[: len(data) // 2],
-        b"",
-        None,
-        *(data[:i] + bytes([data[i] ^ 16]) + data[i + 1 :] for i in range(0, len(data), 1 + len(data) // 9)),
-    ):
+    places = range(0, len(data), 1 + len(data) // 9)
+    flipped = [data[:i] + bytes([data[i] ^ 16]) + data[i + 1 :] for i in places]
+    for damaged in (data[: len(data) // 2], b"", None, *flipped):
         if damaged is None:
             os.remove(file)
         else:

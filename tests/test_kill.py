@@ -18,7 +18,6 @@ import ckpt_jax as ckpt
 ROOT = Path(__file__).parent.parent
 
 
-
 def tree_of(step):
     """The values of a step, small ones and large ones; children have this function too."""
     chance = np.random.default_rng(step)
@@ -221,3 +220,22 @@ def test_what_a_killed_writer_leaves_is_no_checkpoint(tmp_path, with_two):
     with pytest.raises(ckpt.CheckpointNotFoundError, match=r"ckpt-1, ckpt-2$"):
         ckpt.load(directory / "ckpt-3")
     assert ckpt.latest_checkpoint(directory) == os.path.join(directory, "ckpt-2")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.parametrize(
+    ("call", "count"),
+    [("writev", 1), ("rename", 1), ("rename", 2), ("fsync", 1), ("fsync", 2), ("fsync", 3)],
+)
+def test_a_writer_killed_in_a_system_call_leaves_whole_checkpoints(tmp_path, with_two, call, count):
+    """Inside of TensorStore too, where no Python is running; counted for each thread."""
+    directory = with_two(tmp_path / "run")
+    inject = ["strace", "-f", "-qq", "-o", os.devnull, "-e", f"trace={call}"]
+    inject += ["-e", f"inject={call}:signal=KILL:when={count}"]
+    program = [sys.executable, "-c", SAVE_ONCE, str(directory), "no event", "0"]
+    run = subprocess.run([*inject, *program], cwd=ROOT, capture_output=True, check=False)
+    if b"ptrace" in run.stderr:
+        pytest.skip("processes may not be traced here")
+    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert assert_goes_on(directory) == 3

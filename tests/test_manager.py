@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -801,7 +802,7 @@ def test_a_save_in_the_background_is_recorded_when_it_has_finished(tmp_path, che
     )
     first = manager.save()
     go_on = threading.Event()
-    options = ckpt.CheckpointOptions(enable_async=True, write_callbacks=(go_on.wait,))
+    options = ckpt.CheckpointOptions(enable_async=True, write_callbacks=(lambda: go_on.wait(60),))
     step.assign(1)
     second = manager.save(options=options, metrics={"loss": 1.0})
     assert names([second]) == ["ckpt-2"]
@@ -818,21 +819,27 @@ def test_a_save_in_the_background_is_recorded_when_it_has_finished(tmp_path, che
     assert fresh.save_counter == 2
 
 
-def test_a_save_that_fails_in_the_background_is_raised_and_can_be_repeated(tmp_path, checkpoint):
+def test_a_save_that_fails_in_the_background_is_raised_and_can_be_repeated(
+    tmp_path, checkpoint, monkeypatch
+):
     step = ckpt.Variable(0)
     manager = CheckpointManager(
         checkpoint, tmp_path, max_to_keep=1, step_counter=step, checkpoint_interval=2
     )
     first = manager.save()
     step.assign(2)
-    (tmp_path / "ckpt-2").write_text("in the way")
-    (tmp_path / "ckpt-2").rename(tmp_path / "aside")
-    with pytest.raises(ckpt.AsyncSaveError):
-        manager.save(options=ckpt.CheckpointOptions(enable_async=True, sharding_policy=refuse))
-        manager.sync()
+
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("ckpt_jax.io.merge_shards", full)
+        assert manager.save(options=ckpt.CheckpointOptions(enable_async=True))
+        with pytest.raises(ckpt.AsyncSaveError, match="No space left"):
+            manager.sync()
     assert manager.checkpoints == [first]
     assert checkpoint.save_counter == 1
-    assert names([manager.save()]) == ["ckpt-2"]
+    assert names([manager.save()]) == on_disk(tmp_path) == ["ckpt-2"]
 
 
 # --- policies -------------------------------------------------------------------------------

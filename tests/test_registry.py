@@ -82,7 +82,8 @@ def keys(path):
 
 @pytest.mark.parametrize(
     ("package", "name"),
-    [("Custom", name) for name in ("a/b", "a b", "é", "a\n", "a:b", "\x00")] + [("a/b", "c")],
+    [("Custom", name) for name in ("a/b", "a b", "é", "a\n", "a:b", "\x00")]
+    + [("a/b", "c"), ("", ".")],
 )
 def test_a_name_of_other_characters_is_refused(package, name):
     with pytest.raises(ValueError, match="Invalid registered checkpoint saver"):

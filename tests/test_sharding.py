@@ -136,8 +136,9 @@ def test_a_zero_size_array_and_a_scalar_have_a_place_on_a_mesh(tmp_path, mesh42,
     tree = {"none": place(jnp.ones((0, 4)), mesh42), "one": place(jnp.float32(3), mesh42)}
     path = ckpt.save(tmp_path / "a", tree)
     sharding = NamedSharding(mesh24, P())
-    target = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in
-              tree.items()}
+    target = {
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for name, x in tree.items()
+    }
     found = ckpt.restore(path, target)
     assert found["none"].shape == (0, 4)
     assert found["one"] == 3
@@ -234,8 +235,10 @@ def test_a_shard_holds_what_its_device_holds(tmp_path, mesh42):
         assert boxes[key_of("a")] == boxes[key_of("b")]
         seen.update(boxes[key_of("a")])
     assert seen == {
-        tuple((s.start or 0, n if s.stop is None else s.stop) for s, n in
-              zip(shard.index, W.shape, strict=True))
+        tuple(
+            (s.start or 0, n if s.stop is None else s.stop)
+            for s, n in zip(shard.index, W.shape, strict=True)
+        )
         for shard in tree["a"].addressable_shards
     }
 
@@ -281,7 +284,9 @@ def test_donating_one_restored_array_does_not_change_another(tmp_path):
 def test_an_array_may_be_donated_once_it_is_saved(tmp_path, mesh42):
     tree = {"a": place(W, mesh42, "data"), "b": jnp.arange(1000.0)}
     path = ckpt.save(tmp_path / "a", tree)
-    jax.block_until_ready(jax.jit(lambda t: jax.tree.map(jnp.zeros_like, t), donate_argnums=0)(tree))
+    jax.block_until_ready(
+        jax.jit(lambda t: jax.tree.map(jnp.zeros_like, t), donate_argnums=0)(tree)
+    )
     loaded = ckpt.load(path)
     assert bits(loaded["a"]) == W.tobytes()
     assert loaded["b"].tolist() == list(range(1000))
@@ -301,7 +306,11 @@ def boxes_in(groups):
 
 
 def test_by_device_makes_one_shard_for_each_device():
-    slices = [planned("a", (2,), device=3), planned("b", (2,), device=1), planned("c", (2,), device=3)]
+    slices = [
+        planned("a", (2,), device=3),
+        planned("b", (2,), device=1),
+        planned("c", (2,), device=3),
+    ]
     groups = ckpt.ShardByDevice()(slices)
     assert boxes_in(groups) == [[("a", (0, 2)), ("c", (0, 2))], [("b", (0, 2))]]
 
@@ -448,7 +457,9 @@ ALTERATIONS = {
     "mixes processes": lambda s: [[s[0]._replace(process=1), *s[1:]]],
     "moves a box": lambda s: [[s[0]._replace(box=((1, 5), (0, 4), (0, 4))), *s[1:]]],
     "lowers a rank": lambda s: [[s[0]._replace(box=s[0].box[:2]), *s[1:]]],
-    "turns a box around": lambda s: [[s[0]._replace(box=tuple((b, a) for a, b in s[0].box)), *s[1:]]],
+    "turns a box around": lambda s: [
+        [s[0]._replace(box=tuple((b, a) for a, b in s[0].box)), *s[1:]]
+    ],
 }
 
 

@@ -440,7 +440,7 @@ def test_large_integers_are_not_cast_through_floats(tmp_path):
         object(),
         {1, 2},
         lambda: None,
-        1 .__add__,
+        (1).__add__,
     ],
     ids=lambda value: type(value).__name__ + str(getattr(value, "dtype", "")),
 )

@@ -207,7 +207,7 @@ def _full_name(package: str, name: str | None, what: str) -> str:
             f"the package and name of a {what} must be strings, got {package!r} and {name!r}"
         )
     full = f"{package}.{name}"
-    if not _NAME.fullmatch(full):
+    if not _NAME.fullmatch(full) or full == "..":  # it names files
         raise RegistrationError(
             f"Invalid registered {what} name {full!r}: use letters, digits, '.', '_' and '-'"
         )

@@ -35,6 +35,7 @@ from ckpt_jax.store.gather import (
 from ckpt_jax.store.index import INDEX_KEY, Index, Shard
 from ckpt_jax.store.stack import (
     ALIGNMENT,
+    DATA,
     MANIFEST,
     new_context,
     open_database,
@@ -232,26 +233,40 @@ class ShardedReader:
         if stack not in self._stores:
             number = self._stacks.shard[stack]
             shard = self.index.shards[number]
-            if number not in self._sound:
-                self._check_files(shard)
-                self._sound.add(number)
+            self._check_files(number)
             place = self._stacks.number[stack]
             self._stores[stack] = open_stack(
                 self.directory, self._context, shard.id, place, shard.stacks[place]
             )
         return self._stores[stack]
 
-    def _check_files(self, shard: Shard) -> None:
+    def check_files(self) -> None:
+        """Compares the sizes of all data files with what the index lists; reads no value.
+
+        Raises:
+          CorruptCheckpointError: a shard's files are truncated or missing.
+        """
+        for number, shard in enumerate(self.index.shards):
+            try:
+                self._check_files(number)
+            except (ValueError, OSError) as error:
+                path = self._path(shard)
+                raise CorruptCheckpointError(f"{path}: {error}", file=path) from error
+
+    def _check_files(self, number: int) -> None:
         """Refuses to allocate memory for bytes that the files cannot hold."""
+        shard = self.index.shards[number]
+        if number in self._sound or not shard.stacks:
+            return
         declared = sum(s.rows * s.row_nbytes for s in shard.stacks if not s.compression)
-        found = 0
-        for path, _, files in os.walk(self._path(shard)):
-            found += sum(os.path.getsize(os.path.join(path, file)) for file in files)
-        if found < declared:
+        data = os.path.join(self._path(shard), DATA)
+        found = sum(file.stat().st_size for file in os.scandir(data)) if os.path.isdir(data) else 0
+        if found < max(declared, 1):
             raise ValueError(
                 f"its files have {found} bytes, the index lists {declared}: a file is truncated "
                 "or missing"
             )
+        self._sound.add(number)
 
     def _path(self, shard: Shard) -> str:
         return os.path.normpath(os.path.join(self.directory, shard.directory))

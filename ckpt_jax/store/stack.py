@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from functools import cache
+from typing import Any
 
 import tensorstore as ts
 
@@ -47,8 +48,10 @@ def chunk_nbytes(row_nbytes: int) -> int:
     return -(-row_nbytes // pieces)
 
 
-def _database(directory: str) -> dict[str, str]:
-    return {"driver": "ocdbt", "base": f"file://{os.path.abspath(directory)}/"}
+def _database(directory: str) -> dict[str, Any]:
+    # A path, not a URL: directories may be called "a?b" or "a%20b".
+    base = {"driver": "file", "path": f"{os.path.abspath(directory)}/"}
+    return {"driver": "ocdbt", "base": base}
 
 
 def open_database(directory: str, context: ts.Context, prefix: str = "") -> ts.KvStore:
