@@ -13,15 +13,14 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import numpy as np
+
 from ckpt_jax.background import Background
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
-from ckpt_jax.graph.trace import LiveGraph, trace
+from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.restoring import Restoration
-from ckpt_jax.savers import registry
-from ckpt_jax.savers.host import without_gc
-from ckpt_jax.savers.values import describe
+from ckpt_jax.restoring import Restoration, live_graph
 from ckpt_jax.saving import begin
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 from ckpt_jax.status import LoadStatus
@@ -60,7 +59,7 @@ class Checkpoint(AutoTrackable):
 
     def __init__(self, root: Any = None, **named: Any):
         private = self.__dict__
-        private["_self_root"] = root if isinstance(root, weakref.ref) else lambda: root
+        private["_self_root"] = root
         private["_self_rooted"] = root is not None and not _is_empty_container(root)
         private["_self_counter"] = None
         if private["_self_rooted"] and view_of(self._root_object()) is None:
@@ -79,7 +78,9 @@ class Checkpoint(AutoTrackable):
             setattr(self, name, value)
 
     def _root_object(self) -> Any:
-        root = self.__dict__["_self_root"]()
+        root = self.__dict__["_self_root"]
+        if isinstance(root, weakref.ref):
+            root = root()
         if root is None and self.__dict__["_self_rooted"]:
             raise AssertionError("the root of this checkpoint was garbage-collected")
         return root
@@ -118,8 +119,7 @@ class Checkpoint(AutoTrackable):
           The path of the checkpoint. Pairs with `restore`.
         """
         self._background().wait()
-        counter = self._counter()
-        number = counter.value + 1
+        number = self.save_counter + 1
         path = f"{os.fsdecode(prefix)}-{number}"
 
         def committed() -> None:
@@ -127,9 +127,9 @@ class Checkpoint(AutoTrackable):
             update_checkpoint_state(os.path.dirname(path) or ".", state)
 
         def failed() -> None:  # a save that failed has not happened
-            counter.assign_counter(number - 1)
+            self._count(number - 1)
 
-        counter.assign_counter(number)
+        self._count(number)
         self._write(path, options or DEFAULT, committed, failed)
         return path
 
@@ -163,13 +163,13 @@ class Checkpoint(AutoTrackable):
         options = options or DEFAULT
         self._background().wait()
         if path is None:
-            return LoadStatus(None, self._trace)
+            return LoadStatus(None, self._trace_for_restore)
         with CheckpointReader(path) as reader:
             restoration = Restoration(reader.path, reader.object_graph, options)
-            root = restoration.run(self._trace(), reader)
+            root = restoration.run(self._trace_for_restore(), reader)
         if self.__dict__["_self_rooted"] and root is not self._root_object():
-            self.__dict__["_self_root"] = lambda: root
-        return LoadStatus(restoration, self._trace)
+            self.__dict__["_self_root"] = root
+        return LoadStatus(restoration, self._trace_for_restore)
 
     def restore(self, path: Path | None, options: CheckpointOptions | None = None) -> LoadStatus:
         """Restores objects from a checkpoint, matched by the names of the edges between them.
@@ -204,7 +204,12 @@ class Checkpoint(AutoTrackable):
     @property
     def save_counter(self) -> int:
         """How many times `save` has been called, this checkpoint's past included."""
-        return self._counter().value
+        return int(self._counter().value)
+
+    def _count(self, number: int) -> None:
+        counter = self._counter()
+        is_own = isinstance(counter, _Counter)
+        counter._value = number if is_own else np.asarray(number, counter.dtype)
 
     @property
     def root(self) -> Any:
@@ -213,25 +218,25 @@ class Checkpoint(AutoTrackable):
 
     # --- the graph ---------------------------------------------------------------------
 
-    def _counter(self) -> _Counter:
+    def _counter(self) -> Variable:
         """The save counter, made on first use; a restored value may wait for it."""
         private = self.__dict__
         if private["_self_counter"] is None:
-            counter = _Counter(0)
-            if private["_self_rooted"]:
-                root = self._root_object()
-                known = root._counter() if isinstance(root, Checkpoint) else None
-                counter = known or counter
-            private["_self_counter"] = counter
-            if not private["_self_rooted"] or self.trackable_children().get(SAVE_COUNTER) is None:
-                self.track(SAVE_COUNTER, counter)
+            root = self._root_object() if private["_self_rooted"] else None
+            own = root._counter() if isinstance(root, Checkpoint) else _child(root, SAVE_COUNTER)
+            if not isinstance(own, Variable):
+                own = self.track(SAVE_COUNTER, _Counter(0))
+            private["_self_counter"] = own
         return private["_self_counter"]
 
-    @without_gc()
-    def _trace(self) -> LiveGraph:
+    def _trace(self, *, for_restore: bool = False) -> LiveGraph:
         if not self.__dict__["_self_rooted"]:
-            return trace(self, describe, registry.saver_of())
-        return trace(self._root_object(), describe, registry.saver_of(), _RootedView(self))
+            return live_graph(self, for_restore=for_restore)
+        root, view = self._root_object(), _RootedView(self)
+        return live_graph(root, for_restore=for_restore, root_view=view)
+
+    def _trace_for_restore(self) -> LiveGraph:
+        return self._trace(for_restore=True)
 
 
 class _Counter(Variable):
@@ -240,9 +245,10 @@ class _Counter(Variable):
     def __init__(self, value: int):
         self._value = value
 
-    def assign_counter(self, value: int) -> None:
-        """Replaces the number."""
-        self._value = value
+
+def _child(obj: Any, label: Label) -> Any:
+    view = view_of(obj)
+    return dict(view.children(obj)).get(label) if view is not None else None
 
 
 class _RootedView(View):
@@ -257,12 +263,12 @@ class _RootedView(View):
         self.view = view
         self.container = view.container
         self.mutable = view.mutable
-        own = {label for label, _ in view.children(root)}
-        self.attached = {
-            name: child
-            for name, child in checkpoint.trackable_children().items()
-            if name not in own
-        }
+        own = dict(view.children(root))
+        children: dict[Label, Any] = {**checkpoint.trackable_children()}
+        for name in own.keys() & children.keys():
+            if own[name] is not children[name]:
+                raise ValueError(f"root.{name} already exists, as another object")
+        self.attached = {name: child for name, child in children.items() if name not in own}
         self.checkpoint = checkpoint
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
@@ -275,6 +281,9 @@ class _RootedView(View):
         TrackableView().rebuild(self.checkpoint, attached)
         own = {label: child for label, child in changed.items() if label not in attached}
         return self.view.rebuild(obj, own) if own else obj
+
+    def awaiting(self, obj: Any) -> tuple[Any, ...]:
+        return (*self.view.awaiting(obj), self.checkpoint)
 
     def values(self, obj: Any) -> Mapping[str, Any]:
         return self.view.values(obj)

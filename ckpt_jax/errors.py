@@ -4,7 +4,7 @@
     ├── CheckpointNotFoundError   (also FileNotFoundError)  nothing readable at that path
     ├── CorruptCheckpointError    bytes differ from what was written, or are gone
     ├── UnsupportedFormatError    written by a newer format than this library reads
-    ├── RestoreMismatchError      checkpoint and target disagree; carries the whole report
+    ├── RestoreMismatchError      (also ValueError)  checkpoint and target disagree; has the report
     ├── UnsaveableError           (also TypeError)  a leaf cannot be saved; names every such path
     ├── ShardError                (also ValueError)  shards that do not make up whole arrays
     ├── RegistrationError         (also ValueError)  a registry refused a name, or lacks it
@@ -52,7 +52,7 @@ class UnsupportedFormatError(CheckpointError):
     """The checkpoint was written in a format newer than this library reads."""
 
 
-class RestoreMismatchError(CheckpointError):
+class RestoreMismatchError(CheckpointError, ValueError):
     """Checkpoint and target disagree; nothing was read and nothing was changed.
 
     Attributes:

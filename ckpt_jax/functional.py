@@ -20,7 +20,14 @@ from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, RestoreReport
-from ckpt_jax.restoring import abstract_only, execute, fits, live_graph, raise_problems
+from ckpt_jax.restoring import (
+    abstract_only,
+    execute,
+    fits,
+    live_graph,
+    nbytes_to_read,
+    raise_problems,
+)
 from ckpt_jax.savers import host
 from ckpt_jax.savers.values import as_saved
 from ckpt_jax.saving import write_checkpoint
@@ -56,7 +63,9 @@ def save(
       {'w': array([0, 1, 2]), 'step': 7}
     """
     path = os.fsdecode(path)
-    write_checkpoint(live_graph(tree), path, options or DEFAULT, overwrite=overwrite)
+    write_checkpoint(
+        live_graph(tree, for_restore=False), path, options or DEFAULT, overwrite=overwrite
+    )
     return path
 
 
@@ -117,7 +126,8 @@ def plan_restore(
       The report; `print` shows it as a table.
     """
     with CheckpointReader(path) as reader:
-        return _plan(reader, live_graph(target), rename, options or DEFAULT).report
+        plan = _plan(reader, live_graph(target), rename, options or DEFAULT)
+        return replace(plan.report, nbytes=nbytes_to_read(plan, reader))
 
 
 def _plan(

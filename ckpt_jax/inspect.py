@@ -78,7 +78,7 @@ def list_objects(root: Any) -> list[Any]:
 
     Source: TensorFlow's `list_objects`.
     """
-    return list(live_graph(root).objects)
+    return list(live_graph(root, for_restore=False).objects)
 
 
 class TrackableView:

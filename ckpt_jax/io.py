@@ -195,7 +195,7 @@ def read_values(
             unplaced[key] = contents[0]
         else:
             results[key] = host.place(request.shape, dtype, request.sharding, contents)
-    results.update(zip(unplaced, jax.device_put(list(unplaced.values())), strict=True))
+    results.update(zip(unplaced, host.put(list(unplaced.values())), strict=True))
     return results
 
 

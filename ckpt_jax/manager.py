@@ -427,8 +427,7 @@ class CheckpointManager:
             return None
         scores = {name: _as_number(name, value) for name, value in (metrics or {}).items()}
         self.sync()
-        counter = self._checkpoint._counter()
-        count = counter.value + 1
+        count = self._checkpoint.save_counter + 1
         number = count if checkpoint_number is None else as_integer(checkpoint_number)
         if number < 0:
             raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
@@ -439,10 +438,10 @@ class CheckpointManager:
             self._record(number, path, scores)
 
         def failed() -> None:  # a save that failed has not happened
-            counter.assign_counter(count - 1)
+            self._checkpoint._count(count - 1)
             self._last_step = last_step
 
-        counter.assign_counter(count)
+        self._checkpoint._count(count)
         self._last_step = step
         self._checkpoint._write(path, options or DEFAULT, committed, failed)
         return path

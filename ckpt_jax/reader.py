@@ -114,7 +114,10 @@ class CheckpointReader:
         if not self.has_tensor(key):
             raise KeyError(f"{self.path} holds nothing under the key {key!r}")
         data = read_values(self._sharded, {key: box})[key]
-        return data if box is not None else as_saved(data, self._specs.get(key, LeafSpec()))
+        if box is not None:
+            return data
+        # What a registered saver stored belongs to no attribute of the graph.
+        return as_saved(data, self._specs.get(key) or self.stored_spec(key))
 
     def read(
         self, requests: Mapping[str, Any], options: CheckpointOptions = DEFAULT
@@ -145,6 +148,8 @@ class CheckpointReader:
 
     @cached_property
     def _specs(self) -> dict[str, LeafSpec]:
+        if self._sharded.extra(OBJECT_GRAPH_KEY) is None:  # merged by hand, from shards
+            return {}
         return self.object_graph.by_key
 
     @property

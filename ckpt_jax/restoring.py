@@ -23,18 +23,20 @@ import jax
 import numpy as np
 
 from ckpt_jax.errors import RegistrationError, RestoreMismatchError
-from ckpt_jax.graph.labels import Label
+from ckpt_jax.graph.labels import Label, object_key_of, path_of
 from ckpt_jax.graph.match import Match, extend, match
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
-from ckpt_jax.graph.plan import Read, ReadPlan, assign, plan_read, pretty_name
+from ckpt_jax.graph.plan import Read, ReadPlan, SaverCall, assign, plan_read, pretty_name
 from ckpt_jax.graph.trace import LiveGraph, trace
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.savers import host, registry
 from ckpt_jax.savers.values import ARRAY_KINDS, decode, describe, difference
+from ckpt_jax.store.box import size_of
 from ckpt_jax.store.index import dtype_of
 from ckpt_jax.trackable.base import await_child
+from ckpt_jax.trackable.view import View
 
 ADVICE = (
     "Nothing was read or changed. Pass a target that fits, rename=[(saved, target), ...] for "
@@ -44,9 +46,18 @@ ADVICE = (
 
 
 @host.without_gc()
-def live_graph(root: Any) -> LiveGraph:
-    """The object graph of a program's objects."""
-    return trace(root, describe, registry.saver_of())
+def live_graph(
+    root: Any, root_key: str = "", *, for_restore: bool = True, root_view: View | None = None
+) -> LiveGraph:
+    """The object graph of a program's objects; see `trace`."""
+    return trace(
+        root,
+        describe,
+        registry.saver_of(),
+        root_view=root_view,
+        root_key=root_key,
+        tie_values=not for_restore,
+    )
 
 
 # --- plan ------------------------------------------------------------------------------
@@ -57,15 +68,15 @@ def fits(cast: bool) -> Callable[[LeafSpec, LeafSpec, Any], str | None]:
 
     def why_not(saved: LeafSpec, target: LeafSpec, value: Any) -> str | None:
         problem = difference(saved, target, cast)
-        if problem is None and target.kind == "array":
-            problem = host.placement_problem(target.shape, host.placement(value))
+        if problem is None and target.kind in ("array", "prng_key"):
+            problem = host.placement_problem(value.shape, host.placement(value))
         return problem
 
     return why_not
 
 
-def raise_problems(report: RestoreReport, path: str) -> None:
-    raise RestoreMismatchError(describe_problems(report, path, ADVICE), report)
+def raise_problems(report: RestoreReport, path: str, cause: Exception | None = None) -> None:
+    raise RestoreMismatchError(describe_problems(report, path, ADVICE), report) from cause
 
 
 # --- read and assign -------------------------------------------------------------------
@@ -88,7 +99,13 @@ def read(plan: ReadPlan, reader: CheckpointReader, options: CheckpointOptions) -
         asked = {key: _request(first[number]) for key, number in batch.items()}
         for key, data in reader.read(asked, options).items():
             r = first[batch[key]]
-            found[batch[key]] = decode(data, r.saved, r.target, r.value)
+            try:
+                found[batch[key]] = decode(data, r.saved, r.target, r.value)
+            except (OverflowError, ValueError) as error:
+                entry = ReportEntry(path_of(object_key_of(key)), str(r.target), str(r.saved))
+                problem = replace(entry, what=str(error))
+                report = RestoreReport(reader.path, mismatched=(problem,))
+                raise_problems(report, reader.path, error)
         for number in batch.values():
             del todo[number]
     return [found[number] for number in order]
@@ -108,40 +125,70 @@ def _request(read: Read) -> jax.ShapeDtypeStruct | None:
     )
 
 
+def nbytes_to_read(plan: ReadPlan, reader: CheckpointReader) -> int:
+    """Bytes of values that this process needs for a plan, each once."""
+    nbytes: dict[str, int] = {}
+    for r in plan.reads:
+        sharding = host.placement(r.value) if r.target.kind in ("array", "prng_key") else None
+        size = reader.stored_nbytes(r.key)
+        if sharding is not None and size:
+            boxes = host.wanted_boxes(sharding, r.saved.shape)
+            size = sum(map(size_of, boxes)) * dtype_of(r.saved.dtype).itemsize
+        nbytes[r.key] = max(size, nbytes.get(r.key, 0))
+    return sum(nbytes.values())
+
+
 @host.without_gc()
 def execute(
     plan: ReadPlan, live: LiveGraph, reader: CheckpointReader, options: CheckpointOptions
 ) -> tuple[Any, list[Any]]:
     """Reads what a plan says and puts it into the live objects; returns the root and the values."""
-    savers = [(_usable_saver(call.saver, call.nodes, live), call) for call in plan.calls]
+    calls = [_accepted(call, live) for call in plan.calls]
     values: dict[int, dict[str, Any]] = {}
     for r, value in zip(plan.reads, read(plan, reader, options), strict=True):
         if r.target.kind == "array" and not isinstance(value, jax.Array):
-            value = jax.device_put(np.asarray(value), host.placement(r.value))
+            value = host.put([np.asarray(value)], host.placement(r.value))[0]
         values.setdefault(r.node, {})[r.name] = value
-    for saver, call in savers:
-        objects = {name: live.objects[node] for name, node in call.nodes.items()}
-        if saver is None:
-            continue
-        for name, value in (saver.restore_fn(objects, reader.path) or {}).items():
-            values.setdefault(call.nodes[name], {})[""] = value
+    for saver, nodes in calls:
+        objects = {name: live.objects[node] for name, node in nodes.items()}
+        for name, value in _restored(saver, objects, reader.path).items():
+            values.setdefault(nodes[name], {})[""] = value
     return assign(live, values), [v for of_node in values.values() for v in of_node.values()]
 
 
-def _usable_saver(
-    name: str, nodes: Mapping[str, int], live: LiveGraph
-) -> registry.RegisteredSaver | None:
-    """The saver that a checkpoint names, if it takes the objects; None to skip them."""
-    saver = registry.get_saver(name)
-    refused = [live.graph.paths[n] for n in nodes.values() if not saver.predicate(live.objects[n])]
-    if not refused:
-        return saver
-    if saver.strict_predicate_restore:
+def _accepted(call: SaverCall, live: LiveGraph) -> tuple[registry.RegisteredSaver, dict[str, int]]:
+    """The saver that a checkpoint names, and the nodes that it takes; others are skipped."""
+    saver = registry.get_saver(call.saver)
+    nodes = {name: n for name, n in call.nodes.items() if saver.predicate(live.objects[n])}
+    if saver.strict_predicate_restore and len(nodes) < len(call.nodes):
+        refused = [live.graph.paths[n] for name, n in call.nodes.items() if name not in nodes]
         raise RegistrationError(
-            f"the checkpoint saver {name!r} cannot be used to restore {', '.join(refused)}: its "
-            "predicate refuses the objects there"
+            f"the checkpoint saver {call.saver!r} cannot be used to restore {', '.join(refused)}: "
+            "its predicate refuses the objects there"
         )
-    return None
+    return saver, nodes
+
+
+def _restored(
+    saver: registry.RegisteredSaver, objects: dict[str, Any], path: str
+) -> Mapping[str, Any]:
+    """What a saver puts in the place of immutable objects, by name."""
+    if not objects:
+        return {}
+    result = saver.restore_fn(dict(objects), path)
+    if result is None:
+        return {}
+    if not isinstance(result, Mapping):
+        raise RegistrationError(
+            f"restore_fn of the checkpoint saver {saver.name!r} must return None or a dict of new "
+            f"values by name, got {type(result).__name__}"
+        )
+    if unknown := [name for name in result if name not in objects]:
+        raise RegistrationError(
+            f"restore_fn of the checkpoint saver {saver.name!r} returned values for {unknown}, "
+            f"but was given {list(objects)}"
+        )
+    return result
 
 
 # --- one restore -----------------------------------------------------------------------
@@ -221,7 +268,7 @@ class Restoration:
 
     def attach(self, parent: Any, label: Label, child: Any, saved: int) -> Any:
         """Restores into an object that appeared under an awaited name."""
-        live = live_graph(child)
+        live = live_graph(child, self.saved.object_keys[saved])
         before = Match(self._bound_in(live), {})
         with CheckpointReader(self.path) as reader:
             return self._bind(live, extend(before, self.saved, live.graph, [(saved, 0)]), reader)
@@ -257,20 +304,21 @@ class Restoration:
         root, new = execute(plan, live, reader, self.options)
         for value in new:
             _note_restored(value, self.uid)
+        self.left_over.nodes -= plan.used
         self._remember(live, found)
         return root
 
     def _remember(self, live: LiveGraph, found: Match) -> None:
         for saved, node in [*found.bound.items(), *found.shared]:
-            self.left_over.nodes.discard(saved)
             if node >= 0 and live.views[node].mutable:
                 obj = live.objects[node]
                 _note_restored(obj, max(self.uid, _restored_uid(obj)))
                 if _has_weakrefs(obj):
                     self._bound.setdefault(saved, []).append(weakref.ref(obj))
         for (parent, label), saved in found.frontier.items():
-            if parent >= 0 and live.views[parent].mutable and self.saved.carries_values(saved):
-                await_child(live.objects[parent], label, _Waiting(self, saved))
+            if self.saved.carries_values(saved):
+                for trackable in live.awaiting(parent):
+                    await_child(trackable, label, _Waiting(self, saved))
 
     def is_bound(self, saved: int, obj: Any) -> bool:
         """Whether this restore has bound a saved node to this object. An object that cannot be

@@ -76,7 +76,9 @@ def _values(live: LiveGraph) -> dict[str, Any]:
         try:
             values[attribute.key] = encode(value)
         except Exception as error:  # whatever a user's serialize() raises: named with its path
-            problems.append((path_of(live.graph.object_keys[node]), f"{error!r}"))
+            problems.append(
+                (path_of(live.graph.object_keys[node]), f"{type(error).__name__}: {error}")
+            )
             causes.append(error)
     if problems:
         lines = "\n".join(f"  {path or '(root)'}: {what}" for path, what in problems)

@@ -76,14 +76,18 @@ class LoadStatus:
         if self._restoration is None:
             raise AssertionError("No checkpoint specified; nothing was restored")
         live, found, _ = self._look()
-        sources = found.sources()
+        sources, saved = found.sources(), self._restoration.saved.nodes
         skipped = live.graph.slot_nodes if self._skips_slots() else frozenset()
         unmatched = [
             pretty_name(live.graph, node)
             for node, entry in enumerate(live.graph.nodes)
             if entry.attributes
             and node not in skipped
-            and (node not in sources or not self._holds(live, sources[node], node))
+            and (
+                node not in sources
+                or not (saved[sources[node]].attributes or saved[sources[node]].saver)
+                or not self._holds(live, sources[node], node)
+            )
         ]
         _fail("objects of the program are not in the checkpoint", unmatched, limit)
         return self

@@ -8,7 +8,6 @@ import pytest
 import ckpt_jax
 
 PUBLIC = (
-    "__version__",
     # checkpoints of objects
     "Checkpoint",
     "LoadStatus",

@@ -432,7 +432,6 @@ def test_a_lenient_saver_skips_another_type_but_restores_its_children(tmp_path):
     assert tables.names("restore") == []
 
 
-@pytest.mark.xfail(reason="one refused object skips the whole call")
 def test_a_lenient_saver_restores_the_objects_that_it_takes(tmp_path):
     tables = Tables(strict_predicate_restore=False)
     path = ckpt.Checkpoint(a=Table([1]), b=Table([2])).write(tmp_path / "a")
@@ -442,7 +441,6 @@ def test_a_lenient_saver_restores_the_objects_that_it_takes(tmp_path):
     assert b.rows == [2]
 
 
-@pytest.mark.xfail(reason="what it returns is not checked")
 @pytest.mark.parametrize("result", [3, ["a"], {"c": 1}])
 def test_a_restore_function_returns_none_or_values_by_the_names_it_got(tmp_path, result):
     Tables(restore_fn=lambda objects, prefix: result)
@@ -451,7 +449,6 @@ def test_a_restore_function_returns_none_or_values_by_the_names_it_got(tmp_path,
         ckpt.Checkpoint(a=Table(None)).read(path)
 
 
-@pytest.mark.xfail(reason="get_tensor knows the graph's values only")
 def test_a_saver_can_name_the_values_it_stores_for_readers(tmp_path):
     Tables()
     path = ckpt.save(tmp_path / "a", {"t": Table([1, 2])})
@@ -463,7 +460,6 @@ def test_a_saver_can_name_the_values_it_stores_for_readers(tmp_path):
     assert ckpt.verify(path).ok
 
 
-@pytest.mark.xfail(reason="the report lists attributes only")
 def test_a_registered_object_without_a_place_is_unexpected_in_a_strict_restore(tmp_path):
     Tables()
     path = ckpt.save(tmp_path / "a", {"t": Table([1]), "step": 7})
@@ -589,7 +585,6 @@ def test_the_parameters_of_a_linen_module_go_through_a_saver_leaf_by_leaf(tmp_pa
         np.testing.assert_array_equal(leaf, np.float32(np.float16(expected)))
 
 
-@pytest.mark.xfail(reason="rebuilding from children overrides it")
 def test_a_whole_tree_is_replaced_by_what_the_restore_function_returns(tmp_path):
     def save(trees, file_prefix):
         values = {
@@ -618,7 +613,6 @@ def is_parameters(obj):
     return isinstance(obj, dict) and set(obj) == {"kernel", "bias"}
 
 
-@pytest.mark.xfail(reason="a saver call has one node per name")
 def test_a_leaf_that_two_names_lead_to_restores_into_two_leaves(tmp_path):
     register_halves(is_float)
     value = jnp.float32([1.0, 2.0])

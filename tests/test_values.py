@@ -406,7 +406,7 @@ def test_a_difference_says_what_was_expected_and_what_was_found():
 def test_a_python_int_that_does_not_fit_the_targets_dtype_raises(tmp_path, value):
     path = ckpt.save(tmp_path / "a", {"step": value})
     target = {"step": np.zeros((), np.uint8)}
-    with pytest.raises(OverflowError, match="uint8"):
+    with pytest.raises(ckpt.RestoreMismatchError, match="does not fit into uint8"):
         ckpt.restore(path, target)
     assert target["step"] == 0
 

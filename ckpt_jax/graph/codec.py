@@ -218,18 +218,23 @@ def object_keys(nodes: Sequence[Node]) -> tuple[str, ...]:
     A node that cannot be reached has the path of its id, which no escaped name equals.
     """
     keys: dict[int, str] = {0: ""}
-    queue = [0]
-    for node in queue:  # grows while it is walked
-        children = nodes[node].children
-        prefix = f"{keys[node]}/" if node else ""
-        for name, (_, child) in zip(
-            labels.escaped_names([label for label, _ in children]), children, strict=True
-        ):
-            if child not in keys:
-                keys[child] = prefix + name
-                queue.append(child)
+
+    def walk(queue: list[int]) -> None:
+        for node in queue:  # grows while it is walked
+            children = nodes[node].children
+            prefix = f"{keys[node]}/" if keys[node] else ""
+            names = labels.escaped_names([label for label, _ in children])
+            for name, (_, child) in zip(names, children, strict=True):
+                if child not in keys:
+                    keys[child] = prefix + name
+                    queue.append(child)
+
+    walk([0])
+    slots: list[int] = []
     for optimizer, node in enumerate(nodes):
         for slot in node.slots:
             if slot.node not in keys and slot.variable in keys and optimizer in keys:
                 keys[slot.node] = labels.slot_key(keys[slot.variable], keys[optimizer], slot.name)
+                slots.append(slot.node)
+    walk(slots)
     return tuple([keys.get(node, f".N{node}") for node in range(len(nodes))])

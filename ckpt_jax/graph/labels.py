@@ -21,14 +21,15 @@ from collections import Counter
 from collections.abc import Sequence
 
 Label = str | int | float | bytes | None
+LABEL_TYPES = frozenset([str, int, bool, float, bytes, type(None)])
 
 VARIABLE_VALUE = "VARIABLE_VALUE"
 PYTHON_STATE = "py_state"
 OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 SAVE_COUNTER = "save_counter"
 
-_MISREADABLE = re.compile(r"/|\.[.SET]")
-_ESCAPED_ONLY = re.compile(r"(?<!\.)(\.\.)*\.[TAO]")  # typed names and TensorFlow's markers
+_MISREADABLE = re.compile(r"/|\.[.SETAON]")
+_ESCAPED_ONLY = re.compile(r"(?<!\.)(\.\.)*\.[TAON]")  # typed names and markers
 _ATTRIBUTES = ".ATTRIBUTES"
 _OPTIMIZER_SLOT = ".OPTIMIZER_SLOT"
 

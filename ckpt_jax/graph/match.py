@@ -76,7 +76,7 @@ def extend(
     frontier = dict(before.frontier)
     conflicts = list(before.conflicts)
     shared = list(before.shared)
-    taken = {node: other for other, node in shared} | {node: other for other, node in bound.items()}
+    taken = before.sources()
     queue = list(pairs)
     for saved_node, live_node in queue:  # grows while it is walked
         known_live, known_saved = bound.get(saved_node), taken.get(live_node)
@@ -100,7 +100,7 @@ def extend(
         for label, child in saved.nodes[saved_node].children:
             there = here.get(label, here.get(local_name(label)))
             if there is None:
-                frontier[live_node, label] = child
+                frontier.setdefault((live_node, label), child)
             else:
                 frontier.pop((live_node, label), None)
                 queue.append((child, there))

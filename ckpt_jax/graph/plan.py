@@ -44,9 +44,17 @@ class SaverCall:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
+    """Attributes:
+    report: every value on either side.
+    reads: what the default saver reads.
+    calls: what registered savers restore.
+    used: saved nodes all of whose values have a place in the program.
+    """
+
     report: RestoreReport
     reads: tuple[Read, ...]
     calls: tuple[SaverCall, ...]
+    used: frozenset[int] = frozenset()
 
 
 def plan_read(
@@ -72,8 +80,8 @@ def plan_read(
     """
     planner = _Planner(saved, live, match, fits, saved_paths or {}, skip_slots)
     planner.live_side(only)
-    planner.saved_side()
     planner.conflicts()
+    planner.saved_side()
     return planner.finish(path)
 
 
@@ -92,7 +100,7 @@ class _Planner:
         self.skipped_saved = saved.slot_nodes if skip_slots else frozenset()
         self.skipped_live = live.graph.slot_nodes if skip_slots else frozenset()
         self.reads: list[Read] = []
-        self.calls: dict[str, dict[str, int]] = {}
+        self.calls: dict[str, list[dict[str, int]]] = {}  # by saver
         self.used: set[tuple[int, str]] = set()  # (saved node, attribute) with a place to go
         self.entries: dict[str, list[ReportEntry]] = {
             kind: [] for kind in ("restored", "missing", "unexpected", "mismatched", "deferred")
@@ -107,11 +115,28 @@ class _Planner:
             if source is not None and (node.saver or self.saved.nodes[source].saver):
                 self.by_saver(node_id, node, source)
                 continue
-            for attribute in node.attributes:
-                self.by_attribute(node_id, attribute, source)
+            self.by_attributes(node_id, node, source)
             if node.saver:
                 path = self.live.graph.paths[node_id]
                 self.entries["missing"].append(ReportEntry(path, f"saver {node.saver.name}"))
+
+    def by_attributes(self, node_id: int, node: Node, source: int | None) -> None:
+        missing = len(self.entries["missing"])
+        for attribute in node.attributes:
+            self.by_attribute(node_id, attribute, source)
+        lost = self.entries["missing"][missing:]
+        if 0 < len(lost) < len(node.attributes):
+            # An object takes its values together, or it would be half restored.
+            del self.entries["missing"][missing:]
+            self.entries["mismatched"] += [
+                ReportEntry(
+                    entry.path,
+                    entry.expected,
+                    what=f"expected {entry.expected}, but the checkpoint has only others of this "
+                    "object's values",
+                )
+                for entry in lost
+            ]
 
     def by_saver(self, node_id: int, node: Node, source: int) -> None:
         """A registered saver wrote these values, or takes the object now."""
@@ -122,8 +147,13 @@ class _Planner:
             name, object_name = node.saver.name, saved.attributes[0].key
         else:
             return
-        self.calls.setdefault(name, {})[object_name] = node_id
-        self.used.update((source, attribute.name) for attribute in saved.attributes)
+        # Two leaves here may share one object there: that takes a call for each.
+        calls = self.calls.setdefault(name, [])
+        free = next((nodes for nodes in calls if object_name not in nodes), None)
+        if free is None:
+            calls.append(free := {})
+        free[object_name] = node_id
+        self.used.update((source, value) for value in _value_names(saved))
         entry = ReportEntry(self.live.graph.paths[node_id], f"saver {name}", f"saver {name}")
         self.entries["restored"].append(entry)
 
@@ -154,36 +184,49 @@ class _Planner:
 
     def saved_side(self) -> None:
         waiting = reachable(self.saved, self.waiting_roots())
-        for node_id, attribute in self.saved.attributes():
-            if (node_id, attribute.name) in self.used or node_id in self.skipped_saved:
+        for node_id, node in enumerate(self.saved.nodes):
+            if node_id in self.skipped_saved:
                 continue
-            kind = "deferred" if node_id in waiting else "unexpected"
-            if node_id in self.match.bound and kind == "deferred":
-                kind = "unexpected"
-            path = self.saved.value_path(node_id, attribute.name)
-            entry = ReportEntry(
-                path, "", str(attribute.spec), "", self.original(node_id, attribute)
-            )
-            self.entries[kind].append(entry)
+            is_waiting = node_id in waiting and node_id not in self.match.bound
+            entries = self.entries["deferred" if is_waiting else "unexpected"]
+            for attribute in node.attributes:
+                if (node_id, attribute.name) not in self.used:
+                    path = self.saved.value_path(node_id, attribute.name)
+                    original = self.original(node_id, attribute)
+                    entries.append(ReportEntry(path, "", str(attribute.spec), "", original))
+            if node.saver and (node_id, node.saver.name) not in self.used:
+                path = self.saved.paths[node_id]
+                original = self.saved_paths.get(node_id, path)
+                entries.append(ReportEntry(path, "", f"saver {node.saver.name}", "", original))
 
     def waiting_roots(self) -> list[int]:
         """Saved nodes whose parent is bound to an object that may still get such a child."""
-        views = self.live.views
         return [
             saved
             for (parent, _), saved in self.match.frontier.items()
-            if saved not in self.match.bound and parent < len(views) and views[parent].mutable
+            if saved not in self.match.bound and self.live.awaiting(parent)
         ]
 
     def conflicts(self) -> None:
-        for conflict in self.match.conflicts:
-            if conflict.bound_saved is not None:
-                path = self.live.graph.paths[conflict.live]
-                one, two = (
-                    self.saved.paths[node] for node in (conflict.bound_saved, conflict.saved)
-                )
-                what = f"one object here, but two values in the checkpoint: {one} and {two}"
-                self.entries["mismatched"].append(ReportEntry(path, "", "", what))
+        """One object or array of the program where the checkpoint has two values."""
+        pairs = [
+            (conflict.live, conflict.bound_saved, conflict.saved)
+            for conflict in self.match.conflicts
+            if conflict.bound_saved is not None
+        ]
+        sources = self.match.sources()
+        first: dict[int, int] = {}
+        for node, source in sorted(sources.items()):
+            if node >= 0 and self.live.views[node].identity and not self.live.views[node].mutable:
+                other = first.setdefault(id(self.live.objects[node]), source)
+                if other != source:
+                    pairs.append((node, other, source))
+        for node, one, two in pairs:
+            here = self.live.graph.paths[node]
+            paths = f"{self.saved.paths[one]} and {self.saved.paths[two]}"
+            what = f"one object in the program, but two values in the checkpoint: {paths}"
+            self.entries["mismatched"].append(ReportEntry(here, "", "", what))
+            self.used.update((two, name) for name in _value_names(self.saved.nodes[two]))
 
     def finish(self, path: str) -> ReadPlan:
         self.entries["missing"] = self.with_hints()
@@ -202,8 +245,15 @@ class _Planner:
             deferred=tuple(self.entries["deferred"]),
             renamed=renamed,
         )
-        calls = tuple(SaverCall(name, nodes) for name, nodes in self.calls.items())
-        return ReadPlan(report, tuple(self.reads), calls)
+        calls = tuple(
+            SaverCall(name, nodes) for name, calls in self.calls.items() for nodes in calls
+        )
+        used = frozenset(
+            node
+            for node, entry in enumerate(self.saved.nodes)
+            if all((node, name) in self.used for name in _value_names(entry))
+        )
+        return ReadPlan(report, tuple(self.reads), calls, used)
 
     def with_hints(self) -> list[ReportEntry]:
         spare = [entry.path for kind in ("unexpected", "deferred") for entry in self.entries[kind]]
@@ -216,6 +266,12 @@ class _Planner:
             )
             for i, entry in enumerate(self.entries["missing"])
         ]
+
+
+def _value_names(node: Node) -> list[str]:
+    """Names for a node's values, a registered saver's included."""
+    names = [attribute.name for attribute in node.attributes]
+    return [*names, node.saver.name] if node.saver else names
 
 
 def _same_attribute(node: Node, target: Attribute) -> Attribute | None:
@@ -256,6 +312,7 @@ def assign(live: LiveGraph, values: Mapping[int, Mapping[str, Any]]) -> Any:
       values: attribute values by node. A node's value under the name "" replaces the object.
     """
     new: dict[int, Any] = {}
+    replaced = {node for node, attributes in values.items() if "" in attributes}
     for node, attributes in values.items():
         obj = live.objects[node]
         result = attributes[""] if "" in attributes else live.views[node].assign(obj, attributes)
@@ -264,7 +321,7 @@ def assign(live: LiveGraph, values: Mapping[int, Mapping[str, Any]]) -> Any:
     # Immutable containers are trees, whose parents have smaller ids: one pass rebuilds them all.
     for node in range(len(live.objects) - 1, -1, -1):
         children = live.graph.nodes[node].children
-        if not children or not new:
+        if not children or not new or node in replaced:
             continue
         changed: dict[Label, Any] = {label: new[child] for label, child in children if child in new}
         if changed:

@@ -46,12 +46,21 @@ class LiveGraph:
     views: tuple[View, ...]
     values: tuple[Mapping[str, Any], ...]
 
+    def awaiting(self, node: int) -> tuple[Any, ...]:
+        """The trackables that will say so when a node's object gets another child."""
+        if not 0 <= node < len(self.views):
+            return ()
+        return self.views[node].awaiting(self.objects[node])
+
 
 def trace(
     root: Any,
     describe: Describe,
     saver_of: SaverOf = lambda obj: None,
+    *,
     root_view: View | None = None,
+    root_key: str = "",
+    tie_values: bool = True,
 ) -> LiveGraph:
     """The graph of everything reachable from `root`.
 
@@ -60,12 +69,15 @@ def trace(
       describe: says what a value is; raises TypeError for one that cannot be saved.
       saver_of: the name of the registered saver that takes an object, or None.
       root_view: how to see the root, where that is not its own view.
+      root_key: the root's escaped path, where it is part of something larger.
+      tie_values: whether one immutable array at two places is one node, as it should be saved.
+        Where values are to be put, each place is a node of its own.
 
     Raises:
       UnsaveableError: naming every object that has no view or cannot be saved.
     """
-    walk = _Walk(describe, saver_of)
-    walk.enter(root, "", root_view)
+    walk = _Walk(describe, saver_of, tie_values)
+    walk.enter(root, root_key, view=root_view)
     walk.run()
     return walk.finish()
 
@@ -73,12 +85,14 @@ def trace(
 class _Walk:
     """The growing columns of a trace; one list entry per node."""
 
-    def __init__(self, describe: Describe, saver_of: SaverOf):
+    def __init__(self, describe: Describe, saver_of: SaverOf, tie_values: bool):
         self.describe = describe
+        self.tie_values = tie_values
         self.saver_of = saver_of
         self.objects: list[Any] = []
         self.views: list[View] = []
         self.keys: list[str] = []
+        self.parents: list[int] = []
         self.values: list[Mapping[str, Any]] = []
         self.attributes: list[tuple[Attribute, ...]] = []
         self.savers: list[SaverRef | None] = []
@@ -87,16 +101,21 @@ class _Walk:
         self.node_of: dict[int, int] = {}  # id(object) -> node, for objects with an identity
         self.problems: list[tuple[str, str]] = []
 
-    def enter(self, obj: Any, key: str, view: View | None = None) -> int:
+    def enter(self, obj: Any, key: str, parent: int = -1, view: View | None = None) -> int:
         """The node of `obj`, made where it is new."""
         view = view or view_of(obj)
         if view is None:
             self.problems.append((labels.path_of(key), _no_view(obj)))
             view = _NOTHING
         node = len(self.objects)
-        if view.identity and (known := self.node_of.setdefault(id(obj), node)) != node:
-            return known
+        if view.mutable or (view.identity and self.tie_values):
+            if (known := self.node_of.setdefault(id(obj), node)) != node:
+                return known
+        elif view.container != "leaf" and self.is_inside_itself(obj, parent):
+            self.problems.append((labels.path_of(key), "the container contains itself"))
+            view = _NOTHING
         self.objects.append(obj)
+        self.parents.append(parent)
         self.views.append(view)
         self.keys.append(key)
         saver = self.saver_of(obj)
@@ -107,6 +126,13 @@ class _Walk:
             tuple([self.attribute(key, name, value) for name, value in values.items()])
         )
         return node
+
+    def is_inside_itself(self, obj: Any, parent: int) -> bool:
+        while parent >= 0:
+            if self.objects[parent] is obj:
+                return True
+            parent = self.parents[parent]
+        return False
 
     def attribute(self, key: str, name: str, value: Any) -> Attribute:
         try:
@@ -122,13 +148,13 @@ class _Walk:
         while at < len(self.objects):
             pairs = tuple(self.views[at].children(self.objects[at]))
             if pairs:
-                prefix = f"{self.keys[at]}/" if at else ""
+                prefix = f"{self.keys[at]}/" if self.keys[at] else ""
                 names = labels.escaped_names([label for label, _ in pairs])
-                self.check_text(names, prefix)
+                self.check_labels(pairs, names, prefix)
                 self.children.append(
                     tuple(
                         [
-                            (label, self.enter(child, prefix + name))
+                            (label, self.enter(child, prefix + name, at))
                             for (label, child), name in zip(pairs, names, strict=True)
                         ]
                     )
@@ -137,8 +163,15 @@ class _Walk:
                 self.children.append(())
             at += 1
 
-    def check_text(self, names: Sequence[str], prefix: str) -> None:
-        for name in names:
+    def check_labels(
+        self, pairs: Sequence[tuple[Label, Any]], names: Sequence[str], prefix: str
+    ) -> None:
+        if len(set(names)) < len(names):
+            self.problems.append((labels.path_of(prefix[:-1]), "two of its keys look the same"))
+        for (label, _), name in zip(pairs, names, strict=True):
+            if type(label) not in labels.LABEL_TYPES:
+                what = f"the key {label!r} is of type {type(label).__qualname__}; use a string"
+                self.problems.append((labels.path_of(prefix + name), what))
             if not name.isascii():
                 try:
                     name.encode()

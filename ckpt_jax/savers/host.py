@@ -105,6 +105,14 @@ def place(
     return batched_device_put(aval, sharding, [contents[n] for n in numbers], list(devices))
 
 
+def put(
+    arrays: Sequence[np.ndarray], sharding: jax.sharding.Sharding | None = None
+) -> list[jax.Array]:
+    """Arrays of exactly these dtypes, on the default device where no sharding is given."""
+    with jax.enable_x64(True):  # without it 64-bit values would quietly lose half their bits
+        return jax.device_put(list(arrays), sharding)
+
+
 @lru_cache(maxsize=4096)
 def _device_boxes(
     sharding: jax.sharding.Sharding, shape: Shape

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from ckpt_jax.graph.model import LeafSpec, ShardingSpec
 from ckpt_jax.store.index import dtype_name, dtype_of
@@ -34,6 +35,8 @@ def describe(value: Any) -> tuple[LeafSpec, ShardingSpec | None]:
     Raises:
       TypeError: saying why the value cannot be saved.
     """
+    if isinstance(value, Tracer):
+        raise TypeError("a tracer has no value yet: save and restore outside of jit")
     if isinstance(value, jax.Array):
         return _spec_of_array(value), sharding_spec(value.sharding)
     if isinstance(value, jax.ShapeDtypeStruct):
@@ -71,6 +74,8 @@ def _impl_of(key_dtype: Any) -> str:
 
 def _numpy_spec(value: np.ndarray | np.generic) -> LeafSpec:
     kind = "numpy" if isinstance(value, np.ndarray) else "numpy_scalar"
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError("a masked array: save its data and its mask")
     if value.dtype.hasobject:
         raise TypeError("a numpy array of Python objects has no bytes to save")
     try:
@@ -126,12 +131,18 @@ def sharding_spec(sharding: jax.sharding.Sharding) -> ShardingSpec:
 
 def encode(value: Any) -> jax.Array | np.ndarray | bytes:
     """The array or byte string that stands for a value in the file."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise TypeError("a jax.ShapeDtypeStruct describes an array and holds none")
     if isinstance(value, jax.Array):
+        if value.is_deleted():
+            raise ValueError("the array has been deleted or donated")
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             return jax.random.key_data(value)
         return value
     if isinstance(value, np.ndarray):
         return value
+    if isinstance(value, enum.Flag):
+        return str(value.value).encode()  # a combination of flags has no name
     if isinstance(value, enum.Enum):
         return value.name.encode()
     if isinstance(value, str):
@@ -141,7 +152,7 @@ def encode(value: Any) -> jax.Array | np.ndarray | bytes:
     if isinstance(value, PythonState):
         return _state_bytes(value)
     if isinstance(value, int) and not isinstance(value, bool):
-        return np.asarray(value, np.int64) if value in _INT64 else str(value).encode()
+        return np.asarray(value, np.int64) if value in _INT64 else hex(value).encode()
     return np.asarray(value)
 
 
@@ -185,6 +196,8 @@ def _family(spec: LeafSpec) -> str:
     if spec.kind in ("bool", "int", "float", "complex"):
         return spec.kind
     dtype = dtype_of(spec.dtype)
+    if dtype.kind in "mM":
+        return dtype.name
     for family, kinds in (("bool", np.bool_), ("int", np.integer), ("complex", np.complexfloating)):
         if np.issubdtype(dtype, kinds):
             return family
@@ -205,7 +218,7 @@ def decode(data: Any, saved: LeafSpec, target: LeafSpec, like: Any = None) -> An
         return jax.random.wrap_key_data(data, impl=target.prng_impl)
     if isinstance(data, bytes):
         text = _decode_bytes(data, saved.kind if kind in ARRAY_KINDS else kind)
-        return type(like)[text] if kind == "enum" and isinstance(like, enum.Enum) else text
+        return _member(like, text) if kind == "enum" and isinstance(like, enum.Enum) else text
     if kind in ARRAY_KINDS:
         if dtype_name(data.dtype) != target.dtype:
             data = _convert(data, dtype_of(target.dtype), exact=saved.kind not in ARRAY_KINDS)
@@ -221,10 +234,22 @@ _PYTHON: dict[str, Callable[[Any], Any]] = {
 }
 
 
+def _member(like: enum.Enum, text: str) -> enum.Enum:
+    kind = type(like)
+    if isinstance(like, enum.Flag):
+        return kind(int(text))
+    if text not in kind.__members__:
+        raise ValueError(f"{kind.__qualname__} has no member {text!r}")
+    return kind[text]
+
+
 def _convert(data: Any, dtype: np.dtype, exact: bool) -> Any:
-    converted = data.astype(dtype)
-    if exact and np.issubdtype(dtype, np.integer) and int(converted) != int(data):
-        raise OverflowError(f"{data} does not fit into {dtype}")
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = data.astype(dtype)
+    if exact and np.isfinite(data):
+        whole = np.issubdtype(dtype, np.integer)
+        if int(converted) != int(data) if whole else not np.isfinite(converted):
+            raise OverflowError(f"{data} does not fit into {dtype}")
     return converted
 
 
@@ -232,7 +257,7 @@ def _decode_bytes(data: bytes, kind: str) -> Any:
     if kind == "str" or kind == "enum":
         return data.decode("utf-8", "surrogatepass")
     if kind == "int":
-        return int(data)
+        return int(data, 16)
     return data
 
 

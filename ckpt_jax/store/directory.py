@@ -91,7 +91,7 @@ def staged(path: str, *, overwrite: bool, durable: bool) -> Iterator[str]:
     Raises:
       FileExistsError: there is something at `path` that may not be replaced.
     """
-    path = os.path.abspath(path)
+    path = os.path.realpath(path)  # a link stays, what it names is replaced
     _check_replaceable(path, overwrite)
     parent = os.path.dirname(path)
     os.makedirs(parent, exist_ok=True)

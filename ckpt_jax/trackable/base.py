@@ -78,16 +78,23 @@ class Trackable:
                 "(ckpt.register_view teaches the library new kinds)"
             )
         children = _own(self, _CHILDREN)
-        known = name in children
-        if known and children[name] is not value and not overwrite:
+        if name not in children:
+            value = receive(self, name, value)
+        elif children[name] is not value and not overwrite:
             raise ValueError(
                 f"{name!r} is already declared as a dependency of {type(self).__qualname__}; "
                 "pass overwrite=True to replace it"
             )
         children[name] = value
-        if not known:
-            children[name] = value = receive(self, name, value)
         return value
+
+    def __copy__(self) -> Any:
+        """A copy with the same children, to which others can be added on either side."""
+        copy = type(self).__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        copy.__dict__[_CHILDREN] = self.trackable_children()
+        copy.__dict__.pop(_PENDING, None)
+        return copy
 
     def trackable_children(self) -> dict[str, Any]:
         """The children by local name, in the order in which they were first tracked."""
@@ -122,8 +129,8 @@ class Trackable:
           overwrite: whether the name may already belong to a different object.
 
         Raises:
-          ValueError: both a shape and a constant, neither, a name in use, or a waiting value
-            of another shape or dtype.
+          ValueError: both a shape and a constant, neither, or a name in use.
+          RestoreMismatchError: the value that waits has another shape or dtype.
         """
         if name in self.__dict__.get(_CHILDREN, ()) and not overwrite:
             raise ValueError(f"a variable named {name!r} is already declared here")
@@ -191,12 +198,14 @@ class AutoTrackable(Trackable):
             super().__setattr__(name, value.value)
             return
         children = _own(self, _CHILDREN)
-        if self.__dict__.get(_TRACKING, True):
-            if self._is_state(value):
-                value = self.track(name, value, overwrite=True)
-            else:
-                children.pop(name, None)
+        is_state = self.__dict__.get(_TRACKING, True) and self._is_state(value)
+        if is_state and name not in children:
+            value = receive(self, name, value)
         super().__setattr__(name, value)
+        if is_state:
+            children[name] = value
+        elif self.__dict__.get(_TRACKING, True):
+            children.pop(name, None)
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
@@ -228,10 +237,16 @@ class Variable:
         return self._value
 
     def assign(self, value: Any) -> Variable:
-        """Replaces the array by one of the same shape; returns the variable."""
+        """Replaces the array by one of the same shape and dtype; returns the variable.
+
+        Raises:
+          ValueError: another shape or dtype.
+        """
         value = value if hasattr(value, "dtype") else jnp.asarray(value, self.dtype)
-        if value.shape != self.shape:
-            raise ValueError(f"expected shape {self.shape}, got {value.shape}")
+        if (value.shape, value.dtype) != (self.shape, self.dtype):
+            raise ValueError(
+                f"expected {self.dtype}{list(self.shape)}, got {value.dtype}{list(value.shape)}"
+            )
         self._value = value
         return self
 
@@ -294,10 +309,15 @@ def _own(obj: Any, name: str) -> dict[Any, Any]:
 
 
 def receive(parent: Any, label: Label, child: Any) -> Any:
-    """Hands a newly tracked child to the restores that wait for its name, the newest first."""
-    waiting = getattr(parent, "__dict__", {}).get(_PENDING, {}).pop(label, ())
-    for pending in reversed(waiting):
-        child = pending.attach(parent, label, child)
+    """Hands a newly tracked child to the restores that wait for its name.
+
+    The oldest comes first, so that the values of later ones win, and what only an older
+    checkpoint holds still arrives. If one fails, all go on waiting.
+    """
+    pending = getattr(parent, "__dict__", {}).get(_PENDING, {})
+    for waiting in tuple(pending.get(label, ())):
+        child = waiting.attach(parent, label, child)
+    pending.pop(label, None)
     return child
 
 
@@ -311,7 +331,7 @@ def pending_names(parent: Any) -> list[str]:
     return list(getattr(parent, "__dict__", {}).get(_PENDING, ()))
 
 
-def holds_state(value: Any) -> bool:
+def holds_state(value: Any, inside: tuple[int, ...] = ()) -> bool:
     """Whether an attribute's value is state: an array, a trackable, or a container of some.
 
     Scalars, strings, None, and containers of nothing else are configuration, except for empty
@@ -319,12 +339,13 @@ def holds_state(value: Any) -> bool:
     """
     if isinstance(value, int | float | complex | str | bytes | None | np.generic):
         return False
-    if isinstance(value, list | dict) and not value:
+    if isinstance(value, jax.ShapeDtypeStruct) or (isinstance(value, list | dict) and not value):
         return True
     view = view_of(value)
-    if view is None:
+    if view is None or id(value) in inside:
         return False
-    return view.identity or any(holds_state(child) for _, child in view.children(value))
+    inside = (*inside, id(value))
+    return view.identity or any(holds_state(child, inside) for _, child in view.children(value))
 
 
 @contextlib.contextmanager
@@ -356,11 +377,13 @@ def no_automatic_dependency_tracking(method: F) -> F:
 
 
 class TrackableView(View):
+    """Children and values of a `Trackable`, the string of a `PythonState`, or both."""
+
     identity = True
     mutable = True
 
-    def children(self, obj: Trackable) -> Iterable[tuple[Label, Any]]:
-        return obj.trackable_children().items()
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        return obj.trackable_children().items() if isinstance(obj, Trackable) else ()
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         for label, child in changed.items():
@@ -370,14 +393,22 @@ class TrackableView(View):
         return obj
 
     def values(self, obj: Any) -> Mapping[str, Any]:
-        return obj.serialize_to_arrays()
+        values = obj.serialize_to_arrays() if isinstance(obj, Trackable) else {}
+        return {PYTHON_STATE: obj, **values} if isinstance(obj, PythonState) else values
 
     def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
-        obj.restore_from_arrays(dict(values))
+        arrays = dict(values)
+        if isinstance(obj, PythonState) and PYTHON_STATE in arrays:
+            obj.deserialize(arrays.pop(PYTHON_STATE))
+        if arrays and isinstance(obj, Trackable):
+            obj.restore_from_arrays(arrays)
         return obj
 
+    def awaiting(self, obj: Any) -> tuple[Any, ...]:
+        return (obj,) if isinstance(obj, Trackable) else ()
+
     def slots(self, obj: Any) -> Mapping[tuple[str, Any], Any]:
-        return obj.slots() if isinstance(obj, SlotOwner) else {}
+        return obj.slots() if callable(getattr(type(obj), "slots", None)) else {}
 
 
 class VariableView(View):
@@ -396,21 +427,11 @@ class VariableView(View):
 
 
 class PythonStateView(TrackableView):
-    """One string of its own, and the children of a trackable where it is one, too."""
+    """One string, and what a trackable has where it is one, too."""
 
     container = "leaf"
 
-    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
-        return obj.trackable_children().items() if isinstance(obj, Trackable) else ()
 
-    def values(self, obj: Any) -> Mapping[str, Any]:
-        return {PYTHON_STATE: obj}
-
-    def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
-        obj.deserialize(values[PYTHON_STATE])
-        return obj
-
-
+add_view(PythonState, PythonStateView())
 add_view(Trackable, TrackableView())
 add_view(Variable, VariableView())
-add_view(PythonState, PythonStateView())

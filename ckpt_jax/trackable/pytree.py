@@ -10,6 +10,7 @@ the target has them.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 from collections import OrderedDict, defaultdict
@@ -49,10 +50,10 @@ class DictView(View):
         return obj.items()
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
-        items = {label: changed.get(label, child) for label, child in obj.items()}
-        if isinstance(obj, defaultdict):
-            return type(obj)(obj.default_factory, items)
-        return type(obj)(items)
+        rebuilt = copy.copy(obj)  # a subclass's constructor may take anything
+        for label, child in changed.items():
+            rebuilt[label] = child
+        return rebuilt
 
 
 class ListView(View):
@@ -62,7 +63,10 @@ class ListView(View):
         return enumerate(obj)
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
-        return type(obj)([changed.get(i, child) for i, child in enumerate(obj)])
+        rebuilt = copy.copy(obj)
+        for index, child in changed.items():
+            rebuilt[index] = child
+        return rebuilt
 
 
 class TupleView(View):
@@ -89,7 +93,10 @@ class DataclassView(View):
         return [(field.name, getattr(obj, field.name)) for field in dataclasses.fields(obj)]
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
-        return dataclasses.replace(obj, **{str(name): child for name, child in changed.items()})
+        rebuilt = copy.copy(obj)  # not `replace`: __post_init__ has run already
+        for name, child in changed.items():
+            object.__setattr__(rebuilt, str(name), child)
+        return rebuilt
 
 
 class RegisteredView(View):

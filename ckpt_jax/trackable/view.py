@@ -26,8 +26,7 @@ class View:
       container: what a reader without the program rebuilds ("" for a plain object).
       identity: whether two edges to one object mean one node. True for mutable objects and
         arrays; False for immutable containers and scalars, whose identity means nothing.
-      mutable: whether `rebuild` and `assign` change the object in place and children can
-        appear later, so that what the checkpoint holds for them waits.
+      mutable: whether `rebuild` and `assign` change the object in place.
     """
 
     container: str = ""
@@ -49,6 +48,10 @@ class View:
     def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
         """`obj` with its own values replaced."""
         raise NotImplementedError(f"{type(self).__name__} has no values to replace")
+
+    def awaiting(self, obj: Any) -> tuple[Any, ...]:
+        """The trackables that will say so when the object gets another child; none if nobody."""
+        return ()
 
     def slots(self, obj: Any) -> Mapping[tuple[str, Any], Any]:
         """Slot variables of an optimizer: {(slot name, variable): slot variable}."""
