@@ -11,7 +11,7 @@ from ckpt_jax.graph.match import match
 from ckpt_jax.graph.model import ObjectGraph
 from ckpt_jax.latest import latest_checkpoint
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.restoring import live_graph
+from ckpt_jax.restoring import live_graph, log_conflicts
 from ckpt_jax.store.directory import is_checkpoint
 from ckpt_jax.trackable.view import view_of
 
@@ -149,6 +149,7 @@ class CheckpointView:
         """The object that each node would be restored into; nodes without one are left out."""
         live = live_graph(obj)
         found = match(self.object_graph, live.graph)
+        log_conflicts(self.object_graph, found)
         return {saved: live.objects[node] for saved, node in found.bound.items()}
 
     def diff(self, obj: Any) -> tuple[dict[int, Any], list[int], list[Any]]:

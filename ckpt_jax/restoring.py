@@ -216,6 +216,17 @@ def _has_weakrefs(obj: Any) -> bool:
     return type(obj).__weakrefoffset__ != 0
 
 
+def log_conflicts(saved: ObjectGraph, found: Match) -> None:
+    """Says that a checkpoint and a program share objects in different ways."""
+    if found.conflicts:
+        _log.warning(
+            "Inconsistent references: the program shares objects in another way than the "
+            "checkpoint (%d places, the first is %s); the first binding counts",
+            len(found.conflicts),
+            pretty_name(saved, found.conflicts[0].saved),
+        )
+
+
 class _LeftOver:
     """The values of a checkpoint that no object has taken yet.
 
@@ -305,6 +316,7 @@ class Restoration:
         for value in new:
             _note_restored(value, self.uid)
         self.left_over.nodes -= plan.used
+        log_conflicts(self.saved, found)
         self._remember(live, found)
         return root
 

@@ -356,3 +356,12 @@ def test_a_failed_numbered_save_counts_nothing(tmp_path):
     assert ckpt.latest_checkpoint(tmp_path) == first
     checkpoint.bad = [2]
     assert checkpoint.save(tmp_path / "ckpt") == str(tmp_path / "ckpt-2")
+
+
+def test_values_without_an_object_graph_can_be_read_by_key(tmp_path):
+    """docs/format.md: 'holds values without objects: they can be read by key'."""
+    prefix = ckpt.io.write_shard(str(tmp_path / "part"), {"x": np.arange(3)})
+    path = ckpt.io.merge_shards([prefix], str(tmp_path / "a"))
+    with ckpt.load_checkpoint(path) as reader:
+        assert reader.keys() == ["x"]
+        assert reader.get_tensor("x").tolist() == [0, 1, 2]

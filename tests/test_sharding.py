@@ -497,3 +497,12 @@ def test_a_policy_of_ones_own_may_regroup_and_cut(tmp_path, mesh42):
 def test_a_policy_is_no_checkpoint_option_unless_it_can_be_called():
     with pytest.raises(ValueError, match="callable"):
         ckpt.CheckpointOptions(sharding_policy="by device")  # type: ignore[arg-type]
+
+
+def test_keys_on_a_mesh_that_does_not_divide_them_are_reported_with_their_path(tmp_path):
+    keys = jax.random.split(jax.random.key(0), 6)
+    path = ckpt.save(tmp_path / "a", {"keys": keys})
+    mesh8 = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    rows = NamedSharding(mesh8, P("data"))
+    with pytest.raises(ckpt.RestoreMismatchError, match="keys: "):
+        ckpt.restore(path, {"keys": jax.ShapeDtypeStruct((6,), keys.dtype, sharding=rows)})

@@ -432,6 +432,13 @@ class PythonStateView(TrackableView):
     container = "leaf"
 
 
+class NoDependencyView(View):
+    """Nothing to see; inside a container it keeps its place."""
+
+    container = "none"
+
+
+add_view(NoDependency, NoDependencyView())
 add_view(PythonState, PythonStateView())
 add_view(Trackable, TrackableView())
 add_view(Variable, VariableView())
