@@ -34,7 +34,8 @@ from ckpt_jax.inspect import (
     load_variable,
     object_metadata,
 )
-from ckpt_jax.latest import latest_checkpoint
+from ckpt_jax.latest import checkpoints_iterator, latest_checkpoint
+from ckpt_jax.manager import CheckpointManager
 from ckpt_jax.options import (
     CheckpointOptions,
     MaxShardSize,
@@ -44,6 +45,14 @@ from ckpt_jax.options import (
 )
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, RestoreReport
+from ckpt_jax.retention import (
+    CheckpointRecord,
+    KeepAny,
+    KeepBest,
+    KeepEveryNSteps,
+    KeepLatest,
+    RetentionPolicy,
+)
 from ckpt_jax.savers.registry import (
     register_checkpoint_saver,
     register_serializable,
@@ -70,13 +79,19 @@ __all__ = [
     "BarrierTimeoutError",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointManager",
     "CheckpointNotFoundError",
     "CheckpointOptions",
     "CheckpointReader",
+    "CheckpointRecord",
     "CheckpointState",
     "CheckpointView",
     "CorruptCheckpointError",
     "Damage",
+    "KeepAny",
+    "KeepBest",
+    "KeepEveryNSteps",
+    "KeepLatest",
     "LoadStatus",
     "MaxShardSize",
     "NoDependency",
@@ -86,6 +101,7 @@ __all__ = [
     "ReportEntry",
     "RestoreMismatchError",
     "RestoreReport",
+    "RetentionPolicy",
     "ShardByDevice",
     "ShardByProcess",
     "ShardError",
@@ -96,6 +112,7 @@ __all__ = [
     "UnsupportedFormatError",
     "Variable",
     "VerifyReport",
+    "checkpoints_iterator",
     "get_checkpoint_state",
     "io",
     "latest_checkpoint",

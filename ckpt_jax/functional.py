@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import jax
 
+from ckpt_jax.arrays import host
+from ckpt_jax.arrays.values import as_saved
 from ckpt_jax.errors import RestoreMismatchError
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.match import match
@@ -28,8 +30,6 @@ from ckpt_jax.restoring import (
     nbytes_to_read,
     raise_problems,
 )
-from ckpt_jax.savers import host
-from ckpt_jax.savers.values import as_saved
 from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.store.index import dtype_of
 

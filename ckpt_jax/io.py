@@ -15,9 +15,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from ckpt_jax.arrays import host
+from ckpt_jax.arrays.values import encode
 from ckpt_jax.options import DEFAULT, CheckpointOptions
-from ckpt_jax.savers import host
-from ckpt_jax.savers.values import encode
 from ckpt_jax.store import merge as _merge
 from ckpt_jax.store import shard as _shard
 from ckpt_jax.store.box import Box, whole

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
+from ckpt_jax.arrays.host import without_gc
+from ckpt_jax.arrays.values import as_saved
 from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
 from ckpt_jax.io import read_values
 from ckpt_jax.options import DEFAULT, CheckpointOptions
-from ckpt_jax.savers.host import without_gc
-from ckpt_jax.savers.values import as_saved
 from ckpt_jax.store.box import Box
 from ckpt_jax.store.directory import require_checkpoint
 from ckpt_jax.store.index import dtype_of

@@ -22,6 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from ckpt_jax.arrays import host
+from ckpt_jax.arrays.values import ARRAY_KINDS, decode, describe, difference
 from ckpt_jax.errors import RegistrationError, RestoreMismatchError
 from ckpt_jax.graph.labels import Label, object_key_of, path_of
 from ckpt_jax.graph.match import Match, extend, match
@@ -31,8 +33,7 @@ from ckpt_jax.graph.trace import LiveGraph, trace
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
-from ckpt_jax.savers import host, registry
-from ckpt_jax.savers.values import ARRAY_KINDS, decode, describe, difference
+from ckpt_jax.savers import registry
 from ckpt_jax.store.box import size_of
 from ckpt_jax.store.index import dtype_of
 from ckpt_jax.trackable.base import await_child

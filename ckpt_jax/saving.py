@@ -15,15 +15,15 @@ from contextlib import ExitStack
 from typing import Any
 
 from ckpt_jax import io
+from ckpt_jax.arrays.host import without_gc
+from ckpt_jax.arrays.values import encode
 from ckpt_jax.errors import ShardError, UnsaveableError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, path_of
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.savers import default
-from ckpt_jax.savers.host import without_gc
 from ckpt_jax.savers.registry import get_saver
-from ckpt_jax.savers.values import encode
 from ckpt_jax.store.directory import staged
 from ckpt_jax.store.seal import seal
 

@@ -17,14 +17,13 @@ from hypothesis import strategies as st
 
 import ckpt_jax as ckpt
 from ckpt_jax.latest import checkpoint_exists, latest_checkpoint, problem_with, remove_checkpoint
-from ckpt_jax.manager import (
-    CheckpointManager,
+from ckpt_jax.manager import CheckpointManager, as_integer
+from ckpt_jax.retention import (
     CheckpointRecord,
     KeepAny,
     KeepBest,
     KeepEveryNSteps,
     KeepLatest,
-    as_integer,
     plan_sweep,
 )
 from ckpt_jax.state_file import get_checkpoint_state

@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from ckpt_jax import io
+from ckpt_jax.arrays import host
 from ckpt_jax.errors import ShardError
 from ckpt_jax.options import (
     CheckpointOptions,
@@ -28,7 +29,6 @@ from ckpt_jax.options import (
     ShardByProcess,
     ShardingPolicy,
 )
-from ckpt_jax.savers import host
 from ckpt_jax.store.box import Box, inside, shape_of, size_of, slices, tiling_problem, whole
 from ckpt_jax.store.index import dtype_name
 
