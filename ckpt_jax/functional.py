@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import jax
 
 from ckpt_jax.arrays import host
+from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.arrays.values import as_saved
 from ckpt_jax.errors import RestoreMismatchError
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
@@ -69,6 +70,7 @@ def save(
     return path
 
 
+@without_gc()
 def restore(
     path: Path,
     target: T,
@@ -110,6 +112,7 @@ def restore(
         return execute(plan, live, reader, options)[0]
 
 
+@without_gc()
 def plan_restore(
     path: Path,
     target: Any,

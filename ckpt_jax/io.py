@@ -203,7 +203,7 @@ def _wanted(
     reader: ShardedReader, key: str, request: jax.ShapeDtypeStruct | Box | None
 ) -> tuple[Box, ...] | None:
     """The boxes to read for a request; None for a byte string."""
-    entry = reader.index.entry(key)
+    entry = reader.index.layout_of(key)
     if entry.dtype == "bytes":
         if request is not None:
             raise ValueError(f"{key!r} is a byte string; it has no boxes and no sharding")

@@ -264,28 +264,28 @@ class CheckpointManager:
     def restore_or_initialize(self) -> str | None:
         """Restores the latest checkpoint; where there is none, calls `init_fn`.
 
-        Where the latest is gone or damaged, the newest older one that can be restored is
-        taken instead, by number, and a warning says so.
+          Where the latest is gone or damaged, the newest older one that can be restored is
+          taken instead, by number, and a warning says so.
 
-        Returns:
-          The path of the checkpoint that was restored, or None where there was none.
+          Returns:
+            The path of the checkpoint that was restored, or None where there was none.
 
-        Raises:
-          CheckpointNotFoundError, CorruptCheckpointError: there should be a checkpoint, but
-            neither the latest nor an older one is usable; the error is that of the latest.
-          RestoreMismatchError, UnsupportedFormatError: as `Checkpoint.restore`.
+          Raises:
+            CheckpointNotFoundError, CorruptCheckpointError: there should be a checkpoint, but
+              neither the latest nor an older one is usable; the error is that of the latest.
+            RestoreMismatchError, UnsupportedFormatError: as `Checkpoint.restore`.
 
-        Source: `tf.train.CheckpointManager.restore_or_initialize`, without the older ones.
+          Source: `tf.train.CheckpointManager.restore_or_initialize`, without the older ones.
 
-        Example:
-          >>> import os, tempfile
-      >>> from ckpt_jax.retention import KeepBest
-          >>> with tempfile.TemporaryDirectory() as directory:
-          ...     path = CheckpointManager(Checkpoint(step=7), directory).save()
-          ...     fresh = Checkpoint(step=0)
-          ...     path = CheckpointManager(fresh, directory).restore_or_initialize()
-          ...     os.path.basename(path), fresh.step
-          ('ckpt-1', 7)
+          Example:
+            >>> import os, tempfile
+        >>> from ckpt_jax.retention import KeepBest
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     path = CheckpointManager(Checkpoint(step=7), directory).save()
+            ...     fresh = Checkpoint(step=0)
+            ...     path = CheckpointManager(fresh, directory).restore_or_initialize()
+            ...     os.path.basename(path), fresh.step
+            ('ckpt-1', 7)
         """
         self.sync()
         if self._latest is None:
@@ -315,25 +315,25 @@ class CheckpointManager:
     def gc(self, dry_run: bool = False) -> list[str]:
         """Removes now what the next save would remove, and what interrupted saves left.
 
-        The latter are staging directories of this manager's name with a number up to that of
-        the latest checkpoint; a save that is under way for a later number is not disturbed.
-        Where the latest checkpoint is not usable, nothing is removed.
+          The latter are staging directories of this manager's name with a number up to that of
+          the latest checkpoint; a save that is under way for a later number is not disturbed.
+          Where the latest checkpoint is not usable, nothing is removed.
 
-        Args:
-          dry_run: only says what would be removed.
+          Args:
+            dry_run: only says what would be removed.
 
-        Returns:
-          The paths that were, or would be, removed.
+          Returns:
+            The paths that were, or would be, removed.
 
-        Example:
-          >>> import os, tempfile
-      >>> from ckpt_jax.retention import KeepBest
-          >>> with tempfile.TemporaryDirectory() as directory:
-          ...     manager = CheckpointManager(Checkpoint(step=7), directory, max_to_keep=None)
-          ...     paths = [manager.save() for _ in range(3)]
-          ...     manager = CheckpointManager(Checkpoint(step=7), directory, max_to_keep=1)
-          ...     [os.path.basename(path) for path in manager.gc(dry_run=True)]
-          ['ckpt-1', 'ckpt-2']
+          Example:
+            >>> import os, tempfile
+        >>> from ckpt_jax.retention import KeepBest
+            >>> with tempfile.TemporaryDirectory() as directory:
+            ...     manager = CheckpointManager(Checkpoint(step=7), directory, max_to_keep=None)
+            ...     paths = [manager.save() for _ in range(3)]
+            ...     manager = CheckpointManager(Checkpoint(step=7), directory, max_to_keep=1)
+            ...     [os.path.basename(path) for path in manager.gc(dry_run=True)]
+            ['ckpt-1', 'ckpt-2']
         """
         self.sync()
         sweep = self._plan_sweep()

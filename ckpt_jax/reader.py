@@ -88,11 +88,11 @@ class CheckpointReader:
 
     def get_variable_to_shape_map(self) -> dict[str, tuple[int, ...]]:
         """The shape of each value; () for scalars and byte strings."""
-        return {key: self._sharded.index.entry(key).shape for key in self.keys()}
+        return {key: self._sharded.index.layout_of(key).shape for key in self.keys()}
 
     def get_variable_to_dtype_map(self) -> dict[str, np.dtype]:
         """The dtype of each value; `object` for byte strings."""
-        entries = {key: self._sharded.index.entry(key).dtype for key in self.keys()}
+        entries = {key: self._sharded.index.layout_of(key).dtype for key in self.keys()}
         return {
             key: np.dtype(object) if name == "bytes" else dtype_of(name)
             for key, name in entries.items()
@@ -127,8 +127,8 @@ class CheckpointReader:
 
     def stored_spec(self, key: str) -> LeafSpec:
         """The dtype and shape that a value is stored with."""
-        entry = self._sharded.index.entry(key)
-        return LeafSpec("", entry.dtype, entry.shape)
+        layout = self._sharded.index.layout_of(key)
+        return LeafSpec("", layout.dtype, layout.shape)
 
     def stored_nbytes(self, key: str) -> int:
         """The size of a value in bytes."""

@@ -34,7 +34,6 @@ from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.savers import registry
-from ckpt_jax.store.box import size_of
 from ckpt_jax.store.index import dtype_of
 from ckpt_jax.trackable.base import await_child
 from ckpt_jax.trackable.view import View
@@ -131,15 +130,14 @@ def nbytes_to_read(plan: ReadPlan, reader: CheckpointReader) -> int:
     nbytes: dict[str, int] = {}
     for r in plan.reads:
         sharding = host.placement(r.value) if r.target.kind in ("array", "prng_key") else None
-        size = reader.stored_nbytes(r.key)
-        if sharding is not None and size:
-            boxes = host.wanted_boxes(sharding, r.saved.shape)
-            size = sum(map(size_of, boxes)) * dtype_of(r.saved.dtype).itemsize
+        if sharding is None:
+            size = reader.stored_nbytes(r.key)
+        else:
+            size = host.wanted_size(sharding, r.saved.shape) * dtype_of(r.saved.dtype).itemsize
         nbytes[r.key] = max(size, nbytes.get(r.key, 0))
     return sum(nbytes.values())
 
 
-@host.without_gc()
 def execute(
     plan: ReadPlan, live: LiveGraph, reader: CheckpointReader, options: CheckpointOptions
 ) -> tuple[Any, list[Any]]:
@@ -294,6 +292,7 @@ class Restoration:
             if (obj := first()) is not None
         }
 
+    @host.without_gc()
     def _bind(self, live: LiveGraph, found: Match, reader: CheckpointReader) -> Any:
         newer = frozenset(i for i, obj in enumerate(live.objects) if _restored_uid(obj) < self.uid)
         plan = plan_read(

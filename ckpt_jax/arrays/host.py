@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax.core import ShapedArray
 
-from ckpt_jax.store.box import Box, Shape, from_index
+from ckpt_jax.store.box import Box, Shape, from_index, size_of
 
 # JAX's internals, all that this package uses of them: one call that places all shards of an
 # array (a third of the time of make_array_from_callback), and the list of an array's shards.
@@ -63,6 +63,12 @@ def wanted_boxes(sharding: jax.sharding.Sharding, shape: Shape) -> tuple[Box, ..
     """The distinct boxes that this process's devices need of an array."""
     indices = sharding.addressable_devices_indices_map(shape).values()
     return tuple(dict.fromkeys(from_index(index or (), shape) for index in indices))
+
+
+@lru_cache(maxsize=4096)
+def wanted_size(sharding: jax.sharding.Sharding, shape: Shape) -> int:
+    """Number of elements in `wanted_boxes`."""
+    return sum(map(size_of, wanted_boxes(sharding, shape)))
 
 
 def start_transfers(arrays: Iterable[jax.Array]) -> None:

@@ -227,7 +227,8 @@ class _Walk:
             [
                 Node(
                     view.container,
-                    _type_name(type(obj)),
+                    # What kind of array a leaf was says its spec, and JAX's names change.
+                    _type_name(type(obj)) if view.mutable or view.container != "leaf" else "",
                     children,
                     attributes,
                     tuple(self.slots.get(i, ())),

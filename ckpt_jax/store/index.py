@@ -201,6 +201,10 @@ class Index:
         """Whether this is a shard's own index, not that of a whole checkpoint."""
         return len(self.shards) == 1 and self.shards[0].directory == "."
 
+    def layout_of(self, key: str) -> Layout:
+        """The layout of the first slice of `key`, for its dtype and shape."""
+        return self.layouts[self.patterns[self.pattern[self.number[key]]][0]]
+
     def entry(self, key: str) -> Entry:
         """The dtype, shape and slices stored under `key`, ordered by box."""
         number = self.number[key]
