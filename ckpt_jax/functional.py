@@ -11,7 +11,6 @@ import jax
 
 from ckpt_jax.arrays import host
 from ckpt_jax.arrays.host import without_gc
-from ckpt_jax.arrays.values import as_saved
 from ckpt_jax.errors import RestoreMismatchError
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.match import match
@@ -210,7 +209,7 @@ def load(
         data = reader.read(requests)
         values: dict[int, dict[str, Any]] = {}
         for (node, name), attribute in wanted.items():
-            value = as_saved(data[attribute.key], attribute.spec)
+            value = reader.as_saved(attribute.key, data[attribute.key], attribute.spec)
             values.setdefault(node, {})[name] = value
         return _build(saved, values, everything=only is None)
 

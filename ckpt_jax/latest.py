@@ -100,11 +100,11 @@ def problem_with(path: str) -> str | None:
     """Why the checkpoint at `path` is not usable; None where it is."""
     try:
         with CheckpointReader(path) as reader:
-            missing = [f"it lacks {key}" for key in reader.missing_keys()]
+            _ = reader.object_graph
             reader.check_files()
     except (CheckpointError, OSError) as error:
         return str(error)
-    return missing[0] if missing else None
+    return None
 
 
 def checkpoints_iterator(

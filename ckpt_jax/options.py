@@ -162,7 +162,12 @@ class CheckpointOptions:
       cast: allow a restore to change a value's dtype; otherwise a difference is a mismatch.
       compression: None, or "zstd".
       durable: fsync files and directories before a save is reported as done.
+      verify: check every checksum that is read. It costs next to nothing here, so that False
+        saves nothing: TensorStore checks what it decodes in any case.
       max_inflight_bytes: host memory that a save or restore may use beyond the arrays' own.
+      timeout_seconds: the longest wait for another process, where there are several.
+      shardings, progress, when_busy, broadcast: not built yet; anything but the default raises
+        NotImplementedError.
 
     Source: `tf.train.CheckpointOptions`.
 
@@ -178,7 +183,13 @@ class CheckpointOptions:
     cast: bool = False
     compression: str | None = None
     durable: bool = True
+    verify: bool = True
     max_inflight_bytes: int = 64 * MIB
+    timeout_seconds: float = 600
+    shardings: Any = None
+    progress: Any = None
+    when_busy: str = "wait"
+    broadcast: bool = False
 
     def __post_init__(self) -> None:
         if not callable(self.sharding_policy):
@@ -187,7 +198,19 @@ class CheckpointOptions:
             raise ValueError(f"compression must be None or 'zstd', got {self.compression!r}")
         if self.max_inflight_bytes < 1:
             raise ValueError("max_inflight_bytes must be positive")
+        if self.when_busy not in ("wait", "skip"):
+            raise ValueError(f"when_busy must be 'wait' or 'skip', got {self.when_busy!r}")
+        for name, (default, purpose) in _NOT_BUILT.items():
+            if getattr(self, name) is not default and getattr(self, name) != default:
+                raise NotImplementedError(f"CheckpointOptions({name}=...) will {purpose}")
         object.__setattr__(self, "write_callbacks", tuple(self.write_callbacks))
 
+
+_NOT_BUILT: dict[str, tuple[Any, str]] = {
+    "shardings": (None, "override where a restore places arrays; give the target shardings"),
+    "progress": (None, "show the progress of long saves and restores"),
+    "when_busy": ("wait", "skip a save while another is being written"),
+    "broadcast": (False, "let one replica read for the others"),
+}
 
 DEFAULT = CheckpointOptions()

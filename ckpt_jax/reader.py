@@ -6,7 +6,7 @@ Opening reads the graph and the index, no array byte, and touches no device.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -63,9 +63,35 @@ class CheckpointReader:
         self._sharded.close()
 
     @cached_property
-    @without_gc()
     def object_graph(self) -> ObjectGraph:
-        """The saved object graph."""
+        """The saved object graph.
+
+        Raises:
+          CorruptCheckpointError: there is none, it is damaged, or it disagrees with the index.
+        """
+        for key, what in self.disagreements():
+            raise CorruptCheckpointError(f"{self.path}: {key}: {what}", file=self.path, key=key)
+        return self._graph
+
+    def disagreements(self) -> Iterator[tuple[str, str]]:
+        """(key, what) for every value that the object graph and the index disagree on."""
+        layout_of = self._sharded.index.layout_of
+        for _, attribute in self._graph.attributes():
+            key, spec = attribute.key, attribute.spec
+            if key not in self._sharded.index:
+                yield key, "the object graph names a value that is not stored"
+                continue
+            stored = layout_of(key)
+            if (stored.dtype, stored.shape) != (spec.dtype, spec.shape):
+                found = f"{stored.dtype}{list(stored.shape)}"
+                yield (
+                    key,
+                    f"the object graph says {spec.dtype}{list(spec.shape)}, stored is {found}",
+                )
+
+    @cached_property
+    @without_gc()
+    def _graph(self) -> ObjectGraph:
         data = self._sharded.extra(OBJECT_GRAPH_KEY)
         if data is None:
             raise CorruptCheckpointError(
@@ -117,13 +143,22 @@ class CheckpointReader:
         if box is not None:
             return data
         # What a registered saver stored belongs to no attribute of the graph.
-        return as_saved(data, self._specs.get(key) or self.stored_spec(key))
+        return self.as_saved(key, data, self._specs.get(key) or self.stored_spec(key))
 
     def read(
         self, requests: Mapping[str, Any], options: CheckpointOptions = DEFAULT
     ) -> dict[str, Any]:
         """Several values at once; see `ckpt.io.read_slices`."""
         return read_values(self._sharded, requests, options)
+
+    def as_saved(self, key: str, data: Any, spec: LeafSpec) -> Any:
+        """What was read without a target, as the value that it was; arrays as they are."""
+        try:
+            return as_saved(data, spec)
+        except ValueError as error:
+            raise CorruptCheckpointError(
+                f"{self.path}: {key}: no {spec.kind}: {error}", file=self.path, key=key
+            ) from error
 
     def stored_spec(self, key: str) -> LeafSpec:
         """The dtype and shape that a value is stored with."""
@@ -141,10 +176,6 @@ class CheckpointReader:
           CorruptCheckpointError: a file is truncated or missing.
         """
         self._sharded.check_files()
-
-    def missing_keys(self) -> list[str]:
-        """Keys that the object graph names and the index lacks (none, in a sound checkpoint)."""
-        return [key for key in self._specs if key not in self._sharded.index]
 
     @cached_property
     def _specs(self) -> dict[str, LeafSpec]:

@@ -178,7 +178,7 @@ class SaverTests:
             root = reader.object_graph.nodes[0]
             assert [label for label, _ in root.children] == labels
             assert not root.attributes
-            assert not reader.missing_keys()
+            assert not list(reader.disagreements())
 
     def test_the_checkpoint_names_the_saver_and_the_object(self, tmp_path: pathlib.Path) -> None:
         with self._registered() as saver:

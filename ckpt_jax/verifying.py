@@ -9,7 +9,6 @@ from typing import Any
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
-from ckpt_jax.graph.model import LeafSpec
 from ckpt_jax.reader import CheckpointReader
 
 _BATCH_NBYTES = 64 << 20
@@ -99,16 +98,10 @@ def _damage(path: str, error: Exception, key: str = "") -> Damage:
 def _graph(reader: CheckpointReader) -> Iterator[Damage]:
     """Damage to the object graph, and where it disagrees with the index."""
     try:
-        specs = reader.object_graph.by_key
+        for key, what in reader.disagreements():
+            yield Damage(reader.path, key, what)
     except (CorruptCheckpointError, UnsupportedFormatError) as error:
         yield _damage(reader.path, error, OBJECT_GRAPH_KEY)
-        return
-    for key, spec in specs.items():
-        if not reader.has_tensor(key):
-            yield Damage(reader.path, key, "the object graph names a value that is not stored")
-        elif (stored := reader.stored_spec(key)) != LeafSpec("", spec.dtype, spec.shape):
-            what = f"the object graph says {spec.dtype}{list(spec.shape)}, stored is {stored}"
-            yield Damage(reader.path, key, what)
 
 
 def _batches(reader: CheckpointReader, keys: Sequence[str]) -> Iterator[list[str]]:

@@ -31,11 +31,13 @@ LABELS = st.one_of(
 )
 SPECS = st.builds(
     LeafSpec,
-    kind=st.sampled_from(["array", "numpy", "prng_key", "int", "python_state", ""]),
-    dtype=st.sampled_from(["float32", "bytes", "int64", ""]),
+    kind=st.sampled_from(["array", "numpy", "prng_key", ""]),
+    dtype=st.sampled_from(["float32", "int64", ""]),
     shape=st.lists(st.integers(0, 2**40), max_size=3).map(tuple),
     weak_type=st.booleans(),
     prng_impl=st.sampled_from(["", "threefry2x32"]),
+) | st.sampled_from(
+    [LeafSpec("int", "int64"), LeafSpec("int", "bytes"), LeafSpec("python_state", "bytes")]
 )
 SHARDINGS = st.builds(
     ShardingSpec,
@@ -340,3 +342,19 @@ def test_a_cycle_in_the_file_is_no_problem():
     nodes = (Node(children=(("next", 1),)), Node(children=(("back", 0), ("self", 1))))
     graph = decode(encode(ObjectGraph(nodes, object_keys(nodes))))
     assert graph.object_keys == ("", "next")
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        LeafSpec("int", "float32"),
+        LeafSpec("str", "int8"),
+        LeafSpec("float", "float64", (2,)),
+        LeafSpec("array", "bytes"),
+        LeafSpec("surprise", "int64"),
+    ],
+)
+def test_a_kind_that_is_not_stored_like_that_is_refused(spec):
+    node = Node("leaf", "", (), (Attribute("x", "x", spec),))
+    with pytest.raises(CorruptCheckpointError, match="contradicts itself"):
+        decode(encode(ObjectGraph((node,), ("",))))

@@ -143,10 +143,7 @@ def _decode(message: pb.TrackableObjectGraph) -> ObjectGraph:
     count = len(message.nodes)
     if not count:
         raise ValueError("it has no nodes")
-    specs = [LeafSpec()] + [
-        LeafSpec(spec.kind, spec.dtype, tuple(spec.shape), spec.weak_type, spec.prng_impl)
-        for spec in message.leaf_specs
-    ]
+    specs = [LeafSpec(), *map(_spec, message.leaf_specs)]
     shardings: list[ShardingSpec | None] = [None]
     shardings += [
         ShardingSpec(
@@ -203,6 +200,30 @@ def _decode(message: pb.TrackableObjectGraph) -> ObjectGraph:
             )
         )
     return ObjectGraph(tuple(nodes), object_keys(nodes))
+
+
+_DTYPES = {  # of the kinds that are stored in one way only
+    "int": ("int64", "bytes"),
+    "bool": ("bool",),
+    "float": ("float64",),
+    "complex": ("complex128",),
+    "str": ("bytes",),
+    "bytes": ("bytes",),
+    "enum": ("bytes",),
+    "python_state": ("bytes",),
+}
+_ARRAYS = ("", "array", "numpy", "numpy_scalar", "prng_key")
+
+
+def _spec(message: pb.LeafSpec) -> LeafSpec:
+    kind, dtype, shape = message.kind, message.dtype, tuple(message.shape)
+    if kind in _ARRAYS:
+        sound = dtype != "bytes" and (kind != "numpy_scalar" or not shape)
+    else:
+        sound = dtype in _DTYPES[kind] and not shape
+    if not sound:
+        raise ValueError(f"a value of kind {kind!r} cannot be {dtype}{list(shape)}")
+    return LeafSpec(kind, dtype, shape, message.weak_type, message.prng_impl)
 
 
 def _label(reference: Any) -> Label:
