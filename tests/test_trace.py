@@ -38,7 +38,9 @@ class Optimizer(Thing):
 def describe(value):
     if isinstance(value, set):
         raise TypeError("sets have no order")
-    return LeafSpec(type(value).__name__), None
+    dtype = {int: "int64", float: "float64", str: "bytes"}.get(type(value), "float32")
+    kind = type(value).__name__ if dtype != "float32" else "array"
+    return LeafSpec(kind, dtype), None
 
 
 def traced(root, **kwargs):
