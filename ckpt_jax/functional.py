@@ -255,14 +255,12 @@ def _build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything:
             for label, child in saved.nodes[node].children
             if everything or child in keep
         ]
-        waiting = [child for _, child in children if child not in built]
-        cyclic = [child for child in waiting if child in open_nodes]
-        waiting = [child for child in waiting if child not in open_nodes]
+        # An edge back to an object that is being built has no plain form, and is left out.
+        waiting = [child for _, child in children if child not in built and child not in open_nodes]
         if waiting:
             open_nodes.add(node)
             stack += waiting
             continue
-        del cyclic  # an edge back to an object that is being built has no plain form
         parts = {label: built[child] for label, child in children if child in built}
         built[node] = _container(saved, node, parts, values.get(node, {}))
         open_nodes.discard(node)
