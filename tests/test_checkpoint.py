@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from descriptors import open_files
 
 import ckpt_jax as ckpt
 from ckpt_jax.trackable.base import pending_names
@@ -207,13 +208,8 @@ def test_no_file_stays_open_after_a_restore(prefix):
     checkpoint = ckpt.Checkpoint(v=var(1.0))
     saved = checkpoint.save(prefix)
     status = checkpoint.restore(saved)
-    assert not [name for name in open_files() if name.startswith(saved)]
+    assert not open_files(saved)
     status.assert_consumed()
-
-
-def open_files():
-    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
-    return [os.readlink(link) for link in links if os.path.islink(link)]
 
 
 def test_write_callbacks_run_after_the_commit_with_or_without_the_path(prefix):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from descriptors import open_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -223,12 +224,6 @@ def test_results_arrive_in_the_order_of_requests_where_that_costs_nothing(tmp_pa
     assert order[0] < 16 and order[-1] >= 48
 
 
-def open_descriptors(root):
-    links = [f"/proc/self/fd/{name}" for name in os.listdir("/proc/self/fd")]
-    targets = [os.readlink(link) for link in links if os.path.lexists(link)]
-    return [target for target in targets if target.startswith(root)]
-
-
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
 def test_no_file_stays_open_after_close(small):
     root, arrays = small
@@ -237,7 +232,7 @@ def test_no_file_stays_open_after_close(small):
         unfinished = reader.read(whole_requests(arrays))
         next(unfinished)
         unfinished.close()
-    assert open_descriptors(root) == []
+    assert open_files(root) == []
     with pytest.raises(RuntimeError, match="closed"):
         reader.read([])
 
