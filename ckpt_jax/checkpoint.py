@@ -73,9 +73,9 @@ class Checkpoint(AutoTrackable):
                     f"{name}={type(value).__qualname__}: nothing is known about how to save it; "
                     "ckpt.register_view teaches the library new kinds"
                 )
-            if private["_self_rooted"]:
-                self._check_name(name, value)
             setattr(self, name, value)
+        if private["_self_rooted"]:
+            _RootedView(self)  # refuses names that the root uses for something else
 
     def _root_object(self) -> Any:
         root = self.__dict__["_self_root"]
@@ -84,14 +84,6 @@ class Checkpoint(AutoTrackable):
         if root is None and self.__dict__["_self_rooted"]:
             raise AssertionError("the root of this checkpoint was garbage-collected")
         return root
-
-    def _check_name(self, name: str, value: Any) -> None:
-        root = self._root_object()
-        view = view_of(root)
-        assert view is not None
-        for label, child in view.children(root):
-            if label == name and child is not value:
-                raise ValueError(f"root.{name} already exists, as another object")
 
     def _is_state(self, value: Any) -> bool:
         return view_of(value) is not None
