@@ -69,6 +69,7 @@ from ckpt_jax.trackable.base import (
     Variable,
     no_automatic_dependency_tracking,
 )
+from ckpt_jax.trackable.optimizer import OptaxState, optax_state
 from ckpt_jax.trackable.view import register_view
 from ckpt_jax.verifying import Damage, VerifyReport, verify
 from ckpt_jax.version import __version__ as __version__
@@ -95,6 +96,7 @@ __all__ = [
     "LoadStatus",
     "MaxShardSize",
     "NoDependency",
+    "OptaxState",
     "PlannedSlice",
     "PythonState",
     "RegistrationError",
@@ -123,6 +125,7 @@ __all__ = [
     "load_variable",
     "no_automatic_dependency_tracking",
     "object_metadata",
+    "optax_state",
     "plan_restore",
     "register_checkpoint_saver",
     "register_serializable",

@@ -25,7 +25,7 @@ from ckpt_jax.saving import begin
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 from ckpt_jax.status import LoadStatus
 from ckpt_jax.trackable.base import AutoTrackable, TrackableView, Variable
-from ckpt_jax.trackable.view import View, view_of
+from ckpt_jax.trackable.view import SlotEntry, View, view_of
 
 Path = str | bytes | os.PathLike[Any]
 
@@ -283,8 +283,14 @@ class _RootedView(View):
     def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
         return self.view.assign(obj, values)
 
-    def slots(self, obj: Any) -> Mapping[tuple[str, Any], Any]:
+    def slots(self, obj: Any) -> Iterable[SlotEntry]:
         return self.view.slots(obj)
+
+    def parameters(self, obj: Any) -> Any | None:
+        return self.view.parameters(obj)
+
+    def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
+        return self.view.with_slots(obj, changed)
 
 
 def _is_empty_container(root: Any) -> bool:

@@ -14,7 +14,7 @@ from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.errors import RestoreMismatchError
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.match import match
-from ckpt_jax.graph.model import LeafSpec, ObjectGraph
+from ckpt_jax.graph.model import LeafSpec, Node, ObjectGraph
 from ckpt_jax.graph.patterns import Rule, Selection, selects
 from ckpt_jax.graph.patterns import rename as renamed
 from ckpt_jax.graph.plan import ReadPlan, plan_read
@@ -232,6 +232,7 @@ def _request(path: str, spec: LeafSpec, sharding: Any) -> jax.ShapeDtypeStruct |
 def _build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:
     """Plain containers from a graph, leaves first."""
     keep = set(values)
+    saved = _slots_as_children(saved)
     parents: dict[int, list[int]] = {}
     for node, entry in enumerate(saved.nodes):
         for _, child in entry.children:
@@ -266,6 +267,35 @@ def _build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything:
         open_nodes.discard(node)
         stack.pop()
     return built[0]
+
+
+def _slots_as_children(saved: ObjectGraph) -> ObjectGraph:
+    """The graph with an optimizer's slots as children: by slot name, then as the variables lie."""
+    if not saved.slot_nodes:
+        return saved
+    places: dict[int, tuple[Label, ...]] = {0: ()}
+    todo = [0]
+    for node in todo:  # grows while it is walked
+        for label, child in saved.nodes[node].children:
+            if child not in places:
+                places[child] = (*places[node], label)
+                todo.append(child)
+    nodes = list(saved.nodes)
+    edges: dict[int, dict[Label, int]] = {}
+    for optimizer, entry in enumerate(saved.nodes):
+        for slot in entry.slots:
+            here, label = optimizer, slot.name
+            for step in places.get(slot.variable, ()):
+                edges.setdefault(here, {})
+                if label not in edges[here]:
+                    edges[here][label] = len(nodes)
+                    nodes.append(Node("dict"))
+                here, label = edges[here][label], step
+            edges.setdefault(here, {})[label] = slot.node
+    for node, more in edges.items():
+        children = (*nodes[node].children, *more.items())
+        nodes[node] = replace(nodes[node], children=children)
+    return ObjectGraph(tuple(nodes), saved.object_keys)
 
 
 def _container(

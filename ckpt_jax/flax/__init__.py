@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import jax
 from flax import nnx
+from flax.nnx.training.optimizer import OptVariable
 
 from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
+from ckpt_jax.trackable.optimizer import Part, Place, flatten, is_leaf, is_masked, parts_of
 from ckpt_jax.trackable.pytree import DictView
-from ckpt_jax.trackable.view import View, add_view, view_of
+from ckpt_jax.trackable.view import Below, SlotEntry, View, add_view, view_of
 
 
 class ModuleView(View):
@@ -54,6 +57,48 @@ class ListView(ModuleView):
 
 class DictModuleView(ModuleView):
     container = "dict"
+
+
+class OptimizerView(ModuleView):
+    """An nnx.Optimizer: what mirrors the model's variables are their slot variables."""
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        parts, leaves = _state_of(obj)
+        own = [(name, value) for name, value in super().children(obj) if name != "opt_state"]
+        return own + [(part.name, leaves[part.index]) for part in parts if part.place is None]
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        """Leaves of the state are boxes that were restored in place."""
+        own = {name: value for name, value in changed.items() if name in vars(obj)}
+        return super().rebuild(obj, own)
+
+    def slots(self, obj: Any) -> Iterable[SlotEntry]:
+        parts, leaves = _state_of(obj)
+        return [
+            SlotEntry(part.name, Below(part.place), leaves[part.index])
+            for part in parts
+            if part.place is not None
+        ]
+
+    def parameters(self, obj: Any) -> Any | None:
+        return vars(obj).get("model")
+
+
+def _state_of(optimizer: nnx.Optimizer[Any]) -> tuple[list[Part], list[Any]]:
+    """The parts of an optimizer's state, but for the masked ones, and its leaves."""
+    leaves = jax.tree.leaves(optimizer.opt_state, is_leaf=is_leaf)
+    parts = parts_of(optimizer.opt_state, _mirrored)
+    masked = [isinstance(x, nnx.Variable) and is_masked(x.get_raw_value()) for x in leaves]
+    return [part for part in parts if not masked[part.index]], leaves
+
+
+def _mirrored(node: Any) -> list[Place] | None:
+    """The places of an nnx.State of variables; the optimizer has no other."""
+    if not isinstance(node, nnx.State):
+        return None
+    leaves, _ = flatten(node)
+    is_mirror = leaves and all(isinstance(leaf, OptVariable) for _, leaf in leaves)
+    return [place for place, _ in leaves] if is_mirror else None
 
 
 class VariableView(View):
@@ -95,5 +140,6 @@ def _is_leaf(value: Any) -> bool:
 add_view(nnx.Pytree, ModuleView())
 add_view(nnx.List, ListView())
 add_view(nnx.Dict, DictModuleView())
+add_view(nnx.Optimizer, OptimizerView())
 add_view(nnx.Variable, VariableView())
 add_view(nnx.State, StateView())

@@ -318,17 +318,25 @@ def assign(live: LiveGraph, values: Mapping[int, Mapping[str, Any]]) -> Any:
         result = attributes[""] if "" in attributes else live.views[node].assign(obj, attributes)
         if result is not obj:
             new[node] = result
-    # Immutable containers are trees, whose parents have smaller ids: one pass rebuilds them all.
+    # Immutable containers are trees, whose parents have smaller ids (and so have optimizers than
+    # their slot variables): one pass rebuilds them all.
     for node in range(len(live.objects) - 1, -1, -1):
         children = live.graph.nodes[node].children
-        if not children or not new or node in replaced:
+        if not new or node in replaced or not (children or live.graph.nodes[node].slots):
             continue
         changed: dict[Label, Any] = {label: new[child] for label, child in children if child in new}
+        result = obj = live.objects[node]
         if changed:
-            obj = live.objects[node]
             result = live.views[node].rebuild(obj, changed)
-            if result is not obj:
-                new[node] = result
+        slots = {
+            (slot.name, live.variables[slot.node]): new[slot.node]
+            for slot in live.graph.nodes[node].slots
+            if slot.node in new
+        }
+        if slots:
+            result = live.views[node].with_slots(result, slots)
+        if result is not obj:
+            new[node] = result
     return new.get(0, live.objects[0])
 
 

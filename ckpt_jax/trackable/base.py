@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckpt_jax.graph.labels import PYTHON_STATE, VARIABLE_VALUE, Label
-from ckpt_jax.trackable.view import View, add_view, view_of
+from ckpt_jax.trackable.view import SlotEntry, View, add_view, view_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -292,7 +292,23 @@ class SlotOwner(Protocol):
     """An optimizer: an object that owns per-variable state.
 
     `slots()` returns {(slot name, variable): slot variable}. In a checkpoint a slot variable
-    is found through its variable, whatever either is called.
+    is found through its variable, whatever either is called. Two methods are optional:
+
+    * `create_slot(slot_name, variable)` returns a slot variable that `slots` then contains, or
+      None. Restoring calls it for what a checkpoint has and the optimizer not yet.
+    * `set_slot(slot_name, variable, value)` replaces a slot variable; needed only where slots
+      are arrays rather than `Variable`s.
+
+    Source: the slot methods of TensorFlow's optimizers (`_create_or_restore_slot_variable`).
+
+    Example:
+      >>> class Momentum(Trackable):
+      ...     def __init__(self): self._momenta = {}
+      ...     def slots(self): return {("m", v): m for v, m in self._momenta.items()}
+      ...     def create_slot(self, name, variable):
+      ...         return self._momenta.setdefault(variable, Variable(jnp.zeros(variable.shape)))
+      >>> isinstance(Momentum(), SlotOwner)
+      True
     """
 
     def slots(self) -> Mapping[tuple[str, Any], Any]:
@@ -407,8 +423,15 @@ class TrackableView(View):
     def awaiting(self, obj: Any) -> tuple[Any, ...]:
         return (obj,) if isinstance(obj, Trackable) else ()
 
-    def slots(self, obj: Any) -> Mapping[tuple[str, Any], Any]:
-        return obj.slots() if callable(getattr(type(obj), "slots", None)) else {}
+    def slots(self, obj: Any) -> Iterable[SlotEntry]:
+        if not callable(getattr(type(obj), "slots", None)):
+            return ()
+        return [SlotEntry(name, of, value) for (name, of), value in obj.slots().items()]
+
+    def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
+        for (name, variable), value in changed.items():
+            obj.set_slot(name, variable, value)
+        return obj
 
 
 class VariableView(View):

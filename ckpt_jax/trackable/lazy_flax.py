@@ -9,12 +9,12 @@ import importlib
 import sys
 from typing import Any
 
-from ckpt_jax.trackable.view import View, add_kind, view_of
+from ckpt_jax.trackable.view import View, view_of
 
 _done = False
 
 
-def _flax_view(obj: Any) -> View | None:
+def flax_view(obj: Any) -> View | None:
     global _done
     if _done or "flax" not in sys.modules:
         return None
@@ -25,4 +25,4 @@ def _flax_view(obj: Any) -> View | None:
     return view_of(obj)
 
 
-add_kind(_flax_view)
+

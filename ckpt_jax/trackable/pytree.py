@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
-from ckpt_jax.trackable.view import View, add_kind
+from ckpt_jax.trackable.view import View
 
 
 class LeafView(View):
@@ -107,7 +107,7 @@ class RegisteredView(View):
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
         leaves, _ = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda x: x is not obj)
-        return [(_label(path[0]), child) for path, child in leaves]
+        return [(label_of(path[0]), child) for path, child in leaves]
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         _, treedef = jax.tree.flatten(obj, is_leaf=lambda x: x is not obj)
@@ -115,7 +115,7 @@ class RegisteredView(View):
         return jax.tree.unflatten(treedef, parts)
 
 
-def _label(key: Any) -> Label:
+def label_of(key: Any) -> Label:
     match key:
         case jax.tree_util.GetAttrKey(name=name):
             return name
@@ -170,5 +170,3 @@ _DICTS = (dict, OrderedDict, defaultdict)
 _DATACLASS = DataclassView()
 _REGISTERED = RegisteredView("dict")
 _REGISTERED_DATACLASS = RegisteredView("dataclass")
-
-add_kind(pytree_view)

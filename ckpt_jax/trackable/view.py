@@ -14,9 +14,31 @@ alone is looked up once and cached.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ckpt_jax.graph.labels import Label
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """A variable, as a place in the tree of parameters that an optimizer was made for."""
+
+    path: tuple[Label, ...]
+
+
+class SlotEntry(NamedTuple):
+    """A slot variable of an optimizer.
+
+    Attributes:
+      name: of the slot ("momentum").
+      variable: the variable that it belongs to: an object, or where it is.
+      value: the slot variable.
+    """
+
+    name: str
+    variable: Any
+    value: Any
 
 
 class View:
@@ -53,9 +75,20 @@ class View:
         """The trackables that will say so when the object gets another child; none if nobody."""
         return ()
 
-    def slots(self, obj: Any) -> Mapping[tuple[str, Any], Any]:
-        """Slot variables of an optimizer: {(slot name, variable): slot variable}."""
-        return {}
+    def slots(self, obj: Any) -> Iterable[SlotEntry]:
+        """The slot variables of an optimizer. Those of variables that are not in the graph are
+        left out, but where the variable is a place, they are children after all: one for each
+        slot name, nested dicts along the places."""
+        return ()
+
+    def parameters(self, obj: Any) -> Any | None:
+        """What the places of an optimizer's variables start from, where it has it at hand; else
+        it is looked for."""
+        return None
+
+    def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
+        """`obj` with some slot variables replaced, by (slot name, variable)."""
+        raise NotImplementedError(f"{type(obj).__qualname__} cannot replace its slot variables")
 
 
 _by_type: dict[type, View] = {}
