@@ -157,8 +157,10 @@ class Checkpoint(AutoTrackable):
         if path is None:
             return LoadStatus(None, self._trace_for_restore)
         with CheckpointReader(path) as reader:
-            restoration = Restoration(reader.path, reader.object_graph, options)
-            root = restoration.run(self._trace_for_restore(), reader)
+            restoration = Restoration(
+                reader.path, reader.object_graph, options, self._trace_for_restore
+            )
+            root = restoration.run(reader)
         if self.__dict__["_self_rooted"] and root is not self._root_object():
             self.__dict__["_self_root"] = root
         return LoadStatus(restoration, self._trace_for_restore)
@@ -288,6 +290,9 @@ class _RootedView(View):
 
     def parameters(self, obj: Any) -> Any | None:
         return self.view.parameters(obj)
+
+    def replaces_slots(self, obj: Any) -> bool:
+        return self.view.replaces_slots(obj)
 
     def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
         return self.view.with_slots(obj, changed)

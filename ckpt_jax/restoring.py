@@ -28,7 +28,15 @@ from ckpt_jax.errors import RegistrationError, RestoreMismatchError
 from ckpt_jax.graph.labels import Label, object_key_of, path_of
 from ckpt_jax.graph.match import Match, extend, match
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
-from ckpt_jax.graph.plan import Read, ReadPlan, SaverCall, assign, plan_read, pretty_name
+from ckpt_jax.graph.plan import (
+    Read,
+    ReadPlan,
+    SaverCall,
+    assign,
+    plan_read,
+    pretty_name,
+    reachable,
+)
 from ckpt_jax.graph.trace import LiveGraph, trace
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
@@ -262,7 +270,14 @@ class Restoration:
       uid: grows with every restore; the values of a later one win.
     """
 
-    def __init__(self, path: str, saved: ObjectGraph, options: CheckpointOptions):
+    def __init__(
+        self,
+        path: str,
+        saved: ObjectGraph,
+        options: CheckpointOptions,
+        trace: Callable[[], LiveGraph],
+    ):
+        """`trace` is a method of the object that is restored; it is not kept alive."""
         self.path = path
         self.saved = saved
         self.options = options
@@ -271,17 +286,60 @@ class Restoration:
         finalizer = weakref.finalize(self, self.left_over.log)
         finalizer.atexit = False  # at interpreter exit nobody is waiting any more
         self._bound: dict[int, list[weakref.ref[Any]]] = {}  # saved node -> its mutable objects
+        self._trace = weakref.WeakMethod(trace)
+        self._met: set[int] = set()  # saved nodes that have been bound, to whatever
+        self._open_slots = [
+            (optimizer, slot)
+            for optimizer, node in enumerate(saved.nodes)
+            for slot in node.slots
+            if not options.skip_slot_variables
+        ]
 
-    def run(self, live: LiveGraph, reader: CheckpointReader) -> Any:
+    def run(self, reader: CheckpointReader) -> Any:
         """Restores what is there and lets the rest wait; returns the root."""
-        return self._bind(live, match(self.saved, live.graph), reader)
+        trace = self._trace()
+        assert trace is not None
+        live = trace()
+        found = match(self.saved, live.graph)
+        if self._create_slots(live, found):
+            live = trace()
+            found = match(self.saved, live.graph)
+        return self._bind(live, found, reader)
 
-    def attach(self, parent: Any, label: Label, child: Any, saved: int) -> Any:
-        """Restores into an object that appeared under an awaited name."""
+    def attach(self, child: Any, saved: int) -> Any:
+        """Restores into an object that appeared where `saved` was awaited; returns it."""
         live = live_graph(child, self.saved.object_keys[saved])
         before = Match(self._bound_in(live), {})
         with CheckpointReader(self.path) as reader:
             return self._bind(live, extend(before, self.saved, live.graph, [(saved, 0)]), reader)
+
+    def attached(self) -> None:
+        """Restores slots of which one end has just come. Where the other is, only a walk from
+        the root can tell."""
+        trace = self._trace()
+        ends = [slot for slot in self._open_slots if {slot[0], slot[1].variable} <= self._met]
+        if not ends or trace is None:
+            return
+        live = trace()
+        found = match(self.saved, live.graph)
+        if self._create_slots(live, found):
+            live = trace()
+            found = match(self.saved, live.graph)
+        new = [found.bound[slot.node] for _, slot in ends if slot.node in found.bound]
+        with CheckpointReader(self.path) as reader:
+            self._bind(live, found, reader, frozenset(reachable(live.graph, new)))
+
+    def _create_slots(self, live: LiveGraph, found: Match) -> bool:
+        """Asks optimizers that can make slot variables for those that they lack."""
+        created = False
+        for optimizer, slot in self._open_slots:
+            if slot.node in found.bound or not {optimizer, slot.variable} <= found.bound.keys():
+                continue
+            create = getattr(live.objects[found.bound[optimizer]], "create_slot", None)
+            if create is not None:
+                variable = live.objects[found.bound[slot.variable]]
+                created = create(slot.name, variable) is not None or created
+        return created
 
     def _bound_in(self, live: LiveGraph) -> dict[int, int]:
         """What is bound already, in the node ids of `live`; -1 for objects outside of it."""
@@ -293,8 +351,19 @@ class Restoration:
         }
 
     @host.without_gc()
-    def _bind(self, live: LiveGraph, found: Match, reader: CheckpointReader) -> Any:
-        newer = frozenset(i for i, obj in enumerate(live.objects) if _restored_uid(obj) < self.uid)
+    def _bind(
+        self,
+        live: LiveGraph,
+        found: Match,
+        reader: CheckpointReader,
+        only: frozenset[int] | None = None,
+    ) -> Any:
+        """Reads and assigns what a match says, for all nodes or some; returns the root."""
+        newer = frozenset(
+            i
+            for i, obj in enumerate(live.objects)
+            if (only is None or i in only) and _restored_uid(obj) < self.uid
+        )
         plan = plan_read(
             self.saved,
             live,
@@ -316,19 +385,22 @@ class Restoration:
         for value in new:
             _note_restored(value, self.uid)
         self.left_over.nodes -= plan.used
-        log_conflicts(self.saved, found)
-        self._remember(live, found)
+        if only is None:
+            log_conflicts(self.saved, found)
+        self._remember(live, found, only)
         return root
 
-    def _remember(self, live: LiveGraph, found: Match) -> None:
+    def _remember(self, live: LiveGraph, found: Match, only: frozenset[int] | None) -> None:
+        self._met.update(found.bound)
+        self._open_slots = [slot for slot in self._open_slots if slot[1].node not in self._met]
         for saved, node in [*found.bound.items(), *found.shared]:
-            if node >= 0 and live.views[node].mutable:
+            if node >= 0 and (only is None or node in only) and live.views[node].mutable:
                 obj = live.objects[node]
                 _note_restored(obj, max(self.uid, _restored_uid(obj)))
                 if _has_weakrefs(obj):
                     self._bound.setdefault(saved, []).append(weakref.ref(obj))
         for (parent, label), saved in found.frontier.items():
-            if self.saved.carries_values(saved):
+            if (only is None or parent in only) and self.saved.carries_values(saved):
                 for trackable in live.awaiting(parent):
                     await_child(trackable, label, _Waiting(self, saved))
 
@@ -359,7 +431,10 @@ class _Waiting:
         self.saved = saved
 
     def attach(self, parent: Any, label: Label, child: Any) -> Any:
-        return self.restoration.attach(parent, label, child, self.saved)
+        return self.restoration.attach(child, self.saved)
+
+    def attached(self) -> None:
+        self.restoration.attached()
 
     def initial_value(self) -> LeafSpec | None:
         node = self.restoration.saved.nodes[self.saved]

@@ -51,13 +51,13 @@ def test_names_are_escaped_as_tensorflow_does(name, segment):
     assert unescape(segment) == name
 
 
-@pytest.mark.behaviour(38)
 def test_the_key_of_a_nested_value_is_its_path_and_its_attribute():
+    """TensorFlow 38."""
     assert attribute_key("leaf/v", VARIABLE_VALUE) == "leaf/v/.ATTRIBUTES/VARIABLE_VALUE"
 
 
-@pytest.mark.behaviour(88)
 def test_the_key_of_a_value_of_the_root_keeps_its_leading_slash():
+    """TensorFlow 88."""
     assert attribute_key("", "v1") == "/.ATTRIBUTES/v1"
 
 
@@ -66,7 +66,6 @@ def test_the_path_of_a_slot_variable_goes_through_its_variable():
     assert slot_key("w", "", "m") == "w/.OPTIMIZER_SLOT//m"
 
 
-@pytest.mark.behaviour(94)
 def test_the_object_of_a_key_is_what_stands_before_the_marker():
     """TensorFlow 94: a segment that is literally ATTRIBUTES is no marker."""
     assert object_key_of("a/ATTRIBUTES/b/.ATTRIBUTES/VARIABLE_VALUE") == "a/ATTRIBUTES/b"

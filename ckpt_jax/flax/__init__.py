@@ -65,7 +65,7 @@ class OptimizerView(ModuleView):
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
         parts, leaves = _state_of(obj)
         own = [(name, value) for name, value in super().children(obj) if name != "opt_state"]
-        return own + [(part.name, leaves[part.index]) for part in parts if part.place is None]
+        return own + [(part.name, leaves[part.leaf]) for part in parts if part.place is None]
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         """Leaves of the state are boxes that were restored in place."""
@@ -75,7 +75,7 @@ class OptimizerView(ModuleView):
     def slots(self, obj: Any) -> Iterable[SlotEntry]:
         parts, leaves = _state_of(obj)
         return [
-            SlotEntry(part.name, Below(part.place), leaves[part.index])
+            SlotEntry(part.name, Below(part.place), leaves[part.leaf])
             for part in parts
             if part.place is not None
         ]
@@ -89,7 +89,7 @@ def _state_of(optimizer: nnx.Optimizer[Any]) -> tuple[list[Part], list[Any]]:
     leaves = jax.tree.leaves(optimizer.opt_state, is_leaf=is_leaf)
     parts = parts_of(optimizer.opt_state, _mirrored)
     masked = [isinstance(x, nnx.Variable) and is_masked(x.get_raw_value()) for x in leaves]
-    return [part for part in parts if not masked[part.index]], leaves
+    return [part for part in parts if not masked[part.leaf]], leaves
 
 
 def _mirrored(node: Any) -> list[Place] | None:

@@ -80,6 +80,7 @@ def plan_read(
     """
     planner = _Planner(saved, live, match, fits, saved_paths or {}, skip_slots)
     planner.live_side(only)
+    planner.fixed_slots(only)
     planner.conflicts()
     planner.saved_side()
     return planner.finish(path)
@@ -119,6 +120,26 @@ class _Planner:
             if node.saver:
                 path = self.live.graph.paths[node_id]
                 self.entries["missing"].append(ReportEntry(path, f"saver {node.saver.name}"))
+
+    def fixed_slots(self, only: frozenset[int] | None) -> None:
+        """Slot variables that can neither change nor be replaced."""
+        sources = self.match.sources()
+        for optimizer, node in enumerate(self.live.graph.nodes):
+            obj = self.live.objects[optimizer]
+            if not node.slots or self.live.views[optimizer].replaces_slots(obj):
+                continue
+            what = (
+                f"a slot variable that cannot change: let {type(obj).__qualname__}.slots() give a "
+                "ckpt.Variable, or give it a method set_slot(slot_name, variable, value)"
+            )
+            self.entries["mismatched"] += [
+                ReportEntry(self.live.graph.paths[slot], "a variable", what=what)
+                for slot in (slot.node for slot in node.slots)
+                if slot in sources
+                and (only is None or slot in only)
+                and slot not in self.skipped_live
+                and not self.live.views[slot].mutable
+            ]
 
     def by_attributes(self, node_id: int, node: Node, source: int | None) -> None:
         missing = len(self.entries["missing"])
@@ -216,8 +237,10 @@ class _Planner:
         ]
         sources = self.match.sources()
         first: dict[int, int] = {}
+        apart = self.live.graph.slot_nodes  # some begin as the very array that they belong to
         for node, source in sorted(sources.items()):
-            if node >= 0 and self.live.views[node].identity and not self.live.views[node].mutable:
+            view = self.live.views[node] if node >= 0 and node not in apart else None
+            if view is not None and view.identity and not view.mutable:
                 other = first.setdefault(id(self.live.objects[node]), source)
                 if other != source:
                     pairs.append((node, other, source))

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from os.path import commonprefix
-from typing import Any
+from typing import Any, cast
 
 from ckpt_jax.errors import UnsaveableError
 from ckpt_jax.graph import labels
@@ -240,7 +239,8 @@ class _Walk:
 
         def merit(candidate: tuple[int, dict[tuple[Label, ...], int]]) -> tuple[bool, int, int]:
             key = self.keys[candidate[0]].split("/")
-            return key[-1] in ("params", "model"), len(commonprefix([key, own])), -candidate[0]
+            common = [a == b for a, b in zip(key, own, strict=False)]
+            return key[-1] in ("params", "model"), (*common, False).index(False), -candidate[0]
 
         return max(found, key=merit)[1] if found else {}
 
@@ -262,16 +262,16 @@ class _Walk:
         return found
 
     def add_as_children(self, optimizer: int, entries: Sequence[SlotEntry]) -> None:
-        trees: dict[str, Any] = {}
+        trees: dict[Label, Any] = {}
         for name, variable, value in entries:
             if isinstance(variable, Below):
-                tree, label = trees, name
+                tree, label = trees, cast(Label, name)
                 for step in variable.path:
                     tree, label = tree.setdefault(label, {}), step
                 tree[label] = value
         prefix = f"{self.keys[optimizer]}/" if self.keys[optimizer] else ""
         more = [
-            (name, self.enter(tree, prefix + labels.escape(name), optimizer))
+            (name, self.enter(tree, prefix + labels.escape(labels.local_name(name)), optimizer))
             for name, tree in trees.items()
         ]
         self.children[optimizer] = (*self.children[optimizer], *more)

@@ -36,6 +36,9 @@ class Pending(Protocol):
     def attach(self, parent: Any, label: Label, child: Any) -> Any:
         """Restores what it can into `child`; returns the child to use."""
 
+    def attached(self) -> None:
+        """Is told that the child is in its place."""
+
     def initial_value(self) -> Any | None:
         """The value that waits, where it is one array; None where it is more."""
 
@@ -79,8 +82,10 @@ class Trackable:
             )
         children = _own(self, _CHILDREN)
         if name not in children:
-            value = receive(self, name, value)
-        elif children[name] is not value and not overwrite:
+            with received(self, name, value) as value:
+                children[name] = value
+            return children[name]  # which slots that came with it may have rebuilt
+        if children[name] is not value and not overwrite:
             raise ValueError(
                 f"{name!r} is already declared as a dependency of {type(self).__qualname__}; "
                 "pass overwrite=True to replace it"
@@ -200,7 +205,10 @@ class AutoTrackable(Trackable):
         children = _own(self, _CHILDREN)
         is_state = self.__dict__.get(_TRACKING, True) and self._is_state(value)
         if is_state and name not in children:
-            value = receive(self, name, value)
+            with received(self, name, value) as value:
+                super().__setattr__(name, value)
+                children[name] = value
+            return
         super().__setattr__(name, value)
         if is_state:
             children[name] = value
@@ -324,17 +332,22 @@ def _own(obj: Any, name: str) -> dict[Any, Any]:
     return obj.__dict__.setdefault(name, {})
 
 
-def receive(parent: Any, label: Label, child: Any) -> Any:
-    """Hands a newly tracked child to the restores that wait for its name.
+@contextlib.contextmanager
+def received(parent: Any, label: Label, child: Any) -> Iterator[Any]:
+    """Hands a new child to the restores that wait for its name.
 
-    The oldest comes first, so that the values of later ones win, and what only an older
-    checkpoint holds still arrives. If one fails, all go on waiting.
+    The block, which is given the child to use, puts it into its place. The oldest restore comes
+    first, so that the values of later ones win, and what only an older checkpoint holds still
+    arrives. If one fails, all go on waiting.
     """
     pending = getattr(parent, "__dict__", {}).get(_PENDING, {})
-    for waiting in tuple(pending.get(label, ())):
-        child = waiting.attach(parent, label, child)
+    waiting = tuple(pending.get(label, ()))
+    for restore in waiting:
+        child = restore.attach(parent, label, child)
+    yield child
     pending.pop(label, None)
-    return child
+    for restore in waiting:
+        restore.attached()
 
 
 def await_child(parent: Any, label: Label, pending: Pending) -> None:
@@ -427,6 +440,9 @@ class TrackableView(View):
         if not callable(getattr(type(obj), "slots", None)):
             return ()
         return [SlotEntry(name, of, value) for (name, of), value in obj.slots().items()]
+
+    def replaces_slots(self, obj: Any) -> bool:
+        return hasattr(obj, "set_slot")
 
     def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
         for (name, variable), value in changed.items():

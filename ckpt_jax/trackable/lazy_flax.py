@@ -23,6 +23,3 @@ def flax_view(obj: Any) -> View | None:
     _done = True
     importlib.import_module("ckpt_jax.flax")
     return view_of(obj)
-
-
-

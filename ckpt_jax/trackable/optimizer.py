@@ -36,12 +36,12 @@ class Part(NamedTuple):
     Attributes:
       name: by class and field.
       place: of the parameter that it belongs to; None for what belongs to none.
-      index: in the flattened state.
+      leaf: its number in the flattened state.
     """
 
     name: str
     place: Place | None
-    index: int
+    leaf: int
 
 
 def is_masked(node: Any) -> bool:
@@ -176,7 +176,7 @@ class OptaxState:
         """A copy with some leaves replaced, by their index."""
         leaves = [changed.get(i, leaf) for i, leaf in enumerate(self.leaves)]
         treedef = jax.tree.structure(self.opt_state, is_leaf=is_leaf)
-        return OptaxState(treedef.unflatten(leaves), self._params, self._parameters)
+        return OptaxState(jax.tree.unflatten(treedef, leaves), self._params, self._parameters)
 
     def __repr__(self) -> str:
         return f"OptaxState({self.opt_state!r})"
@@ -185,7 +185,7 @@ class OptaxState:
 jax.tree_util.register_pytree_with_keys(
     OptaxState,
     lambda obj: (((jax.tree_util.GetAttrKey("opt_state"), obj.opt_state),), obj._parameters),
-    lambda parameters, children: OptaxState(children[0], parameters=parameters),
+    lambda parameters, children: OptaxState(next(iter(children)), parameters=parameters),
 )
 
 
@@ -224,11 +224,11 @@ class OptaxStateView(View):
     """Slot variables and other leaves, by class and field; rebuilt with the same structure."""
 
     def children(self, obj: OptaxState) -> Iterable[tuple[Label, Any]]:
-        return [(part.name, obj.leaves[part.index]) for part in obj.parts if part.place is None]
+        return [(part.name, obj.leaves[part.leaf]) for part in obj.parts if part.place is None]
 
     def slots(self, obj: OptaxState) -> Iterable[SlotEntry]:
         return [
-            SlotEntry(part.name, Below(part.place), obj.leaves[part.index])
+            SlotEntry(part.name, Below(part.place), obj.leaves[part.leaf])
             for part in obj.parts
             if part.place is not None
         ]
@@ -237,16 +237,19 @@ class OptaxStateView(View):
         return obj._params
 
     def rebuild(self, obj: OptaxState, changed: Mapping[Label, Any]) -> Any:
-        new = {part.index: changed[part.name] for part in obj.parts if part.name in changed}
+        new = {part.leaf: changed[part.name] for part in obj.parts if part.name in changed}
         for part in obj.parts:
             if part.place is not None and part.name in changed:  # kept as a tree of children
-                new[part.index] = _at(changed[part.name], part.place)
+                new[part.leaf] = _at(changed[part.name], part.place)
         return obj.replaced(new)
+
+    def replaces_slots(self, obj: OptaxState) -> bool:
+        return True
 
     def with_slots(self, obj: OptaxState, changed: Mapping[tuple[str, Any], Any]) -> Any:
         keys = [(part.name, Below(part.place or ())) for part in obj.parts]
         new = {
-            part.index: changed[key]
+            part.leaf: changed[key]
             for part, key in zip(obj.parts, keys, strict=True)
             if part.place is not None and key in changed
         }

@@ -86,6 +86,10 @@ class View:
         it is looked for."""
         return None
 
+    def replaces_slots(self, obj: Any) -> bool:
+        """Whether `with_slots` works; where not, slot variables have to be mutable."""
+        return False
+
     def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
         """`obj` with some slot variables replaced, by (slot name, variable)."""
         raise NotImplementedError(f"{type(obj).__qualname__} cannot replace its slot variables")
