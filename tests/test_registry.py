@@ -1,6 +1,8 @@
 """Savers and classes of one's own: what may be registered, who is asked, what is called when."""
 
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -171,6 +173,19 @@ def test_a_scope_undoes_classes_and_views_too(tmp_path):
     assert registered_name(Point()) is None
     with pytest.raises(ckpt.UnsaveableError, match="Point"):
         ckpt.save(tmp_path / "b", Point())
+
+
+def test_a_scope_leaves_the_views_of_flax_that_it_was_the_first_to_need():
+    program = """if True:
+        import ckpt_jax as ckpt
+        from flax import nnx
+        with ckpt.registration_scope():
+            before = ckpt.list_objects(nnx.Rngs(0))
+        after = ckpt.list_objects(nnx.Rngs(0))
+        print([type(obj).__name__ for obj in before] == [type(obj).__name__ for obj in after])
+    """
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.strip() == "True", run.stderr
 
 
 # --- registration of classes -----------------------------------------------------------

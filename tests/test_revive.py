@@ -56,17 +56,6 @@ def cycle(obj, directory, cycles=3):
         path = ckpt.save_object(obj, directory / f"cycle-{number}")
         graphs.add((entry(path, OBJECT_GRAPH_KEY), entry(path, SAVED_OBJECTS_KEY)))
         obj = ckpt.load_object(path)
-    if len(graphs) != 1:
-        import difflib
-
-        g = [
-            repr(ckpt.object_metadata(directory / f"cycle-{n}").nodes)
-            .replace("Node(", "\nNode(")
-            .splitlines()
-            for n in (0, 1, 2)
-        ]
-        print("\n".join(difflib.unified_diff(g[0], g[1])))
-        print("\n".join(difflib.unified_diff(g[1], g[2])))
     assert len(graphs) == 1
     return obj
 
