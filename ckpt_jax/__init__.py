@@ -53,6 +53,7 @@ from ckpt_jax.retention import (
     KeepLatest,
     RetentionPolicy,
 )
+from ckpt_jax.revive import load_object, save_object
 from ckpt_jax.savers.registry import (
     register_checkpoint_saver,
     register_serializable,
@@ -122,6 +123,7 @@ __all__ = [
     "list_variables",
     "load",
     "load_checkpoint",
+    "load_object",
     "load_variable",
     "no_automatic_dependency_tracking",
     "object_metadata",
@@ -133,5 +135,6 @@ __all__ = [
     "registration_scope",
     "restore",
     "save",
+    "save_object",
     "verify",
 ]

@@ -6,18 +6,18 @@ Opening reads the graph and the index, no array byte, and touches no device.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.arrays.values import as_saved
 from ckpt_jax.errors import CorruptCheckpointError
-from ckpt_jax.graph import codec
-from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
+from ckpt_jax.graph import codec, objects
+from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
 from ckpt_jax.io import read_values
 from ckpt_jax.options import DEFAULT, CheckpointOptions
@@ -26,6 +26,8 @@ from ckpt_jax.store.directory import require_checkpoint
 from ckpt_jax.store.index import dtype_of
 from ckpt_jax.store.read import ShardedReader
 from ckpt_jax.store.seal import unseal
+
+T = TypeVar("T")
 
 
 class CheckpointReader:
@@ -97,11 +99,28 @@ class CheckpointReader:
             raise CorruptCheckpointError(
                 f"{self.path} has no object graph", file=self.path, key=OBJECT_GRAPH_KEY
             )
+        return self._decoded(OBJECT_GRAPH_KEY, data, codec.decode)
+
+    @cached_property
+    def saved_objects(self) -> tuple[objects.SavedObject, ...] | None:
+        """What each object of the graph is made anew as; None where the checkpoint says nothing.
+
+        Raises:
+          CorruptCheckpointError: it is damaged, or disagrees with the object graph.
+        """
+        data = self._sharded.extra(SAVED_OBJECTS_KEY)
+        if data is None:
+            return None
+        graph = self._graph
+        return self._decoded(SAVED_OBJECTS_KEY, data, lambda data: objects.decode(data, graph))
+
+    def _decoded(self, key: str, data: bytes, decode: Callable[[bytes], T]) -> T:
+        """A sealed message; what is wrong with it is said with the place."""
         try:
-            return codec.decode(unseal(data))
+            return decode(unseal(data))
         except CorruptCheckpointError as error:
             raise CorruptCheckpointError(
-                f"{self.path}: {OBJECT_GRAPH_KEY}: {error}", file=self.path, key=OBJECT_GRAPH_KEY
+                f"{self.path}: {key}: {error}", file=self.path, key=key
             ) from error
 
     def keys(self) -> list[str]:

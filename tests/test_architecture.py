@@ -36,7 +36,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("flax",),
     ("reader", "readers", "multihost"),
     ("saving", "restoring", "latest", "verifying", "background"),
-    ("status", "checkpoint", "functional"),
+    ("status", "checkpoint", "functional", "revive"),
     ("retention",),
     ("manager", "inspect"),
     ("__init__",),
@@ -53,6 +53,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
 DOORS: dict[str, tuple[str, ...]] = {
     "ckpt_jax._proto": (
         "ckpt_jax.graph.codec",
+        "ckpt_jax.graph.objects",
         "ckpt_jax.store.index",
         "ckpt_jax.state_file",
         "ckpt_jax._proto",

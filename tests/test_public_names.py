@@ -24,6 +24,8 @@ PUBLIC = (
     "restore",
     "load",
     "plan_restore",
+    "save_object",
+    "load_object",
     # looking into one
     "CheckpointReader",
     "load_checkpoint",

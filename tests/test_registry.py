@@ -1,6 +1,8 @@
 """Savers and classes of one's own: what may be registered, who is asked, what is called when."""
 
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -173,9 +175,23 @@ def test_a_scope_undoes_classes_and_views_too(tmp_path):
         ckpt.save(tmp_path / "b", Point())
 
 
+def test_a_scope_leaves_the_views_of_flax_that_it_was_the_first_to_need():
+    program = """if True:
+        import ckpt_jax as ckpt
+        from flax import nnx
+        with ckpt.registration_scope():
+            before = ckpt.list_objects(nnx.Rngs(0))
+        after = ckpt.list_objects(nnx.Rngs(0))
+        print([type(obj).__name__ for obj in before] == [type(obj).__name__ for obj in after])
+    """
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.strip() == "True", run.stderr
+
+
 # --- registration of classes -----------------------------------------------------------
 
 
+@pytest.mark.behaviour(283)
 def test_a_class_is_known_by_package_and_name_both_ways():
     @ckpt.register_serializable()
     class Plain:
@@ -191,11 +207,13 @@ def test_a_class_is_known_by_package_and_name_both_ways():
     assert registered_class("Mine.Other.Name") is Named
 
 
+@pytest.mark.behaviour(284, 285)
 def test_what_is_not_registered_has_no_name_and_no_class():
     assert registered_name(object()) is None
     assert registered_class("Custom.Nothing") is None
 
 
+@pytest.mark.behaviour(286)
 def test_a_class_may_have_two_names_of_which_the_newer_counts_but_a_name_one_class():
     class Model:
         pass
@@ -208,6 +226,7 @@ def test_a_class_may_have_two_names_of_which_the_newer_counts_but_a_name_one_cla
         ckpt.register_serializable(name="new")(Model)
 
 
+@pytest.mark.behaviour(287, 288)
 def test_only_classes_are_registered():
     with pytest.raises(TypeError, match="decorates classes"):
         ckpt.register_serializable()(lambda: None)
@@ -219,6 +238,7 @@ def test_only_classes_are_registered():
         ckpt.register_serializable(package=3)(Table)
 
 
+@pytest.mark.behaviour(289)
 def test_a_predicate_may_look_at_the_instance_and_a_later_broader_one_takes_over():
     class Model:
         def __init__(self, ready):

@@ -158,6 +158,33 @@ class Trackable:
                 value = jnp.zeros(tuple(shape or ()), dtype)
         return self.track(name, Variable(value), overwrite=overwrite)
 
+    # --- made anew: for classes registered with `ckpt.register_serializable` --------------
+
+    def _serialize_to_proto(self, object_proto: Any = None, **kwargs: Any) -> Any:
+        """What the class needs to make this object anew: a protobuf message, or None."""
+        return None
+
+    @classmethod
+    def _deserialize_from_proto(
+        cls, proto: Any = None, object_proto: Any = None, dependencies: Any = None, **kwargs: Any
+    ) -> Any:
+        """A new object; its children and values follow.
+
+        Args:
+          proto: what `_serialize_to_proto` gave, as a `google.protobuf.Any`; empty for None.
+          object_proto: not given; for classes that were written for TensorFlow.
+          dependencies: by name, the objects that `_deserialization_dependencies` named.
+        """
+        return cls()
+
+    def _deserialization_dependencies(self, children: Mapping[str, Any]) -> Mapping[str, Any]:
+        """By name, the objects of the graph that have to be made before this one."""
+        return {}
+
+    def _add_trackable_child(self, name: str, value: Any) -> None:
+        """Takes a child that was made anew."""
+        self.track(name, value, overwrite=True)
+
 
 class NoDependency:
     """Marks a value that is assigned to an attribute but is not state.
@@ -214,6 +241,11 @@ class AutoTrackable(Trackable):
             children[name] = value
         elif self.__dict__.get(_TRACKING, True):
             children.pop(name, None)
+
+    def _add_trackable_child(self, name: str, value: Any) -> None:
+        """Takes a child that was made anew, as an attribute; it is state whatever it is."""
+        setattr(self, name, value)
+        _own(self, _CHILDREN)[name] = value
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)

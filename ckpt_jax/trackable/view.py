@@ -116,16 +116,21 @@ def add_kind(kind_view: Callable[[Any], View | None]) -> None:
     _cache.clear()
 
 
-def remove_views_since(mark: tuple[int, frozenset[type]]) -> None:
-    """Undoes the registrations made after `mark_views()` returned `mark`."""
+def remove_views_since(mark: tuple[int, dict[type, View]]) -> None:
+    """Undoes the calls of `register_view` made after `mark_views()` returned `mark`.
+
+    The library's own views stay: those of Flax are registered when an object of Flax's is first
+    seen, whoever shows it.
+    """
     del _by_predicate[mark[0] :]
-    for kind in set(_by_type) - mark[1]:
-        del _by_type[kind]
+    own = {kind: view for kind, view in _by_type.items() if not isinstance(view, _FunctionView)}
+    _by_type.clear()
+    _by_type.update({**own, **mark[1]})
     _cache.clear()
 
 
-def mark_views() -> tuple[int, frozenset[type]]:
-    return len(_by_predicate), frozenset(_by_type)
+def mark_views() -> tuple[int, dict[type, View]]:
+    return len(_by_predicate), dict(_by_type)
 
 
 def view_of(obj: Any) -> View | None:
