@@ -1,7 +1,8 @@
-"""Matching two graphs. Numbers in docstrings are those of TensorFlow's test behaviours."""
+"""Matching two graphs."""
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -186,8 +187,9 @@ def test_what_only_the_program_has_is_left_alone():
     assert found.bound == {0: 0, 1: 1} and not found.frontier
 
 
+@pytest.mark.behaviour(45)
 def test_one_saved_object_does_not_become_two():
-    """TensorFlow 45: the first binding stands, the other is a conflict."""
+    """The first binding stands, the other is a conflict."""
     saved = graph(node(a=1, b=1), node(v=2), leaf())
     live = graph(node(a=1, b=2), node(v=3), node(v=4), leaf(), leaf())
     found = match(saved, live)
@@ -201,8 +203,8 @@ def test_one_saved_leaf_serves_every_leaf_that_asks_for_it():
     assert found.sources() == {0: 0, 1: 1, 2: 1} and not found.conflicts
 
 
+@pytest.mark.behaviour(47)
 def test_two_saved_objects_may_become_one():
-    """TensorFlow 47."""
     saved = graph(node(a=1, b=2), node(v=3), node(w=4), leaf(), leaf())
     live = graph(node(a=1, b=1), node(v=2, w=3), leaf(), leaf())
     found = match(saved, live)
