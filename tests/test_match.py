@@ -127,6 +127,24 @@ def test_the_result_does_not_depend_on_the_order_in_which_children_are_attached(
 
 
 @settings(max_examples=50)
+@given(graphs_and_twins(), st.data())
+def test_a_part_that_was_attached_in_any_order_is_matched_as_if_it_had_been_there(twins, data):
+    """What stays away stays in the frontier."""
+    saved, live, _ = twins
+    order = (
+        data.draw(st.lists(st.sampled_from(edges_of(live)), unique=True)) if edges_of(live) else []
+    )
+    present = set()
+    found = match(saved, only_edges(live, present))
+    for edge in order:
+        present.add(edge)
+        found = attach(found, saved, only_edges(live, present), edge)
+    at_once = match(saved, only_edges(live, present))
+    assert (found.bound, found.frontier) == (at_once.bound, at_once.frontier)
+    assert (found.conflicts, found.shared) == ((), ())
+
+
+@settings(max_examples=50)
 @given(graphs(), graphs(), st.data())
 def test_extend_never_unbinds_whatever_appears(saved, live, data):
     order = data.draw(st.permutations(edges_of(live)))

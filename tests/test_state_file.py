@@ -164,6 +164,36 @@ def test_a_path_that_is_no_unicode_text_is_refused_before_anything_is_written(tm
     assert not list(tmp_path.iterdir())
 
 
+# --- agreement with TensorFlow ------------------------------------------------------------
+
+
+def test_tensorflow_reads_our_state_file_and_we_read_its(tmp_path):
+    pytest.importorskip("tensorflow")
+    from tensorflow.python.checkpoint import checkpoint_management as theirs
+
+    paths = (str(tmp_path / 'a "b"-2'), "/elsewhere/ü-1", str(tmp_path / "ckpt-3"))
+    state = CheckpointState(paths[-1], paths, (1.5, 2.5, 1e9 + 0.25), 0.125)
+    update_checkpoint_state(tmp_path, state)
+    read = theirs.get_checkpoint_state(str(tmp_path))
+    assert read.model_checkpoint_path == paths[-1]
+    assert tuple(read.all_model_checkpoint_paths) == paths
+    assert tuple(read.all_model_checkpoint_timestamps) == state.all_model_checkpoint_timestamps
+    assert read.last_preserved_timestamp == state.last_preserved_timestamp
+    theirs.update_checkpoint_state_internal(
+        str(tmp_path),
+        paths[-1],
+        list(paths),
+        save_relative_paths=True,
+        all_model_checkpoint_timestamps=list(state.all_model_checkpoint_timestamps),
+        last_preserved_timestamp=state.last_preserved_timestamp,
+    )
+    found = get_checkpoint_state(tmp_path)  # theirs leads to paths elsewhere through ".."
+    assert [os.path.normpath(path) for path in found.all_model_checkpoint_paths] == list(paths)
+    assert found.model_checkpoint_path == paths[-1]
+    assert found.all_model_checkpoint_timestamps == state.all_model_checkpoint_timestamps
+    assert found.last_preserved_timestamp == state.last_preserved_timestamp
+
+
 # --- reading ------------------------------------------------------------------------------
 
 
