@@ -4,6 +4,7 @@ import gc
 import io
 import logging
 import os
+import tempfile
 import weakref
 
 import jax
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ckpt_jax as ckpt
 
@@ -77,6 +80,42 @@ def test_the_objects_below_a_root_are_listed_after_it():
     assert ckpt.list_objects(root) == [root, old]
     new = root.add_variable("v", initializer=2.0, overwrite=True)
     assert ckpt.list_objects(root) == [root, new]
+
+
+# --- the order in which objects come ------------------------------------------------------
+
+
+@st.composite
+def programs(draw):
+    """Edges (parent, name, child) of a program of a few objects, with sharing and loops."""
+    count = draw(st.integers(2, 5))
+    ids = st.integers(0, count - 1)
+    edges = {(draw(st.integers(0, n - 1)), f"n{n}"): n for n in range(1, count)}
+    edges |= draw(st.dictionaries(st.tuples(ids, st.sampled_from("ab")), ids, max_size=4))
+    return count, [(parent, name, child) for (parent, name), child in edges.items()]
+
+
+@settings(max_examples=25)
+@given(programs(), st.data())
+@pytest.mark.behaviour(42, 50)
+def test_a_program_may_be_put_together_in_any_order_after_the_restore(program, data):
+    count, edges = program
+    saved = [Model(v=var(n)) for n in range(count)]
+    fresh = [Model(v=var(-1)) for _ in range(count)]
+    for parent, name, child in edges:
+        setattr(saved[parent], name, saved[child])
+    order = data.draw(st.permutations(edges))
+    early = data.draw(st.integers(0, len(order)))
+    for parent, name, child in order[:early]:
+        setattr(fresh[parent], name, fresh[child])
+    with tempfile.TemporaryDirectory() as directory:
+        options = ckpt.CheckpointOptions(durable=False)
+        path = ckpt.Checkpoint(saved[0]).write(f"{directory}/written", options)
+        status = ckpt.Checkpoint(fresh[0]).read(path)
+        for parent, name, child in order[early:]:
+            setattr(fresh[parent], name, fresh[child])
+        status.assert_consumed()
+    assert [value(model.v) for model in fresh] == list(range(count))
 
 
 # --- values that nobody took --------------------------------------------------------------
