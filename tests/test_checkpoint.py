@@ -314,8 +314,8 @@ def test_what_has_no_view_is_refused_by_the_constructor():
 # --- every kind of state ----------------------------------------------------------------
 
 
+@pytest.mark.behaviour(65)
 def test_lists_and_dicts_of_variables_are_restored_element_by_element(prefix):
-    """TensorFlow 65."""
     saved = ckpt.Checkpoint(l=[var(1.0), var(2.0)], d={"a": var(3.0), "b": var(4.0)})
     saved_path = saved.save(prefix)
     parts = [var(0.0) for _ in range(4)]
@@ -386,6 +386,7 @@ def test_an_object_without_values_in_the_way_of_python_state_is_named(path):
         status.assert_consumed()
 
 
+@pytest.mark.behaviour(311)
 def test_slots_are_restored_through_their_variables(path):
     w = var(1.0)
     ckpt.Checkpoint(model=Model(w=w), opt=Optimizer(0.5, w, value=7.0)).write(path)
@@ -398,8 +399,8 @@ def test_slots_are_restored_through_their_variables(path):
     )
 
 
+@pytest.mark.behaviour(310)
 def test_slots_may_be_skipped(path):
-    """TensorFlow 310."""
     w = var(1.0)
     ckpt.Checkpoint(w=w, opt=Optimizer(0.5, w, value=7.0)).write(path)
     v = var(0.0)
@@ -689,8 +690,8 @@ def test_objects_without_values_never_fail_an_assertion(path):
     ckpt.Checkpoint(v=var(0.0), new=Model(deep=Model())).read(path).assert_consumed()
 
 
+@pytest.mark.behaviour(48)
 def test_empty_containers_are_ignored(prefix):
-    """TensorFlow 48."""
     saved = Model(v=var(1.0), l=[], nested=[[]])
     saved_path = ckpt.Checkpoint(saved).save(prefix)
     fresh = Model(v=var(0.0), other=[], d={})
@@ -702,8 +703,8 @@ def test_empty_containers_are_ignored(prefix):
     status.assert_nontrivial_match()
 
 
+@pytest.mark.behaviour(60, 61)
 def test_plain_data_that_was_added_after_the_save_breaks_nothing(prefix):
-    """TensorFlow 60."""
     model = Model(v=var(1.0))
     checkpoint = ckpt.Checkpoint(model)
     checkpoint.restore(None).initialize_or_restore()

@@ -258,8 +258,8 @@ def test_add_variable_refuses_another_shape_as_documented(path):
 # --- containers -------------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(271)
 def test_no_dependency_inside_a_list_is_not_saved(path):
-    """TensorFlow 271."""
     model = Model(l=[var(1.0)])
     model.l.append(ckpt.NoDependency([]))
     ckpt.Checkpoint(model).write(path)
@@ -268,8 +268,9 @@ def test_no_dependency_inside_a_list_is_not_saved(path):
 # --- copies -----------------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(234)
 def test_a_shallow_copy_has_its_own_list_of_children():
-    """TensorFlow 234. __dict__ is copied shallowly, so both share one dict of children."""
+    """__dict__ is copied shallowly, so both share one dict of children."""
     one = Model(v=var(1.0))
     other = copy.copy(one)
     other.w = var(2.0)

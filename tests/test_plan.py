@@ -241,8 +241,8 @@ def test_slot_variables_are_values_like_others():
         (Thing(opt=Optimizer(rate=Variable(0)), v=Variable(0)), with_slot(0)),
     ],
 )
+@pytest.mark.behaviour(310)
 def test_slots_that_are_skipped_appear_on_neither_side(saved, live):
-    """TensorFlow 310."""
     report = planned(saved, live, skip_slots=True).report
     assert paths(report) == {"restored": {"opt/rate", "v"}}
 

@@ -82,6 +82,14 @@ def test_the_objects_below_a_root_are_listed_after_it():
     assert ckpt.list_objects(root) == [root, new]
 
 
+@pytest.mark.behaviour(196)
+def test_the_variables_of_modules_in_nested_lists_are_listed():
+    inner, outer = Model(v=var(1.0)), Model(v=var(2.0))
+    root = Model(layers=[[inner], outer])
+    found = ckpt.TrackableView(root).descendants()
+    assert [obj.value for obj in found if isinstance(obj, ckpt.Variable)] == [2.0, 1.0]
+
+
 # --- the order in which objects come ------------------------------------------------------
 
 

@@ -358,6 +358,7 @@ def test_several_objects_and_their_children_come_back(tmp_path):
     assert tables.names("restore") == [["a", "b"]]
 
 
+@pytest.mark.behaviour(298, 299)
 def test_one_of_two_objects_is_restored_and_then_the_other_into_the_same_object(tmp_path):
     tables = Tables()
     path = ckpt.Checkpoint(a=Table([1]), b=Table([2])).write(tmp_path / "a")

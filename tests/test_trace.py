@@ -127,8 +127,8 @@ def test_mutually_referencing_objects_can_be_traced():
     assert [node.has_values for node in graph.nodes] == [True, True]
 
 
+@pytest.mark.behaviour(263)
 def test_a_tuple_that_contains_its_owner_is_one_child():
-    """TensorFlow 263."""
     owner = Thing()
     owner.track("parts", (owner,))
     graph = traced(owner).graph

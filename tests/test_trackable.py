@@ -60,7 +60,7 @@ def test_the_listing_of_children_is_a_copy():
     assert names(obj) == ["v"]
 
 
-@pytest.mark.behaviour(187)
+@pytest.mark.behaviour(187, 264)
 def test_a_name_belongs_to_one_object_unless_it_is_overwritten():
     obj = ckpt.Trackable()
     first, second = ckpt.Variable(1.0), ckpt.Variable(2.0)
@@ -78,8 +78,8 @@ def test_an_overwritten_child_keeps_its_place():
     assert names(obj) == ["a", "b"]
 
 
+@pytest.mark.behaviour(264)
 def test_tracking_one_object_twice_under_one_name_is_fine():
-    """TensorFlow 264."""
     obj, v = ckpt.Trackable(), ckpt.Variable(1.0)
     obj.track("v", v)
     assert obj.track("v", v) is v
@@ -273,8 +273,8 @@ def test_a_subclass_need_not_call_its_base_constructor():
     assert obj.trackable_children() == {"v": obj.v, "w": made}
 
 
+@pytest.mark.behaviour(264, 265)
 def test_assigning_another_object_replaces_the_child():
-    """TensorFlow 265."""
     obj = Model(v=ckpt.Variable(1.0))
     new = obj.v = ckpt.Variable(2.0)
     obj.v = obj.v
@@ -289,8 +289,8 @@ def test_assigning_something_that_is_no_state_drops_the_child(value):
     assert names(obj) == []
 
 
+@pytest.mark.behaviour(266)
 def test_deleting_an_attribute_drops_the_child():
-    """TensorFlow 266."""
     obj = Model(v=ckpt.Variable(1.0))
     del obj.v
     assert names(obj) == [] and not hasattr(obj, "v")
@@ -314,8 +314,8 @@ def test_tracking_keeps_its_books_out_of_sight_of_other_instances():
     assert (names(one), names(other)) == (["v"], [])
 
 
+@pytest.mark.behaviour(235)
 def test_a_deep_copy_has_children_of_its_own():
-    """TensorFlow 235."""
     obj = Model(v=ckpt.Variable(jnp.zeros(2)))
     other = copy.deepcopy(obj)
     other.v.assign(jnp.ones(2))
