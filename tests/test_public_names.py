@@ -16,6 +16,8 @@ PUBLIC = (
     "Variable",
     "PythonState",
     "NoDependency",
+    "OptaxState",
+    "optax_state",
     "no_automatic_dependency_tracking",
     "SlotOwner",
     "register_view",
