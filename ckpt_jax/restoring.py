@@ -155,6 +155,8 @@ def execute(
     for r, value in zip(plan.reads, read(plan, reader, options), strict=True):
         if r.target.kind == "array" and not isinstance(value, jax.Array):
             value = host.put([np.asarray(value)], host.placement(r.value))[0]
+        if r.target.weak_type:  # or the same program would be compiled anew, and promote otherwise
+            value = host.weakly_typed(value)
         values.setdefault(r.node, {})[r.name] = value
     for saver, nodes in calls:
         objects = {name: live.objects[node] for name, node in nodes.items()}

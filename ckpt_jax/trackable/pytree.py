@@ -39,6 +39,21 @@ class LeafView(View):
         return values[VARIABLE_VALUE]
 
 
+class RefView(View):
+    """A jax.Ref: a mutable box for one array."""
+
+    container = "leaf"
+    identity = True
+    mutable = True
+
+    def values(self, obj: Any) -> Mapping[str, Any]:
+        return {VARIABLE_VALUE: obj[...]}
+
+    def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
+        obj[...] = values[VARIABLE_VALUE]
+        return obj
+
+
 class NoneView(View):
     container = "none"
 
@@ -142,6 +157,8 @@ def pytree_view(obj: Any) -> View | None:
             return _NONE
         case jax.Array() | np.ndarray():
             return _ARRAY
+        case jax.Ref():
+            return _REF
         case enum.Enum() | int() | float() | complex() | bool() | str() | bytes() | np.generic():
             return _VALUE
         case jax.ShapeDtypeStruct():
@@ -162,6 +179,7 @@ def pytree_view(obj: Any) -> View | None:
 _NONE = NoneView()
 _VALUE = LeafView()
 _ARRAY = LeafView(identity=True)
+_REF = RefView()
 _TUPLE = TupleView(named=False)
 _NAMED_TUPLE = TupleView(named=True)
 _LIST = ListView()

@@ -96,6 +96,7 @@ class View:
 
 
 _by_type: dict[type, View] = {}
+_loaders: list[Callable[[type], bool]] = []
 _by_kind: list[Callable[[Any], View | None]] = []
 _by_predicate: list[tuple[Callable[[Any], bool], View]] = []
 _cache: dict[type, View | None] = {}
@@ -108,6 +109,12 @@ def add_view(kind: type | Callable[[Any], bool], view: View) -> None:
     else:
         _by_predicate.append((kind, view))
     _cache.clear()
+
+
+def add_loader(load: Callable[[type], bool]) -> None:
+    """Registers a function that is shown each new type and may register views then; it says
+    whether it has."""
+    _loaders.append(load)
 
 
 def add_kind(kind_view: Callable[[Any], View | None]) -> None:
@@ -140,6 +147,8 @@ def view_of(obj: Any) -> View | None:
         return _cache[kind]
     except KeyError:
         pass
+    if any([load(kind) for load in _loaders]):
+        return view_of(obj)
     if kind not in _by_type:
         for predicate, candidate in reversed(_by_predicate):
             if predicate(obj):
