@@ -15,13 +15,14 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
+from ckpt_jax.adapting import Adapted, ReshardCallback, settle
 from ckpt_jax.arrays import host
 from ckpt_jax.arrays.values import ARRAY_KINDS, decode, describe, difference
 from ckpt_jax.errors import RegistrationError, RestoreMismatchError
@@ -82,7 +83,7 @@ def raise_problems(report: RestoreReport, path: str, cause: Exception | None = N
 # --- read and assign -------------------------------------------------------------------
 
 
-def read(plan: ReadPlan, reader: CheckpointReader, options: CheckpointOptions) -> list[Any]:
+def read(plan: ReadPlan, reader: Adapted, options: CheckpointOptions) -> list[Any]:
     """The value of each `Read` of a plan, each array once per dtype and placement."""
     requests: dict[tuple[str, Any, Any], int] = {}
     order = [requests.setdefault(_identity(r), len(requests)) for r in plan.reads]
@@ -125,7 +126,7 @@ def _request(read: Read) -> jax.ShapeDtypeStruct | None:
     )
 
 
-def nbytes_to_read(plan: ReadPlan, reader: CheckpointReader) -> int:
+def nbytes_to_read(plan: ReadPlan, reader: Adapted) -> int:
     """Bytes of values that this process needs for a plan, each once."""
     nbytes: dict[str, int] = {}
     for r in plan.reads:
@@ -139,7 +140,7 @@ def nbytes_to_read(plan: ReadPlan, reader: CheckpointReader) -> int:
 
 
 def execute(
-    plan: ReadPlan, live: LiveGraph, reader: CheckpointReader, options: CheckpointOptions
+    plan: ReadPlan, live: LiveGraph, reader: Adapted, options: CheckpointOptions
 ) -> tuple[Any, list[Any]]:
     """Reads what a plan says and puts it into the live objects; returns the root and the values."""
     calls = [_accepted(call, live) for call in plan.calls]
@@ -203,6 +204,13 @@ def _note_restored(obj: Any, uid: int) -> None:
     if _has_weakrefs(obj):
         key = id(obj)
         _restored_by[key] = weakref.ref(obj, lambda _: _restored_by.pop(key, None)), uid
+
+
+def note_restored(objects: Iterable[Any]) -> None:
+    """Remembers that objects were restored now, outside of a `Restoration`."""
+    uid = next(_uids)
+    for obj in objects:
+        _note_restored(obj, uid)
 
 
 def _restored_uid(obj: Any) -> int:
@@ -271,17 +279,20 @@ class Restoration:
         finalizer = weakref.finalize(self, self.left_over.log)
         finalizer.atexit = False  # at interpreter exit nobody is waiting any more
         self._bound: dict[int, list[weakref.ref[Any]]] = {}  # saved node -> its mutable objects
+        self._callbacks: Mapping[int, ReshardCallback] = {}  # by saved node
 
     def run(self, live: LiveGraph, reader: CheckpointReader) -> Any:
         """Restores what is there and lets the rest wait; returns the root."""
-        return self._bind(live, match(self.saved, live.graph), reader)
+        return self._bind(live, lambda saved: match(saved, live.graph), reader)
 
     def attach(self, parent: Any, label: Label, child: Any, saved: int) -> Any:
         """Restores into an object that appeared under an awaited name."""
         live = live_graph(child, self.saved.object_keys[saved])
         before = Match(self._bound_in(live), {})
         with CheckpointReader(self.path) as reader:
-            return self._bind(live, extend(before, self.saved, live.graph, [(saved, 0)]), reader)
+            return self._bind(
+                live, lambda graph: extend(before, graph, live.graph, [(saved, 0)]), reader
+            )
 
     def _bound_in(self, live: LiveGraph) -> dict[int, int]:
         """What is bound already, in the node ids of `live`; -1 for objects outside of it."""
@@ -293,30 +304,39 @@ class Restoration:
         }
 
     @host.without_gc()
-    def _bind(self, live: LiveGraph, found: Match, reader: CheckpointReader) -> Any:
+    def _bind(
+        self, live: LiveGraph, rematch: Callable[[ObjectGraph], Match], reader: CheckpointReader
+    ) -> Any:
+        settled = settle(self.saved, live, rematch, reader, self._callbacks)
+        saved, found = settled.saved, settled.found
         newer = frozenset(i for i, obj in enumerate(live.objects) if _restored_uid(obj) < self.uid)
         plan = plan_read(
-            self.saved,
+            saved,
             live,
             found,
             path=self.path,
             fits=fits(self.options.cast),
+            saved_paths=settled.saved_paths,
             only=newer,
             skip_slots=self.options.skip_slot_variables,
         )
         fatal = replace(
             plan.report,
             missing=abstract_only(plan.report.missing, live),
-            mismatched=tuple([entry for entry in plan.report.mismatched if entry.expected]),
+            mismatched=(
+                *settled.problems,
+                *[entry for entry in plan.report.mismatched if entry.expected],
+            ),
             unexpected=(),
         )
         if fatal.missing or fatal.mismatched:
             raise_problems(fatal, self.path)
-        root, new = execute(plan, live, reader, self.options)
+        root, new = execute(plan, live, Adapted(reader, settled.inputs), self.options)
+        self.saved, self._callbacks = saved, settled.callbacks
         for value in new:
             _note_restored(value, self.uid)
         self.left_over.nodes -= plan.used
-        log_conflicts(self.saved, found)
+        log_conflicts(saved, found)
         self._remember(live, found)
         return root
 

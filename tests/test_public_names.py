@@ -19,11 +19,15 @@ PUBLIC = (
     "no_automatic_dependency_tracking",
     "SlotOwner",
     "register_view",
+    "CheckpointAdapter",
+    "ReshardCallback",
+    "FrozenSaver",
     # checkpoints of pytrees
     "save",
     "restore",
     "load",
     "plan_restore",
+    "restore_nodes",
     # looking into one
     "CheckpointReader",
     "load_checkpoint",
