@@ -188,13 +188,18 @@ def settle(
     if saved.named:
         saved = own_values(saved, live.graph, found)
         found = rematch(saved)
-    renamed = {
-        node: original.value_path(node, VARIABLE_VALUE) if entry.attributes else path
-        for node, (entry, path) in enumerate(zip(original.nodes, original.paths, strict=True))
-        if saved is not original and path != saved.paths[node]
-    }
+    renamed = {} if saved is original else _renamed(original, saved)
     saved, inputs, problems = _with_inputs(saved, live, found, reader, known)
     return Settled(saved, found, known, inputs, renamed, problems)
+
+
+def _renamed(original: ObjectGraph, saved: ObjectGraph) -> dict[int, str]:
+    """The original paths of nodes that have others now."""
+    return {
+        node: original.value_path(node, VARIABLE_VALUE) if entry.attributes else path
+        for node, (entry, path) in enumerate(zip(original.nodes, original.paths, strict=True))
+        if path != saved.paths[node]
+    }
 
 
 def _adapter_of(obj: Any, path: str) -> CheckpointAdapter | None:

@@ -171,7 +171,9 @@ class Checkpoint(AutoTrackable):
         checkpoint's attribute. Values of objects that do not exist yet wait for them.
 
         Args:
-          path: of a checkpoint, as `save` returned it; None restores nothing.
+          path: of a checkpoint, as `save` returned it, or of an `.npz` file, whose names are
+            matched with the paths of values ("/" or "." between local names). None restores
+            nothing.
           options: `cast`, `skip_slot_variables` and `max_inflight_bytes` apply.
 
         Raises:

@@ -82,7 +82,8 @@ def restore(
     """Restores what `save` saved, into the structure, dtypes, shapes and shardings of a target.
 
     Args:
-      path: of a checkpoint.
+      path: of a checkpoint, or of an `.npz` file. The latter holds names instead of an object
+        graph, which are split at "/", or at "." where none has a "/".
       target: arrays, `jax.ShapeDtypeStruct`s (with shardings), Python values, or an
         `nnx.Module`, which is restored in place.
       strict: whether a value that only one side has is an error. If not, the target keeps its
@@ -178,7 +179,7 @@ def load(
     """Reads a checkpoint without a target.
 
     Args:
-      path: of a checkpoint.
+      path: of a checkpoint, or of an `.npz` file.
       only: a pattern, a list of patterns, or a predicate on paths: what to read. The result
         then holds nothing else; a list with gaps becomes a dict by position.
       sharding: a `jax.sharding.Sharding`, or a function `(path, jax.ShapeDtypeStruct)` that

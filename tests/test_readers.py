@@ -165,7 +165,7 @@ def test_a_closed_reader_refuses_to_read_and_holds_no_file(tmp_path):
     reader = ckpt.load_checkpoint(path)
     reader.close()
     assert not open_files(str(tmp_path))
-    with pytest.raises(ValueError, match="closed"):
+    with pytest.raises(RuntimeError, match="closed"):
         reader.get_tensor("w")
 
 
@@ -333,6 +333,21 @@ def test_the_paths_of_a_report_are_global_names(tmp_path):
     zeros = jax.tree.map(np.zeros_like, tree)
     restored = ckpt.restore(named(tmp_path, by_path), zeros)
     jax.tree.map(np.testing.assert_array_equal, restored, tree)
+
+
+def test_an_object_of_a_registered_saver_has_no_global_name(tmp_path):
+    path = named(tmp_path, {"pair/v1": B, "w": W})
+    with ckpt.registration_scope():
+        ckpt.register_checkpoint_saver(
+            name="pairs",
+            predicate=lambda obj: isinstance(obj, Pair),
+            save_fn=lambda objects, prefix: None,
+            restore_fn=lambda objects, prefix: pytest.fail("there is nothing for it"),
+        )
+        target = {"pair": Pair(), "w": np.zeros_like(W)}
+        report = ckpt.plan_restore(path, target)
+        assert [entry.path for entry in report.missing] == ["pair"]
+        np.testing.assert_array_equal(ckpt.restore(path, target, strict=False)["w"], W)
 
 
 def test_what_stays_unused_is_logged_unless_it_is_expected(tmp_path, caplog):

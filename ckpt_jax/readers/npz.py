@@ -10,6 +10,7 @@ refused, as are arrays of objects and records.
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import zipfile
@@ -61,7 +62,7 @@ class NpzReader:
     def read(self, name: str) -> np.ndarray | bytes:
         """The value under a name."""
         if self._zip.fp is None:
-            raise ValueError(f"{self.path}: the reader is closed")
+            raise RuntimeError(f"{self.path}: the reader is closed")
         shape, dtype = self._headers[name]
         spec = _spec(shape, dtype)
         if spec.kind == "unreadable":
@@ -105,11 +106,11 @@ class NpzReader:
     def _damage(self, name: str) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError:
-            raise
         except RuntimeError as error:  # encrypted, or compressed in an unusual way
             raise UnsupportedFormatError(f"{self.path}: {name}: {error}") from error
         except _DAMAGE as error:
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise  # anything but a seek to where no file can reach
             where = f"{self.path}: {name}" if name else self.path
             raise CorruptCheckpointError(
                 f"{where}: damaged or incomplete: {error}", file=self.path, key=name or None
