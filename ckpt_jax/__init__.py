@@ -11,6 +11,7 @@ them. See `Checkpoint` for objects, `save`, `restore` and `load` for trees, `io`
 """
 
 from ckpt_jax import io
+from ckpt_jax.adapting import CheckpointAdapter, ReshardCallback
 from ckpt_jax.checkpoint import Checkpoint
 from ckpt_jax.errors import (
     AsyncSaveError,
@@ -24,6 +25,7 @@ from ckpt_jax.errors import (
     UnsaveableError,
     UnsupportedFormatError,
 )
+from ckpt_jax.frozen import FrozenSaver
 from ckpt_jax.functional import load, plan_restore, restore, save
 from ckpt_jax.inspect import (
     CheckpointView,
@@ -36,6 +38,7 @@ from ckpt_jax.inspect import (
 )
 from ckpt_jax.latest import checkpoints_iterator, latest_checkpoint
 from ckpt_jax.manager import CheckpointManager
+from ckpt_jax.nodes import restore_nodes
 from ckpt_jax.options import (
     CheckpointOptions,
     MaxShardSize,
@@ -80,6 +83,7 @@ __all__ = [
     "AutoTrackable",
     "BarrierTimeoutError",
     "Checkpoint",
+    "CheckpointAdapter",
     "CheckpointError",
     "CheckpointManager",
     "CheckpointNotFoundError",
@@ -90,6 +94,7 @@ __all__ = [
     "CheckpointView",
     "CorruptCheckpointError",
     "Damage",
+    "FrozenSaver",
     "KeepAny",
     "KeepBest",
     "KeepEveryNSteps",
@@ -102,6 +107,7 @@ __all__ = [
     "PythonState",
     "RegistrationError",
     "ReportEntry",
+    "ReshardCallback",
     "RestoreMismatchError",
     "RestoreReport",
     "RetentionPolicy",
@@ -134,6 +140,7 @@ __all__ = [
     "register_view",
     "registration_scope",
     "restore",
+    "restore_nodes",
     "save",
     "save_object",
     "verify",

@@ -15,13 +15,14 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
+from ckpt_jax.adapting import Adapted, ReshardCallback, settle
 from ckpt_jax.arrays import host
 from ckpt_jax.arrays.values import ARRAY_KINDS, decode, describe, difference
 from ckpt_jax.errors import RegistrationError, RestoreMismatchError
@@ -90,7 +91,7 @@ def raise_problems(report: RestoreReport, path: str, cause: Exception | None = N
 # --- read and assign -------------------------------------------------------------------
 
 
-def read(plan: ReadPlan, reader: CheckpointReader, options: CheckpointOptions) -> list[Any]:
+def read(plan: ReadPlan, reader: Adapted, options: CheckpointOptions) -> list[Any]:
     """The value of each `Read` of a plan, each array once per dtype and placement."""
     requests: dict[tuple[str, Any, Any], int] = {}
     order = [requests.setdefault(_identity(r), len(requests)) for r in plan.reads]
@@ -133,7 +134,7 @@ def _request(read: Read) -> jax.ShapeDtypeStruct | None:
     )
 
 
-def nbytes_to_read(plan: ReadPlan, reader: CheckpointReader) -> int:
+def nbytes_to_read(plan: ReadPlan, reader: Adapted) -> int:
     """Bytes of values that this process needs for a plan, each once."""
     nbytes: dict[str, int] = {}
     for r in plan.reads:
@@ -147,7 +148,7 @@ def nbytes_to_read(plan: ReadPlan, reader: CheckpointReader) -> int:
 
 
 def execute(
-    plan: ReadPlan, live: LiveGraph, reader: CheckpointReader, options: CheckpointOptions
+    plan: ReadPlan, live: LiveGraph, reader: Adapted, options: CheckpointOptions
 ) -> tuple[Any, list[Any]]:
     """Reads what a plan says and puts it into the live objects; returns the root and the values."""
     calls = [_accepted(call, live) for call in plan.calls]
@@ -213,6 +214,13 @@ def _note_restored(obj: Any, uid: int) -> None:
     if _has_weakrefs(obj):
         key = id(obj)
         _restored_by[key] = weakref.ref(obj, lambda _: _restored_by.pop(key, None)), uid
+
+
+def note_restored(objects: Iterable[Any]) -> None:
+    """Remembers that objects were restored now, outside of a `Restoration`."""
+    uid = next(_uids)
+    for obj in objects:
+        _note_restored(obj, uid)
 
 
 def _restored_uid(obj: Any) -> int:
@@ -288,6 +296,7 @@ class Restoration:
         finalizer = weakref.finalize(self, self.left_over.log)
         finalizer.atexit = False  # at interpreter exit nobody is waiting any more
         self._bound: dict[int, list[weakref.ref[Any]]] = {}  # saved node -> its mutable objects
+        self._callbacks: Mapping[int, ReshardCallback] = {}  # by saved node
         self._trace = weakref.WeakMethod(trace)
         self._met: set[int] = set()  # saved nodes that have been bound, to whatever
         self._open_slots = [
@@ -302,18 +311,18 @@ class Restoration:
         trace = self._trace()
         assert trace is not None
         live = trace()
-        found = match(self.saved, live.graph)
-        if self._create_slots(live, found):
+        if self._create_slots(live):
             live = trace()
-            found = match(self.saved, live.graph)
-        return self._bind(live, found, reader)
+        return self._bind(live, lambda saved: match(saved, live.graph), reader)
 
     def attach(self, child: Any, saved: int) -> Any:
         """Restores into an object that appeared where `saved` was awaited; returns it."""
         live = live_graph(child, self.saved.object_keys[saved])
         before = Match(self._bound_in(live), {})
         with CheckpointReader(self.path) as reader:
-            return self._bind(live, extend(before, self.saved, live.graph, [(saved, 0)]), reader)
+            return self._bind(
+                live, lambda graph: extend(before, graph, live.graph, [(saved, 0)]), reader
+            )
 
     def attached(self) -> None:
         """Restores slots of which one end has just come. Where the other is, only a walk from
@@ -323,23 +332,22 @@ class Restoration:
         if not ends or trace is None:
             return
         live = trace()
-        found = match(self.saved, live.graph)
-        if self._create_slots(live, found):
+        if self._create_slots(live):
             live = trace()
-            found = match(self.saved, live.graph)
-        new = [found.bound[slot.node] for _, slot in ends if slot.node in found.bound]
+        slots = frozenset([slot.node for _, slot in ends])
         with CheckpointReader(self.path) as reader:
-            self._bind(live, found, reader, frozenset(reachable(live.graph, new)))
+            self._bind(live, lambda saved: match(saved, live.graph), reader, slots)
 
-    def _create_slots(self, live: LiveGraph, found: Match) -> bool:
+    def _create_slots(self, live: LiveGraph) -> bool:
         """Asks optimizers that can make slot variables for those that they lack."""
+        bound = match(self.saved, live.graph).bound if self._open_slots else {}
         created = False
         for optimizer, slot in self._open_slots:
-            if slot.node in found.bound or not {optimizer, slot.variable} <= found.bound.keys():
+            if slot.node in bound or not {optimizer, slot.variable} <= bound.keys():
                 continue
-            create = getattr(live.objects[found.bound[optimizer]], "create_slot", None)
+            create = getattr(live.objects[bound[optimizer]], "create_slot", None)
             if create is not None:
-                variable = live.objects[found.bound[slot.variable]]
+                variable = live.objects[bound[slot.variable]]
                 created = create(slot.name, variable) is not None or created
         return created
 
@@ -356,39 +364,54 @@ class Restoration:
     def _bind(
         self,
         live: LiveGraph,
-        found: Match,
+        rematch: Callable[[ObjectGraph], Match],
         reader: CheckpointReader,
-        only: frozenset[int] | None = None,
+        among: frozenset[int] | None = None,
     ) -> Any:
-        """Reads and assigns what a match says, for all nodes or some; returns the root."""
+        """Reads and assigns what a match says; returns the root.
+
+        Args:
+          among: saved nodes: nothing else is restored. All by default.
+        """
+        settled = settle(self.saved, live, rematch, reader, self._callbacks)
+        saved, found = settled.saved, settled.found
+        only = None
+        if among is not None:
+            new = [found.bound[node] for node in among if node in found.bound]
+            only = frozenset(reachable(live.graph, new))
         newer = frozenset(
             i
             for i, obj in enumerate(live.objects)
             if (only is None or i in only) and _restored_uid(obj) < self.uid
         )
         plan = plan_read(
-            self.saved,
+            saved,
             live,
             found,
             path=self.path,
             fits=fits(self.options.cast),
+            saved_paths=settled.saved_paths,
             only=newer,
             skip_slots=self.options.skip_slot_variables,
         )
         fatal = replace(
             plan.report,
             missing=abstract_only(plan.report.missing, live),
-            mismatched=tuple([entry for entry in plan.report.mismatched if entry.expected]),
+            mismatched=(
+                *settled.problems,
+                *[entry for entry in plan.report.mismatched if entry.expected],
+            ),
             unexpected=(),
         )
         if fatal.missing or fatal.mismatched:
             raise_problems(fatal, self.path)
-        root, new = execute(plan, live, reader, self.options)
+        root, new = execute(plan, live, Adapted(reader, settled.inputs), self.options)
+        self.saved, self._callbacks = saved, settled.callbacks
         for value in new:
             _note_restored(value, self.uid)
         self.left_over.nodes -= plan.used
         if only is None:
-            log_conflicts(self.saved, found)
+            log_conflicts(saved, found)
         self._remember(live, found, only)
         return root
 

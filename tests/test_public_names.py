@@ -21,6 +21,9 @@ PUBLIC = (
     "no_automatic_dependency_tracking",
     "SlotOwner",
     "register_view",
+    "CheckpointAdapter",
+    "ReshardCallback",
+    "FrozenSaver",
     # checkpoints of pytrees
     "save",
     "restore",
@@ -28,6 +31,7 @@ PUBLIC = (
     "plan_restore",
     "save_object",
     "load_object",
+    "restore_nodes",
     # looking into one
     "CheckpointReader",
     "load_checkpoint",

@@ -23,14 +23,22 @@ class _Scope:
 
     def submodules(self) -> list[str]:
         """Names below which there are variables, in any collection."""
-        names = [name for tree in self.variables.values() for name, x in tree.items() if _is_tree(x)]
+        names = [
+            name for tree in self.variables.values() for name, x in tree.items() if _is_tree(x)
+        ]
         return list(dict.fromkeys(names))
 
     def children(self) -> list[tuple[Label, Any]]:
         scopes = [
             (
                 name,
-                _Scope({c: tree[name] for c, tree in self.variables.items() if _is_tree(tree.get(name))}),
+                _Scope(
+                    {
+                        c: tree[name]
+                        for c, tree in self.variables.items()
+                        if _is_tree(tree.get(name))
+                    }
+                ),
             )
             for name in self.submodules()
         ]

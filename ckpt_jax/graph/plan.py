@@ -113,6 +113,8 @@ class _Planner:
             if node_id in self.skipped_live or (only is not None and node_id not in only):
                 continue
             source = sources.get(node_id)
+            if self.saved.named and node.saver:
+                source = None  # a saver reads only what a saver wrote
             if source is not None and (node.saver or self.saved.nodes[source].saver):
                 self.by_saver(node_id, node, source)
                 continue
