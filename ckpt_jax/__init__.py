@@ -70,6 +70,7 @@ from ckpt_jax.trackable.base import (
     no_automatic_dependency_tracking,
 )
 from ckpt_jax.trackable.view import register_view
+from ckpt_jax.transforms import Cast, Stack, Transpose, Unstack
 from ckpt_jax.verifying import Damage, VerifyReport, verify
 from ckpt_jax.version import __version__ as __version__
 
@@ -77,6 +78,7 @@ __all__ = [
     "AsyncSaveError",
     "AutoTrackable",
     "BarrierTimeoutError",
+    "Cast",
     "Checkpoint",
     "CheckpointError",
     "CheckpointManager",
@@ -106,9 +108,12 @@ __all__ = [
     "ShardByProcess",
     "ShardError",
     "SlotOwner",
+    "Stack",
     "Trackable",
     "TrackableView",
+    "Transpose",
     "UnsaveableError",
+    "Unstack",
     "UnsupportedFormatError",
     "Variable",
     "VerifyReport",

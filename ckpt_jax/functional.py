@@ -15,20 +15,22 @@ from ckpt_jax.errors import RestoreMismatchError
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.match import match
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
-from ckpt_jax.graph.patterns import Rule, Selection, selects
-from ckpt_jax.graph.patterns import rename as renamed
-from ckpt_jax.graph.plan import ReadPlan, plan_read
+from ckpt_jax.graph.patterns import Selection, selects
+from ckpt_jax.graph.plan import ReadPlan
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
+from ckpt_jax.renaming import Renamed, Rule
+from ckpt_jax.renaming import rename as renamed
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring import (
     abstract_only,
     execute,
-    fits,
     live_graph,
     nbytes_to_read,
+    plan_restoring,
     raise_problems,
+    renamed_reader,
 )
 from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.store.index import dtype_of
@@ -86,8 +88,17 @@ def restore(
         `nnx.Module`, which is restored in place.
       strict: whether a value that only one side has is an error. If not, the target keeps its
         own value where the checkpoint has none.
-      rename: ordered rules (saved pattern, target pattern) for values that moved; for each
-        value the first rule that matches counts.
+      rename: ordered rules (saved pattern, target pattern, *transforms) for values that moved;
+        for each value the first rule that matches counts. In a pattern "*" stands for any text
+        without "/", "**" for any text, "?" for one character, and in the target pattern for what
+        those of the saved pattern matched, in order; a compiled regular expression works as
+        well. Transforms are `Transpose`, `Cast`, `Stack` and `Unstack`:
+
+            rename=[
+                ("encoder/**", "backbone/**"),
+                ("head/weight", "head/kernel", ckpt.Transpose()),
+                ("layers_*/kernel", "layers/kernel", ckpt.Stack(axis=0)),
+            ]
       options: how.
 
     Returns:
@@ -101,14 +112,15 @@ def restore(
     options = options or DEFAULT
     with CheckpointReader(path) as reader:
         live = live_graph(target)
-        plan = _plan(reader, live, rename, options)
+        saved = renamed(reader.object_graph, rename)
+        plan = _plan(reader, saved, live, options)
         fatal = plan.report
         if not strict:
             missing = abstract_only(fatal.missing, live)
             fatal = replace(fatal, unexpected=(), missing=missing)
         if fatal.missing or fatal.unexpected or fatal.mismatched:
             raise_problems(fatal, reader.path)
-        return execute(plan, live, reader, options)[0]
+        return execute(plan, live, renamed_reader(reader, saved), options)[0]
 
 
 @without_gc()
@@ -128,24 +140,16 @@ def plan_restore(
       The report; `print` shows it as a table.
     """
     with CheckpointReader(path) as reader:
-        plan = _plan(reader, live_graph(target), rename, options or DEFAULT)
-        return replace(plan.report, nbytes=nbytes_to_read(plan, reader))
+        saved = renamed(reader.object_graph, rename)
+        plan = _plan(reader, saved, live_graph(target), options or DEFAULT)
+        return replace(plan.report, nbytes=nbytes_to_read(plan, renamed_reader(reader, saved)))
 
 
 def _plan(
-    reader: CheckpointReader, live: LiveGraph, rules: Iterable[Rule], options: CheckpointOptions
+    reader: CheckpointReader, saved: Renamed, live: LiveGraph, options: CheckpointOptions
 ) -> ReadPlan:
-    moved = renamed(reader.object_graph, rules)
-    found = match(moved.graph, live.graph)
-    plan = plan_read(
-        moved.graph,
-        live,
-        found,
-        path=reader.path,
-        fits=fits(options.cast),
-        saved_paths=moved.saved_paths,
-        skip_slots=options.skip_slot_variables,
-    )
+    found = match(saved.graph, live.graph)
+    plan, problems = plan_restoring(saved, live, found, reader.path, options)
     # Nothing appears later in a functional restore: what would wait is unexpected.
     report = plan.report
     left_over = [
@@ -153,7 +157,6 @@ def _plan(
         for entry in (*report.unexpected, *report.deferred)
         if not _is_bookkeeping(reader.object_graph, entry)
     ]
-    problems = tuple(ReportEntry(path, what=what) for path, what in moved.problems)
     report = replace(
         report,
         unexpected=tuple(left_over),

@@ -24,6 +24,10 @@ PUBLIC = (
     "restore",
     "load",
     "plan_restore",
+    "Transpose",
+    "Cast",
+    "Stack",
+    "Unstack",
     # looking into one
     "CheckpointReader",
     "load_checkpoint",
