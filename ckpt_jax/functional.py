@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
 
-from ckpt_jax.arrays import host
 from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.errors import RestoreMismatchError
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.match import match
-from ckpt_jax.graph.model import LeafSpec, ObjectGraph
+from ckpt_jax.graph.model import Attribute, ObjectGraph
 from ckpt_jax.graph.patterns import Selection, selects
 from ckpt_jax.graph.plan import ReadPlan
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.placing import Place, Structs, with_shardings
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.renaming import Renamed, Rule
 from ckpt_jax.renaming import rename as renamed
-from ckpt_jax.report import ReportEntry, RestoreReport
+from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.restoring import (
     abstract_only,
     execute,
@@ -183,8 +183,9 @@ def load(
       path: of a checkpoint.
       only: a pattern, a list of patterns, or a predicate on paths: what to read. The result
         then holds nothing else; a list with gaps becomes a dict by position.
-      sharding: a `jax.sharding.Sharding`, or a function `(path, jax.ShapeDtypeStruct)` that
-        gives one (or None), to place arrays on devices. Without it arrays are numpy arrays.
+      sharding: to place arrays on devices: a `jax.sharding.Sharding`, a function
+        `(path, jax.ShapeDtypeStruct)` that gives one or None, or a tree of shardings, in which
+        one stands for everything below its place. What gets none becomes a numpy array.
 
     Returns:
       Dicts, lists, tuples and scalars as they were saved; objects of other kinds as dicts.
@@ -192,6 +193,7 @@ def load(
     Raises:
       CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
       KeyError: `only` selects nothing.
+      RestoreMismatchError: values cannot be placed as `sharding` says; it names all of them.
     """
     with CheckpointReader(path) as reader:
         saved = reader.object_graph
@@ -203,12 +205,8 @@ def load(
         }
         if only is not None and not wanted:
             raise KeyError(f"{reader.path} holds nothing that {only!r} selects")
-        requests = {
-            attribute.key: _request(
-                saved.value_path(node, attribute.name), attribute.spec, sharding
-            )
-            for (node, _), attribute in wanted.items()
-        }
+        placements = {} if sharding is None else _placements(saved, wanted, sharding, reader.path)
+        requests = {attribute.key: placements.get(at) for at, attribute in wanted.items()}
         data = reader.read(requests)
         values: dict[int, dict[str, Any]] = {}
         for (node, name), attribute in wanted.items():
@@ -217,19 +215,23 @@ def load(
         return _build(saved, values, everything=only is None)
 
 
-def _request(path: str, spec: LeafSpec, sharding: Any) -> jax.ShapeDtypeStruct | None:
-    if sharding is None or spec.kind not in ("array", "numpy"):
-        return None
-    struct = jax.ShapeDtypeStruct(spec.shape, dtype_of(spec.dtype))
-    if callable(sharding):
-        sharding = sharding(path, struct)
-        if sharding is None:
-            return None
-    if problem := host.placement_problem(spec.shape, sharding):
+def _placements(
+    saved: ObjectGraph, wanted: Mapping[Place, Attribute], sharding: Any, path: str
+) -> Structs:
+    """What `load` places on devices, and where; raises naming all that cannot lie there."""
+    structs = {
+        place: jax.ShapeDtypeStruct(attribute.spec.shape, dtype_of(attribute.spec.dtype))
+        for place, attribute in wanted.items()
+        if attribute.spec.kind in ("array", "numpy")
+    }
+    placements, problems = with_shardings(saved, structs, sharding)
+    if problems:
+        entries = tuple([ReportEntry(where, what=what) for where, what in problems])
+        report = RestoreReport(path, mismatched=entries)
         raise RestoreMismatchError(
-            f"{path}: {problem}", RestoreReport(path, mismatched=(ReportEntry(path, what=problem),))
+            describe_problems(report, path, "Nothing was read. Pass a sharding= that fits."), report
         )
-    return jax.ShapeDtypeStruct(spec.shape, struct.dtype, sharding=sharding)
+    return placements
 
 
 def _build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:

@@ -8,7 +8,7 @@ stays what it is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,16 +16,15 @@ import jax
 
 from ckpt_jax.arrays import host
 from ckpt_jax.graph.labels import Label, local_name, readable, unescape
-from ckpt_jax.graph.model import Attribute, ObjectGraph
+from ckpt_jax.graph.model import ObjectGraph
 from ckpt_jax.graph.plan import reachable
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.report import nearest
 from ckpt_jax.trackable.view import view_of
 
 Place = tuple[int, str]  # node and attribute
-Wishes = dict[Place, jax.sharding.Sharding]
+Structs = dict[Place, jax.ShapeDtypeStruct]
 Problems = list[tuple[str, str]]
-_PLACED = ("array", "prng_key")
 
 
 def placed(
@@ -41,65 +40,64 @@ def placed(
     """
     if shardings is None:
         return live, []
-
-    def struct(node: int, attribute: Attribute) -> jax.ShapeDtypeStruct:
-        value = live.values[node][attribute.name]
-        return jax.ShapeDtypeStruct(value.shape, value.dtype)
-
-    wishes, problems = wishes_for(
-        live.graph, shardings, _PLACED, struct, root_key=root_key, known=known
+    structs: Structs = {}
+    for node, attribute in live.graph.attributes():
+        if attribute.spec.kind in ("array", "prng_key"):
+            value = live.values[node][attribute.name]
+            structs[node, attribute.name] = jax.ShapeDtypeStruct(value.shape, value.dtype)
+    wishes, problems = with_shardings(
+        live.graph, structs, shardings, root_key=root_key, known=known
     )
     values: list[Mapping[str, Any]] = list(live.values)
-    for (node, name), sharding in wishes.items():
-        value = values[node][name]
-        if host.placement_problem(value.shape, sharding) is None:
-            wish = jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=sharding)
-            values[node] = {**values[node], name: wish}
-    for (node, name), sharding in wishes.items():
-        if problem := host.placement_problem(live.values[node][name].shape, sharding):
-            problems.append((live.graph.value_path(node, name), problem))
+    for (node, name), wish in wishes.items():
+        values[node] = {**values[node], name: wish}
     return replace(live, values=tuple(values)), problems
 
 
-def wishes_for(
+def with_shardings(
     graph: ObjectGraph,
+    structs: Structs,
     shardings: Any,
-    kinds: Sequence[str],
-    struct: Callable[[int, Attribute], jax.ShapeDtypeStruct],
     *,
     root_key: str = "",
     known: Sequence[ObjectGraph] = (),
-) -> tuple[Wishes, Problems]:
-    """The sharding that is wished for each value of some kinds, and what is wrong with a wish."""
-    attributes = [(node, a) for node, a in graph.attributes() if a.spec.kind in kinds]
+) -> tuple[Structs, Problems]:
+    """Those of some values for which there is a wish, with it, and what is wrong with wishes."""
+    problems: Problems = []
+    wishes: dict[Place, Any] = {}
     if isinstance(shardings, jax.sharding.Sharding):
-        return {(node, a.name): shardings for node, a in attributes}, []
-    if callable(shardings) and view_of(shardings) is None:
-        wishes: Wishes = {}
-        problems: Problems = []
-        for node, attribute in attributes:
-            path = graph.value_path(node, attribute.name)
-            wish = shardings(path, struct(node, attribute))
-            if isinstance(wish, jax.sharding.Sharding):
-                wishes[node, attribute.name] = wish
-            elif wish is not None:
-                problems.append((path, _no_sharding(wish)))
-        return wishes, problems
-    return _by_tree(graph, shardings, attributes, root_key, known)
+        wishes = dict.fromkeys(structs, shardings)
+    elif callable(shardings) and view_of(shardings) is None:
+        for (node, name), struct in structs.items():
+            wishes[node, name] = shardings(graph.value_path(node, name), struct)
+    else:
+        wishes, problems = _by_tree(graph, shardings, structs, root_key, known)
+    found: Structs = {}
+    for place, wish in wishes.items():
+        struct = structs[place]
+        if wish is None:
+            continue
+        if not isinstance(wish, jax.sharding.Sharding):
+            problems.append((graph.value_path(*place), _no_sharding(wish)))
+        elif problem := host.placement_problem(struct.shape, wish):
+            problems.append((graph.value_path(*place), problem))
+        else:
+            found[place] = jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=wish)
+    return found, problems
 
 
 def _by_tree(
     graph: ObjectGraph,
     tree: Any,
-    attributes: Sequence[tuple[int, Attribute]],
+    places: Collection[Place],
     root_key: str,
     known: Sequence[ObjectGraph],
-) -> tuple[Wishes, Problems]:
+) -> tuple[dict[Place, Any], Problems]:
     root = [unescape(name) for name in root_key.split("/")] if root_key else []
     names_of: dict[int, list[str]] = {}
-    for node, attribute in attributes:
-        names_of.setdefault(node, []).append(attribute.name)
-    wishes: Wishes = {}
+    for node, name in places:
+        names_of.setdefault(node, []).append(name)
+    wishes: dict[Place, Any] = {}
     problems: Problems = []
     edges = _Edges(graph)
     others = [_Edges(other) for other in known]

@@ -363,11 +363,11 @@ def test_a_report_says_how_values_change_and_what_there_is_to_read():
 def test_the_table_of_a_notebook_escapes_names_and_shows_problems_first():
     restored = tuple(ReportEntry(f"v{i}", "int") for i in range(50))
     report = RestoreReport(
-        "<dir>", restored=restored, missing=(ReportEntry("<b>&", "int", nearest=("<i>",)),)
+        "<dir>", restored=restored, missing=(ReportEntry("<u>&", "int", nearest=("<i>",)),)
     )
     text = report._repr_html_()
-    assert "<dir>" not in text and "<b>&" not in text and "<i>" not in text
-    assert "&lt;b&gt;&amp;" in text and "nearest: &lt;i&gt;" in text
+    assert "<dir>" not in text and "<u>&" not in text and "<i>" not in text
+    assert "&lt;u&gt;&amp;" in text and "nearest: &lt;i&gt;" in text
     assert text.index("missing</b> (1)") < text.index("restored</b> (50)")
     assert "<summary>30 more</summary>" in text and text.count("<code>") == 51
     assert text.count("<details") == text.count("</details>") == 3
