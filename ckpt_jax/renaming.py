@@ -224,7 +224,7 @@ class _Renaming:
         self.derived: dict[str, Derived] = {}
         self.problems: list[tuple[str, str]] = []
         self.consumed: set[int] = set()
-        self.new_paths: dict[int, str] = {}  # of derived nodes
+        self.made: dict[tuple[object, ...], int] = {}  # derived nodes by what they are made of
 
     def run(self) -> Renamed:
         moves, found = self.apply_rules()
@@ -322,9 +322,15 @@ class _Renaming:
 
     def add_group(self, group: _Group) -> None:
         """A node for a group of values, and further ones for what optimizers hold for them."""
+        what = (group.members, group.transforms, group.take)
+        node = self.made.get(what)
+        if node is not None:  # values that were tied stay tied
+            self.insert(node, group.target, group.saved_path)
+            return
         node = self.add_node(group, group.target, group.members)
         if node is None:
             return
+        self.made[what] = node
         self.insert(node, group.target, group.saved_path)
         self.consumed.update(group.members)
         for optimizer, name, slots in slot_groups(self.graph, group.members):
@@ -382,20 +388,18 @@ class _Renaming:
             self.edges[here].append((names[-1], child))
 
     def finish(self) -> Renamed:
-        nodes = [
-            replace(
-                node, children=tuple(self.edges[i]), slots=(*node.slots, *self.slots.get(i, ()))
-            )
-            for i, node in enumerate(self.nodes)
-        ]
+        nodes = [self.finished(i, node) for i, node in enumerate(self.nodes)]
         # What was made into something else is gone, unless another edge still leads to it.
         gone = self.consumed & _unreachable(nodes)
-        nodes = [
-            replace(node, attributes=())
-            if i in gone
-            else replace(node, slots=tuple([slot for slot in node.slots if slot.node not in gone]))
-            for i, node in enumerate(nodes)
-        ]
+        if gone:
+            nodes = [
+                replace(node, attributes=())
+                if i in gone
+                else replace(node, slots=tuple([s for s in node.slots if s.node not in gone]))
+                if node.slots
+                else node
+                for i, node in enumerate(nodes)
+            ]
         keys = list(object_keys(nodes))
         for i in _unreachable(nodes):
             if i < len(self.graph.nodes):  # left behind: known by the name that it had
@@ -410,6 +414,12 @@ class _Renaming:
                     else self.graph.paths[i]
                 )
         return Renamed(renamed, self.saved_paths, tuple(self.problems), self.derived)
+
+    def finished(self, number: int, node: Node) -> Node:
+        children, slots = tuple(self.edges[number]), self.slots.get(number, ())
+        if children == node.children and not slots:
+            return node
+        return replace(node, children=children, slots=(*node.slots, *slots))
 
 
 def slot_groups(

@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -203,9 +204,34 @@ def test_two_places_that_derive_from_one_value_do_not_share_memory(tmp_path):
     shared = np.arange(6.0)
     path = ckpt.save(tmp_path / "a", {"a": shared, "b": shared})
     target = {"a": np.zeros(6), "b": np.zeros(6)}
-    found = ckpt.restore(path, target, rename=[("*", "*", ckpt.Cast("float64"))])
+    rules = [("a", "a", ckpt.Cast("float64")), ("b", "b", ckpt.Transpose())]
+    found = ckpt.restore(path, target, rename=rules)
     found["a"][:] = 0
     np.testing.assert_array_equal(found["b"], shared)
+
+
+def test_tied_values_stay_tied_when_they_are_transposed(tmp_path):
+    class Tied(nnx.Module):
+        def __init__(self, value):
+            self.embed = nnx.Param(jnp.asarray(value))
+            self.head = self.embed
+
+    weight = RNG.normal(size=(3, 2)).astype(np.float32)
+    path = ckpt.save(tmp_path / "a", Tied(weight))
+    target = Tied(np.zeros((2, 3), np.float32))
+    ckpt.restore(path, target, rename=[("*", "*", ckpt.Transpose())])
+    assert target.head is target.embed
+    np.testing.assert_array_equal(target.embed[...], weight.T)
+
+
+def test_a_rule_may_put_everything_below_a_name_or_take_it_from_there(tmp_path):
+    tree = {"a": {"b": np.arange(3)}, "c": np.arange(2)}
+    path = ckpt.save(tmp_path / "a", tree)
+    found = ckpt.restore(path, {"model": tree}, rename=[("**", "model/**")])
+    jax.tree.map(np.testing.assert_array_equal, found, {"model": tree})
+    path = ckpt.save(tmp_path / "b", found)
+    found = ckpt.restore(path, tree, rename=[("model/**", "**")])
+    jax.tree.map(np.testing.assert_array_equal, found, tree)
 
 
 # --- problems --------------------------------------------------------------------------
@@ -259,6 +285,21 @@ def test_a_rule_cannot_stack_twice(tmp_path):
 
 
 # --- shardings and bytes ---------------------------------------------------------------
+
+
+def test_one_rule_stacks_parameters_and_the_moments_of_optax(tmp_path):
+    params = {f"layers_{i}": {"kernel": jnp.array(w)} for i, w in enumerate(LAYERS)}
+    optimizer = optax.adam(1e-3)
+    grads = jax.tree.map(lambda w: w + 1, params)
+    _, moments = optimizer.update(grads, optimizer.init(params))
+    path = ckpt.save(tmp_path / "a", {"params": params, "opt": moments})
+    scanned = {"layers": {"kernel": jnp.zeros((12, 4, 6))}}
+    target = {"params": scanned, "opt": optimizer.init(scanned)}
+    found = ckpt.restore(path, target, rename=[("**/layers_*/*", "**/layers/*", ckpt.Stack())])
+    np.testing.assert_array_equal(found["params"]["layers"]["kernel"], np.stack(LAYERS))
+    mu = found["opt"][0].mu["layers"]["kernel"]
+    assert mu.shape == (12, 4, 6)
+    np.testing.assert_array_equal(mu[7], moments[0].mu["layers_7"]["kernel"])
 
 
 @pytest.mark.parametrize("spec", [("data",), (None, "model"), ("data", None, "model")])
