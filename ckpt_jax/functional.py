@@ -168,7 +168,8 @@ def _plan(
 
 def _is_bookkeeping(saved: ObjectGraph, entry: ReportEntry) -> bool:
     """Whether an entry is the save counter that a Checkpoint adds to what it was given."""
-    return entry.path == SAVE_COUNTER and saved.nodes[0].container in ("", "list", "dict")
+    path = entry.saved_path or entry.path
+    return path == SAVE_COUNTER and saved.nodes[0].container in ("", "list", "dict")
 
 
 def load(

@@ -234,6 +234,12 @@ def test_a_rule_may_put_everything_below_a_name_or_take_it_from_there(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, tree)
 
 
+def test_the_save_counter_is_not_missed_where_a_rule_moved_everything(tmp_path):
+    path = ckpt.Checkpoint(w=jnp.arange(2.0)).save(tmp_path / "a")
+    found = ckpt.restore(path, {"model": {"w": jnp.zeros(2)}}, rename=[("**", "model/**")])
+    np.testing.assert_array_equal(found["model"]["w"], [0, 1])
+
+
 # --- problems --------------------------------------------------------------------------
 
 
@@ -310,6 +316,26 @@ def test_a_stacked_value_lands_on_the_sharding_of_the_target(layered, mesh42, sp
     found = ckpt.restore(layered, target, strict=False, rename=rules)["w"]
     assert found.sharding == sharding
     np.testing.assert_array_equal(found, np.stack(LAYERS))
+
+
+def test_values_are_made_in_batches_as_small_as_asked_for(layered, scanned):
+    small = ckpt.CheckpointOptions(max_inflight_bytes=1)
+    rules = [("model/layers_*/*", "model/layers/*", ckpt.Stack())]
+    target = {"model": {"layers": {"kernel": abstract(12, 4, 6), "bias": abstract(12, 6)}}}
+    found = ckpt.restore(layered, target, strict=False, rename=rules, options=small)
+    np.testing.assert_array_equal(found["model"]["layers"]["bias"], np.stack(LAYERS)[:, 0])
+    rules = [("model/layers/*", "*_*", ckpt.Unstack(index=1))]
+    target = {f"kernel_{i}": abstract(4, 6) for i in range(12)}
+    found = ckpt.restore(scanned, target, strict=False, rename=rules, options=small)
+    for i, w in enumerate(LAYERS):
+        np.testing.assert_array_equal(found[f"kernel_{i}"], w)
+
+
+def test_compressed_values_are_stacked(tmp_path):
+    zstd = ckpt.CheckpointOptions(compression="zstd")
+    path = ckpt.save(tmp_path / "a", {f"h{i}": w for i, w in enumerate(LAYERS)}, options=zstd)
+    found = ckpt.restore(path, {"h": abstract(12, 4, 6)}, rename=[("h*", "h", ckpt.Stack())])
+    np.testing.assert_array_equal(found["h"], np.stack(LAYERS))
 
 
 def test_unstacking_reads_only_the_rows_that_the_target_has(tmp_path, monkeypatch):
