@@ -184,10 +184,7 @@ class _Found:
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Saved nodes of which one new node is made, in order.
-
-    `steps` is what happens to a variable; a slot takes the same steps, but keeps its dtype open.
-    """
+    """Saved nodes of which one new node is made, in order, and how."""
 
     target: str
     members: tuple[int, ...]
@@ -196,6 +193,8 @@ class _Group:
     saved_path: str
 
     def derive(self, attributes: Sequence[Attribute], *, of_slot: bool = False) -> Derived:
+        """The value that is made of one attribute of each. A slot keeps its dtype open: what is
+        cast is the variable, and the optimizer decides what it keeps for it."""
         keys = [attribute.key for attribute in attributes]
         specs = [attribute.spec for attribute in attributes]
         steps: list[Step] = []
@@ -224,6 +223,7 @@ class _Renaming:
         self.derived: dict[str, Derived] = {}
         self.problems: list[tuple[str, str]] = []
         self.consumed: set[int] = set()
+        self.containers: dict[int, str] = {}  # rule -> what it matched that holds no values
         self.made: dict[tuple[object, ...], int] = {}  # derived nodes by what they are made of
 
     def run(self) -> Renamed:
@@ -245,38 +245,43 @@ class _Renaming:
         moves: list[tuple[int, str, str]] = []
         found: dict[int, list[_Found]] = defaultdict(list)
         matched: set[int] = set()
-        containers: dict[int, str] = {}  # matched, but held no values
         paths: list[str] = []
         for node_id, node in enumerate(self.graph.nodes):
-            self.edges[node_id] = []
-            keys = _child_paths(self.graph, node_id)
-            for (label, child), path in zip(node.children, keys, strict=True):
-                values = self.graph.nodes[child].attributes
-                holds_values = bool(values or self.graph.nodes[child].saver)
+            kept = self.edges[node_id] = []
+            for (label, child), path in zip(
+                node.children, _child_paths(self.graph, node_id), strict=True
+            ):
                 paths.append(path)
-                for number, rule in enumerate(self.rules):
-                    match = rule.pattern.fullmatch(path)
-                    if match is None:
-                        continue
-                    if rule.transforms and values:
-                        matched.add(number)
-                        found[number].append(_Found(child, path, match))
-                        break
-                    if not rule.transforms and (holds_values or not rule.pattern.groups):
-                        matched.add(number)
-                        target = rule.target(match)
-                        if target == path:
-                            self.edges[node_id].append((label, child))
-                        else:
-                            moves.append((child, path, target))
-                        break
-                    containers.setdefault(number, path)
+                number, match = self.rule_for(path, child)
+                if match is None:
+                    kept.append((label, child))
+                    continue
+                matched.add(number)
+                rule = self.rules[number]
+                if rule.transforms:
+                    found[number].append(_Found(child, path, match))
+                elif (target := rule.target(match)) == path:
+                    kept.append((label, child))
                 else:
-                    self.edges[node_id].append((label, child))
+                    moves.append((child, path, target))
         for number, rule in enumerate(self.rules):
             if number not in matched:
-                self.problems.append(_unmatched(rule, containers.get(number), paths))
+                self.problems.append(_unmatched(rule, self.containers.get(number), paths))
         return moves, found
+
+    def rule_for(self, path: str, child: int) -> tuple[int, re.Match[str] | None]:
+        """The first rule that applies to a path. Wildcards and transforms are for values."""
+        node = self.graph.nodes[child]
+        for number, rule in enumerate(self.rules):
+            match = rule.pattern.fullmatch(path)
+            if match is None:
+                continue
+            if node.attributes:
+                return number, match
+            if not rule.transforms and (node.saver or not rule.pattern.groups):
+                return number, match
+            self.containers.setdefault(number, path)
+        return -1, None
 
     def groups_of(self, rule: _Rule, found: Sequence[_Found]) -> Iterator[_Group]:
         match rule.many:
