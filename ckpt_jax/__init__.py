@@ -75,6 +75,7 @@ from ckpt_jax.trackable.base import (
 )
 from ckpt_jax.trackable.optimizer import OptaxState, optax_state
 from ckpt_jax.trackable.view import register_view
+from ckpt_jax.transforms import Cast, Stack, Transpose, Unstack
 from ckpt_jax.verifying import Damage, VerifyReport, verify
 from ckpt_jax.version import __version__ as __version__
 
@@ -82,6 +83,7 @@ __all__ = [
     "AsyncSaveError",
     "AutoTrackable",
     "BarrierTimeoutError",
+    "Cast",
     "Checkpoint",
     "CheckpointAdapter",
     "CheckpointError",
@@ -115,9 +117,12 @@ __all__ = [
     "ShardByProcess",
     "ShardError",
     "SlotOwner",
+    "Stack",
     "Trackable",
     "TrackableView",
+    "Transpose",
     "UnsaveableError",
+    "Unstack",
     "UnsupportedFormatError",
     "Variable",
     "VerifyReport",

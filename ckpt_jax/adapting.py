@@ -8,7 +8,7 @@ read in another way: under another name (`object_name`), from other values
 
 `settle` works this into the saved graph before anything is planned. A renamed child is an edge
 with another label; a resharded value has the spec of its target. Match, plan, deferral, report
-and status see an ordinary graph. `Adapted` then reads such a value by way of its callback.
+and status see an ordinary graph. `ValueReader` then reads such a value by way of its callback.
 
 A slot variable follows its variable: the callback is propagated to the slots.
 """
@@ -17,12 +17,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from ckpt_jax.arrays import host
+from ckpt_jax.derived import DerivedReader
 from ckpt_jax.errors import RestoreMismatchError
 from ckpt_jax.graph.codec import object_keys
 from ckpt_jax.graph.labels import VARIABLE_VALUE, Label, local_name, object_key_of, path_of
@@ -297,7 +299,10 @@ def _problem(
     return f"asks for keys that the checkpoint lacks: {', '.join(unknown)}" if unknown else None
 
 
-class Adapted:
+_NONE: Mapping[str, Inputs] = MappingProxyType({})
+
+
+class ValueReader:
     """A checkpoint's reader, by which resharded values are read through their callbacks.
 
     Args:
@@ -305,7 +310,9 @@ class Adapted:
       inputs: by checkpoint key, as `settle` found them.
     """
 
-    def __init__(self, reader: CheckpointReader, inputs: Mapping[str, Inputs]):
+    def __init__(
+        self, reader: CheckpointReader | DerivedReader, inputs: Mapping[str, Inputs] = _NONE
+    ):
         self.path = reader.path
         self._reader = reader
         self._inputs = inputs

@@ -21,6 +21,8 @@ from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
+from ckpt_jax.renaming import Rule
+from ckpt_jax.renaming import rename as renamed
 from ckpt_jax.restoring import Restoration, live_graph
 from ckpt_jax.saving import begin
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
@@ -151,22 +153,33 @@ class Checkpoint(AutoTrackable):
         else:
             work()
 
-    def read(self, path: Path | None, options: CheckpointOptions | None = None) -> LoadStatus:
+    def read(
+        self,
+        path: Path | None,
+        options: CheckpointOptions | None = None,
+        *,
+        rename: Iterable[Rule] = (),
+    ) -> LoadStatus:
         """Restores what `write` saved, without touching the save counter; see `restore`."""
         options = options or DEFAULT
         self._background().wait()
         if path is None:
             return LoadStatus(None, self._trace_for_restore)
         with CheckpointReader(path) as reader:
-            restoration = Restoration(
-                reader.path, reader.object_graph, options, self._trace_for_restore
-            )
+            saved = renamed(reader.object_graph, rename)
+            restoration = Restoration(reader.path, saved, options, self._trace_for_restore)
             root = restoration.run(reader)
         if self.__dict__["_self_rooted"] and root is not self._root_object():
             self.__dict__["_self_root"] = root
         return LoadStatus(restoration, self._trace_for_restore)
 
-    def restore(self, path: Path | None, options: CheckpointOptions | None = None) -> LoadStatus:
+    def restore(
+        self,
+        path: Path | None,
+        options: CheckpointOptions | None = None,
+        *,
+        rename: Iterable[Rule] = (),
+    ) -> LoadStatus:
         """Restores objects from a checkpoint, matched by the names of the edges between them.
 
         Mutable objects change in place; pytrees are rebuilt, so read them back from the
@@ -176,7 +189,9 @@ class Checkpoint(AutoTrackable):
           path: of a checkpoint, as `save` returned it, or of an `.npz` file, whose names are
             matched with the paths of values ("/" or "." between local names). None restores
             nothing.
-          options: `cast`, `skip_slot_variables` and `max_inflight_bytes` apply.
+          options: `cast`, `skip_slot_variables`, `shardings` and `max_inflight_bytes` apply.
+          rename: ordered rules (saved pattern, target pattern, *transforms) for values that
+            moved; see `ckpt_jax.restore`. They hold for objects that appear later, too.
 
         Raises:
           CheckpointNotFoundError: nothing is there; the message lists what is near.
@@ -185,7 +200,7 @@ class Checkpoint(AutoTrackable):
           CorruptCheckpointError: bytes are damaged.
         """
         self._counter()
-        return self.read(path, options)
+        return self.read(path, options, rename=rename)
 
     def freeze(self) -> FrozenSaver:
         """A saver of the objects that are here now, which need not be traced again.

@@ -3,33 +3,36 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
 
-from ckpt_jax.adapting import Adapted, settle
-from ckpt_jax.arrays import host
+from ckpt_jax.adapting import ValueReader, settle
 from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.errors import RestoreMismatchError
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.match import match
-from ckpt_jax.graph.model import LeafSpec, Node, ObjectGraph
-from ckpt_jax.graph.patterns import Rule, Selection, selects
-from ckpt_jax.graph.patterns import rename as renamed
-from ckpt_jax.graph.plan import ReadPlan, plan_read
+from ckpt_jax.graph.model import Attribute, Node, ObjectGraph
+from ckpt_jax.graph.patterns import Selection, selects
+from ckpt_jax.graph.plan import ReadPlan
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.placing import Place, Structs, with_shardings
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.report import ReportEntry, RestoreReport
+from ckpt_jax.renaming import Rule
+from ckpt_jax.renaming import rename as renamed
+from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.restoring import (
     abstract_only,
+    adapted,
     execute,
-    fits,
     live_graph,
     nbytes_to_read,
+    plan_restoring,
     raise_problems,
+    value_reader,
 )
 from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.store.index import dtype_of
@@ -88,8 +91,17 @@ def restore(
         `nnx.Module`, which is restored in place.
       strict: whether a value that only one side has is an error. If not, the target keeps its
         own value where the checkpoint has none.
-      rename: ordered rules (saved pattern, target pattern) for values that moved; for each
-        value the first rule that matches counts.
+      rename: ordered rules (saved pattern, target pattern, *transforms) for values that moved;
+        for each value the first rule that matches counts. In a pattern "*" stands for any text
+        without "/", "**" for any text, "?" for one character, and in the target pattern for what
+        those of the saved pattern matched, in order; a compiled regular expression works as
+        well. Transforms are `Transpose`, `Cast`, `Stack` and `Unstack`:
+
+            rename=[
+                ("encoder/**", "backbone/**"),
+                ("head/weight", "head/kernel", ckpt.Transpose()),
+                ("layers_*/kernel", "layers/kernel", ckpt.Stack(axis=0)),
+            ]
       options: how.
 
     Returns:
@@ -103,14 +115,14 @@ def restore(
     options = options or DEFAULT
     with CheckpointReader(path) as reader:
         live = live_graph(target)
-        plan, adapted = _plan(reader, live, rename, options)
+        plan, source = _plan(reader, live, rename, options)
         fatal = plan.report
         if not strict:
             missing = abstract_only(fatal.missing, live)
             fatal = replace(fatal, unexpected=(), missing=missing)
         if fatal.missing or fatal.unexpected or fatal.mismatched:
             raise_problems(fatal, reader.path)
-        return execute(plan, live, adapted, options)[0]
+        return execute(plan, live, source, options)[0]
 
 
 @without_gc()
@@ -130,24 +142,17 @@ def plan_restore(
       The report; `print` shows it as a table.
     """
     with CheckpointReader(path) as reader:
-        plan, adapted = _plan(reader, live_graph(target), rename, options or DEFAULT)
-        return replace(plan.report, nbytes=nbytes_to_read(plan, adapted))
+        plan, source = _plan(reader, live_graph(target), rename, options or DEFAULT)
+        return replace(plan.report, nbytes=nbytes_to_read(plan, source))
 
 
 def _plan(
     reader: CheckpointReader, live: LiveGraph, rules: Iterable[Rule], options: CheckpointOptions
-) -> tuple[ReadPlan, Adapted]:
-    moved = renamed(reader.object_graph, rules)
-    settled = settle(moved.graph, live, lambda saved: match(saved, live.graph), reader)
-    plan = plan_read(
-        settled.saved,
-        live,
-        settled.found,
-        path=reader.path,
-        fits=fits(options.cast),
-        saved_paths={**settled.saved_paths, **moved.saved_paths},
-        skip_slots=options.skip_slot_variables,
-    )
+) -> tuple[ReadPlan, ValueReader]:
+    saved = renamed(reader.object_graph, rules)
+    settled = settle(saved.graph, live, lambda graph: match(graph, live.graph), reader)
+    saved = adapted(saved, settled)
+    plan, problems = plan_restoring(saved, live, settled.found, reader.path, options)
     # Nothing appears later in a functional restore: what would wait is unexpected.
     report = plan.report
     left_over = [
@@ -155,19 +160,19 @@ def _plan(
         for entry in (*report.unexpected, *report.deferred)
         if not _is_bookkeeping(reader.object_graph, entry)
     ]
-    problems = tuple(ReportEntry(path, what=what) for path, what in moved.problems)
     report = replace(
         report,
         unexpected=tuple(left_over),
         deferred=(),
         mismatched=(*problems, *settled.problems, *report.mismatched),
     )
-    return replace(plan, report=report), Adapted(reader, settled.inputs)
+    return replace(plan, report=report), value_reader(reader, saved, settled)
 
 
 def _is_bookkeeping(saved: ObjectGraph, entry: ReportEntry) -> bool:
     """Whether an entry is the save counter that a Checkpoint adds to what it was given."""
-    return entry.path == SAVE_COUNTER and saved.nodes[0].container in ("", "list", "dict")
+    path = entry.saved_path or entry.path
+    return path == SAVE_COUNTER and saved.nodes[0].container in ("", "list", "dict")
 
 
 def load(
@@ -182,8 +187,9 @@ def load(
       path: of a checkpoint, or of an `.npz` file.
       only: a pattern, a list of patterns, or a predicate on paths: what to read. The result
         then holds nothing else; a list with gaps becomes a dict by position.
-      sharding: a `jax.sharding.Sharding`, or a function `(path, jax.ShapeDtypeStruct)` that
-        gives one (or None), to place arrays on devices. Without it arrays are numpy arrays.
+      sharding: to place arrays on devices: a `jax.sharding.Sharding`, a function
+        `(path, jax.ShapeDtypeStruct)` that gives one or None, or a tree of shardings, in which
+        one stands for everything below its place. What gets none becomes a numpy array.
 
     Returns:
       Dicts, lists, tuples and scalars as they were saved; objects of other kinds as dicts.
@@ -191,6 +197,7 @@ def load(
     Raises:
       CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
       KeyError: `only` selects nothing.
+      RestoreMismatchError: values cannot be placed as `sharding` says; it names all of them.
     """
     with CheckpointReader(path) as reader:
         saved = reader.object_graph
@@ -202,12 +209,8 @@ def load(
         }
         if only is not None and not wanted:
             raise KeyError(f"{reader.path} holds nothing that {only!r} selects")
-        requests = {
-            attribute.key: _request(
-                saved.value_path(node, attribute.name), attribute.spec, sharding
-            )
-            for (node, _), attribute in wanted.items()
-        }
+        placements = {} if sharding is None else _placements(saved, wanted, sharding, reader.path)
+        requests = {attribute.key: placements.get(at) for at, attribute in wanted.items()}
         data = reader.read(requests)
         values: dict[int, dict[str, Any]] = {}
         for (node, name), attribute in wanted.items():
@@ -216,19 +219,23 @@ def load(
         return _build(saved, values, everything=only is None)
 
 
-def _request(path: str, spec: LeafSpec, sharding: Any) -> jax.ShapeDtypeStruct | None:
-    if sharding is None or spec.kind not in ("array", "numpy"):
-        return None
-    struct = jax.ShapeDtypeStruct(spec.shape, dtype_of(spec.dtype))
-    if callable(sharding):
-        sharding = sharding(path, struct)
-        if sharding is None:
-            return None
-    if problem := host.placement_problem(spec.shape, sharding):
+def _placements(
+    saved: ObjectGraph, wanted: Mapping[Place, Attribute], sharding: Any, path: str
+) -> Structs:
+    """What `load` places on devices, and where; raises naming all that cannot lie there."""
+    structs = {
+        place: jax.ShapeDtypeStruct(attribute.spec.shape, dtype_of(attribute.spec.dtype))
+        for place, attribute in wanted.items()
+        if attribute.spec.kind in ("array", "numpy")
+    }
+    placements, problems = with_shardings(saved, structs, sharding)
+    if problems:
+        entries = tuple([ReportEntry(where, what=what) for where, what in problems])
+        report = RestoreReport(path, mismatched=entries)
         raise RestoreMismatchError(
-            f"{path}: {problem}", RestoreReport(path, mismatched=(ReportEntry(path, what=problem),))
+            describe_problems(report, path, "Nothing was read. Pass a sharding= that fits."), report
         )
-    return jax.ShapeDtypeStruct(spec.shape, struct.dtype, sharding=sharding)
+    return placements
 
 
 def _build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:

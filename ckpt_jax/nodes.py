@@ -12,7 +12,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from ckpt_jax.adapting import Adapted
+from ckpt_jax.adapting import ValueReader
 from ckpt_jax.graph.match import Match
 from ckpt_jax.graph.model import Node, ObjectGraph
 from ckpt_jax.graph.plan import plan_read
@@ -80,7 +80,7 @@ def restore_nodes(
         fatal = replace(plan.report, unexpected=(), deferred=())
         if fatal.missing or fatal.mismatched:
             raise_problems(fatal, reader.path)
-        execute(plan, live, Adapted(reader, {}), options)
+        execute(plan, live, ValueReader(reader), options)
     note_restored(live.objects)
 
 

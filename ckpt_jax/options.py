@@ -166,7 +166,11 @@ class CheckpointOptions:
         saves nothing: TensorStore checks what it decodes in any case.
       max_inflight_bytes: host memory that a save or restore may use beyond the arrays' own.
       timeout_seconds: the longest wait for another process, where there are several.
-      shardings, progress, when_busy, broadcast: not built yet; anything but the default raises
+      shardings: where a restore places JAX arrays, whatever the target says: one
+        `jax.sharding.Sharding`, a function of (path, `jax.ShapeDtypeStruct`) that gives one or
+        None, or a tree of shardings. A sharding in a tree stands for everything below its place,
+        None for what the target says.
+      progress, when_busy, broadcast: not built yet; anything but the default raises
         NotImplementedError.
 
     Source: `tf.train.CheckpointOptions`.
@@ -207,7 +211,6 @@ class CheckpointOptions:
 
 
 _NOT_BUILT: dict[str, tuple[Any, str]] = {
-    "shardings": (None, "override where a restore places arrays; give the target shardings"),
     "progress": (None, "show the progress of long saves and restores"),
     "when_busy": ("wait", "skip a save while another is being written"),
     "broadcast": (False, "let one replica read for the others"),

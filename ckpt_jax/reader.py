@@ -7,7 +7,7 @@ format, which has no object graph, shows one that is made of its names.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import Any, TypeVar
@@ -180,6 +180,21 @@ class CheckpointReader:
     ) -> dict[str, Any]:
         """Several values at once; see `ckpt.io.read_slices`."""
         return read_values(self._source, requests, options)
+
+    def read_boxes(
+        self, requests: Mapping[str, Sequence[Box]], options: CheckpointOptions = DEFAULT
+    ) -> dict[tuple[str, Box], np.ndarray]:
+        """Several boxes of several arrays at once, by key and box."""
+        keys = list(requests)
+        found = self._source.read(
+            [(key, tuple(requests[key])) for key in keys],
+            max_inflight_bytes=options.max_inflight_bytes,
+        )
+        return {
+            (keys[number], box): part
+            for number, parts in found
+            for box, part in zip(requests[keys[number]], parts, strict=True)
+        }
 
     def as_saved(self, key: str, data: Any, spec: LeafSpec) -> Any:
         """What was read without a target, as the value that it was; arrays as they are."""

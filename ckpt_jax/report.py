@@ -2,13 +2,14 @@
 
 Every value of the checkpoint and of the program appears exactly once among `restored`,
 `missing`, `unexpected`, `mismatched` and `deferred`; `renamed` says which of them were found
-under another name.
+under another name, `reshaped` and `dtype_changes` which come back otherwise than they were saved.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import html
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 
@@ -34,6 +35,8 @@ class ReportEntry:
 
     def __str__(self) -> str:
         text = f"{self.path or '(root)'}: {self.what or self.expected or self.found}"
+        if self.saved_path not in ("", self.path):
+            text += f" <- {self.saved_path}"
         if self.nearest:
             text += f" (nearest: {', '.join(self.nearest)})"
         return text
@@ -51,6 +54,8 @@ class RestoreReport:
       mismatched: values that differ in kind, dtype or shape, or in what is shared.
       deferred: values that wait for their object to appear.
       renamed: entries of the others whose `saved_path` differs from their `path`.
+      reshaped: entries of `restored` that a rename rule stacks, unstacks or transposes.
+      dtype_changes: entries of `restored` that are converted to another dtype.
       nbytes: bytes that this process has to read for the restored values.
     """
 
@@ -61,6 +66,8 @@ class RestoreReport:
     mismatched: tuple[ReportEntry, ...] = ()
     deferred: tuple[ReportEntry, ...] = ()
     renamed: tuple[ReportEntry, ...] = ()
+    reshaped: tuple[ReportEntry, ...] = ()
+    dtype_changes: tuple[ReportEntry, ...] = ()
     nbytes: int = 0
 
     @property
@@ -77,7 +84,6 @@ class RestoreReport:
         Args:
           limit: the most rows to show of each kind; all by default.
         """
-        counts = ", ".join(f"{len(getattr(self, kind))} {kind}" for kind in _KINDS)
         rows: list[tuple[str, str, str]] = []
         for kind in _KINDS:
             entries = getattr(self, kind)
@@ -87,17 +93,88 @@ class RestoreReport:
                 rows.append((kind, f"... and {len(entries) - len(shown)} more", ""))
         width = max((len(path) for _, path, _ in rows), default=0)
         lines = [f"  {kind:<10}  {path:<{width}}  {what}".rstrip() for kind, path, what in rows]
-        return "\n".join([f"{self.path}: {counts}", *lines])
+        return "\n".join([f"{self.path}: {self._summary()}", *lines])
+
+    def _summary(self) -> str:
+        """How many there are of each kind, and of what else there is something to say about."""
+        counts = [f"{len(getattr(self, kind))} {kind}" for kind in _KINDS]
+        counts += [f"{len(found)} {what}" for what, found in self._changes() if found]
+        return ", ".join([*counts, *([_size(self.nbytes)] if self.nbytes else [])])
+
+    def _changes(self) -> list[tuple[str, tuple[ReportEntry, ...]]]:
+        return [
+            ("renamed", self.renamed),
+            ("reshaped", self.reshaped),
+            ("of another dtype", self.dtype_changes),
+        ]
+
+    def _repr_html_(self) -> str:
+        """The table for notebooks: the problems first and open, what is long folded."""
+        parts = [
+            f"<b>{html.escape(self.path)}</b><br>{html.escape(self._summary())}",
+            *[_html_section(kind, getattr(self, kind)) for kind in _KINDS if getattr(self, kind)],
+        ]
+        return f'<div style="line-height:1.5">{"".join(parts)}</div>'
 
 
 _KINDS = ("mismatched", "missing", "unexpected", "deferred", "restored")
+# Of medium lightness, so that they can be told apart on white and on black.
+_COLORS = {
+    "mismatched": "#d9485f",
+    "missing": "#c97a12",
+    "unexpected": "#9a6bd6",
+    "deferred": "#3f8fd2",
+    "restored": "#2f9e62",
+}
+_SHOWN = 20  # rows of a kind that HTML does not fold
 
 
 def _remark(entry: ReportEntry) -> str:
     text = entry.what or entry.expected or entry.found
+    if not entry.what and entry.expected and entry.found not in ("", entry.expected):
+        text = f"{entry.found} -> {entry.expected}"
     if entry.saved_path and entry.saved_path != entry.path:
         text += f" <- {entry.saved_path}"
     return f"{text}  nearest: {', '.join(entry.nearest)}" if entry.nearest else text
+
+
+def _size(nbytes: int) -> str:
+    """A number of bytes for people.
+
+    >>> _size(512), _size(3 << 20)
+    ('512 bytes', '3.0 MiB')
+    """
+    size, unit = float(nbytes), "bytes"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{nbytes} bytes" if unit == "bytes" else f"{size:.1f} {unit}"
+
+
+def _html_section(kind: str, entries: Sequence[ReportEntry]) -> str:
+    """The entries of one kind, under a heading that folds them."""
+    body = _html_rows(entries[:_SHOWN])
+    if len(entries) > _SHOWN:
+        rest = _html_rows(entries[_SHOWN:])
+        body += f"<details><summary>{len(entries) - _SHOWN} more</summary>{rest}</details>"
+    color = _COLORS[kind]
+    heading = f'<b style="color:{color}">{kind}</b> ({len(entries)})'
+    is_open = "" if kind == "restored" else " open"
+    return (
+        f'<details{is_open} style="border-left:3px solid {color};padding-left:8px;margin:4px 0">'
+        f"<summary>{heading}</summary>{body}</details>"
+    )
+
+
+def _html_rows(entries: Sequence[ReportEntry]) -> str:
+    cell = '<td style="text-align:left;padding:0 12px 0 0">'
+    rows = [
+        f"<tr>{cell}<code>{html.escape(entry.path or '(root)')}</code></td>"
+        f"{cell}{html.escape(_remark(entry))}</td></tr>"
+        for entry in entries
+    ]
+    return f"<table>{''.join(rows)}</table>"
 
 
 def nearest(path: str, candidates: Iterable[str], count: int = 2) -> tuple[str, ...]:

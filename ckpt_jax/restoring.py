@@ -22,9 +22,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from ckpt_jax.adapting import Adapted, ReshardCallback, settle
+from ckpt_jax.adapting import ReshardCallback, Settled, ValueReader, settle
 from ckpt_jax.arrays import host
 from ckpt_jax.arrays.values import ARRAY_KINDS, decode, describe, difference
+from ckpt_jax.derived import DerivedReader
 from ckpt_jax.errors import RegistrationError, RestoreMismatchError
 from ckpt_jax.graph.labels import Label, object_key_of, path_of
 from ckpt_jax.graph.match import Match, extend, match
@@ -40,9 +41,12 @@ from ckpt_jax.graph.plan import (
 )
 from ckpt_jax.graph.trace import LiveGraph, trace
 from ckpt_jax.options import CheckpointOptions
+from ckpt_jax.placing import placed
 from ckpt_jax.reader import CheckpointReader
+from ckpt_jax.renaming import Renamed
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.savers import registry
+from ckpt_jax.store.box import size_of, whole
 from ckpt_jax.store.index import dtype_of
 from ckpt_jax.trackable.base import await_child
 from ckpt_jax.trackable.view import View
@@ -84,6 +88,72 @@ def fits(cast: bool) -> Callable[[LeafSpec, LeafSpec, Any], str | None]:
     return why_not
 
 
+def plan_restoring(
+    saved: Renamed,
+    live: LiveGraph,
+    found: Match,
+    path: str,
+    options: CheckpointOptions,
+    *,
+    only: frozenset[int] | None = None,
+    root_key: str = "",
+) -> tuple[ReadPlan, tuple[ReportEntry, ...]]:
+    """What to read, and what is wrong with rename rules and shardings themselves.
+
+    Args:
+      saved, live, found: the two graphs and their match.
+      path: of the checkpoint.
+      options: `cast`, `skip_slot_variables` and `shardings` apply.
+      only: live nodes to plan for; all by default.
+      root_key: the escaped path of the root of `live`, where that is part of something larger.
+    """
+    target, wrong = placed(live, options.shardings, root_key=root_key, known=(saved.graph,))
+    plan = plan_read(
+        saved.graph,
+        target,
+        found,
+        path=path,
+        fits=fits(options.cast),
+        saved_paths=saved.saved_paths,
+        only=only,
+        skip_slots=options.skip_slot_variables,
+    )
+    problems = [ReportEntry(where, what=what) for where, what in (*saved.problems, *wrong)]
+    return replace(plan, report=_with_changes(plan, saved, live)), tuple(problems)
+
+
+def _with_changes(plan: ReadPlan, saved: Renamed, live: LiveGraph) -> RestoreReport:
+    """The report of a plan, saying which restored values change in shape or dtype."""
+    reshaped: set[str] = set()
+    changed: set[str] = set()
+    stored: dict[str, str] = {}
+    for r in plan.reads:
+        derived = saved.derived.get(r.key)
+        was = derived.stored if derived else r.saved
+        differs = was.dtype != r.target.dtype and {was.kind, r.target.kind} <= ARRAY_KINDS
+        if derived or differs:
+            path = live.graph.value_path(r.node, r.name)
+            if derived:
+                stored[path] = str(derived)
+            if derived and derived.reshaped:
+                reshaped.add(path)
+            if differs:
+                changed.add(path)
+    if not (stored or changed):
+        return plan.report
+    restored, renamed = (
+        tuple([replace(e, found=stored[e.path]) if e.path in stored else e for e in entries])
+        for entries in (plan.report.restored, plan.report.renamed)
+    )
+    return replace(
+        plan.report,
+        restored=restored,
+        renamed=renamed,
+        reshaped=tuple([entry for entry in restored if entry.path in reshaped]),
+        dtype_changes=tuple([entry for entry in restored if entry.path in changed]),
+    )
+
+
 def raise_problems(report: RestoreReport, path: str, cause: Exception | None = None) -> None:
     raise RestoreMismatchError(describe_problems(report, path, ADVICE), report) from cause
 
@@ -91,7 +161,18 @@ def raise_problems(report: RestoreReport, path: str, cause: Exception | None = N
 # --- read and assign -------------------------------------------------------------------
 
 
-def read(plan: ReadPlan, reader: Adapted, options: CheckpointOptions) -> list[Any]:
+def adapted(saved: Renamed, settled: Settled) -> Renamed:
+    """A renamed graph as adapters want it read."""
+    paths = {**settled.saved_paths, **saved.saved_paths}
+    return replace(saved, graph=settled.saved, saved_paths=paths)
+
+
+def value_reader(reader: CheckpointReader, saved: Renamed, settled: Settled) -> ValueReader:
+    """What reads the values of a renamed and adapted graph."""
+    return ValueReader(DerivedReader(reader, saved.derived), settled.inputs)
+
+
+def read(plan: ReadPlan, reader: ValueReader, options: CheckpointOptions) -> list[Any]:
     """The value of each `Read` of a plan, each array once per dtype and placement."""
     requests: dict[tuple[str, Any, Any], int] = {}
     order = [requests.setdefault(_identity(r), len(requests)) for r in plan.reads]
@@ -134,21 +215,21 @@ def _request(read: Read) -> jax.ShapeDtypeStruct | None:
     )
 
 
-def nbytes_to_read(plan: ReadPlan, reader: Adapted) -> int:
+def nbytes_to_read(plan: ReadPlan, reader: ValueReader) -> int:
     """Bytes of values that this process needs for a plan, each once."""
     nbytes: dict[str, int] = {}
     for r in plan.reads:
         sharding = host.placement(r.value) if r.target.kind in ("array", "prng_key") else None
-        if sharding is None:
-            size = reader.stored_nbytes(r.key)
-        else:
-            size = host.wanted_size(sharding, r.saved.shape) * dtype_of(r.saved.dtype).itemsize
+        size = reader.stored_nbytes(r.key)
+        if sharding is not None:
+            elements = max(size_of(whole(r.saved.shape)), 1)
+            size = size * host.wanted_size(sharding, r.saved.shape) // elements
         nbytes[r.key] = max(size, nbytes.get(r.key, 0))
     return sum(nbytes.values())
 
 
 def execute(
-    plan: ReadPlan, live: LiveGraph, reader: Adapted, options: CheckpointOptions
+    plan: ReadPlan, live: LiveGraph, reader: ValueReader, options: CheckpointOptions
 ) -> tuple[Any, list[Any]]:
     """Reads what a plan says and puts it into the live objects; returns the root and the values."""
     calls = [_accepted(call, live) for call in plan.calls]
@@ -276,23 +357,25 @@ class Restoration:
 
     Attributes:
       path: of the checkpoint.
-      saved: its object graph.
+      renamed: its object graph, under the names of the program.
       uid: grows with every restore; the values of a later one win.
+      nbytes: how much it has read so far.
     """
 
     def __init__(
         self,
         path: str,
-        saved: ObjectGraph,
+        renamed: Renamed,
         options: CheckpointOptions,
         trace: Callable[[], LiveGraph],
     ):
         """`trace` is a method of the object that is restored; it is not kept alive."""
         self.path = path
-        self.saved = saved
+        self.renamed = renamed
         self.options = options
         self.uid = next(_uids)
-        self.left_over = _LeftOver(path, saved)
+        self.nbytes = 0
+        self.left_over = _LeftOver(path, renamed.graph)
         finalizer = weakref.finalize(self, self.left_over.log)
         finalizer.atexit = False  # at interpreter exit nobody is waiting any more
         self._bound: dict[int, list[weakref.ref[Any]]] = {}  # saved node -> its mutable objects
@@ -301,10 +384,15 @@ class Restoration:
         self._met: set[int] = set()  # saved nodes that have been bound, to whatever
         self._open_slots = [
             (optimizer, slot)
-            for optimizer, node in enumerate(saved.nodes)
+            for optimizer, node in enumerate(renamed.graph.nodes)
             for slot in node.slots
             if not options.skip_slot_variables
         ]
+
+    @property
+    def saved(self) -> ObjectGraph:
+        """The saved object graph."""
+        return self.renamed.graph
 
     def run(self, reader: CheckpointReader) -> Any:
         """Restores what is there and lets the rest wait; returns the root."""
@@ -317,11 +405,15 @@ class Restoration:
 
     def attach(self, child: Any, saved: int) -> Any:
         """Restores into an object that appeared where `saved` was awaited; returns it."""
-        live = live_graph(child, self.saved.object_keys[saved])
+        key = self.saved.object_keys[saved]
+        live = live_graph(child, key)
         before = Match(self._bound_in(live), {})
         with CheckpointReader(self.path) as reader:
             return self._bind(
-                live, lambda graph: extend(before, graph, live.graph, [(saved, 0)]), reader
+                live,
+                lambda graph: extend(before, graph, live.graph, [(saved, 0)]),
+                reader,
+                root_key=key,
             )
 
     def attached(self) -> None:
@@ -367,14 +459,16 @@ class Restoration:
         rematch: Callable[[ObjectGraph], Match],
         reader: CheckpointReader,
         among: frozenset[int] | None = None,
+        root_key: str = "",
     ) -> Any:
         """Reads and assigns what a match says; returns the root.
 
         Args:
           among: saved nodes: nothing else is restored. All by default.
+          root_key: the escaped path of the root of `live`.
         """
         settled = settle(self.saved, live, rematch, reader, self._callbacks)
-        saved, found = settled.saved, settled.found
+        saved, found = adapted(self.renamed, settled), settled.found
         only = None
         if among is not None:
             new = [found.bound[node] for node in among if node in found.bound]
@@ -384,20 +478,14 @@ class Restoration:
             for i, obj in enumerate(live.objects)
             if (only is None or i in only) and _restored_uid(obj) < self.uid
         )
-        plan = plan_read(
-            saved,
-            live,
-            found,
-            path=self.path,
-            fits=fits(self.options.cast),
-            saved_paths=settled.saved_paths,
-            only=newer,
-            skip_slots=self.options.skip_slot_variables,
+        plan, problems = plan_restoring(
+            saved, live, found, self.path, self.options, only=newer, root_key=root_key
         )
         fatal = replace(
             plan.report,
             missing=abstract_only(plan.report.missing, live),
             mismatched=(
+                *problems,
                 *settled.problems,
                 *[entry for entry in plan.report.mismatched if entry.expected],
             ),
@@ -405,13 +493,15 @@ class Restoration:
         )
         if fatal.missing or fatal.mismatched:
             raise_problems(fatal, self.path)
-        root, new = execute(plan, live, Adapted(reader, settled.inputs), self.options)
-        self.saved, self._callbacks = saved, settled.callbacks
+        source = value_reader(reader, saved, settled)
+        root, new = execute(plan, live, source, self.options)
+        self.nbytes += nbytes_to_read(plan, source)
+        self.renamed, self._callbacks = saved, settled.callbacks
         for value in new:
             _note_restored(value, self.uid)
         self.left_over.nodes -= plan.used
         if only is None:
-            log_conflicts(saved, found)
+            log_conflicts(saved.graph, found)
         self._remember(live, found, only)
         return root
 

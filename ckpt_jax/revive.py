@@ -29,7 +29,7 @@ import jax
 import numpy as np
 from google.protobuf.any_pb2 import Any as AnyMessage
 
-from ckpt_jax.adapting import Adapted
+from ckpt_jax.adapting import ValueReader
 from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.arrays.values import decode, describe
 from ckpt_jax.errors import (
@@ -543,7 +543,7 @@ class _Revival:
         if fatal.missing or fatal.mismatched or fatal.unexpected:
             text = describe_problems(fatal, self.reader.path, _ADVICE)
             raise RestoreMismatchError(text, fatal)
-        root, _ = execute(plan, live, Adapted(self.reader, {}), DEFAULT)
+        root, _ = execute(plan, live, ValueReader(self.reader), DEFAULT)
         self.check_complete(root)
         return root
 

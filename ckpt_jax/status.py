@@ -10,14 +10,15 @@ the same: every object of the program that has values got them. The save counter
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import TracebackType
 
 from ckpt_jax.graph.labels import SAVE_COUNTER
 from ckpt_jax.graph.match import Match, match
-from ckpt_jax.graph.plan import plan_read, pretty_name
+from ckpt_jax.graph.plan import pretty_name
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.report import RestoreReport
-from ckpt_jax.restoring import Restoration, fits
+from ckpt_jax.restoring import Restoration, plan_restoring
 
 _MAX_LISTED = 10
 
@@ -147,15 +148,11 @@ class LoadStatus:
         assert self._restoration is not None
         live = self._trace()
         found = match(self._restoration.saved, live.graph)
-        plan = plan_read(
-            self._restoration.saved,
-            live,
-            found,
-            path=self._restoration.path,
-            fits=fits(self._restoration.options.cast),
-            skip_slots=self._skips_slots(),
+        restoration = self._restoration
+        plan, _ = plan_restoring(
+            restoration.renamed, live, found, restoration.path, restoration.options
         )
-        return live, found, plan.report
+        return live, found, replace(plan.report, nbytes=restoration.nbytes)
 
     def _skips_slots(self) -> bool:
         return self._restoration is not None and self._restoration.options.skip_slot_variables

@@ -348,3 +348,27 @@ def test_a_report_is_exact_only_if_nothing_differs():
     entry = (ReportEntry(SAVE_COUNTER),)
     assert RestoreReport("p", restored=entry).exact
     assert not any(RestoreReport("p", **{kind: entry}).exact for kind in KINDS[:4])
+
+
+def test_a_report_says_how_values_change_and_what_there_is_to_read():
+    entry = ReportEntry("w", "bfloat16[3]", "float32[3]", saved_path="old")
+    report = RestoreReport(
+        "p", restored=(entry,), renamed=(entry,), dtype_changes=(entry,), nbytes=3 << 20
+    )
+    header, row = str(report).splitlines()
+    assert header.endswith("1 restored, 1 renamed, 1 of another dtype, 3.0 MiB")
+    assert row.split(maxsplit=2) == ["restored", "w", "float32[3] -> bfloat16[3] <- old"]
+
+
+def test_the_table_of_a_notebook_escapes_names_and_shows_problems_first():
+    restored = tuple(ReportEntry(f"v{i}", "int") for i in range(50))
+    report = RestoreReport(
+        "<dir>", restored=restored, missing=(ReportEntry("<u>&", "int", nearest=("<i>",)),)
+    )
+    text = report._repr_html_()
+    assert "<dir>" not in text and "<u>&" not in text and "<i>" not in text
+    assert "&lt;u&gt;&amp;" in text and "nearest: &lt;i&gt;" in text
+    assert text.index("missing</b> (1)") < text.index("restored</b> (50)")
+    assert "<summary>30 more</summary>" in text and text.count("<code>") == 51
+    assert text.count("<details") == text.count("</details>") == 3
+    assert "http" not in text and "<script" not in text

@@ -32,6 +32,10 @@ PUBLIC = (
     "save_object",
     "load_object",
     "restore_nodes",
+    "Transpose",
+    "Cast",
+    "Stack",
+    "Unstack",
     # looking into one
     "CheckpointReader",
     "load_checkpoint",

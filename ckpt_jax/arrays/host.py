@@ -178,6 +178,9 @@ def placement_problem(shape: Shape, sharding: jax.sharding.Sharding | None) -> s
 
 @lru_cache(maxsize=4096)
 def _placement_problem(shape: Shape, sharding: jax.sharding.Sharding) -> str | None:
+    if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) > len(shape):
+        axes = len(sharding.spec)
+        return f"shape {shape} cannot be placed on {sharding}, whose spec is for {axes} axes"
     try:
         sharding.shard_shape(shape)
     except ValueError as error:

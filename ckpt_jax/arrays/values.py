@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -170,7 +171,12 @@ def _state_bytes(state: PythonState) -> bytes:
 
 
 def difference(saved: LeafSpec, target: LeafSpec, cast: bool) -> str | None:
-    """Why a value of spec `saved` cannot become what `target` is, or None if it can."""
+    """Why a value of spec `saved` cannot become what `target` is, or None if it can.
+
+    A saved value without a dtype takes that of its target.
+    """
+    if saved.kind in ARRAY_KINDS and not saved.dtype and target.dtype != "bytes":
+        saved = replace(saved, dtype=target.dtype)
     if saved.kind == "unreadable":
         return (
             f"expected {_kind(target)}, got {saved.dtype}{list(saved.shape)}, which is unreadable"
