@@ -10,7 +10,7 @@ Objects are saved as a graph and matched on restore by the local names of the ed
 them. See `Checkpoint` for objects, `save`, `restore` and `load` for trees, `io` for savers.
 """
 
-from ckpt_jax import io
+from ckpt_jax import io, metrics
 from ckpt_jax.checkpoint import Checkpoint
 from ckpt_jax.errors import (
     AsyncSaveError,
@@ -121,6 +121,7 @@ __all__ = [
     "load",
     "load_checkpoint",
     "load_variable",
+    "metrics",
     "no_automatic_dependency_tracking",
     "object_metadata",
     "plan_restore",

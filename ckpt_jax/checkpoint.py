@@ -18,6 +18,7 @@ import numpy as np
 from ckpt_jax.background import Background
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.metrics import METER, SaveWatch
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoring import Restoration, live_graph
@@ -58,6 +59,7 @@ class Checkpoint(AutoTrackable):
     """
 
     def __init__(self, root: Any = None, **named: Any):
+        METER.constructed()
         private = self.__dict__
         private["_self_root"] = root
         private["_self_rooted"] = root is not None and not _is_empty_container(root)
@@ -98,8 +100,9 @@ class Checkpoint(AutoTrackable):
         """
         options = options or DEFAULT
         path = os.fsdecode(path)
+        watch = METER.saving()
         self._background().wait()
-        self._write(path, options)
+        self._write(path, options, watch)
         return path
 
     def save(self, prefix: Path, options: CheckpointOptions | None = None) -> str:
@@ -110,6 +113,7 @@ class Checkpoint(AutoTrackable):
         Returns:
           The path of the checkpoint. Pairs with `restore`.
         """
+        watch = METER.saving()
         self._background().wait()
         number = self.save_counter + 1
         path = f"{os.fsdecode(prefix)}-{number}"
@@ -122,20 +126,21 @@ class Checkpoint(AutoTrackable):
             self._count(number - 1)
 
         self._count(number)
-        self._write(path, options or DEFAULT, committed, failed)
+        self._write(path, options or DEFAULT, watch, committed, failed)
         return path
 
     def _write(
         self,
         path: str,
         options: CheckpointOptions,
+        watch: SaveWatch,
         committed: Callable[[], None] = lambda: None,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
         """Writes to `path` and calls back, here or in the background."""
         with ExitStack() as undo:
             undo.callback(failed)
-            finish = begin(self._trace(), path, options, overwrite=True)
+            finish = begin(self._trace(), path, options, overwrite=True, watch=watch)
             undo_later = undo.pop_all()
 
         def work() -> None:
@@ -146,6 +151,7 @@ class Checkpoint(AutoTrackable):
             committed()
 
         if options.enable_async:
+            watch.unblocked()
             self._background().start(work, f"saving {path}")
         else:
             work()
@@ -156,7 +162,7 @@ class Checkpoint(AutoTrackable):
         self._background().wait()
         if path is None:
             return LoadStatus(None, self._trace_for_restore)
-        with CheckpointReader(path) as reader:
+        with METER.restoring(lambda: CheckpointReader(path)) as reader:
             restoration = Restoration(reader.path, reader.object_graph, options)
             root = restoration.run(self._trace_for_restore(), reader)
         if self.__dict__["_self_rooted"] and root is not self._root_object():

@@ -19,6 +19,7 @@ from ckpt_jax.graph.patterns import Rule, Selection, selects
 from ckpt_jax.graph.patterns import rename as renamed
 from ckpt_jax.graph.plan import ReadPlan, plan_read
 from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, RestoreReport
@@ -63,9 +64,9 @@ def save(
       {'w': array([0, 1, 2]), 'step': 7}
     """
     path = os.fsdecode(path)
-    write_checkpoint(
-        live_graph(tree, for_restore=False), path, options or DEFAULT, overwrite=overwrite
-    )
+    watch = METER.saving()
+    live = live_graph(tree, for_restore=False)
+    write_checkpoint(live, path, options or DEFAULT, overwrite=overwrite, watch=watch)
     return path
 
 
@@ -99,7 +100,7 @@ def restore(
       CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
     """
     options = options or DEFAULT
-    with CheckpointReader(path) as reader:
+    with METER.restoring(lambda: CheckpointReader(path)) as reader:
         live = live_graph(target)
         plan = _plan(reader, live, rename, options)
         fatal = plan.report
@@ -190,7 +191,7 @@ def load(
       CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
       KeyError: `only` selects nothing.
     """
-    with CheckpointReader(path) as reader:
+    with METER.restoring(lambda: CheckpointReader(path)) as reader:
         saved = reader.object_graph
         chosen = selects(only)
         wanted = {

@@ -8,7 +8,7 @@ default saver uses nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import index
 from typing import Any
 
@@ -30,6 +30,7 @@ def write_shard(
     values: Mapping[str, Any],
     *,
     options: CheckpointOptions = DEFAULT,
+    written: Callable[[int], object] = lambda nbytes: None,
 ) -> str:
     """Writes arrays, or slices of larger arrays, into a new shard.
 
@@ -38,6 +39,7 @@ def write_shard(
       values: by key, an array (numpy, jax.Array or a scalar), bytes, a `Slice`, or a list of
         slices. Of a jax.Array its addressable shards are written, each distinct one once.
       options: `compression`, `durable` and `max_inflight_bytes` apply.
+      written: called, as the work goes on, with the number of bytes written since the last call.
 
     Returns:
       `prefix`, for `merge_shards`.
@@ -68,6 +70,7 @@ def write_shard(
         durable=options.durable,
         # Two shards are written at a time, and TensorStore holds what it encodes twice.
         max_inflight_bytes=max(options.max_inflight_bytes // 4, 1),
+        written=written,
     )
     return prefix
 

@@ -46,6 +46,7 @@ from ckpt_jax.latest import (
     problem_with,
     remove_checkpoint,
 )
+from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.retention import (
     CheckpointRecord,
@@ -234,6 +235,7 @@ class CheckpointManager:
         if step is not None and not self._is_due(step, check_interval):
             return None
         scores = {name: _as_number(name, value) for name, value in (metrics or {}).items()}
+        watch = METER.saving()
         self.sync()
         count = self._checkpoint.save_counter + 1
         number = count if checkpoint_number is None else as_integer(checkpoint_number)
@@ -251,7 +253,7 @@ class CheckpointManager:
 
         self._checkpoint._count(count)
         self._last_step = step
-        self._checkpoint._write(path, options or DEFAULT, committed, failed)
+        self._checkpoint._write(path, options or DEFAULT, watch, committed, failed)
         return path
 
     def _is_due(self, step: int, check_interval: bool) -> bool:

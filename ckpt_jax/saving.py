@@ -21,27 +21,29 @@ from ckpt_jax.errors import ShardError, UnsaveableError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, path_of
 from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.metrics import SaveWatch
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.savers import default
 from ckpt_jax.savers.registry import get_saver
 from ckpt_jax.store.directory import staged
+from ckpt_jax.store.read import read_index
 from ckpt_jax.store.seal import seal
 
 SHARDS = "shards"
 
 
 def write_checkpoint(
-    live: LiveGraph, path: str, options: CheckpointOptions, *, overwrite: bool
+    live: LiveGraph, path: str, options: CheckpointOptions, *, overwrite: bool, watch: SaveWatch
 ) -> None:
     """Writes a traced graph to `path`, or leaves everything as it was and raises."""
-    begin(live, path, options, overwrite=overwrite)()
+    begin(live, path, options, overwrite=overwrite, watch=watch)()
 
 
 @without_gc()
 def begin(
-    live: LiveGraph, path: str, options: CheckpointOptions, *, overwrite: bool
+    live: LiveGraph, path: str, options: CheckpointOptions, *, overwrite: bool, watch: SaveWatch
 ) -> Callable[[], None]:
-    """The part of a save that has to see the objects as they are now.
+    """The part of a save that has to see the objects as they are now; `watch` measures it.
 
     Returns:
       The rest, to be called once, on any thread: it writes and commits. Nothing that the
@@ -59,9 +61,11 @@ def begin(
 
     def finish() -> None:
         with later:
-            written = default.write(plan, shards, options)
+            written = default.write(plan, shards, options, watch.wrote)
+            watch.wrote(sum([read_index(prefix).nbytes for prefix in prefixes]))
             extra = {OBJECT_GRAPH_KEY: graph}
             io.merge_shards([*prefixes, *written], staging, extra=extra, options=options)
+        watch.committed(path)
 
     return finish
 

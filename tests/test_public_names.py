@@ -55,6 +55,8 @@ PUBLIC = (
     "register_checkpoint_saver",
     "register_serializable",
     "registration_scope",
+    # what it costs
+    "metrics",
     # options
     "CheckpointOptions",
     "ShardByDevice",
