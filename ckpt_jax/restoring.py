@@ -23,7 +23,7 @@ import jax
 import numpy as np
 
 from ckpt_jax.arrays import host
-from ckpt_jax.arrays.values import ARRAY_KINDS, decode, describe, difference
+from ckpt_jax.arrays.values import ARRAY_KINDS, decode, describe, difference, evaluate
 from ckpt_jax.errors import RegistrationError, RestoreMismatchError
 from ckpt_jax.graph.labels import Label, object_key_of, path_of
 from ckpt_jax.graph.match import Match, extend, match
@@ -49,7 +49,7 @@ ADVICE = (
 def live_graph(
     root: Any, root_key: str = "", *, for_restore: bool = True, root_view: View | None = None
 ) -> LiveGraph:
-    """The object graph of a program's objects; see `trace`."""
+    """The object graph of a program's objects, to be saved or restored; see `trace`."""
     return trace(
         root,
         describe,
@@ -57,6 +57,7 @@ def live_graph(
         root_view=root_view,
         root_key=root_key,
         tie_values=not for_restore,
+        evaluate=None if for_restore else evaluate,
     )
 
 
