@@ -69,6 +69,7 @@ from ckpt_jax.trackable.base import (
     Variable,
     no_automatic_dependency_tracking,
 )
+from ckpt_jax.trackable.delegate import DelegatingTrackable
 from ckpt_jax.trackable.view import register_view
 from ckpt_jax.verifying import Damage, VerifyReport, verify
 from ckpt_jax.version import __version__ as __version__
@@ -88,6 +89,7 @@ __all__ = [
     "CheckpointView",
     "CorruptCheckpointError",
     "Damage",
+    "DelegatingTrackable",
     "KeepAny",
     "KeepBest",
     "KeepEveryNSteps",

@@ -26,6 +26,7 @@ from ckpt_jax.saving import begin
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 from ckpt_jax.status import LoadStatus
 from ckpt_jax.trackable.base import AutoTrackable, TrackableView, Variable
+from ckpt_jax.trackable.delegate import delegate_of
 from ckpt_jax.trackable.view import View, view_of
 
 Path = str | bytes | os.PathLike[Any]
@@ -85,7 +86,7 @@ class Checkpoint(AutoTrackable):
             root = root()
         if root is None and self.__dict__["_self_rooted"]:
             raise AssertionError("the root of this checkpoint was garbage-collected")
-        return root
+        return delegate_of(root)
 
     def _is_state(self, value: Any) -> bool:
         return view_of(value) is not None
@@ -264,7 +265,7 @@ class _RootedView(View):
         own = dict(view.children(root))
         children: dict[Label, Any] = {**checkpoint.trackable_children()}
         for name in own.keys() & children.keys():
-            if own[name] is not children[name]:
+            if delegate_of(own[name]) is not delegate_of(children[name]):
                 raise ValueError(f"root.{name} already exists, as another object")
         self.attached = {name: child for name, child in children.items() if name not in own}
         self.checkpoint = checkpoint

@@ -33,6 +33,7 @@ from ckpt_jax.restoring import (
 )
 from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.store.index import dtype_of
+from ckpt_jax.trackable.delegate import delegate_of
 
 T = TypeVar("T")
 Path = str | bytes | os.PathLike[Any]
@@ -109,7 +110,8 @@ def restore(
             fatal = replace(fatal, unexpected=(), missing=missing)
         if fatal.missing or fatal.unexpected or fatal.mismatched:
             raise_problems(fatal, reader.path)
-        return execute(plan, live, reader, options)[0]
+        root, _ = execute(plan, live, reader, options)
+    return target if root is delegate_of(target) else root
 
 
 @without_gc()

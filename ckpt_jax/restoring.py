@@ -36,6 +36,7 @@ from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.savers import registry
 from ckpt_jax.store.index import dtype_of
 from ckpt_jax.trackable.base import await_child
+from ckpt_jax.trackable.delegate import delegate_of
 from ckpt_jax.trackable.view import View
 
 ADVICE = (
@@ -282,7 +283,9 @@ class Restoration:
         live = live_graph(child, self.saved.object_keys[saved])
         before = Match(self._bound_in(live), {})
         with CheckpointReader(self.path) as reader:
-            return self._bind(live, extend(before, self.saved, live.graph, [(saved, 0)]), reader)
+            found = extend(before, self.saved, live.graph, [(saved, 0)])
+            root = self._bind(live, found, reader)
+        return child if root is delegate_of(child) else root
 
     def _bound_in(self, live: LiveGraph) -> dict[int, int]:
         """What is bound already, in the node ids of `live`; -1 for objects outside of it."""

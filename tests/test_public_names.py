@@ -18,6 +18,7 @@ PUBLIC = (
     "NoDependency",
     "no_automatic_dependency_tracking",
     "SlotOwner",
+    "DelegatingTrackable",
     "register_view",
     # checkpoints of pytrees
     "save",

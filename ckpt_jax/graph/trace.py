@@ -28,6 +28,7 @@ from ckpt_jax.graph.model import (
     ShardingSpec,
     Slot,
 )
+from ckpt_jax.trackable.delegate import delegate_of
 from ckpt_jax.trackable.view import View, view_of
 
 Describe = Callable[[Any], tuple[LeafSpec, ShardingSpec | None]]
@@ -114,8 +115,10 @@ class _Walk:
         self.problems: list[tuple[str, str]] = []
 
     def enter(self, obj: Any, key: str, parent: int = -1, view: View | None = None) -> int:
-        """The node of `obj`, made where it is new."""
-        view = view or view_of(obj)
+        """The node of `obj`, or of the object that it stands for, made where it is new."""
+        if view is None:
+            obj = delegate_of(obj)
+            view = view_of(obj)
         if view is None:
             self.problems.append((labels.path_of(key), _no_view(obj)))
             view = _NOTHING
@@ -208,7 +211,7 @@ class _Walk:
         regular = len(self.objects)
         for node in range(regular):
             for (name, variable), value in self.views[node].slots(self.objects[node]).items():
-                owner = self.node_of.get(id(variable))
+                owner = self.node_of.get(id(delegate_of(variable)))
                 if owner is None:
                     continue
                 key = labels.slot_key(self.keys[owner], self.keys[node], name)
