@@ -10,7 +10,7 @@ import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ from ckpt_jax.trackable.delegate import delegate_of
 from ckpt_jax.trackable.view import View, view_of
 
 Path = str | bytes | os.PathLike[Any]
+# A path; None with `when_busy="skip"` alone, so that nobody else has to rule None out.
+SavedPath = str | Any
 
 
 class Checkpoint(AutoTrackable):
@@ -93,42 +95,53 @@ class Checkpoint(AutoTrackable):
 
     # --- verbs -------------------------------------------------------------------------
 
-    def write(self, path: Path, options: CheckpointOptions | None = None) -> str:
+    def write(self, path: Path, options: CheckpointOptions | None = None) -> SavedPath:
         """Saves to exactly `path`, without a number, a counter or the state file.
 
         Returns:
-          The path of the checkpoint. Pairs with `read`.
+          The path of the checkpoint. Pairs with `read`. None where another save was in flight
+          and `when_busy="skip"` says not to wait for it.
         """
         options = options or DEFAULT
         path = os.fsdecode(path)
         watch = METER.saving()
-        self._background().wait()
-        self._write(path, options, watch)
+        with self._turn(options) as is_mine:
+            if not is_mine:
+                return None
+            self._write(path, options, watch)
         return path
 
-    def save(self, prefix: Path, options: CheckpointOptions | None = None) -> str:
+    def save(self, prefix: Path, options: CheckpointOptions | None = None) -> SavedPath:
         """Saves to `f"{prefix}-{n}"` with n one above `save_counter`, which it advances.
 
         The state file `checkpoint` of the directory then names this checkpoint as the latest.
 
         Returns:
-          The path of the checkpoint. Pairs with `restore`.
+          The path of the checkpoint. Pairs with `restore`. None where another save was in
+          flight and `when_busy="skip"` says not to wait for it; the counter stays as it is.
         """
+        options = options or DEFAULT
         watch = METER.saving()
-        self._background().wait()
-        number = self.save_counter + 1
-        path = f"{os.fsdecode(prefix)}-{number}"
+        with self._turn(options) as is_mine:
+            if not is_mine:
+                return None
+            number = self.save_counter + 1
+            path = f"{os.fsdecode(prefix)}-{number}"
 
-        def committed() -> None:
-            state = CheckpointState(os.path.abspath(path))
-            update_checkpoint_state(os.path.dirname(path) or ".", state)
+            def committed() -> None:
+                state = CheckpointState(os.path.abspath(path))
+                update_checkpoint_state(os.path.dirname(path) or ".", state)
 
-        def failed() -> None:  # a save that failed has not happened
-            self._count(number - 1)
+            def failed() -> None:  # a save that failed has not happened
+                self._count(number - 1)
 
-        self._count(number)
-        self._write(path, options or DEFAULT, watch, committed, failed)
-        return path
+            self._count(number)
+            self._write(path, options, watch, committed, failed)
+            return path
+
+    def _turn(self, options: CheckpointOptions) -> AbstractContextManager[bool]:
+        """The right to save; see `Background.turn`."""
+        return self._background().turn(options.when_busy)
 
     def _write(
         self,
@@ -153,14 +166,17 @@ class Checkpoint(AutoTrackable):
 
         if options.enable_async:
             watch.unblocked()
-            self._background().start(work, f"saving {path}")
+            self._background().start(work, f"saving {path}", options.timeout_seconds)
         else:
             work()
 
     def read(self, path: Path | None, options: CheckpointOptions | None = None) -> LoadStatus:
         """Restores what `write` saved, without touching the save counter; see `restore`."""
         options = options or DEFAULT
-        self._background().wait()
+        with self._background().turn():
+            return self._read(path, options)
+
+    def _read(self, path: Path | None, options: CheckpointOptions) -> LoadStatus:
         if path is None:
             return LoadStatus(None, self._trace_for_restore)
         with METER.restoring(lambda: CheckpointReader(path)) as reader:
@@ -186,8 +202,9 @@ class Checkpoint(AutoTrackable):
             abstractly is not in the checkpoint. Nothing was read or changed.
           CorruptCheckpointError: bytes are damaged.
         """
-        self._counter()
-        return self.read(path, options)
+        with self._background().turn():
+            self._counter()
+            return self._read(path, options or DEFAULT)
 
     def sync(self) -> None:
         """Waits for a save in the background.

@@ -167,8 +167,12 @@ def read_values(
     reader: ShardedReader,
     requests: Mapping[str, jax.ShapeDtypeStruct | Box | None],
     options: CheckpointOptions = DEFAULT,
+    arrived: Callable[[int], object] = lambda nbytes: None,
 ) -> dict[str, Any]:
-    """`read_slices` on an open reader. Arrays are placed while others are still being read."""
+    """`read_slices` on an open reader. Arrays are placed while others are still being read.
+
+    `arrived` is called with numbers of bytes, as they come.
+    """
     results: dict[str, Any] = {}
     keys: list[str] = []
     boxes: list[tuple[Box, ...]] = []
@@ -179,6 +183,7 @@ def read_values(
         wanted = _wanted(reader, key, request)
         if wanted is None:
             results[key] = reader.read_bytes(key)
+            arrived(len(results[key]))
         else:
             keys.append(key)
             boxes.append(wanted)
@@ -189,6 +194,7 @@ def read_values(
     for number, contents in found:
         key = keys[number]
         request = requests[key]
+        arrived(sum([part.nbytes for part in contents]))
         if not isinstance(request, jax.ShapeDtypeStruct):
             results[key] = contents[0]
             continue

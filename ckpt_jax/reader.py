@@ -6,7 +6,7 @@ Opening reads the graph and the index, no array byte, and touches no device.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -146,10 +146,16 @@ class CheckpointReader:
         return self.as_saved(key, data, self._specs.get(key) or self.stored_spec(key))
 
     def read(
-        self, requests: Mapping[str, Any], options: CheckpointOptions = DEFAULT
+        self,
+        requests: Mapping[str, Any],
+        options: CheckpointOptions = DEFAULT,
+        arrived: Callable[[int], object] = lambda nbytes: None,
     ) -> dict[str, Any]:
-        """Several values at once; see `ckpt.io.read_slices`."""
-        return read_values(self._sharded, requests, options)
+        """Several values at once; see `ckpt.io.read_slices`.
+
+        `arrived` is called with numbers of bytes, as they come.
+        """
+        return read_values(self._sharded, requests, options, arrived)
 
     def as_saved(self, key: str, data: Any, spec: LeafSpec) -> Any:
         """What was read without a target, as the value that it was; arrays as they are."""

@@ -31,6 +31,7 @@ from ckpt_jax.graph.model import LeafSpec, ObjectGraph
 from ckpt_jax.graph.plan import Read, ReadPlan, SaverCall, assign, plan_read, pretty_name
 from ckpt_jax.graph.trace import LiveGraph, trace
 from ckpt_jax.options import CheckpointOptions
+from ckpt_jax.progress import Advance, progress
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.savers import registry
@@ -86,6 +87,14 @@ def raise_problems(report: RestoreReport, path: str, cause: Exception | None = N
 
 def read(plan: ReadPlan, reader: CheckpointReader, options: CheckpointOptions) -> list[Any]:
     """The value of each `Read` of a plan, each array once per dtype and placement."""
+    total = nbytes_to_read(plan, reader) if options.progress else 0
+    with progress(options.progress, f"restoring {reader.path}", total) as advance:
+        return _read(plan, reader, options, advance)
+
+
+def _read(
+    plan: ReadPlan, reader: CheckpointReader, options: CheckpointOptions, advance: Advance
+) -> list[Any]:
     requests: dict[tuple[str, Any, Any], int] = {}
     order = [requests.setdefault(_identity(r), len(requests)) for r in plan.reads]
     first: dict[int, Read] = {}
@@ -99,7 +108,7 @@ def read(plan: ReadPlan, reader: CheckpointReader, options: CheckpointOptions) -
         for number, r in todo.items():
             batch.setdefault(r.key, number)
         asked = {key: _request(first[number]) for key, number in batch.items()}
-        for key, data in reader.read(asked, options).items():
+        for key, data in reader.read(asked, options, advance).items():
             r = first[batch[key]]
             try:
                 found[batch[key]] = decode(data, r.saved, r.target, r.value)

@@ -23,6 +23,7 @@ from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, path_of
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import SaveWatch
 from ckpt_jax.options import CheckpointOptions
+from ckpt_jax.progress import progress
 from ckpt_jax.savers import default
 from ckpt_jax.savers.registry import get_saver
 from ckpt_jax.store.directory import staged
@@ -60,8 +61,13 @@ def begin(
         later = stack.pop_all()
 
     def finish() -> None:
-        with later:
-            written = default.write(plan, shards, options, watch.wrote)
+        with later, progress(options.progress, f"saving {path}", snapshot.nbytes) as advance:
+
+            def wrote(nbytes: int) -> None:
+                watch.wrote(nbytes)
+                advance(nbytes)
+
+            written = default.write(plan, shards, options, wrote)
             watch.wrote(sum([read_index(prefix).nbytes for prefix in prefixes]))
             extra = {OBJECT_GRAPH_KEY: graph}
             io.merge_shards([*prefixes, *written], staging, extra=extra, options=options)

@@ -43,6 +43,11 @@ class Snapshot:
     slices: tuple[PlannedSlice, ...]
     contents: Mapping[tuple[str, Box], np.ndarray | bytes]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slices."""
+        return sum([piece.nbytes for piece in self.slices])
+
 
 @dataclass(frozen=True, slots=True)
 class WritePlan:
