@@ -43,6 +43,7 @@ from ckpt_jax.options import (
     ShardByDevice,
     ShardByProcess,
 )
+from ckpt_jax.preemption import PreemptionHandler
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.retention import (
@@ -98,6 +99,7 @@ __all__ = [
     "MaxShardSize",
     "NoDependency",
     "PlannedSlice",
+    "PreemptionHandler",
     "PythonState",
     "RegistrationError",
     "ReportEntry",

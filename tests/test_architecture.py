@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("status", "checkpoint", "functional"),
     ("retention",),
     ("manager", "inspect"),
+    ("preemption",),
     ("__init__",),
     ("__main__", "testing"),
 )

@@ -45,6 +45,7 @@ PUBLIC = (
     "CheckpointState",
     "checkpoints_iterator",
     "CheckpointManager",
+    "PreemptionHandler",
     "CheckpointRecord",
     "RetentionPolicy",
     "KeepLatest",
