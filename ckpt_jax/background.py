@@ -6,7 +6,9 @@ thread of its own, and the turn may be given back meanwhile.
 
 An error of the work is raised by the next turn or `wait`, once. A normal exit of the interpreter
 waits for the work, as long as its deadline allows, and logs what nobody was there to be told.
-The thread is a daemon, so that work that hangs cannot hold the program for ever.
+The thread is a daemon, so that a callback that hangs cannot hold the program for ever; a write
+that the operating system does not return from still can, since the interpreter waits for the
+threads of every pool.
 """
 
 from __future__ import annotations
