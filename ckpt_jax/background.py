@@ -55,6 +55,9 @@ class Background:
           RuntimeError: the work itself asks, which would wait for itself.
         """
         if threading.current_thread() is self._thread:
+            if when_busy == "skip":
+                yield False
+                return
             raise RuntimeError(
                 f"{self._what} is under way on this thread, and cannot wait for itself: a write "
                 "callback of a save in the background must not save, restore or sync its checkpoint"
@@ -105,7 +108,8 @@ class Background:
 
     def _finish(self, timeout_seconds: float | None = None) -> None:
         if self._thread is not None:
-            self._thread.join(timeout_seconds)
+            bounded = timeout_seconds is not None and timeout_seconds < threading.TIMEOUT_MAX
+            self._thread.join(timeout_seconds if bounded else None)
             if self._thread.is_alive():
                 raise AsyncSaveError(
                     f"{self._what} did not end within {timeout_seconds} s of the program's exit "

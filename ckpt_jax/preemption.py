@@ -22,6 +22,7 @@ therefore told by the interpreter's wakeup file, to which the signal itself writ
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -208,7 +209,7 @@ class PreemptionHandler:
         if next(numbers, None) is None:
             return
         self._noticed = True
-        if self._grace_seconds is not None:
+        if self._grace_seconds is not None and math.isfinite(self._grace_seconds):
             self._deadline = time.monotonic() + self._grace_seconds
         try:
             second = next(numbers, None)

@@ -17,6 +17,7 @@ import pytest
 import ckpt_jax as ckpt
 
 ASYNC = ckpt.CheckpointOptions(enable_async=True)
+SKIP = ckpt.CheckpointOptions(enable_async=True, when_busy="skip")
 
 
 class Count(ckpt.PythonState):
@@ -156,6 +157,18 @@ def test_a_write_callback_that_saves_again_is_told_that_it_would_wait_for_itself
     checkpoint.save(tmp_path / "c", options)
     with pytest.raises(ckpt.AsyncSaveError, match="cannot wait for itself"):
         checkpoint.sync()
+
+
+def test_a_write_callback_that_skips_is_skipped(tmp_path: Path):
+    checkpoint = ckpt.Checkpoint(x=1)
+    returned: list[object] = []
+    options = ckpt.CheckpointOptions(
+        enable_async=True,
+        write_callbacks=(lambda: returned.append(checkpoint.save(tmp_path / "again", SKIP)),),
+    )
+    checkpoint.save(tmp_path / "c", options)
+    checkpoint.sync()
+    assert returned == [None]
 
 
 # --- several at once -------------------------------------------------------------------
@@ -309,8 +322,6 @@ def test_a_copied_checkpoint_does_not_wait_for_the_original(tmp_path: Path):
 
 
 # --- busy ------------------------------------------------------------------------------
-
-SKIP = ckpt.CheckpointOptions(enable_async=True, when_busy="skip")
 
 
 @pytest.mark.parametrize("options", [SKIP, ckpt.CheckpointOptions(when_busy="skip")])
