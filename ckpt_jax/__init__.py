@@ -10,7 +10,7 @@ Objects are saved as a graph and matched on restore by the local names of the ed
 them. See `Checkpoint` for objects, `save`, `restore` and `load` for trees, `io` for savers.
 """
 
-from ckpt_jax import io
+from ckpt_jax import io, metrics
 from ckpt_jax.adapting import CheckpointAdapter, ReshardCallback
 from ckpt_jax.checkpoint import Checkpoint
 from ckpt_jax.errors import (
@@ -46,6 +46,7 @@ from ckpt_jax.options import (
     ShardByDevice,
     ShardByProcess,
 )
+from ckpt_jax.preemption import PreemptionHandler
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.retention import (
@@ -73,6 +74,7 @@ from ckpt_jax.trackable.base import (
     Variable,
     no_automatic_dependency_tracking,
 )
+from ckpt_jax.trackable.delegate import DelegatingTrackable
 from ckpt_jax.trackable.optimizer import OptaxState, optax_state
 from ckpt_jax.trackable.view import register_view
 from ckpt_jax.transforms import Cast, Stack, Transpose, Unstack
@@ -96,6 +98,7 @@ __all__ = [
     "CheckpointView",
     "CorruptCheckpointError",
     "Damage",
+    "DelegatingTrackable",
     "FrozenSaver",
     "KeepAny",
     "KeepBest",
@@ -106,6 +109,7 @@ __all__ = [
     "NoDependency",
     "OptaxState",
     "PlannedSlice",
+    "PreemptionHandler",
     "PythonState",
     "RegistrationError",
     "ReportEntry",
@@ -136,6 +140,7 @@ __all__ = [
     "load_checkpoint",
     "load_object",
     "load_variable",
+    "metrics",
     "no_automatic_dependency_tracking",
     "object_metadata",
     "optax_state",

@@ -318,13 +318,17 @@ class ValueReader:
         self._inputs = inputs
 
     def read(
-        self, requests: Mapping[str, Any], options: CheckpointOptions = DEFAULT
+        self,
+        requests: Mapping[str, Any],
+        options: CheckpointOptions = DEFAULT,
+        arrived: Callable[[int], object] = lambda nbytes: None,
     ) -> dict[str, Any]:
         """Several values at once; see `CheckpointReader.read`."""
         plain = {key: wanted for key, wanted in requests.items() if key not in self._inputs}
-        results = self._reader.read(plain, options)
+        results = self._reader.read(plain, options, arrived)
         for key in requests.keys() - plain.keys():
             results[key] = self._resharded(self._inputs[key], requests[key], options)
+            arrived(self.stored_nbytes(key))
         return results
 
     def stored_nbytes(self, key: str) -> int:

@@ -1,6 +1,14 @@
 """Work behind the program's back: one piece at a time, errors raised once and never lost.
 
-A thread that is no daemon does the work, so that a normal exit of the interpreter waits for it.
+Terms. The *turn* is the right to save: one thread has it at a time, and gets it when nothing is
+running in the background. Whoever has the turn may hand work to the background; it runs on a
+thread of its own, and the turn may be given back meanwhile.
+
+An error of the work is raised by the next turn or `wait`, once. A normal exit of the interpreter
+waits for the work, as long as its deadline allows, and logs what nobody was there to be told.
+The thread is a daemon, so that a callback that hangs cannot hold the program for ever; a write
+that the operating system does not return from still can, since the interpreter waits for the
+threads of every pool.
 """
 
 from __future__ import annotations
@@ -9,7 +17,9 @@ import atexit
 import logging
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from ckpt_jax.errors import AsyncSaveError
 
@@ -20,31 +30,72 @@ class Background:
     """Runs one function at a time on a thread of its own."""
 
     def __init__(self) -> None:
+        self._turn = threading.RLock()  # a write callback in the foreground may save again
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._what = ""
+        self._timeout_seconds = 0.0
         _all.add(self)
 
-    def start(self, work: Callable[[], None], what: str) -> None:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Background:
+        return Background()  # a copied checkpoint saves on its own
+
+    @contextmanager
+    def turn(self, when_busy: str = "wait") -> Iterator[bool]:
+        """The right to save, for as long as the block lasts.
+
+        Args:
+          when_busy: "wait" until no other thread has the turn and nothing is running, or "skip".
+
+        Returns:
+          A context manager; its value says whether the turn is the caller's.
+
+        Raises:
+          AsyncSaveError: what ran before has failed; the cause is chained. It is raised once.
+          RuntimeError: the work itself asks, which would wait for itself.
+        """
+        if threading.current_thread() is self._thread:
+            if when_busy == "skip":
+                yield False
+                return
+            raise RuntimeError(
+                f"{self._what} is under way on this thread, and cannot wait for itself: a write "
+                "callback of a save in the background must not save, restore or sync its checkpoint"
+            )
+        if not self._turn.acquire(blocking=when_busy != "skip"):
+            yield False
+            return
+        try:
+            is_free = when_busy != "skip" or self._thread is None or not self._thread.is_alive()
+            if is_free:
+                self._finish()
+            yield is_free
+        finally:
+            self._turn.release()
+
+    def start(self, work: Callable[[], None], what: str, timeout_seconds: float) -> None:
         """Runs `work` in the background, after what is running there has ended.
 
         Args:
           work: called once.
           what: names it in errors.
+          timeout_seconds: how long an exit of the interpreter waits for it.
 
         Raises:
           AsyncSaveError: what ran before has failed; `work` was not started.
         """
-        self.wait()
-        self._what = what
-        self._thread = threading.Thread(target=self._run, args=[work], name="ckpt-save")
-        self._thread.start()
+        with self.turn():
+            self._what, self._timeout_seconds = what, timeout_seconds
+            name = "ckpt-save"
+            self._thread = threading.Thread(target=self._run, args=[work], name=name, daemon=True)
+            self._thread.start()
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
-        except BaseException as error:  # raised by the next wait()
+        except BaseException as error:  # raised by the next turn
             self._error = error
+            _failed.add(self)
 
     def wait(self) -> None:
         """Waits until nothing is running.
@@ -52,25 +103,38 @@ class Background:
         Raises:
           AsyncSaveError: what ran has failed; the cause is chained. It is raised once.
         """
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join()
+        with self.turn():
+            pass
+
+    def _finish(self, timeout_seconds: float | None = None) -> None:
+        if self._thread is not None:
+            bounded = timeout_seconds is not None and timeout_seconds < threading.TIMEOUT_MAX
+            self._thread.join(timeout_seconds if bounded else None)
+            if self._thread.is_alive():
+                raise AsyncSaveError(
+                    f"{self._what} did not end within {timeout_seconds} s of the program's exit "
+                    "(CheckpointOptions.timeout_seconds) and was abandoned; nothing is at its path"
+                    ", unless it had been committed"
+                )
+            self._thread = None
         error, self._error = self._error, None
+        _failed.discard(self)
         if error is not None:
             raise AsyncSaveError(f"{self._what} failed in the background: {error}") from error
 
     def _report_at_exit(self) -> None:
         try:
-            self.wait()
+            self._finish(self._timeout_seconds)
         except AsyncSaveError as error:
             _log.error("%s", error, exc_info=error.__cause__)
 
 
 _all: weakref.WeakSet[Background] = weakref.WeakSet()
+_failed: set[Background] = set()  # whose errors are not raised yet, though all else forgets them
 
 
 def _report_all_at_exit() -> None:
-    for background in list(_all):
+    for background in [*_all]:
         background._report_at_exit()
 
 

@@ -10,7 +10,7 @@ import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from ckpt_jax.background import Background
 from ckpt_jax.frozen import FrozenSaver
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.metrics import METER, SaveWatch
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.renaming import Rule
@@ -28,9 +29,12 @@ from ckpt_jax.saving import begin
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 from ckpt_jax.status import LoadStatus
 from ckpt_jax.trackable.base import AutoTrackable, TrackableView, Variable
+from ckpt_jax.trackable.delegate import delegate_of
 from ckpt_jax.trackable.view import SlotEntry, View, view_of
 
 Path = str | bytes | os.PathLike[Any]
+# A path; None with `when_busy="skip"` alone, so that nobody else has to rule None out.
+SavedPath = str | Any
 
 
 class Checkpoint(AutoTrackable):
@@ -61,6 +65,7 @@ class Checkpoint(AutoTrackable):
     """
 
     def __init__(self, root: Any = None, **named: Any):
+        METER.constructed()
         private = self.__dict__
         private["_self_root"] = root
         private["_self_rooted"] = root is not None and not _is_empty_container(root)
@@ -86,59 +91,73 @@ class Checkpoint(AutoTrackable):
             root = root()
         if root is None and self.__dict__["_self_rooted"]:
             raise AssertionError("the root of this checkpoint was garbage-collected")
-        return root
+        return delegate_of(root)
 
     def _is_state(self, value: Any) -> bool:
         return view_of(value) is not None
 
     # --- verbs -------------------------------------------------------------------------
 
-    def write(self, path: Path, options: CheckpointOptions | None = None) -> str:
+    def write(self, path: Path, options: CheckpointOptions | None = None) -> SavedPath:
         """Saves to exactly `path`, without a number, a counter or the state file.
 
         Returns:
-          The path of the checkpoint. Pairs with `read`.
+          The path of the checkpoint. Pairs with `read`. None where another save was in flight
+          and `when_busy="skip"` says not to wait for it.
         """
         options = options or DEFAULT
         path = os.fsdecode(path)
-        self._background().wait()
-        self._write(path, options)
+        watch = METER.saving()
+        with self._turn(options) as is_mine:
+            if not is_mine:
+                return None
+            self._write(path, options, watch)
         return path
 
-    def save(self, prefix: Path, options: CheckpointOptions | None = None) -> str:
+    def save(self, prefix: Path, options: CheckpointOptions | None = None) -> SavedPath:
         """Saves to `f"{prefix}-{n}"` with n one above `save_counter`, which it advances.
 
         The state file `checkpoint` of the directory then names this checkpoint as the latest.
 
         Returns:
-          The path of the checkpoint. Pairs with `restore`.
+          The path of the checkpoint. Pairs with `restore`. None where another save was in
+          flight and `when_busy="skip"` says not to wait for it; the counter stays as it is.
         """
-        self._background().wait()
-        number = self.save_counter + 1
-        path = f"{os.fsdecode(prefix)}-{number}"
+        options = options or DEFAULT
+        watch = METER.saving()
+        with self._turn(options) as is_mine:
+            if not is_mine:
+                return None
+            number = self.save_counter + 1
+            path = f"{os.fsdecode(prefix)}-{number}"
 
-        def committed() -> None:
-            state = CheckpointState(os.path.abspath(path))
-            update_checkpoint_state(os.path.dirname(path) or ".", state)
+            def committed() -> None:
+                state = CheckpointState(os.path.abspath(path))
+                update_checkpoint_state(os.path.dirname(path) or ".", state)
 
-        def failed() -> None:  # a save that failed has not happened
-            self._count(number - 1)
+            def failed() -> None:  # a save that failed has not happened
+                self._count(number - 1)
 
-        self._count(number)
-        self._write(path, options or DEFAULT, committed, failed)
-        return path
+            self._count(number)
+            self._write(path, options, watch, committed, failed)
+            return path
+
+    def _turn(self, options: CheckpointOptions) -> AbstractContextManager[bool]:
+        """The right to save; see `Background.turn`."""
+        return self._background().turn(options.when_busy)
 
     def _write(
         self,
         path: str,
         options: CheckpointOptions,
+        watch: SaveWatch,
         committed: Callable[[], None] = lambda: None,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
         """Writes to `path` and calls back, here or in the background."""
         with ExitStack() as undo:
             undo.callback(failed)
-            finish = begin(self._trace(), path, options, overwrite=True)
+            finish = begin(self._trace(), path, options, overwrite=True, watch=watch)
             undo_later = undo.pop_all()
 
         def work() -> None:
@@ -149,7 +168,8 @@ class Checkpoint(AutoTrackable):
             committed()
 
         if options.enable_async:
-            self._background().start(work, f"saving {path}")
+            watch.unblocked()
+            self._background().start(work, f"saving {path}", options.timeout_seconds)
         else:
             work()
 
@@ -162,10 +182,15 @@ class Checkpoint(AutoTrackable):
     ) -> LoadStatus:
         """Restores what `write` saved, without touching the save counter; see `restore`."""
         options = options or DEFAULT
-        self._background().wait()
+        with self._background().turn():
+            return self._read(path, options, rename)
+
+    def _read(
+        self, path: Path | None, options: CheckpointOptions, rename: Iterable[Rule]
+    ) -> LoadStatus:
         if path is None:
             return LoadStatus(None, self._trace_for_restore)
-        with CheckpointReader(path) as reader:
+        with METER.restoring(lambda: CheckpointReader(path)) as reader:
             saved = renamed(reader.object_graph, rename)
             restoration = Restoration(reader.path, saved, options, self._trace_for_restore)
             root = restoration.run(reader)
@@ -199,8 +224,9 @@ class Checkpoint(AutoTrackable):
             abstractly is not in the checkpoint. Nothing was read or changed.
           CorruptCheckpointError: bytes are damaged.
         """
-        self._counter()
-        return self.read(path, options, rename=rename)
+        with self._background().turn():
+            self._counter()
+            return self._read(path, options or DEFAULT, rename)
 
     def freeze(self) -> FrozenSaver:
         """A saver of the objects that are here now, which need not be traced again.
@@ -289,7 +315,7 @@ class _RootedView(View):
         own = dict(view.children(root))
         children: dict[Label, Any] = {**checkpoint.trackable_children()}
         for name in own.keys() & children.keys():
-            if own[name] is not children[name]:
+            if delegate_of(own[name]) is not delegate_of(children[name]):
                 raise ValueError(f"root.{name} already exists, as another object")
         self.own_names = own.keys()
         self.checkpoint = checkpoint

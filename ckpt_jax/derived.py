@@ -9,7 +9,7 @@ of them are in memory next to the values themselves.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -35,13 +35,15 @@ class DerivedReader:
         self,
         requests: Mapping[str, Any],
         options: CheckpointOptions = DEFAULT,
+        arrived: Callable[[int], object] = lambda nbytes: None,
     ) -> dict[str, Any]:
         """As `CheckpointReader.read`; of derived values, whole ones only."""
         stored = {key: want for key, want in requests.items() if key not in self._derived}
-        results = self._reader.read(stored, options)
+        results = self._reader.read(stored, options, arrived)
         wanted = {key: want for key, want in requests.items() if key in self._derived}
         for batch in self._batches(wanted, options.max_inflight_bytes):
             results.update(self._read_derived(batch, options))
+            arrived(sum(map(self.stored_nbytes, batch)))
         return results
 
     def stored_nbytes(self, key: str) -> int:

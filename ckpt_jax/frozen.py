@@ -24,6 +24,7 @@ from ckpt_jax.graph.match import Match
 from ckpt_jax.graph.model import Node, ObjectGraph
 from ckpt_jax.graph.plan import plan_read
 from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoring import execute, fits, note_restored, raise_problems
@@ -79,7 +80,9 @@ class FrozenSaver:
             All of them are named; nothing was written.
         """
         path = os.fsdecode(path)
-        write_checkpoint(self._current(), path, options or DEFAULT, overwrite=True)
+        watch = METER.saving()
+        live = self._current()
+        write_checkpoint(live, path, options or DEFAULT, overwrite=True, watch=watch)
         return path
 
     def restore(self, path: Path, options: CheckpointOptions | None = None) -> None:

@@ -18,6 +18,7 @@ from ckpt_jax.graph.model import Attribute, Node, ObjectGraph
 from ckpt_jax.graph.patterns import Selection, selects
 from ckpt_jax.graph.plan import ReadPlan
 from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.placing import Place, Structs, with_shardings
 from ckpt_jax.reader import CheckpointReader
@@ -36,6 +37,7 @@ from ckpt_jax.restoring import (
 )
 from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.store.index import dtype_of
+from ckpt_jax.trackable.delegate import delegate_of
 
 T = TypeVar("T")
 Path = str | bytes | os.PathLike[Any]
@@ -67,9 +69,9 @@ def save(
       {'w': array([0, 1, 2]), 'step': 7}
     """
     path = os.fsdecode(path)
-    write_checkpoint(
-        live_graph(tree, for_restore=False), path, options or DEFAULT, overwrite=overwrite
-    )
+    watch = METER.saving()
+    live = live_graph(tree, for_restore=False)
+    write_checkpoint(live, path, options or DEFAULT, overwrite=overwrite, watch=watch)
     return path
 
 
@@ -113,7 +115,7 @@ def restore(
       CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
     """
     options = options or DEFAULT
-    with CheckpointReader(path) as reader:
+    with METER.restoring(lambda: CheckpointReader(path)) as reader:
         live = live_graph(target)
         plan, source = _plan(reader, live, rename, options)
         fatal = plan.report
@@ -122,7 +124,8 @@ def restore(
             fatal = replace(fatal, unexpected=(), missing=missing)
         if fatal.missing or fatal.unexpected or fatal.mismatched:
             raise_problems(fatal, reader.path)
-        return execute(plan, live, source, options)[0]
+        root, _ = execute(plan, live, source, options)
+    return target if root is delegate_of(target) else root
 
 
 @without_gc()
@@ -199,7 +202,7 @@ def load(
       KeyError: `only` selects nothing.
       RestoreMismatchError: values cannot be placed as `sharding` says; it names all of them.
     """
-    with CheckpointReader(path) as reader:
+    with METER.restoring(lambda: CheckpointReader(path)) as reader:
         saved = reader.object_graph
         chosen = selects(only)
         wanted = {

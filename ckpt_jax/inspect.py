@@ -6,12 +6,15 @@ import os
 import weakref
 from typing import Any
 
+from ckpt_jax.arrays.values import describe
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.match import match
 from ckpt_jax.graph.model import ObjectGraph
+from ckpt_jax.graph.trace import trace
 from ckpt_jax.latest import latest_checkpoint
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoring import live_graph, log_conflicts
+from ckpt_jax.savers.registry import saver_of
 from ckpt_jax.store.directory import is_checkpoint
 from ckpt_jax.trackable.view import view_of
 
@@ -78,7 +81,7 @@ def list_objects(root: Any) -> list[Any]:
 
     Source: TensorFlow's `list_objects`.
     """
-    return list(live_graph(root, for_restore=False).objects)
+    return list(trace(root, describe, saver_of()).objects)
 
 
 class TrackableView:

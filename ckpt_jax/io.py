@@ -8,7 +8,7 @@ default saver uses nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import index
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ def write_shard(
     values: Mapping[str, Any],
     *,
     options: CheckpointOptions = DEFAULT,
+    written: Callable[[int], object] = lambda nbytes: None,
 ) -> str:
     """Writes arrays, or slices of larger arrays, into a new shard.
 
@@ -39,6 +40,7 @@ def write_shard(
       values: by key, an array (numpy, jax.Array or a scalar), bytes, a `Slice`, or a list of
         slices. Of a jax.Array its addressable shards are written, each distinct one once.
       options: `compression`, `durable` and `max_inflight_bytes` apply.
+      written: called, as the work goes on, with the number of bytes written since the last call.
 
     Returns:
       `prefix`, for `merge_shards`.
@@ -69,6 +71,7 @@ def write_shard(
         durable=options.durable,
         # Two shards are written at a time, and TensorStore holds what it encodes twice.
         max_inflight_bytes=max(options.max_inflight_bytes // 4, 1),
+        written=written,
     )
     return prefix
 
@@ -192,8 +195,12 @@ def read_values(
     reader: Source,
     requests: Mapping[str, jax.ShapeDtypeStruct | Box | None],
     options: CheckpointOptions = DEFAULT,
+    arrived: Callable[[int], object] = lambda nbytes: None,
 ) -> dict[str, Any]:
-    """`read_slices` on an open reader. Arrays are placed while others are still being read."""
+    """`read_slices` on an open reader. Arrays are placed while others are still being read.
+
+    `arrived` is called with numbers of bytes, as they come.
+    """
     results: dict[str, Any] = {}
     keys: list[str] = []
     boxes: list[tuple[Box, ...]] = []
@@ -204,6 +211,7 @@ def read_values(
         wanted = _wanted(reader, key, request)
         if wanted is None:
             results[key] = reader.read_bytes(key)
+            arrived(len(results[key]))
         else:
             keys.append(key)
             boxes.append(wanted)
@@ -214,6 +222,7 @@ def read_values(
     for number, contents in found:
         key = keys[number]
         request = requests[key]
+        arrived(sum([part.nbytes for part in contents]))
         if not isinstance(request, jax.ShapeDtypeStruct):
             results[key] = contents[0]
             continue

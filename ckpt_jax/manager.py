@@ -46,6 +46,7 @@ from ckpt_jax.latest import (
     problem_with,
     remove_checkpoint,
 )
+from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.retention import (
     CheckpointRecord,
@@ -220,7 +221,8 @@ class CheckpointManager:
           metrics: numbers by name, for retention policies.
 
         Returns:
-          The path of the checkpoint, or None where `checkpoint_interval` says not to save.
+          The path of the checkpoint, or None where `checkpoint_interval` says not to save, or
+          where another save was in flight and `when_busy="skip"` says not to wait for it.
 
         Raises:
           ValueError: a negative number, or a metric that is not one number.
@@ -234,25 +236,29 @@ class CheckpointManager:
         if step is not None and not self._is_due(step, check_interval):
             return None
         scores = {name: _as_number(name, value) for name, value in (metrics or {}).items()}
-        self.sync()
-        count = self._checkpoint.save_counter + 1
-        number = count if checkpoint_number is None else as_integer(checkpoint_number)
-        if number < 0:
-            raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
-        path = os.path.join(self._directory, f"{self._name}-{number}")
-        last_step = self._last_step
+        options = options or DEFAULT
+        watch = METER.saving()
+        with self._checkpoint._turn(options) as is_mine:
+            if not is_mine or (step is not None and not self._is_due(step, check_interval)):
+                return None  # another thread saves, or has saved this step meanwhile
+            count = self._checkpoint.save_counter + 1
+            number = count if checkpoint_number is None else as_integer(checkpoint_number)
+            if number < 0:
+                raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
+            path = os.path.join(self._directory, f"{self._name}-{number}")
+            last_step = self._last_step
 
-        def committed() -> None:
-            self._record(number, path, scores)
+            def committed() -> None:
+                self._record(number, path, scores)
 
-        def failed() -> None:  # a save that failed has not happened
-            self._checkpoint._count(count - 1)
-            self._last_step = last_step
+            def failed() -> None:  # a save that failed has not happened
+                self._checkpoint._count(count - 1)
+                self._last_step = last_step
 
-        self._checkpoint._count(count)
-        self._last_step = step
-        self._checkpoint._write(path, options or DEFAULT, committed, failed)
-        return path
+            self._checkpoint._count(count)
+            self._last_step = step
+            self._checkpoint._write(path, options, watch, committed, failed)
+            return path
 
     def _is_due(self, step: int, check_interval: bool) -> bool:
         if self._last_step is None:
@@ -335,7 +341,10 @@ class CheckpointManager:
             ...     [os.path.basename(path) for path in manager.gc(dry_run=True)]
             ['ckpt-1', 'ckpt-2']
         """
-        self.sync()
+        with self._checkpoint._turn(DEFAULT):
+            return self._gc(dry_run)
+
+    def _gc(self, dry_run: bool) -> list[str]:
         sweep = self._plan_sweep()
         leftovers = self._leftovers()
         if not (sweep.preserve or sweep.remove or leftovers) or not self._is_latest_usable():

@@ -165,13 +165,19 @@ class CheckpointOptions:
       verify: check every checksum that is read. It costs next to nothing here, so that False
         saves nothing: TensorStore checks what it decodes in any case.
       max_inflight_bytes: host memory that a save or restore may use beyond the arrays' own.
-      timeout_seconds: the longest wait for another process, where there are several.
+      timeout_seconds: the longest wait for another process, where there are several, and of an
+        exit of the program for a save in the background.
       shardings: where a restore places JAX arrays, whatever the target says: one
         `jax.sharding.Sharding`, a function of (path, `jax.ShapeDtypeStruct`) that gives one or
         None, or a tree of shardings. A sharding in a tree stands for everything below its place,
         None for what the target says.
-      progress, when_busy, broadcast: not built yet; anything but the default raises
-        NotImplementedError.
+      when_busy: what a save does while another one of the same `Checkpoint` is in flight, in
+        the background or on another thread: "wait" for it, or "skip": return None at once and
+        count nothing. What failed in the background is raised in both cases.
+      progress: a function `(done_bytes, total_bytes)`, called from one thread at a time while
+        values are written or read, from 0 up to the total; or True for a line on stderr, where
+        that is a terminal. What the function raises is logged once, and it is not called again.
+      broadcast: not built yet; anything but the default raises NotImplementedError.
 
     Source: `tf.train.CheckpointOptions`.
 
@@ -191,7 +197,7 @@ class CheckpointOptions:
     max_inflight_bytes: int = 64 * MIB
     timeout_seconds: float = 600
     shardings: Any = None
-    progress: Any = None
+    progress: bool | Callable[[int, int], object] | None = None
     when_busy: str = "wait"
     broadcast: bool = False
 
@@ -204,6 +210,10 @@ class CheckpointOptions:
             raise ValueError("max_inflight_bytes must be positive")
         if self.when_busy not in ("wait", "skip"):
             raise ValueError(f"when_busy must be 'wait' or 'skip', got {self.when_busy!r}")
+        if not (
+            self.progress is None or isinstance(self.progress, bool) or callable(self.progress)
+        ):
+            raise ValueError(f"progress must be None, True or a function, got {self.progress!r}")
         for name, (default, purpose) in _NOT_BUILT.items():
             if getattr(self, name) is not default and getattr(self, name) != default:
                 raise NotImplementedError(f"CheckpointOptions({name}=...) will {purpose}")
@@ -211,8 +221,6 @@ class CheckpointOptions:
 
 
 _NOT_BUILT: dict[str, tuple[Any, str]] = {
-    "progress": (None, "show the progress of long saves and restores"),
-    "when_busy": ("wait", "skip a save while another is being written"),
     "broadcast": (False, "let one replica read for the others"),
 }
 

@@ -176,10 +176,16 @@ class CheckpointReader:
         return self.as_saved(key, data, self._specs.get(key) or self.stored_spec(key))
 
     def read(
-        self, requests: Mapping[str, Any], options: CheckpointOptions = DEFAULT
+        self,
+        requests: Mapping[str, Any],
+        options: CheckpointOptions = DEFAULT,
+        arrived: Callable[[int], object] = lambda nbytes: None,
     ) -> dict[str, Any]:
-        """Several values at once; see `ckpt.io.read_slices`."""
-        return read_values(self._source, requests, options)
+        """Several values at once; see `ckpt.io.read_slices`.
+
+        `arrived` is called with numbers of bytes, as they come.
+        """
+        return read_values(self._source, requests, options, arrived)
 
     def read_boxes(
         self, requests: Mapping[str, Sequence[Box]], options: CheckpointOptions = DEFAULT

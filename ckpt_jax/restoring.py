@@ -24,7 +24,7 @@ import numpy as np
 
 from ckpt_jax.adapting import ReshardCallback, Settled, ValueReader, settle
 from ckpt_jax.arrays import host
-from ckpt_jax.arrays.values import ARRAY_KINDS, decode, describe, difference
+from ckpt_jax.arrays.values import ARRAY_KINDS, decode, describe, difference, evaluate
 from ckpt_jax.derived import DerivedReader
 from ckpt_jax.errors import RegistrationError, RestoreMismatchError
 from ckpt_jax.graph.labels import Label, object_key_of, path_of
@@ -42,6 +42,7 @@ from ckpt_jax.graph.plan import (
 from ckpt_jax.graph.trace import LiveGraph, trace
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.placing import placed
+from ckpt_jax.progress import Advance, progress
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.renaming import Renamed
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
@@ -49,6 +50,7 @@ from ckpt_jax.savers import registry
 from ckpt_jax.store.box import size_of, whole
 from ckpt_jax.store.index import dtype_of
 from ckpt_jax.trackable.base import await_child
+from ckpt_jax.trackable.delegate import delegate_of
 from ckpt_jax.trackable.view import View
 
 ADVICE = (
@@ -62,7 +64,7 @@ ADVICE = (
 def live_graph(
     root: Any, root_key: str = "", *, for_restore: bool = True, root_view: View | None = None
 ) -> LiveGraph:
-    """The object graph of a program's objects; see `trace`."""
+    """The object graph of a program's objects, to be saved or restored; see `trace`."""
     return trace(
         root,
         describe,
@@ -70,6 +72,7 @@ def live_graph(
         root_view=root_view,
         root_key=root_key,
         tie_values=not for_restore,
+        evaluate=None if for_restore else evaluate,
     )
 
 
@@ -174,6 +177,14 @@ def value_reader(reader: CheckpointReader, saved: Renamed, settled: Settled) -> 
 
 def read(plan: ReadPlan, reader: ValueReader, options: CheckpointOptions) -> list[Any]:
     """The value of each `Read` of a plan, each array once per dtype and placement."""
+    total = nbytes_to_read(plan, reader) if options.progress else 0
+    with progress(options.progress, f"restoring {reader.path}", total) as advance:
+        return _read(plan, reader, options, advance)
+
+
+def _read(
+    plan: ReadPlan, reader: ValueReader, options: CheckpointOptions, advance: Advance
+) -> list[Any]:
     requests: dict[tuple[str, Any, Any], int] = {}
     order = [requests.setdefault(_identity(r), len(requests)) for r in plan.reads]
     first: dict[int, Read] = {}
@@ -187,7 +198,7 @@ def read(plan: ReadPlan, reader: ValueReader, options: CheckpointOptions) -> lis
         for number, r in todo.items():
             batch.setdefault(r.key, number)
         asked = {key: _request(first[number]) for key, number in batch.items()}
-        for key, data in reader.read(asked, options).items():
+        for key, data in reader.read(asked, options, advance).items():
             r = first[batch[key]]
             try:
                 found[batch[key]] = decode(data, r.saved, r.target, r.value)
@@ -409,12 +420,13 @@ class Restoration:
         live = live_graph(child, key)
         before = Match(self._bound_in(live), {})
         with CheckpointReader(self.path) as reader:
-            return self._bind(
+            root = self._bind(
                 live,
                 lambda graph: extend(before, graph, live.graph, [(saved, 0)]),
                 reader,
                 root_key=key,
             )
+        return child if root is delegate_of(child) else root
 
     def attached(self) -> None:
         """Restores slots of which one end has just come. Where the other is, only a walk from

@@ -48,6 +48,7 @@ from ckpt_jax.graph.objects import SavedObject as Saved
 from ckpt_jax.graph.order import CyclicDependencyError, order_by_dependency
 from ckpt_jax.graph.plan import plan_read
 from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, describe_problems
@@ -106,9 +107,10 @@ def save_object(
       (Array([0., 1.], dtype=float32), 3.0)
     """
     path = os.fsdecode(path)
+    watch = METER.saving()
     live = _lasting(live_graph(obj, for_restore=False))
     extra = {SAVED_OBJECTS_KEY: seal(codec.encode(live.graph, _describe(live)))}
-    begin(live, path, options or DEFAULT, overwrite=overwrite, extra=extra)()
+    begin(live, path, options or DEFAULT, overwrite=overwrite, extra=extra, watch=watch)()
     return path
 
 
@@ -153,7 +155,7 @@ def load_object(path: Path) -> Any:
       ...     load_object(save_object(Model("a"), f"{directory}/a")).name
       'a'
     """
-    with CheckpointReader(path) as reader:
+    with METER.restoring(lambda: CheckpointReader(path)) as reader:
         graph, objects = reader.object_graph, reader.saved_objects
         if objects is None:
             raise CheckpointError(

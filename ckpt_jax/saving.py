@@ -22,20 +22,23 @@ from ckpt_jax.errors import ShardError, UnsaveableError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, path_of
 from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.metrics import SaveWatch
 from ckpt_jax.options import CheckpointOptions
+from ckpt_jax.progress import progress
 from ckpt_jax.savers import default
 from ckpt_jax.savers.registry import get_saver
 from ckpt_jax.store.directory import staged
+from ckpt_jax.store.read import read_index
 from ckpt_jax.store.seal import seal
 
 SHARDS = "shards"
 
 
 def write_checkpoint(
-    live: LiveGraph, path: str, options: CheckpointOptions, *, overwrite: bool
+    live: LiveGraph, path: str, options: CheckpointOptions, *, overwrite: bool, watch: SaveWatch
 ) -> None:
     """Writes a traced graph to `path`, or leaves everything as it was and raises."""
-    begin(live, path, options, overwrite=overwrite)()
+    begin(live, path, options, overwrite=overwrite, watch=watch)()
 
 
 @without_gc()
@@ -46,8 +49,9 @@ def begin(
     *,
     overwrite: bool,
     extra: Mapping[str, bytes] = MappingProxyType({}),
+    watch: SaveWatch,
 ) -> Callable[[], None]:
-    """The part of a save that has to see the objects as they are now.
+    """The part of a save that has to see the objects as they are now; `watch` measures it.
 
     Returns:
       The rest, to be called once, on any thread: it writes and commits. Nothing that the
@@ -64,10 +68,17 @@ def begin(
         later = stack.pop_all()
 
     def finish() -> None:
-        with later:
-            written = default.write(plan, shards, options)
+        with later, progress(options.progress, f"saving {path}", snapshot.nbytes) as advance:
+
+            def wrote(nbytes: int) -> None:
+                watch.wrote(nbytes)
+                advance(nbytes)
+
+            written = default.write(plan, shards, options, wrote)
+            watch.wrote(sum([read_index(prefix).total_nbytes for prefix in prefixes]))
             small = {**extra, OBJECT_GRAPH_KEY: graph}
             io.merge_shards([*prefixes, *written], staging, extra=small, options=options)
+        watch.committed(path)
 
     return finish
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 # From the ground up. A module stands in the layer that names it or, failing that, the closest
 # package above it; it may import from its own layer and from those before.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "options", "report", "version", "_proto"),
+    ("errors", "options", "report", "metrics", "progress", "version", "_proto"),
     ("graph.labels", "graph.model", "store.box"),
     ("trackable",),
     ("graph",),
@@ -41,6 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("status", "checkpoint", "functional", "revive", "nodes", "frozen"),
     ("retention",),
     ("manager", "inspect"),
+    ("preemption",),
     ("__init__",),
     ("__main__", "testing"),
 )

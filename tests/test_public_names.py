@@ -20,6 +20,7 @@ PUBLIC = (
     "optax_state",
     "no_automatic_dependency_tracking",
     "SlotOwner",
+    "DelegatingTrackable",
     "register_view",
     "CheckpointAdapter",
     "ReshardCallback",
@@ -56,6 +57,7 @@ PUBLIC = (
     "CheckpointState",
     "checkpoints_iterator",
     "CheckpointManager",
+    "PreemptionHandler",
     "CheckpointRecord",
     "RetentionPolicy",
     "KeepLatest",
@@ -67,6 +69,8 @@ PUBLIC = (
     "register_checkpoint_saver",
     "register_serializable",
     "registration_scope",
+    # what it costs
+    "metrics",
     # options
     "CheckpointOptions",
     "ShardByDevice",

@@ -23,6 +23,7 @@ from ckpt_jax.graph.model import LeafSpec, ShardingSpec
 from ckpt_jax.store.index import dtype_name, dtype_of
 from ckpt_jax.trackable.base import PythonState
 
+OPEN = LeafSpec()  # of a value that a function makes, while it has not been called
 ARRAY_KINDS = frozenset(["array", "numpy", "numpy_scalar", ""])
 _INT64 = range(-(2**63), 2**63)
 
@@ -31,7 +32,7 @@ _INT64 = range(-(2**63), 2**63)
 
 
 def describe(value: Any) -> tuple[LeafSpec, ShardingSpec | None]:
-    """The spec of a value, and the sharding that it has.
+    """The spec of a value, and the sharding that it has; `OPEN` for a function that makes one.
 
     Raises:
       TypeError: saying why the value cannot be saved.
@@ -46,8 +47,24 @@ def describe(value: Any) -> tuple[LeafSpec, ShardingSpec | None]:
     for kind, describe_kind in _DESCRIBE:
         if isinstance(value, kind):
             return describe_kind(value), None
+    if callable(value):
+        return OPEN, None
     kind = type(value)
     raise TypeError(f"{kind.__module__}.{kind.__qualname__} is not an array or scalar")
+
+
+def evaluate(value: Any) -> Any:
+    """The value itself, where what is given is a function that makes it.
+
+    Raises:
+      TypeError: what the function made is one, too.
+    """
+    if not callable(value) or isinstance(value, PythonState | enum.Enum):
+        return value
+    made = value()
+    if callable(made) and not isinstance(made, PythonState | enum.Enum):
+        raise TypeError(f"the function {value!r} gave another one, {made!r}, and no value")
+    return made
 
 
 def _spec_of_array(value: Any) -> LeafSpec:

@@ -188,15 +188,18 @@ class _Planner:
             return
         self.used.add((source, found.name))
         value = self.live.values[node_id][target.name]
-        problem = self.fits(found.spec, target.spec, value)
+        # Where a function makes the value, the object takes whatever was saved.
+        is_open = target.spec == LeafSpec()
+        spec = found.spec if is_open else target.spec
+        problem = None if is_open else self.fits(found.spec, spec, value)
         entry = ReportEntry(
-            path, str(target.spec), str(found.spec), problem or "", self.original(source, found)
+            path, str(spec), str(found.spec), problem or "", self.original(source, found)
         )
         if problem:
             self.entries["mismatched"].append(entry)
         else:
             self.entries["restored"].append(entry)
-            read = Read(node_id, target.name, found.key, found.spec, target.spec, value)
+            read = Read(node_id, target.name, found.key, found.spec, spec, value)
             self.reads.append(read)
 
     def original(self, node: int, attribute: Attribute) -> str:

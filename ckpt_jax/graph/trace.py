@@ -5,8 +5,9 @@ trackable, a module, an array) is one node however many edges lead to it, and is
 the first, shortest path; the parts of an immutable container are one node per place. After
 the walk, optimizers add their slot variables.
 
-The walk reads no value. What a value *is* (`describe`) and whether a registered saver takes
-an object (`saver_of`) are questions it passes on.
+The walk reads no value. What a value *is* (`describe`), what a function that stands for one
+makes (`evaluate`) and whether a registered saver takes an object (`saver_of`) are questions it
+passes on.
 """
 
 from __future__ import annotations
@@ -27,10 +28,12 @@ from ckpt_jax.graph.model import (
     ShardingSpec,
     Slot,
 )
+from ckpt_jax.trackable.delegate import delegate_of
 from ckpt_jax.trackable.view import Below, SlotEntry, View, view_of
 
 Describe = Callable[[Any], tuple[LeafSpec, ShardingSpec | None]]
 SaverOf = Callable[[Any], str | None]
+Evaluate = Callable[[Any], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ def trace(
     root_view: View | None = None,
     root_key: str = "",
     tie_values: bool = True,
+    evaluate: Evaluate | None = None,
 ) -> LiveGraph:
     """The graph of everything reachable from `root`.
 
@@ -74,11 +78,13 @@ def trace(
       root_key: the root's escaped path, where it is part of something larger.
       tie_values: whether one immutable array at two places is one node, as it should be saved.
         Where values are to be put, each place is a node of its own.
+      evaluate: gives the value that is to be saved for one that a view shows, which may be a
+        function that makes it; asked once for each. By default values are left as they are.
 
     Raises:
       UnsaveableError: naming every object that has no view or cannot be saved.
     """
-    walk = _Walk(describe, saver_of, tie_values)
+    walk = _Walk(describe, saver_of, tie_values, evaluate)
     walk.enter(root, root_key, view=root_view)
     walk.run()
     return walk.finish()
@@ -87,8 +93,15 @@ def trace(
 class _Walk:
     """The growing columns of a trace; one list entry per node."""
 
-    def __init__(self, describe: Describe, saver_of: SaverOf, tie_values: bool):
+    def __init__(
+        self,
+        describe: Describe,
+        saver_of: SaverOf,
+        tie_values: bool,
+        evaluate: Evaluate | None,
+    ):
         self.describe = describe
+        self.evaluate = evaluate
         self.tie_values = tie_values
         self.saver_of = saver_of
         self.objects: list[Any] = []
@@ -107,8 +120,11 @@ class _Walk:
     def enter(
         self, obj: Any, key: str, parent: int = -1, view: View | None = None, tie: bool = True
     ) -> int:
-        """The node of `obj`, made where it is new; an array may be one node or one per place."""
-        view = view or view_of(obj)
+        """The node of `obj`, or of what it stands for, made where it is new; an array may be one
+        node or one per place."""
+        if view is None:
+            obj = delegate_of(obj)
+            view = view_of(obj)
         if view is None:
             self.problems.append((labels.path_of(key), _no_view(obj)))
             view = _NOTHING
@@ -125,12 +141,24 @@ class _Walk:
         self.keys.append(key)
         saver = self.saver_of(obj)
         self.savers.append(SaverRef(saver, key) if saver else None)
-        values = {} if saver else view.values(obj)
+        values = {} if saver else self.evaluated(key, view.values(obj))
         self.values.append(values)
         self.attributes.append(
             tuple([self.attribute(key, name, value) for name, value in values.items()])
         )
         return node
+
+    def evaluated(self, key: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self.evaluate is None or not any(map(callable, values.values())):
+            return values
+        result: dict[str, Any] = {}
+        for name, value in values.items():
+            try:
+                result[name] = self.evaluate(value)
+            except Exception as error:  # whatever a user's function raises: named with its path
+                what = f"{name}: {type(error).__name__}: {error}"
+                self.problems.append((labels.path_of(key), what))
+        return result
 
     def is_inside_itself(self, obj: Any, parent: int) -> bool:
         while parent >= 0:
@@ -198,7 +226,7 @@ class _Walk:
                 if isinstance(entry.variable, Below):
                     owner = places.get(entry.variable.path)
                 else:
-                    owner = self.node_of.get(id(entry.variable))
+                    owner = self.node_of.get(id(delegate_of(entry.variable)))
                 if owner is not None:
                     self.add_slot(node, owner, entry, regular)
             if not places:

@@ -8,8 +8,9 @@ write       writes each shard with the same primitive that registered savers use
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +42,11 @@ class Snapshot:
 
     slices: tuple[PlannedSlice, ...]
     contents: Mapping[tuple[str, Box], np.ndarray | bytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slices."""
+        return sum([piece.nbytes for piece in self.slices])
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,9 +196,18 @@ def _differs(owner: PlannedSlice, part: PlannedSlice, name: str) -> bool:
     return getattr(owner, name) != getattr(part, name)
 
 
-def write(plan: WritePlan, directory: str, options: CheckpointOptions) -> list[str]:
-    """Writes the shards into new directories below `directory`; returns those."""
+def write(
+    plan: WritePlan,
+    directory: str,
+    options: CheckpointOptions,
+    written: Callable[[int], object] = lambda nbytes: None,
+) -> list[str]:
+    """Writes the shards into new directories below `directory`; returns those.
+
+    `written` is called with numbers of bytes while the work goes on, on several threads.
+    """
     prefix = os.path.join(directory, f"{jax.process_index():05d}-")
     jobs = [(f"{prefix}{number:05d}", shard) for number, shard in enumerate(plan.shards)]
     with ThreadPoolExecutor(min(2, len(jobs)) or 1) as pool:
-        return list(pool.map(lambda job: io.write_shard(*job, options=options), jobs))
+        write_one = functools.partial(io.write_shard, options=options, written=written)
+        return list(pool.map(lambda job: write_one(*job), jobs))

@@ -201,6 +201,11 @@ class Index:
         """Whether this is a shard's own index, not that of a whole checkpoint."""
         return len(self.shards) == 1 and self.shards[0].directory == "."
 
+    @property
+    def total_nbytes(self) -> int:
+        """Bytes of all slices."""
+        return sum([self.layouts[i].nbytes for i in self.layout.tolist()])
+
     def layout_of(self, key: str) -> Layout:
         """The layout of the first slice of `key`, for its dtype and shape."""
         return self.layouts[self.patterns[self.pattern[self.number[key]]][0]]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -78,6 +78,7 @@ def write_shard(
     durable: bool = True,
     max_inflight_bytes: int = 16 << 20,
     pool: Executor | None = None,
+    written: Callable[[int], object] = lambda nbytes: None,
 ) -> int:
     """Writes `slices` and their index to a new database in `directory`.
 
@@ -90,6 +91,7 @@ def write_shard(
       durable: return only when all of it would survive a power failure.
       max_inflight_bytes: bound on the memory for encoded copies and packs.
       pool: where files are flushed meanwhile; a private thread by default.
+      written: called with the number of bytes of slices that were written since the last call.
 
     Returns:
       Number of bytes of all slices.
@@ -120,6 +122,7 @@ def write_shard(
                 following = next(groups, None)
                 last = following is None
                 _write_group(directory, context, plan.index, group, created, last=last)
+                written(sum([transfer.payload for transfer in group]))
                 group = following
                 if durable and pool is not None:
                     new = set(os.listdir(data)) - flushed
@@ -135,7 +138,7 @@ def write_shard(
                 fsync_file(file.path)
         fsync_directory(directory)
         fsync_directory(os.path.dirname(os.path.abspath(directory)))
-    return sum(plan.index.layouts[i].nbytes for i in plan.index.layout.tolist())
+    return plan.index.total_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,11 +148,13 @@ class _Plan:
     Attributes:
       rows: for each stack of big slices, its rows; None for a pack.
       packs: for each pack, by stack number, the buffers that follow each other in it.
+      payloads: for each pack, its bytes without padding.
     """
 
     index: Index
     rows: dict[int, list[np.ndarray | bytes]]
     packs: dict[int, list[np.ndarray | bytes]]
+    payloads: dict[int, int]
 
 
 _PADDING = [bytes(n) for n in range(ALIGNMENT)]
@@ -163,6 +168,7 @@ def _plan(slices: Mapping[str, Value], compression: str, max_pack_nbytes: int) -
     places: list[tuple[int, int, int, int, int]] = []  # key, layout, stack, row, offset
     rows: dict[int, list[np.ndarray | bytes]] = {}
     packs: dict[int, list[np.ndarray | bytes]] = {}
+    payloads: dict[int, int] = {}
     sizes: list[int] = []  # of the rows of each stack
     stack_of_size: dict[int, int] = {}
     pack = -1
@@ -194,17 +200,19 @@ def _plan(slices: Mapping[str, Value], compression: str, max_pack_nbytes: int) -
                     pack, offset = len(sizes), 0
                     sizes.append(0)
                     packs[pack] = []
+                    payloads[pack] = 0
                 if offset != sizes[pack]:
                     packs[pack].append(_PADDING[offset - sizes[pack]])
                 places.append((number, layout, pack, 0, offset))
                 packs[pack].append(source)
+                payloads[pack] += nbytes
                 sizes[pack] = offset + nbytes
     stacks = [
         Stack(len(rows.get(i, "1")), nbytes, chunk_nbytes(nbytes), compression)
         for i, nbytes in enumerate(sizes)
     ]
     shard = Shard(secrets.token_hex(8), ".", tuple(stacks))
-    return _Plan(_index(shard, keys, list(layouts), places), rows, packs)
+    return _Plan(_index(shard, keys, list(layouts), places), rows, packs, payloads)
 
 
 def _index(
@@ -262,13 +270,14 @@ def _as_bytes(source: np.ndarray | bytes) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class _Transfer:
-    """Bytes `start` to `stop` of one row of a stack."""
+    """Bytes `start` to `stop` of one row of a stack; `payload` of them are no padding."""
 
     stack: int
     row: int
     start: int
     stop: int
     source: np.ndarray | list[np.ndarray | bytes]
+    payload: int
 
 
 def _transfers(plan: _Plan, max_nbytes: int) -> Iterator[_Transfer]:
@@ -280,9 +289,10 @@ def _transfers(plan: _Plan, max_nbytes: int) -> Iterator[_Transfer]:
             source = _as_bytes(source)  # here, so that copies live no longer than their group
             for start in range(0, stack.row_nbytes, step):
                 stop = min(start + step, stack.row_nbytes)
-                yield _Transfer(number, row, start, stop, source)
+                yield _Transfer(number, row, start, stop, source, stop - start)
     for number, parts in plan.packs.items():
-        yield _Transfer(number, 0, 0, shard.stacks[number].row_nbytes, parts)
+        nbytes = shard.stacks[number].row_nbytes
+        yield _Transfer(number, 0, 0, nbytes, parts, plan.payloads[number])
 
 
 def _groups(transfers: Iterator[_Transfer], max_nbytes: int) -> Iterator[list[_Transfer]]:

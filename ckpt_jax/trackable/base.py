@@ -106,7 +106,13 @@ class Trackable:
         return dict(self.__dict__.get(_CHILDREN, ()))
 
     def serialize_to_arrays(self) -> dict[str, Any]:
-        """The object's own values: local name -> array or Python scalar."""
+        """The object's own values: local name -> array or Python scalar.
+
+        A value may also be a function of no argument that makes it. Each save calls it once,
+        before `save` returns. A restore does not call it, so that it needs no value to be
+        there already: `restore_from_arrays` then gets whatever was saved, of any shape and
+        dtype.
+        """
         return {}
 
     def restore_from_arrays(self, arrays: dict[str, Any]) -> None:

@@ -1,0 +1,102 @@
+"""Progress: how many bytes of a save or restore are done, for a user's function or a terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+_log = logging.getLogger("ckpt_jax")
+_BAR_WIDTH = 30
+
+Report = Callable[[int, int], object]
+Wanted = bool | Report | None
+Advance = Callable[[int], None]
+
+
+@contextmanager
+def progress(wanted: Wanted, what: str, total: int) -> Iterator[Advance]:
+    """Reports progress while the block runs.
+
+    Args:
+      wanted: a function `(done_bytes, total_bytes)`; True for a line on stderr where that is a
+        terminal; None or False for nothing.
+      what: names the work on the terminal.
+      total: bytes to do.
+
+    Returns:
+      A context manager; its value is to be called, on any thread, with the bytes done since the
+      last call. The report begins with 0 and, where the block ends well, ends with the total;
+      it never goes back, and comes from one thread at a time.
+    """
+    if callable(wanted):
+        report = wanted
+    elif wanted and sys.stderr.isatty():
+        report = Line(what, sys.stderr)
+    else:
+        yield lambda nbytes: None
+        return
+    tally = _Tally(report, total)
+    try:
+        tally.advance(0)
+        yield tally.advance
+        tally.finish()
+    finally:
+        if isinstance(report, Line):
+            report.end()
+
+
+class _Tally:
+    """Adds up, and passes on to one report at a time."""
+
+    def __init__(self, report: Report, total: int):
+        self._report: Report | None = report
+        self._total = total
+        self._done = 0
+        self._last = -1
+        self._lock = threading.Lock()
+
+    def advance(self, nbytes: int) -> None:
+        with self._lock:
+            self._done = min(self._done + nbytes, self._total)
+            self._tell()
+
+    def finish(self) -> None:
+        with self._lock:
+            self._done = self._total
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._report is None or self._done == self._last:
+            return
+        self._last = self._done
+        try:
+            self._report(self._done, self._total)
+        except Exception:  # what is shown must not decide about what is saved
+            self._report = None
+            _log.exception("the progress function failed, and is not called again")
+
+
+class Line:
+    """One line on a terminal that is drawn again and again."""
+
+    def __init__(self, what: str, stream: TextIO):
+        self._what, self._stream = what, stream
+        self._shown = ""
+
+    def __call__(self, done: int, total: int) -> None:
+        share = done / total if total else 1.0
+        bar = "#" * int(share * _BAR_WIDTH)
+        text = f"{self._what} [{bar:<{_BAR_WIDTH}}] {share:4.0%} of {total / 1e6:.1f} MB"
+        if text != self._shown:
+            self._shown = text
+            self._stream.write(f"\r{text}")
+            self._stream.flush()
+
+    def end(self) -> None:
+        """Leaves the line, so that what is printed next begins another."""
+        self._stream.write("\n")
+        self._stream.flush()
