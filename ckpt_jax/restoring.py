@@ -35,7 +35,7 @@ from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.savers import registry
 from ckpt_jax.store.index import dtype_of
-from ckpt_jax.trackable.base import await_child
+from ckpt_jax.trackable.pending import await_child
 from ckpt_jax.trackable.view import View
 
 ADVICE = (
