@@ -338,8 +338,8 @@ class DictWrapper(Container, dict[Any, Any]):
             return self._read(self._storage.pop(key))
         return self._storage.pop(key, *default)
 
-    def popitem(self, *last: Any) -> tuple[Any, Any]:
-        key, value = self._storage.popitem(*last)
+    def popitem(self, *args: Any, **named: Any) -> tuple[Any, Any]:  # an OrderedDict takes `last`
+        key, value = self._storage.popitem(*args, **named)
         return key, self._read(value)
 
     def setdefault(self, key: Any, default: Any = None) -> Any:
