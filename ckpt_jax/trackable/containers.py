@@ -35,7 +35,7 @@ import jax
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.trackable.pending import pending_names, receive
 from ckpt_jax.trackable.pytree import TupleView
-from ckpt_jax.trackable.state import Holds, NoDependency, holds, holds_state
+from ckpt_jax.trackable.state import PLAIN, Holds, NoDependency, holds, holds_state
 from ckpt_jax.trackable.view import View, add_view, view_of
 
 _ELSEWHERE = "(the elements are elsewhere: make a list or dict of this object)"
@@ -130,7 +130,8 @@ class Container:
         return element if new is child else new
 
     def _children(self) -> list[tuple[Label, Any]]:
-        elements = list(self._elements())
+        skip = () if self._whole else PLAIN
+        elements = [(at, value) for at, value in self._elements() if not isinstance(value, skip)]
         present = {id(element) for _, element in elements}
         self._parts = {key: part for key, part in self._parts.items() if key in present}
         children = [(label, self._child(element)) for label, element in elements]

@@ -15,6 +15,8 @@ import numpy as np
 
 from ckpt_jax.trackable.view import View, add_view, view_of
 
+PLAIN = (int, float, complex, str, bytes, type(None), np.generic)  # of plain data, the parts
+
 
 class NoDependency:
     """Marks a value that is assigned to an attribute, or put in a container, but is not state.
@@ -45,7 +47,7 @@ def holds_state(value: Any, inside: tuple[int, ...] = ()) -> bool:
     Scalars, strings, None, and containers of nothing else are configuration, except for empty
     lists and dicts, to which state may yet be added.
     """
-    if isinstance(value, int | float | complex | str | bytes | None | np.generic):
+    if isinstance(value, PLAIN):
         return False
     if isinstance(value, jax.ShapeDtypeStruct):
         return True
@@ -78,9 +80,12 @@ def holds(value: Any, inside: tuple[int, ...] = ()) -> Holds:
         return Holds.OBJECTS
     if view.identity or isinstance(value, jax.ShapeDtypeStruct):
         return Holds.ARRAYS
+    inside = (*inside, id(value))
     found = Holds.PLAIN_DATA
     for _, child in view.children(value):
-        found = max(found, holds(child, (*inside, id(value))))
+        if isinstance(child, PLAIN):
+            continue  # there may be very many numbers in a list
+        found = max(found, holds(child, inside))
         if found is Holds.OBJECTS:
             break
     return found
