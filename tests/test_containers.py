@@ -62,7 +62,7 @@ def path(tmp_path):
 @pytest.mark.behaviour(212)
 @pytest.mark.parametrize(
     "container",
-    [[], {}, OrderedDict(), [1, "a", None], {"rate": 0.1}, [print], [var(1.0)], {"a": [var(1.0)]}]
+    [[], {}, OrderedDict(), [1, "a", None], {"rate": 0.1}, [var(1.0)], {"a": [var(1.0)]}]
     + [[jnp.zeros(1), var(1.0)], [[], {}], [nnx.Param(jnp.zeros(1))], [ckpt.NoDependency(1)]],
 )
 def test_a_container_of_objects_or_of_plain_data_is_wrapped(container):
@@ -75,7 +75,14 @@ def test_a_container_of_objects_or_of_plain_data_is_wrapped(container):
 @pytest.mark.parametrize(
     "container",
     [[jnp.zeros(1)], {"w": np.zeros(1), "step": 3, "empty": {}}, (jnp.zeros(1), {"rate": 0.1})]
-    + [[jax.ShapeDtypeStruct((), "f4")], Counter(), defaultdict(list), {1, 2}, (1, 2)]
+    + [
+        [jax.ShapeDtypeStruct((), "f4")],
+        Counter(),
+        defaultdict(list),
+        [jax.devices()[0], 1],
+        {1, 2},
+        (1, 2),
+    ]
     + [Pair(jnp.zeros(1), []), {"params": {"w": jnp.zeros(1)}, "batch_stats": {}}],
 )
 def test_a_container_of_arrays_or_of_another_type_stays_what_it_is(container):

@@ -7,8 +7,9 @@
   is a node of the object graph of its own, and an element that is put into it receives the
   restore that waits for its place.
 * A tuple is rebuilt around its wrapped parts, where it has any.
-* A container of arrays, whatever plain data is beside them, is a *value*, a pytree, and stays
-  exactly what it is: `jax.tree.map` must find the same structure in it as in its gradients.
+* A container of arrays, or of things that have no view (devices, shardings), whatever plain data
+  is beside them, is a *value*, a pytree, and stays exactly what it is: `jax.tree.map` must find
+  the same structure in it as in its gradients, `jax.device_put` as in what it places.
 
 A wrapper *shares* the list or dict that it was made of (its storage): a change through either
 is seen through both. It never changes it of its own accord: nested containers are wrapped when
@@ -57,12 +58,12 @@ def wrap(value: Any, whole: bool) -> Any:
         known = _wrappers.get(id(value))
         if known is not None and known._storage is value:
             return wrap(known, whole)
-        if holds(value) is Holds.ARRAYS:
+        if holds(value) is Holds.VALUES:
             return value
         wrapper = _wrappers[id(value)] = _WRAPPERS[type(value)](value)
         wrapper._whole = whole
         return wrapper
-    if isinstance(value, tuple) and holds(value) is not Holds.ARRAYS:
+    if isinstance(value, tuple) and holds(value) is not Holds.VALUES:
         return _map_tuple(value, lambda part: wrap(part, whole))
     return value
 

@@ -64,22 +64,24 @@ class Holds(enum.IntEnum):
     """What is in a container, at any depth; the highest counts."""
 
     PLAIN_DATA = 0
-    ARRAYS = 1
+    VALUES = 1
     OBJECTS = 2
 
 
 def holds(value: Any, inside: tuple[int, ...] = ()) -> Holds:
-    """What is in a value, itself included. Objects whose identity means something are mutable
-    ones, and what is marked with `NoDependency`, for which its reader is not."""
+    """What is in `value`, itself included: objects that are mutable or marked with
+    `NoDependency`, or else values (arrays, and what has no view), or else plain data."""
     if isinstance(value, NoDependency):
         return Holds.OBJECTS
     view = view_of(value)
-    if view is None or id(value) in inside:
+    if view is None:
+        return Holds.VALUES  # devices, shardings, functions
+    if id(value) in inside:
         return Holds.PLAIN_DATA
     if view.mutable:
         return Holds.OBJECTS
     if view.identity or isinstance(value, jax.ShapeDtypeStruct):
-        return Holds.ARRAYS
+        return Holds.VALUES
     inside = (*inside, id(value))
     found = Holds.PLAIN_DATA
     for _, child in view.children(value):
