@@ -93,6 +93,8 @@ class Checkpoint(AutoTrackable):
             raise AssertionError("the root of this checkpoint was garbage-collected")
         return delegate_of(root)
 
+    _plain_data_is_state = True
+
     def _is_state(self, value: Any) -> bool:
         return view_of(value) is not None
 

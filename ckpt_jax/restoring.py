@@ -49,8 +49,8 @@ from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.savers import registry
 from ckpt_jax.store.box import size_of, whole
 from ckpt_jax.store.index import dtype_of
-from ckpt_jax.trackable.base import await_child
 from ckpt_jax.trackable.delegate import delegate_of
+from ckpt_jax.trackable.pending import await_child
 from ckpt_jax.trackable.view import View
 
 ADVICE = (

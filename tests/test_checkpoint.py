@@ -13,7 +13,7 @@ import pytest
 from descriptors import open_files
 
 import ckpt_jax as ckpt
-from ckpt_jax.trackable.base import pending_names
+from ckpt_jax.trackable.pending import pending_names
 
 
 class Model(ckpt.AutoTrackable):

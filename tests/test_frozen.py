@@ -139,7 +139,7 @@ def test_slots_are_frozen_with_their_optimizer(tmp_path):
     [
         (lambda c: setattr(c, "params", {"a": c.params["a"]}), "params/b: is gone"),
         (lambda c: setattr(c, "params", {**c.params, "c": 1}), "params: has 3 children, not 2"),
-        (lambda c: setattr(c, "params", [1]), "params: is of another type now, list"),
+        (lambda c: setattr(c, "params", [1]), "params: is of another type now, ListWrapper"),
         (lambda c: setattr(c.model, "w", ckpt.Variable(jnp.zeros(3))), "w: is another object"),
         (
             lambda c: setattr(c, "params", {**c.params, "b": (c.params["a"], jnp.zeros(4))}),

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from ckpt_jax.graph.labels import Label, local_name
-from ckpt_jax.graph.model import ObjectGraph
+from ckpt_jax.graph.model import Node, ObjectGraph
+
+Edges = tuple[tuple[Label, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +98,9 @@ def extend(
             # Two saved values for one live one. (Two saved containers may become one object.)
             conflicts.append(Conflict(saved_node, live_node, known_saved, None))
         bound[saved_node] = live_node
-        here = _edges(live.nodes[live_node].children)
-        for label, child in saved.nodes[saved_node].children:
+        theirs, ours = _aligned(saved.nodes[saved_node], live.nodes[live_node])
+        here = _edges(ours)
+        for label, child in theirs:
             there = here.get(label, here.get(local_name(label)))
             if there is None:
                 frontier.setdefault((live_node, label), child)
@@ -108,6 +111,19 @@ def extend(
     return Match(
         MappingProxyType(bound), MappingProxyType(frontier), tuple(conflicts), tuple(shared)
     )
+
+
+def _aligned(saved: Node, live: Node) -> tuple[Edges, Edges]:
+    """The children of both; by position, where one calls them fields and the other numbers them."""
+    if live.container == "namedtuple" and saved.container in ("list", "tuple"):
+        return saved.children, _numbered(live)
+    if saved.container == "namedtuple" and live.container in ("list", "tuple"):
+        return _numbered(saved), live.children
+    return saved.children, live.children
+
+
+def _numbered(node: Node) -> Edges:
+    return tuple(enumerate(child for _, child in node.children))
 
 
 def _may_share(live: ObjectGraph, node: int) -> bool:

@@ -332,7 +332,7 @@ class _Walk:
                 Node(
                     view.container,
                     # What kind of array a leaf was says its spec, and JAX's names change.
-                    _type_name(type(obj)) if view.mutable or view.container != "leaf" else "",
+                    _type_name(view.type_of(obj)) if view.mutable or view.container != "leaf" else "",
                     children,
                     attributes,
                     tuple(self.slots.get(i, ())),

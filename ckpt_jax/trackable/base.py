@@ -21,26 +21,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckpt_jax.graph.labels import PYTHON_STATE, VARIABLE_VALUE, Label
+from ckpt_jax.trackable.containers import unmarked, wrap
+from ckpt_jax.trackable.pending import PENDING, received
+from ckpt_jax.trackable.state import NoDependency, holds_state
 from ckpt_jax.trackable.view import SlotEntry, View, add_view, view_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 _CHILDREN = "_self_children"  # {local name: child}
-_PENDING = "_self_pending"  # {local name: [Pending, ...]}, oldest first
 _TRACKING = "_self_tracking"  # False inside no_automatic_dependency_tracking
-
-
-class Pending(Protocol):
-    """A restore that waits for a child to appear."""
-
-    def attach(self, parent: Any, label: Label, child: Any) -> Any:
-        """Restores what it can into `child`; returns the child to use."""
-
-    def attached(self) -> None:
-        """Is told that the child is in its place."""
-
-    def initial_value(self) -> Any | None:
-        """The value that waits, where it is one array; None where it is more."""
 
 
 class Trackable:
@@ -68,13 +57,14 @@ class Trackable:
           overwrite: whether the name may already belong to a different object.
 
         Returns:
-          The child to use: `value`, or a rebuilt one where a pending restore waited for it
-          and it is immutable.
+          The child to use: `value`, a wrapper that shares a list or a dict of trackables, or
+          a rebuilt one where a pending restore waited for it and it is immutable.
 
         Raises:
           ValueError: the name already belongs to a different object.
           TypeError: nothing is known about how to save `value`.
         """
+        value = wrap(value, whole=True)
         if view_of(value) is None:
             raise TypeError(
                 f"cannot track {name!r}: {type(value).__qualname__} has no view "
@@ -98,7 +88,7 @@ class Trackable:
         copy = type(self).__new__(type(self))
         copy.__dict__.update(self.__dict__)
         copy.__dict__[_CHILDREN] = self.trackable_children()
-        copy.__dict__.pop(_PENDING, None)
+        copy.__dict__.pop(PENDING, None)
         return copy
 
     def trackable_children(self) -> dict[str, Any]:
@@ -155,7 +145,7 @@ class Trackable:
         if constant:
             value = jnp.asarray(initializer, dtype)
         else:
-            waiting = self.__dict__.get(_PENDING, {}).get(name, ())
+            waiting = self.__dict__.get(PENDING, {}).get(name, ())
             if waiting and waiting[-1].initial_value() is not None:
                 value = jax.ShapeDtypeStruct(tuple(shape or ()), dtype)
             elif initializer is not None:
@@ -192,25 +182,15 @@ class Trackable:
         self.track(name, value, overwrite=True)
 
 
-class NoDependency:
-    """Marks a value that is assigned to an attribute but is not state.
-
-    Example:
-      >>> class Model(AutoTrackable):
-      ...     def __init__(self): self.cache = NoDependency({})
-      >>> Model().cache, Model().trackable_children()
-      ({}, {})
-    """
-
-    def __init__(self, value: Any):
-        self.value = value
-
-
 class AutoTrackable(Trackable):
     """Tracks what is assigned to its attributes; deleting an attribute drops the child.
 
     Arrays, trackables, Flax objects and containers of these are state. Plain Python scalars
     and strings, functions, and whatever else has no view are configuration.
+
+    A list or dict of trackables, or of plain data, to which trackables may yet be added, becomes
+    a wrapper that shares it: what is appended or set later is tracked, too, and receives what
+    waits for it. A container of arrays is a value, and stays what it is.
 
     Source: TensorFlow's `AutoTrackable` (`tf.Module`, `tf.train.Checkpoint`).
 
@@ -222,6 +202,8 @@ class AutoTrackable(Trackable):
       >>> sorted(Model().trackable_children())
       ['w']
     """
+
+    _plain_data_is_state = False  # in containers
 
     if TYPE_CHECKING:
 
@@ -235,17 +217,21 @@ class AutoTrackable(Trackable):
             self.__dict__.get(_CHILDREN, {}).pop(name, None)
             super().__setattr__(name, value.value)
             return
+        if not self.__dict__.get(_TRACKING, True):
+            super().__setattr__(name, value)
+            return
         children = _own(self, _CHILDREN)
-        is_state = self.__dict__.get(_TRACKING, True) and self._is_state(value)
+        value = wrap(value, whole=self._plain_data_is_state)
+        is_state = self._is_state(value)
         if is_state and name not in children:
             with received(self, name, value) as value:
-                super().__setattr__(name, value)
+                super().__setattr__(name, unmarked(value))
                 children[name] = value
             return
-        super().__setattr__(name, value)
+        super().__setattr__(name, unmarked(value))
         if is_state:
             children[name] = value
-        elif self.__dict__.get(_TRACKING, True):
+        else:
             children.pop(name, None)
 
     def _add_trackable_child(self, name: str, value: Any) -> None:
@@ -371,51 +357,6 @@ def _own(obj: Any, name: str) -> dict[Any, Any]:
 
 
 @contextlib.contextmanager
-def received(parent: Any, label: Label, child: Any) -> Iterator[Any]:
-    """Hands a new child to the restores that wait for its name.
-
-    The block, which is given the child to use, puts it into its place. The oldest restore comes
-    first, so that the values of later ones win, and what only an older checkpoint holds still
-    arrives. If one fails, all go on waiting.
-    """
-    pending = getattr(parent, "__dict__", {}).get(_PENDING, {})
-    waiting = tuple(pending.get(label, ()))
-    for restore in waiting:
-        child = restore.attach(parent, label, child)
-    yield child
-    pending.pop(label, None)
-    for restore in waiting:
-        restore.attached()
-
-
-def await_child(parent: Any, label: Label, pending: Pending) -> None:
-    """Lets `pending` wait for the child `label` of `parent`."""
-    _own(parent, _PENDING).setdefault(label, []).append(pending)
-
-
-def pending_names(parent: Any) -> list[str]:
-    """The names under which restores wait."""
-    return list(getattr(parent, "__dict__", {}).get(_PENDING, ()))
-
-
-def holds_state(value: Any, inside: tuple[int, ...] = ()) -> bool:
-    """Whether an attribute's value is state: an array, a trackable, or a container of some.
-
-    Scalars, strings, None, and containers of nothing else are configuration, except for empty
-    lists and dicts, to which state may yet be added.
-    """
-    if isinstance(value, int | float | complex | str | bytes | None | np.generic):
-        return False
-    if isinstance(value, jax.ShapeDtypeStruct) or (isinstance(value, list | dict) and not value):
-        return True
-    view = view_of(value)
-    if view is None or id(value) in inside:
-        return False
-    inside = (*inside, id(value))
-    return view.identity or any(holds_state(child, inside) for _, child in view.children(value))
-
-
-@contextlib.contextmanager
 def no_automatic_dependency_tracking_scope(obj: AutoTrackable) -> Iterator[None]:
     """Inside the block, attributes assigned to `obj` are not tracked."""
     before = obj.__dict__.get(_TRACKING, True)
@@ -456,7 +397,7 @@ class TrackableView(View):
         for label, child in changed.items():
             _own(obj, _CHILDREN)[str(label)] = child
             if isinstance(obj, AutoTrackable):
-                obj.__dict__[str(label)] = child
+                obj.__dict__[str(label)] = unmarked(child)
         return obj
 
     def values(self, obj: Any) -> Mapping[str, Any]:
@@ -509,13 +450,6 @@ class PythonStateView(TrackableView):
     container = "leaf"
 
 
-class NoDependencyView(View):
-    """Nothing to see; inside a container it keeps its place."""
-
-    container = "none"
-
-
-add_view(NoDependency, NoDependencyView())
 add_view(PythonState, PythonStateView())
 add_view(Trackable, TrackableView())
 add_view(Variable, VariableView())

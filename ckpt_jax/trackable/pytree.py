@@ -96,7 +96,12 @@ class TupleView(View):
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         parts = [changed.get(label, child) for label, child in self.children(obj)]
-        return type(obj)._make(parts) if self.named else tuple(parts)
+        if hasattr(obj, "n_fields"):  # a structseq, which cannot be made without its own __new__
+            return tuple(parts)
+        rebuilt = tuple.__new__(type(obj), parts)  # a subclass's constructor may take anything
+        if hasattr(obj, "__dict__"):
+            rebuilt.__dict__.update(obj.__dict__)
+        return rebuilt
 
 
 class DataclassView(View):

@@ -59,6 +59,10 @@ class View:
         """Labelled children in a stable order. Must not create objects with an identity."""
         return ()
 
+    def type_of(self, obj: Any) -> type:
+        """The type to name where people look into a checkpoint."""
+        return type(obj)
+
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         """`obj` with some children replaced."""
         raise NotImplementedError(f"{type(self).__name__} has no children to replace")
