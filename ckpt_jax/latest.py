@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +28,8 @@ from ckpt_jax.store.directory import (
     number_of,
     require_checkpoint,
 )
+from ckpt_jax.store.durable import fsync_directory
+from ckpt_jax.store.staging import locked, staging_name
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -237,7 +238,7 @@ def remove_checkpoint(path: Path) -> None:
     Raises:
       CheckpointNotFoundError: what is there is no checkpoint; it stays.
       OSError: it could not be removed, or not all of it; then what is left is in a directory
-        `<path>.staging-<16 hex digits>`, which is no checkpoint.
+        `<path>.staging-<32 hex digits>`, which is no checkpoint.
 
     Source: `tf.compat.v1.train.remove_checkpoint`.
 
@@ -258,11 +259,20 @@ def remove_checkpoint(path: Path) -> None:
         if os.path.islink(path):
             os.unlink(path)
             return
-        aside = f"{path}.staging-{secrets.token_hex(8)}"
-        os.rename(path, aside)
+        with locked(path):
+            aside = staging_name(path)
+            os.rename(path, aside)
+            try:
+                # Else a power failure could take parts of it and leave it its name.
+                fsync_directory(os.path.dirname(path))
+            except OSError:
+                os.rename(aside, path)
+                raise
+            shutil.rmtree(aside)
     except FileNotFoundError:
-        return  # somebody else removed it in this moment
-    shutil.rmtree(aside)
+        if os.path.lexists(path):
+            raise
+        # Somebody else removed it in this moment.
 
 
 def _name_without_number(path: str) -> str:

@@ -23,11 +23,12 @@ import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from google.protobuf import text_format
 
 from ckpt_jax._proto import checkpoint_state_pb2
-from ckpt_jax.store.durable import fsync_directory
+from ckpt_jax.store.durable import fsync_directory, naming
 
 STATE_FILE = "checkpoint"
 
@@ -204,10 +205,31 @@ def _stored_path(directory: str, path: str) -> str:
 
 
 def replace_file(path: str, text: str) -> None:
+    """Replaces a small file in one step, durably; where that fails, it is as it was.
+
+    Raises:
+      OSError: naming the file.
+    """
+    before: bytes | None = None
+    with suppress(FileNotFoundError):
+        before = Path(path).read_bytes()
+    _put(path, text.encode("ascii"))
+    try:
+        fsync_directory(os.path.dirname(path) or os.curdir)
+    except OSError:
+        # The new file is in place, but nobody may rely on it.
+        if before is None:
+            os.unlink(path)
+        else:
+            _put(path, before)
+        raise
+
+
+def _put(path: str, contents: bytes) -> None:
     temporary = f"{path}.{secrets.token_hex(8)}.tmp"
     try:
-        with open(temporary, "x", encoding="ascii", newline="\n") as file:
-            file.write(text)
+        with naming(path), open(temporary, "xb") as file:
+            file.write(contents)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -215,4 +237,3 @@ def replace_file(path: str, text: str) -> None:
         with suppress(OSError):
             os.unlink(temporary)
         raise
-    fsync_directory(os.path.dirname(path) or os.curdir)
