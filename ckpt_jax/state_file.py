@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -29,6 +28,7 @@ from google.protobuf import text_format
 
 from ckpt_jax._proto import checkpoint_state_pb2
 from ckpt_jax.store.durable import fsync_directory, naming
+from ckpt_jax.store.staging import claim, new_file, remove_leftovers
 
 STATE_FILE = "checkpoint"
 
@@ -213,6 +213,7 @@ def replace_file(path: str, text: str) -> None:
     before: bytes | None = None
     with suppress(FileNotFoundError):
         before = Path(path).read_bytes()
+    remove_leftovers(path)
     _put(path, text.encode("ascii"))
     try:
         fsync_directory(os.path.dirname(path) or os.curdir)
@@ -226,14 +227,9 @@ def replace_file(path: str, text: str) -> None:
 
 
 def _put(path: str, contents: bytes) -> None:
-    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
-    try:
-        with naming(path), open(temporary, "xb") as file:
+    with claim(path, new_file) as temporary:
+        with naming(temporary), open(temporary, "wb") as file:
             file.write(contents)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import logging
 import os
 import re
 import secrets
@@ -19,11 +18,9 @@ from collections.abc import Callable, Iterator
 
 from ckpt_jax.errors import CheckpointNotFoundError
 from ckpt_jax.store.durable import fsync_directory, make_directories
-from ckpt_jax.store.staging import claim, is_staging, locked, remove_abandoned, staging_of
+from ckpt_jax.store.staging import claim, is_staging, locked, remove_leftovers
 
 MANIFEST = "manifest.ocdbt"
-
-_log = logging.getLogger("ckpt_jax")
 
 
 def is_checkpoint(path: str) -> bool:
@@ -100,18 +97,10 @@ def staged(path: str, *, overwrite: bool, durable: bool) -> Iterator[str]:
         make_directories(parent)
     else:
         os.makedirs(parent, exist_ok=True)
-    _remove_leftovers(path)
+    remove_leftovers(path)
     with claim(path) as staging:
         yield staging
         _publish(staging, path, overwrite=overwrite, durable=durable)
-
-
-def _remove_leftovers(path: str) -> None:
-    for leftover in staging_of(path):
-        try:
-            remove_abandoned(leftover)
-        except OSError as error:  # no reason not to save
-            _log.warning("%s, left by another save, could not be removed: %s", leftover, error)
 
 
 def _check_replaceable(path: str, overwrite: bool) -> None:
@@ -128,7 +117,7 @@ def _publish(staging: str, path: str, *, overwrite: bool, durable: bool) -> None
     """Gives `staging` the name `path`; where that cannot be made durable, all is as before."""
     new = os.stat(staging)
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        with contextlib.suppress(FileNotFoundError):
             # While it may have to come back, nobody may take it for abandoned.
             stack.enter_context(locked(path))
         undo = _take_name(staging, path, overwrite)

@@ -1,25 +1,25 @@
-"""Staging directories: whose they are, and when they may be removed by somebody else.
+"""Staging: what is not yet there or on its way out; whose it is, and when others may remove it.
 
-What a save writes before it is a checkpoint, and what is on its way out, lies in a *staging
-directory* beside the path that it is about:
+What a save writes before it is a checkpoint, and what is being removed, is called so, beside the
+path that it is about. Mostly it is a directory; of a state file, it is a file:
 
     <path>.staging-<system><process><start><chance>      eight hexadecimal digits each
 
 The name says who made it: the running system (its boot and its process namespace, hashed), the
 process in it, and when that started, so that no later process of the same number is taken for
-it. Besides, the owner holds a lock (flock) on the directory while it is at work.
+it. Besides, the owner holds a lock (flock) on it while it is at work.
 
-A staging directory is *abandoned* where its owner is provably gone: the lock is free although
+Staging is *abandoned* where its owner is provably gone: the lock is free although
 the owner would have to hold it, or the process that the name tells of runs no longer.
 
 * A free lock is proof on a file system that only this machine can have mounted, whatever the
   name says (the owner may have run before a reboot, or in a container that is gone), and on any
   other one for names of this system.
-* Where directories cannot be locked, as on NFS, only the name is left, and only names of this
+* Where it cannot be locked, as directories on NFS, only the name is left, and only names of this
   system prove anything.
 
-All else is left alone. To make a directory and to lock it are two steps; so whoever locks one
-looks whether it still has its name, and nothing is removed without having been locked.
+All else is left alone. To make something and to lock it are two steps, between which somebody
+else may find it and hold or remove it; then it is made again, under another name.
 """
 
 from __future__ import annotations
@@ -28,17 +28,20 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 import secrets
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 
 STAGING = re.compile(r"^(?P<name>.+)\.staging-(?P<owner>[0-9a-f]{16}|[0-9a-f]{32})$", re.DOTALL)
+
+_log = logging.getLogger("ckpt_jax")
 
 # File systems on one machine at a time, by the magic numbers of statfs(2).
 _LOCAL = frozenset(
@@ -55,11 +58,11 @@ _LOCAL = frozenset(
 
 
 class Lock(Enum):
-    """What came of the attempt to lock a directory."""
+    """What came of the attempt to lock something."""
 
     OURS = "we hold it"
     THEIRS = "somebody else holds it"
-    NONE = "directories cannot be locked there"
+    NONE = "it cannot be locked there"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,44 +95,61 @@ def staging_name(path: str) -> str:
     return f"{path}.staging-{owner}{secrets.token_hex(4)}"
 
 
+def new_directory(path: str) -> None:
+    os.mkdir(path)
+
+
+def new_file(path: str) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+
+
 @contextmanager
-def claim(path: str) -> Iterator[str]:
-    """A new staging directory for `path`, held by this process until the block ends.
+def claim(path: str, make: Callable[[str], None] = new_directory) -> Iterator[str]:
+    """New staging for `path`, held by this process until the block ends.
 
     What is under its name at the end of the block is removed, as far as that is possible.
     """
-    with ExitStack() as held:
-        staging, lock = _new_staging(path)
-        held.enter_context(lock)
+    staging, lock = _new_staging(path, make)
+    with lock:
         try:
             yield staging
         finally:
-            # A save that failed has already said why; what stays is abandoned from now on.
-            shutil.rmtree(staging, ignore_errors=True)
+            # What failed has already said why; what stays is abandoned from now on.
+            with suppress(OSError):
+                _remove(staging)
 
 
-def _new_staging(path: str) -> tuple[str, ExitStack]:
+def _new_staging(path: str, make: Callable[[str], None]) -> tuple[str, ExitStack]:
     while True:
         staging = staging_name(path)
-        os.mkdir(staging)
+        make(staging)
         with ExitStack() as stack:
             try:
                 lock = stack.enter_context(locked(staging))
-            except FileNotFoundError:  # collected before it was locked
+            except FileNotFoundError:  # taken for abandoned before it was locked
                 continue
-            if lock is not Lock.THEIRS and os.path.isdir(staging):
+            if lock is not Lock.THEIRS and os.path.exists(staging):
                 return staging, stack.pop_all()
 
 
+def _remove(staging: str) -> None:
+    if os.path.isdir(staging):
+        shutil.rmtree(staging)
+    elif os.path.lexists(staging):
+        os.unlink(staging)
+
+
 @contextmanager
-def locked(directory: str) -> Iterator[Lock]:
-    """Tries to lock a directory, without waiting, until the block ends.
+def locked(path: str) -> Iterator[Lock]:
+    """Tries to lock a directory or a file, without waiting, until the block ends.
 
     Raises:
       FileNotFoundError: there is none of this name.
-      NotADirectoryError: it is something else, a link for example.
+      OSError: it is a link, or may not be opened.
     """
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    # Not to wait for the other end of what may be a pipe.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags)
     try:
         lock = _lock(descriptor)
         try:
@@ -155,8 +175,8 @@ def _lock(descriptor: int) -> Lock:
 
 
 def staging_of(path: str) -> list[str]:
-    """The staging directories that are about `path`, whoever they belong to."""
-    parent, name = os.path.split(path)
+    """The staging that is about `path`, whoever it belongs to."""
+    parent, name = os.path.split(os.path.abspath(path))
     with os.scandir(parent) as entries:
         found = [
             entry.path
@@ -168,16 +188,16 @@ def staging_of(path: str) -> list[str]:
 
 
 def is_abandoned(staging: str) -> bool:
-    """Whether the owner of a staging directory is provably gone."""
+    """Whether the owner of a staging directory or file is provably gone."""
     try:
         with locked(staging) as lock:
             return _is_abandoned(staging, lock)
-    except (FileNotFoundError, NotADirectoryError):
+    except OSError:  # it is gone, it is a link, or it may not be opened
         return False
 
 
 def remove_abandoned(staging: str) -> bool:
-    """Removes a staging directory if its owner is provably gone.
+    """Removes a staging directory or file if its owner is provably gone.
 
     Returns:
       Whether it was removed.
@@ -185,14 +205,24 @@ def remove_abandoned(staging: str) -> bool:
     Raises:
       OSError: it could not be removed, or not all of it.
     """
-    try:
-        with locked(staging) as lock:
-            if not _is_abandoned(staging, lock):
-                return False
-            shutil.rmtree(staging)
-            return True
-    except (FileNotFoundError, NotADirectoryError):
-        return False  # somebody else removed it in this moment, or it never was ours
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(locked(staging))
+        except OSError:  # it is gone, it is a link, or it may not be opened
+            return False
+        if not _is_abandoned(staging, lock):
+            return False
+        _remove(staging)
+        return True
+
+
+def remove_leftovers(path: str) -> None:
+    """Removes what abandoned work on `path` has left, before new work on it begins."""
+    for staging in staging_of(path):
+        try:
+            remove_abandoned(staging)
+        except OSError as error:  # no reason not to go on
+            _log.warning("%s, which was abandoned, could not be removed: %s", staging, error)
 
 
 def _is_abandoned(staging: str, lock: Lock) -> bool:
