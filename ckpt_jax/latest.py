@@ -64,15 +64,23 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
       'ckpt-2'
     """
     directory = os.fsdecode(directory)
-    state = get_checkpoint_state(directory, latest_filename)
-    if state is None:
-        return None
-    first = state.model_checkpoint_path
-    for path in [first, *older_checkpoints(directory, first)]:
+    first = None
+    while True:
+        state = get_checkpoint_state(directory, latest_filename)
+        if state is None:
+            return None
+        latest = state.model_checkpoint_path
+        problem = problem_with(latest)
+        if problem is None:
+            return latest
+        if latest == first:
+            break
+        first = latest  # look again: it may have been overtaken, and removed, in this moment
+    _log.warning("the checkpoint %s is not usable: %s", latest, problem)
+    for path in older_checkpoints(directory, latest):
         problem = problem_with(path)
         if problem is None:
-            if path != first:
-                _log.warning("falling back to %s, the newest usable checkpoint", path)
+            _log.warning("falling back to %s, the newest usable checkpoint", path)
             return path
         _log.warning("the checkpoint %s is not usable: %s", path, problem)
     return None
