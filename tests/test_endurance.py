@@ -78,7 +78,7 @@ def resident():
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * resource.getpagesize()
 
-values = {"big": np.zeros(250_000), "small": [np.zeros(10) for _ in range(50)]}
+values = {"big": np.zeros(250_000), "small": [np.zeros(10) for _ in range(5)]}
 checkpoint = ckpt.Checkpoint(**values, step=0)
 manager = ckpt.CheckpointManager(checkpoint, sys.argv[1], max_to_keep=2)
 for step in range(200):
@@ -129,22 +129,29 @@ SAVER = """
 import sys
 import ckpt_jax as ckpt
 from faults.values import tree_of
-path, step, overwrite = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "overwrite"
-ckpt.save(f"{path}.{step}", {"warm": 1})
+directory, step = sys.argv[1], int(sys.argv[2])
+ckpt.save(f"{directory}/warm-{step}", {"x": 1})
 print("ready", flush=True)
 sys.stdin.readline()
 try:
-    for _ in range(5 if overwrite else 1):
-        ckpt.save(path, tree_of(step), overwrite=overwrite)
-    print("saved", flush=True)
+    ckpt.save(directory + "/once", tree_of(step))
+    print("saved")
 except FileExistsError as error:
-    print("refused:", error, flush=True)
+    print("refused:", error)
+for _ in range(5):
+    ckpt.save(directory + "/again", tree_of(step), overwrite=True)
+print("saved")
 """
 
 
-def race(path, *arguments, savers=3):
-    """Starts that many savers on one path at one moment; returns what each says at its end."""
-    processes = [started(SAVER, path, step, *arguments) for step in range(1, savers + 1)]
+@pytest.fixture(scope="module")
+def race(tmp_path_factory):
+    """Three savers that begin at one moment, and what each has said at its end.
+
+    They save to "once", where nothing may be replaced, then five times to "again".
+    """
+    directory = tmp_path_factory.mktemp("race")
+    processes = [started(SAVER, directory, step) for step in (1, 2, 3)]
     for process in processes:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n", process.communicate()
@@ -156,25 +163,25 @@ def race(path, *arguments, savers=3):
     for process in processes:
         output, errors = process.communicate()
         assert process.returncode == 0, errors
-        said.append(output.strip())
-    return said
+        said.append(output.splitlines())
+    return directory, said
 
 
-def test_of_several_savers_to_one_path_one_wins_and_the_others_are_told(tmp_path):
-    path = tmp_path / "a"
-    said = race(path, "once")
-    (winner,) = [step for step, words in enumerate(said, 1) if words == "saved"]
-    assert step_in(path) == winner
-    for words in said[: winner - 1] + said[winner:]:
-        assert words.startswith(f"refused: {path} exists"), words
-    assert staging_in(tmp_path) == []
+def test_of_several_savers_to_one_path_one_wins_and_the_others_are_told(race):
+    directory, said = race
+    words = [first for first, _ in said]
+    assert words.count("saved") == 1
+    winner = words.index("saved")
+    assert step_in(directory / "once") == winner + 1
+    for refused in words[:winner] + words[winner + 1 :]:
+        assert refused.startswith(f"refused: {directory / 'once'} exists"), refused
 
 
-def test_of_several_overwriting_savers_the_last_one_stays_whole(tmp_path):
-    path = tmp_path / "a"
-    assert race(path, "overwrite") == ["saved"] * 3
-    assert step_in(path) in (1, 2, 3)
-    assert staging_in(tmp_path) == []
+def test_of_several_overwriting_savers_the_last_one_stays_whole(race):
+    directory, said = race
+    assert [second for _, second in said] == ["saved"] * 3
+    assert step_in(directory / "again") in (1, 2, 3)
+    assert staging_in(directory) == []
 
 
 READER = """
