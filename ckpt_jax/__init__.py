@@ -11,6 +11,7 @@ them. See `Checkpoint` for objects, `save`, `restore` and `load` for trees, `io`
 """
 
 from ckpt_jax import io
+from ckpt_jax.adapting import CheckpointAdapter, ReshardCallback
 from ckpt_jax.checkpoint import Checkpoint
 from ckpt_jax.errors import (
     AsyncSaveError,
@@ -24,6 +25,7 @@ from ckpt_jax.errors import (
     UnsaveableError,
     UnsupportedFormatError,
 )
+from ckpt_jax.frozen import FrozenSaver
 from ckpt_jax.functional import load, plan_restore, restore, save
 from ckpt_jax.inspect import (
     CheckpointView,
@@ -36,6 +38,7 @@ from ckpt_jax.inspect import (
 )
 from ckpt_jax.latest import checkpoints_iterator, latest_checkpoint
 from ckpt_jax.manager import CheckpointManager
+from ckpt_jax.nodes import restore_nodes
 from ckpt_jax.options import (
     CheckpointOptions,
     MaxShardSize,
@@ -53,6 +56,7 @@ from ckpt_jax.retention import (
     KeepLatest,
     RetentionPolicy,
 )
+from ckpt_jax.revive import load_object, save_object
 from ckpt_jax.savers.registry import (
     register_checkpoint_saver,
     register_serializable,
@@ -69,6 +73,7 @@ from ckpt_jax.trackable.base import (
     Variable,
     no_automatic_dependency_tracking,
 )
+from ckpt_jax.trackable.optimizer import OptaxState, optax_state
 from ckpt_jax.trackable.view import register_view
 from ckpt_jax.verifying import Damage, VerifyReport, verify
 from ckpt_jax.version import __version__ as __version__
@@ -78,6 +83,7 @@ __all__ = [
     "AutoTrackable",
     "BarrierTimeoutError",
     "Checkpoint",
+    "CheckpointAdapter",
     "CheckpointError",
     "CheckpointManager",
     "CheckpointNotFoundError",
@@ -88,6 +94,7 @@ __all__ = [
     "CheckpointView",
     "CorruptCheckpointError",
     "Damage",
+    "FrozenSaver",
     "KeepAny",
     "KeepBest",
     "KeepEveryNSteps",
@@ -95,10 +102,12 @@ __all__ = [
     "LoadStatus",
     "MaxShardSize",
     "NoDependency",
+    "OptaxState",
     "PlannedSlice",
     "PythonState",
     "RegistrationError",
     "ReportEntry",
+    "ReshardCallback",
     "RestoreMismatchError",
     "RestoreReport",
     "RetentionPolicy",
@@ -120,15 +129,19 @@ __all__ = [
     "list_variables",
     "load",
     "load_checkpoint",
+    "load_object",
     "load_variable",
     "no_automatic_dependency_tracking",
     "object_metadata",
+    "optax_state",
     "plan_restore",
     "register_checkpoint_saver",
     "register_serializable",
     "register_view",
     "registration_scope",
     "restore",
+    "restore_nodes",
     "save",
+    "save_object",
     "verify",
 ]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_jax.background import Background
+from ckpt_jax.frozen import FrozenSaver
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import DEFAULT, CheckpointOptions
@@ -25,7 +26,7 @@ from ckpt_jax.saving import begin
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 from ckpt_jax.status import LoadStatus
 from ckpt_jax.trackable.base import AutoTrackable, TrackableView, Variable
-from ckpt_jax.trackable.view import View, view_of
+from ckpt_jax.trackable.view import SlotEntry, View, view_of
 
 Path = str | bytes | os.PathLike[Any]
 
@@ -157,8 +158,10 @@ class Checkpoint(AutoTrackable):
         if path is None:
             return LoadStatus(None, self._trace_for_restore)
         with CheckpointReader(path) as reader:
-            restoration = Restoration(reader.path, reader.object_graph, options)
-            root = restoration.run(self._trace_for_restore(), reader)
+            restoration = Restoration(
+                reader.path, reader.object_graph, options, self._trace_for_restore
+            )
+            root = restoration.run(reader)
         if self.__dict__["_self_rooted"] and root is not self._root_object():
             self.__dict__["_self_root"] = root
         return LoadStatus(restoration, self._trace_for_restore)
@@ -170,7 +173,9 @@ class Checkpoint(AutoTrackable):
         checkpoint's attribute. Values of objects that do not exist yet wait for them.
 
         Args:
-          path: of a checkpoint, as `save` returned it; None restores nothing.
+          path: of a checkpoint, as `save` returned it, or of an `.npz` file, whose names are
+            matched with the paths of values ("/" or "." between local names). None restores
+            nothing.
           options: `cast`, `skip_slot_variables` and `max_inflight_bytes` apply.
 
         Raises:
@@ -181,6 +186,17 @@ class Checkpoint(AutoTrackable):
         """
         self._counter()
         return self.read(path, options)
+
+    def freeze(self) -> FrozenSaver:
+        """A saver of the objects that are here now, which need not be traced again.
+
+        It holds all of them, the save counter included, which it does not advance.
+
+        Raises:
+          ValueError: the root is immutable.
+        """
+        self._counter()
+        return FrozenSaver(self._trace())
 
     def sync(self) -> None:
         """Waits for a save in the background.
@@ -260,15 +276,21 @@ class _RootedView(View):
         for name in own.keys() & children.keys():
             if own[name] is not children[name]:
                 raise ValueError(f"root.{name} already exists, as another object")
-        self.attached = {name: child for name, child in children.items() if name not in own}
+        self.own_names = own.keys()
         self.checkpoint = checkpoint
+
+    @property
+    def attached(self) -> dict[Label, Any]:
+        children = self.checkpoint.trackable_children()
+        return {name: child for name, child in children.items() if name not in self.own_names}
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
         return [*self.view.children(obj), *self.attached.items()]
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        names = self.attached.keys()
         attached: dict[Label, Any] = {
-            label: child for label, child in changed.items() if label in self.attached
+            label: child for label, child in changed.items() if label in names
         }
         TrackableView().rebuild(self.checkpoint, attached)
         own = {label: child for label, child in changed.items() if label not in attached}
@@ -283,8 +305,17 @@ class _RootedView(View):
     def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
         return self.view.assign(obj, values)
 
-    def slots(self, obj: Any) -> Mapping[tuple[str, Any], Any]:
+    def slots(self, obj: Any) -> Iterable[SlotEntry]:
         return self.view.slots(obj)
+
+    def parameters(self, obj: Any) -> Any | None:
+        return self.view.parameters(obj)
+
+    def replaces_slots(self, obj: Any) -> bool:
+        return self.view.replaces_slots(obj)
+
+    def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
+        return self.view.with_slots(obj, changed)
 
 
 def _is_empty_container(root: Any) -> bool:

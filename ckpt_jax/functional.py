@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 
 import jax
 
+from ckpt_jax.adapting import Adapted, settle
 from ckpt_jax.arrays import host
 from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.errors import RestoreMismatchError
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.match import match
-from ckpt_jax.graph.model import LeafSpec, ObjectGraph
+from ckpt_jax.graph.model import LeafSpec, Node, ObjectGraph
 from ckpt_jax.graph.patterns import Rule, Selection, selects
 from ckpt_jax.graph.patterns import rename as renamed
 from ckpt_jax.graph.plan import ReadPlan, plan_read
@@ -81,7 +82,8 @@ def restore(
     """Restores what `save` saved, into the structure, dtypes, shapes and shardings of a target.
 
     Args:
-      path: of a checkpoint.
+      path: of a checkpoint, or of an `.npz` file. The latter holds names instead of an object
+        graph, which are split at "/", or at "." where none has a "/".
       target: arrays, `jax.ShapeDtypeStruct`s (with shardings), Python values, or an
         `nnx.Module`, which is restored in place.
       strict: whether a value that only one side has is an error. If not, the target keeps its
@@ -101,14 +103,14 @@ def restore(
     options = options or DEFAULT
     with CheckpointReader(path) as reader:
         live = live_graph(target)
-        plan = _plan(reader, live, rename, options)
+        plan, adapted = _plan(reader, live, rename, options)
         fatal = plan.report
         if not strict:
             missing = abstract_only(fatal.missing, live)
             fatal = replace(fatal, unexpected=(), missing=missing)
         if fatal.missing or fatal.unexpected or fatal.mismatched:
             raise_problems(fatal, reader.path)
-        return execute(plan, live, reader, options)[0]
+        return execute(plan, live, adapted, options)[0]
 
 
 @without_gc()
@@ -128,22 +130,22 @@ def plan_restore(
       The report; `print` shows it as a table.
     """
     with CheckpointReader(path) as reader:
-        plan = _plan(reader, live_graph(target), rename, options or DEFAULT)
-        return replace(plan.report, nbytes=nbytes_to_read(plan, reader))
+        plan, adapted = _plan(reader, live_graph(target), rename, options or DEFAULT)
+        return replace(plan.report, nbytes=nbytes_to_read(plan, adapted))
 
 
 def _plan(
     reader: CheckpointReader, live: LiveGraph, rules: Iterable[Rule], options: CheckpointOptions
-) -> ReadPlan:
+) -> tuple[ReadPlan, Adapted]:
     moved = renamed(reader.object_graph, rules)
-    found = match(moved.graph, live.graph)
+    settled = settle(moved.graph, live, lambda saved: match(saved, live.graph), reader)
     plan = plan_read(
-        moved.graph,
+        settled.saved,
         live,
-        found,
+        settled.found,
         path=reader.path,
         fits=fits(options.cast),
-        saved_paths=moved.saved_paths,
+        saved_paths={**settled.saved_paths, **moved.saved_paths},
         skip_slots=options.skip_slot_variables,
     )
     # Nothing appears later in a functional restore: what would wait is unexpected.
@@ -158,9 +160,9 @@ def _plan(
         report,
         unexpected=tuple(left_over),
         deferred=(),
-        mismatched=(*problems, *report.mismatched),
+        mismatched=(*problems, *settled.problems, *report.mismatched),
     )
-    return replace(plan, report=report)
+    return replace(plan, report=report), Adapted(reader, settled.inputs)
 
 
 def _is_bookkeeping(saved: ObjectGraph, entry: ReportEntry) -> bool:
@@ -177,7 +179,7 @@ def load(
     """Reads a checkpoint without a target.
 
     Args:
-      path: of a checkpoint.
+      path: of a checkpoint, or of an `.npz` file.
       only: a pattern, a list of patterns, or a predicate on paths: what to read. The result
         then holds nothing else; a list with gaps becomes a dict by position.
       sharding: a `jax.sharding.Sharding`, or a function `(path, jax.ShapeDtypeStruct)` that
@@ -232,6 +234,7 @@ def _request(path: str, spec: LeafSpec, sharding: Any) -> jax.ShapeDtypeStruct |
 def _build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:
     """Plain containers from a graph, leaves first."""
     keep = set(values)
+    saved = _slots_as_children(saved)
     parents: dict[int, list[int]] = {}
     for node, entry in enumerate(saved.nodes):
         for _, child in entry.children:
@@ -266,6 +269,35 @@ def _build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything:
         open_nodes.discard(node)
         stack.pop()
     return built[0]
+
+
+def _slots_as_children(saved: ObjectGraph) -> ObjectGraph:
+    """The graph with an optimizer's slots as children: by slot name, then as the variables lie."""
+    if not saved.slot_nodes:
+        return saved
+    places: dict[int, tuple[Label, ...]] = {0: ()}
+    todo = [0]
+    for node in todo:  # grows while it is walked
+        for label, child in saved.nodes[node].children:
+            if child not in places:
+                places[child] = (*places[node], label)
+                todo.append(child)
+    nodes = list(saved.nodes)
+    edges: dict[int, dict[Label, int]] = {}
+    for optimizer, entry in enumerate(saved.nodes):
+        for slot in entry.slots:
+            here, label = optimizer, slot.name
+            for step in places.get(slot.variable, ()):
+                edges.setdefault(here, {})
+                if label not in edges[here]:
+                    edges[here][label] = len(nodes)
+                    nodes.append(Node("dict"))
+                here, label = edges[here][label], step
+            edges.setdefault(here, {})[label] = slot.node
+    for node, more in edges.items():
+        children = (*nodes[node].children, *more.items())
+        nodes[node] = replace(nodes[node], children=children)
+    return ObjectGraph(tuple(nodes), saved.object_keys)
 
 
 def _container(

@@ -8,9 +8,9 @@ default saver uses nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from operator import index
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -21,6 +21,7 @@ from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.store import merge as _merge
 from ckpt_jax.store import shard as _shard
 from ckpt_jax.store.box import Box, whole
+from ckpt_jax.store.index import Layout
 from ckpt_jax.store.read import ShardedReader
 from ckpt_jax.store.shard import Slice
 
@@ -160,8 +161,35 @@ def read_slices(
         return read_values(reader, requests, options)
 
 
+class Contents(Protocol):
+    """What a source holds; `store.index.Index` is one."""
+
+    @property
+    def keys(self) -> tuple[str, ...]: ...
+    def __contains__(self, key: object) -> bool: ...
+    def layout_of(self, key: str) -> Layout: ...
+    def nbytes(self, key: str) -> int: ...
+
+
+class Source(Protocol):
+    """Where values are read from; `store.read.ShardedReader` is one, and says what each does."""
+
+    directory: str
+    bytes_read: int
+
+    @property
+    def index(self) -> Contents: ...
+    def extra(self, name: str) -> bytes | None: ...
+    def read_bytes(self, key: str) -> bytes: ...
+    def read(
+        self, requests: Sequence[tuple[str, Sequence[Box]]], *, max_inflight_bytes: int
+    ) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]: ...
+    def check_files(self) -> None: ...
+    def close(self) -> None: ...
+
+
 def read_values(
-    reader: ShardedReader,
+    reader: Source,
     requests: Mapping[str, jax.ShapeDtypeStruct | Box | None],
     options: CheckpointOptions = DEFAULT,
 ) -> dict[str, Any]:
@@ -200,7 +228,7 @@ def read_values(
 
 
 def _wanted(
-    reader: ShardedReader, key: str, request: jax.ShapeDtypeStruct | Box | None
+    reader: Source, key: str, request: jax.ShapeDtypeStruct | Box | None
 ) -> tuple[Box, ...] | None:
     """The boxes to read for a request; None for a byte string."""
     entry = reader.index.layout_of(key)

@@ -1,38 +1,43 @@
 """CheckpointReader: the values of a checkpoint by key, and its object graph.
 
-Opening reads the graph and the index, no array byte, and touches no device.
+Opening reads the graph and the index, no array byte, and touches no device. A file of another
+format, which has no object graph, shows one that is made of its names.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.arrays.values import as_saved
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
-from ckpt_jax.graph import codec
-from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
+from ckpt_jax.graph import codec, objects
+from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
-from ckpt_jax.io import read_values
+from ckpt_jax.graph.names import graph_of
+from ckpt_jax.io import Source, read_values
 from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.readers import NamedValues, open_foreign
 from ckpt_jax.store.box import Box
 from ckpt_jax.store.directory import MANIFEST, require_checkpoint
 from ckpt_jax.store.index import dtype_of
 from ckpt_jax.store.read import ShardedReader
 from ckpt_jax.store.seal import unseal
 
+T = TypeVar("T")
+
 
 class CheckpointReader:
     """Reads values by their keys, without any of the objects that they belong to.
 
     Args:
-      path: of a checkpoint directory.
+      path: of a checkpoint directory, or of a file in a format that `ckpt_jax.readers` knows.
 
     Use it as a context manager, or `close` it, to let go of the files.
 
@@ -44,10 +49,12 @@ class CheckpointReader:
 
     def __init__(self, path: str | bytes | os.PathLike[Any]):
         self.path = os.fsdecode(path)
-        require_checkpoint(self.path)
         self._opened = _identity(self.path)
         try:
-            self._sharded = ShardedReader(os.path.abspath(self.path))
+            foreign = open_foreign(self.path)
+            if foreign is None:
+                require_checkpoint(self.path)
+            self._source: Source = foreign or ShardedReader(os.path.abspath(self.path))
         except CorruptCheckpointError as error:
             self._check_not_replaced(error)
             raise
@@ -75,7 +82,7 @@ class CheckpointReader:
 
     def close(self) -> None:
         """Closes the files; further reads fail."""
-        self._sharded.close()
+        self._source.close()
 
     @cached_property
     def object_graph(self) -> ObjectGraph:
@@ -90,10 +97,10 @@ class CheckpointReader:
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
         """(key, what) for every value that the object graph and the index disagree on."""
-        layout_of = self._sharded.index.layout_of
+        layout_of = self._source.index.layout_of
         for _, attribute in self._graph.attributes():
             key, spec = attribute.key, attribute.spec
-            if key not in self._sharded.index:
+            if key not in self._source.index:
                 yield key, "the object graph names a value that is not stored"
                 continue
             stored = layout_of(key)
@@ -107,37 +114,60 @@ class CheckpointReader:
     @cached_property
     @without_gc()
     def _graph(self) -> ObjectGraph:
-        data = self._sharded.extra(OBJECT_GRAPH_KEY)
+        if isinstance(self._source, NamedValues):
+            return self._graph_of_names(self._source)
+        data = self._source.extra(OBJECT_GRAPH_KEY)
         if data is None:
             raise CorruptCheckpointError(
                 f"{self.path} has no object graph", file=self.path, key=OBJECT_GRAPH_KEY
             )
+        return self._decoded(OBJECT_GRAPH_KEY, data, codec.decode)
+
+    @cached_property
+    def saved_objects(self) -> tuple[objects.SavedObject, ...] | None:
+        """What each object of the graph is made anew as; None where the checkpoint says nothing.
+
+        Raises:
+          CorruptCheckpointError: it is damaged, or disagrees with the object graph.
+        """
+        if isinstance(self._source, NamedValues):
+            return None
+        data = self._source.extra(SAVED_OBJECTS_KEY)
+        if data is None:
+            return None
+        graph = self._graph
+        return self._decoded(SAVED_OBJECTS_KEY, data, lambda data: objects.decode(data, graph))
+
+    def _decoded(self, key: str, data: bytes, decode: Callable[[bytes], T]) -> T:
+        """A sealed message; what is wrong with it is said with the place."""
         try:
-            return codec.decode(unseal(data))
+            return decode(unseal(data))
         except CorruptCheckpointError as error:
             raise CorruptCheckpointError(
-                f"{self.path}: {OBJECT_GRAPH_KEY}: {error}", file=self.path, key=OBJECT_GRAPH_KEY
+                f"{self.path}: {key}: {error}", file=self.path, key=key
             ) from error
+
+    def _graph_of_names(self, source: NamedValues) -> ObjectGraph:
+        try:
+            return graph_of(source.index.specs)
+        except ValueError as error:
+            raise CorruptCheckpointError(f"{self.path}: {error}", file=self.path) from error
 
     def keys(self) -> list[str]:
         """All checkpoint keys, sorted."""
-        return list(self._sharded.index.keys)
+        return list(self._source.index.keys)
 
     def has_tensor(self, key: str) -> bool:
         """Whether there is a value under `key`."""
-        return key in self._sharded.index
+        return key in self._source.index
 
     def get_variable_to_shape_map(self) -> dict[str, tuple[int, ...]]:
         """The shape of each value; () for scalars and byte strings."""
-        return {key: self._sharded.index.layout_of(key).shape for key in self.keys()}
+        return {key: self._source.index.layout_of(key).shape for key in self.keys()}
 
     def get_variable_to_dtype_map(self) -> dict[str, np.dtype]:
-        """The dtype of each value; `object` for byte strings."""
-        entries = {key: self._sharded.index.layout_of(key).dtype for key in self.keys()}
-        return {
-            key: np.dtype(object) if name == "bytes" else dtype_of(name)
-            for key, name in entries.items()
-        }
+        """The dtype of each value; `object` for byte strings and for what cannot be read."""
+        return {key: _dtype(self._source.index.layout_of(key).dtype) for key in self.keys()}
 
     def get_tensor(self, key: str, box: Box | None = None) -> Any:
         """The value under `key`.
@@ -154,7 +184,7 @@ class CheckpointReader:
         """
         if not self.has_tensor(key):
             raise KeyError(f"{self.path} holds nothing under the key {key!r}")
-        data = read_values(self._sharded, {key: box})[key]
+        data = read_values(self._source, {key: box})[key]
         if box is not None:
             return data
         # What a registered saver stored belongs to no attribute of the graph.
@@ -164,7 +194,7 @@ class CheckpointReader:
         self, requests: Mapping[str, Any], options: CheckpointOptions = DEFAULT
     ) -> dict[str, Any]:
         """Several values at once; see `ckpt.io.read_slices`."""
-        return read_values(self._sharded, requests, options)
+        return read_values(self._source, requests, options)
 
     def as_saved(self, key: str, data: Any, spec: LeafSpec) -> Any:
         """What was read without a target, as the value that it was; arrays as they are."""
@@ -177,12 +207,12 @@ class CheckpointReader:
 
     def stored_spec(self, key: str) -> LeafSpec:
         """The dtype and shape that a value is stored with."""
-        layout = self._sharded.index.layout_of(key)
+        layout = self._source.index.layout_of(key)
         return LeafSpec("", layout.dtype, layout.shape)
 
     def stored_nbytes(self, key: str) -> int:
         """The size of a value in bytes."""
-        return sum(piece.nbytes for piece in self._sharded.index.entry(key).slices)
+        return self._source.index.nbytes(key)
 
     def check_files(self) -> None:
         """Compares the sizes of all files with what they have to hold; reads no value.
@@ -190,18 +220,26 @@ class CheckpointReader:
         Raises:
           CorruptCheckpointError: a file is truncated or missing.
         """
-        self._sharded.check_files()
+        self._source.check_files()
 
     @cached_property
     def _specs(self) -> dict[str, LeafSpec]:
-        if self._sharded.extra(OBJECT_GRAPH_KEY) is None:  # merged by hand, from shards
-            return {}
+        is_named = isinstance(self._source, NamedValues)
+        if not is_named and self._source.extra(OBJECT_GRAPH_KEY) is None:
+            return {}  # merged by hand, from shards
         return self.object_graph.by_key
 
     @property
     def bytes_read(self) -> int:
         """Bytes of values read so far."""
-        return self._sharded.bytes_read
+        return self._source.bytes_read
+
+
+def _dtype(name: str) -> np.dtype:
+    try:
+        return dtype_of(name)
+    except ValueError:
+        return np.dtype(object)
 
 
 def _identity(path: str) -> tuple[int, int, int] | None:

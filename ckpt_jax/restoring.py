@@ -15,20 +15,29 @@ from __future__ import annotations
 import itertools
 import logging
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 
+from ckpt_jax.adapting import Adapted, ReshardCallback, settle
 from ckpt_jax.arrays import host
 from ckpt_jax.arrays.values import ARRAY_KINDS, decode, describe, difference
 from ckpt_jax.errors import RegistrationError, RestoreMismatchError
 from ckpt_jax.graph.labels import Label, object_key_of, path_of
 from ckpt_jax.graph.match import Match, extend, match
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
-from ckpt_jax.graph.plan import Read, ReadPlan, SaverCall, assign, plan_read, pretty_name
+from ckpt_jax.graph.plan import (
+    Read,
+    ReadPlan,
+    SaverCall,
+    assign,
+    plan_read,
+    pretty_name,
+    reachable,
+)
 from ckpt_jax.graph.trace import LiveGraph, trace
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
@@ -82,7 +91,7 @@ def raise_problems(report: RestoreReport, path: str, cause: Exception | None = N
 # --- read and assign -------------------------------------------------------------------
 
 
-def read(plan: ReadPlan, reader: CheckpointReader, options: CheckpointOptions) -> list[Any]:
+def read(plan: ReadPlan, reader: Adapted, options: CheckpointOptions) -> list[Any]:
     """The value of each `Read` of a plan, each array once per dtype and placement."""
     requests: dict[tuple[str, Any, Any], int] = {}
     order = [requests.setdefault(_identity(r), len(requests)) for r in plan.reads]
@@ -125,7 +134,7 @@ def _request(read: Read) -> jax.ShapeDtypeStruct | None:
     )
 
 
-def nbytes_to_read(plan: ReadPlan, reader: CheckpointReader) -> int:
+def nbytes_to_read(plan: ReadPlan, reader: Adapted) -> int:
     """Bytes of values that this process needs for a plan, each once."""
     nbytes: dict[str, int] = {}
     for r in plan.reads:
@@ -139,7 +148,7 @@ def nbytes_to_read(plan: ReadPlan, reader: CheckpointReader) -> int:
 
 
 def execute(
-    plan: ReadPlan, live: LiveGraph, reader: CheckpointReader, options: CheckpointOptions
+    plan: ReadPlan, live: LiveGraph, reader: Adapted, options: CheckpointOptions
 ) -> tuple[Any, list[Any]]:
     """Reads what a plan says and puts it into the live objects; returns the root and the values."""
     calls = [_accepted(call, live) for call in plan.calls]
@@ -147,6 +156,8 @@ def execute(
     for r, value in zip(plan.reads, read(plan, reader, options), strict=True):
         if r.target.kind == "array" and not isinstance(value, jax.Array):
             value = host.put([np.asarray(value)], host.placement(r.value))[0]
+        if r.target.weak_type:  # or the same program would be compiled anew, and promote otherwise
+            value = host.weakly_typed(value)
         values.setdefault(r.node, {})[r.name] = value
     for saver, nodes in calls:
         objects = {name: live.objects[node] for name, node in nodes.items()}
@@ -203,6 +214,13 @@ def _note_restored(obj: Any, uid: int) -> None:
     if _has_weakrefs(obj):
         key = id(obj)
         _restored_by[key] = weakref.ref(obj, lambda _: _restored_by.pop(key, None)), uid
+
+
+def note_restored(objects: Iterable[Any]) -> None:
+    """Remembers that objects were restored now, outside of a `Restoration`."""
+    uid = next(_uids)
+    for obj in objects:
+        _note_restored(obj, uid)
 
 
 def _restored_uid(obj: Any) -> int:
@@ -262,7 +280,14 @@ class Restoration:
       uid: grows with every restore; the values of a later one win.
     """
 
-    def __init__(self, path: str, saved: ObjectGraph, options: CheckpointOptions):
+    def __init__(
+        self,
+        path: str,
+        saved: ObjectGraph,
+        options: CheckpointOptions,
+        trace: Callable[[], LiveGraph],
+    ):
+        """`trace` is a method of the object that is restored; it is not kept alive."""
         self.path = path
         self.saved = saved
         self.options = options
@@ -271,17 +296,60 @@ class Restoration:
         finalizer = weakref.finalize(self, self.left_over.log)
         finalizer.atexit = False  # at interpreter exit nobody is waiting any more
         self._bound: dict[int, list[weakref.ref[Any]]] = {}  # saved node -> its mutable objects
+        self._callbacks: Mapping[int, ReshardCallback] = {}  # by saved node
+        self._trace = weakref.WeakMethod(trace)
+        self._met: set[int] = set()  # saved nodes that have been bound, to whatever
+        self._open_slots = [
+            (optimizer, slot)
+            for optimizer, node in enumerate(saved.nodes)
+            for slot in node.slots
+            if not options.skip_slot_variables
+        ]
 
-    def run(self, live: LiveGraph, reader: CheckpointReader) -> Any:
+    def run(self, reader: CheckpointReader) -> Any:
         """Restores what is there and lets the rest wait; returns the root."""
-        return self._bind(live, match(self.saved, live.graph), reader)
+        trace = self._trace()
+        assert trace is not None
+        live = trace()
+        if self._create_slots(live):
+            live = trace()
+        return self._bind(live, lambda saved: match(saved, live.graph), reader)
 
-    def attach(self, parent: Any, label: Label, child: Any, saved: int) -> Any:
-        """Restores into an object that appeared under an awaited name."""
+    def attach(self, child: Any, saved: int) -> Any:
+        """Restores into an object that appeared where `saved` was awaited; returns it."""
         live = live_graph(child, self.saved.object_keys[saved])
         before = Match(self._bound_in(live), {})
         with CheckpointReader(self.path) as reader:
-            return self._bind(live, extend(before, self.saved, live.graph, [(saved, 0)]), reader)
+            return self._bind(
+                live, lambda graph: extend(before, graph, live.graph, [(saved, 0)]), reader
+            )
+
+    def attached(self) -> None:
+        """Restores slots of which one end has just come. Where the other is, only a walk from
+        the root can tell."""
+        trace = self._trace()
+        ends = [slot for slot in self._open_slots if {slot[0], slot[1].variable} <= self._met]
+        if not ends or trace is None:
+            return
+        live = trace()
+        if self._create_slots(live):
+            live = trace()
+        slots = frozenset([slot.node for _, slot in ends])
+        with CheckpointReader(self.path) as reader:
+            self._bind(live, lambda saved: match(saved, live.graph), reader, slots)
+
+    def _create_slots(self, live: LiveGraph) -> bool:
+        """Asks optimizers that can make slot variables for those that they lack."""
+        bound = match(self.saved, live.graph).bound if self._open_slots else {}
+        created = False
+        for optimizer, slot in self._open_slots:
+            if slot.node in bound or not {optimizer, slot.variable} <= bound.keys():
+                continue
+            create = getattr(live.objects[bound[optimizer]], "create_slot", None)
+            if create is not None:
+                variable = live.objects[bound[slot.variable]]
+                created = create(slot.name, variable) is not None or created
+        return created
 
     def _bound_in(self, live: LiveGraph) -> dict[int, int]:
         """What is bound already, in the node ids of `live`; -1 for objects outside of it."""
@@ -293,42 +361,71 @@ class Restoration:
         }
 
     @host.without_gc()
-    def _bind(self, live: LiveGraph, found: Match, reader: CheckpointReader) -> Any:
-        newer = frozenset(i for i, obj in enumerate(live.objects) if _restored_uid(obj) < self.uid)
+    def _bind(
+        self,
+        live: LiveGraph,
+        rematch: Callable[[ObjectGraph], Match],
+        reader: CheckpointReader,
+        among: frozenset[int] | None = None,
+    ) -> Any:
+        """Reads and assigns what a match says; returns the root.
+
+        Args:
+          among: saved nodes: nothing else is restored. All by default.
+        """
+        settled = settle(self.saved, live, rematch, reader, self._callbacks)
+        saved, found = settled.saved, settled.found
+        only = None
+        if among is not None:
+            new = [found.bound[node] for node in among if node in found.bound]
+            only = frozenset(reachable(live.graph, new))
+        newer = frozenset(
+            i
+            for i, obj in enumerate(live.objects)
+            if (only is None or i in only) and _restored_uid(obj) < self.uid
+        )
         plan = plan_read(
-            self.saved,
+            saved,
             live,
             found,
             path=self.path,
             fits=fits(self.options.cast),
+            saved_paths=settled.saved_paths,
             only=newer,
             skip_slots=self.options.skip_slot_variables,
         )
         fatal = replace(
             plan.report,
             missing=abstract_only(plan.report.missing, live),
-            mismatched=tuple([entry for entry in plan.report.mismatched if entry.expected]),
+            mismatched=(
+                *settled.problems,
+                *[entry for entry in plan.report.mismatched if entry.expected],
+            ),
             unexpected=(),
         )
         if fatal.missing or fatal.mismatched:
             raise_problems(fatal, self.path)
-        root, new = execute(plan, live, reader, self.options)
+        root, new = execute(plan, live, Adapted(reader, settled.inputs), self.options)
+        self.saved, self._callbacks = saved, settled.callbacks
         for value in new:
             _note_restored(value, self.uid)
         self.left_over.nodes -= plan.used
-        log_conflicts(self.saved, found)
-        self._remember(live, found)
+        if only is None:
+            log_conflicts(saved, found)
+        self._remember(live, found, only)
         return root
 
-    def _remember(self, live: LiveGraph, found: Match) -> None:
+    def _remember(self, live: LiveGraph, found: Match, only: frozenset[int] | None) -> None:
+        self._met.update(found.bound)
+        self._open_slots = [slot for slot in self._open_slots if slot[1].node not in self._met]
         for saved, node in [*found.bound.items(), *found.shared]:
-            if node >= 0 and live.views[node].mutable:
+            if node >= 0 and (only is None or node in only) and live.views[node].mutable:
                 obj = live.objects[node]
                 _note_restored(obj, max(self.uid, _restored_uid(obj)))
                 if _has_weakrefs(obj):
                     self._bound.setdefault(saved, []).append(weakref.ref(obj))
         for (parent, label), saved in found.frontier.items():
-            if self.saved.carries_values(saved):
+            if (only is None or parent in only) and self.saved.carries_values(saved):
                 for trackable in live.awaiting(parent):
                     await_child(trackable, label, _Waiting(self, saved))
 
@@ -359,7 +456,10 @@ class _Waiting:
         self.saved = saved
 
     def attach(self, parent: Any, label: Label, child: Any) -> Any:
-        return self.restoration.attach(parent, label, child, self.saved)
+        return self.restoration.attach(child, self.saved)
+
+    def attached(self) -> None:
+        self.restoration.attached()
 
     def initial_value(self) -> LeafSpec | None:
         node = self.restoration.saved.nodes[self.saved]

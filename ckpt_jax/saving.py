@@ -10,8 +10,9 @@ commit     one transaction for graph and index, then one rename
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from types import MappingProxyType
 from typing import Any
 
 from ckpt_jax import io
@@ -39,7 +40,12 @@ def write_checkpoint(
 
 @without_gc()
 def begin(
-    live: LiveGraph, path: str, options: CheckpointOptions, *, overwrite: bool
+    live: LiveGraph,
+    path: str,
+    options: CheckpointOptions,
+    *,
+    overwrite: bool,
+    extra: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Callable[[], None]:
     """The part of a save that has to see the objects as they are now.
 
@@ -60,8 +66,8 @@ def begin(
     def finish() -> None:
         with later:
             written = default.write(plan, shards, options)
-            extra = {OBJECT_GRAPH_KEY: graph}
-            io.merge_shards([*prefixes, *written], staging, extra=extra, options=options)
+            small = {**extra, OBJECT_GRAPH_KEY: graph}
+            io.merge_shards([*prefixes, *written], staging, extra=small, options=options)
 
     return finish
 

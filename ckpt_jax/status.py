@@ -2,6 +2,9 @@
 
 The assertions look at the program as it is now, not as it was when `restore` was called:
 values that waited may have found their objects since. They follow TensorFlow's.
+
+A file that has no object graph may hold anything besides, so for it all three assertions mean
+the same: every object of the program that has values got them. The save counter need not.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from types import TracebackType
 
+from ckpt_jax.graph.labels import SAVE_COUNTER
 from ckpt_jax.graph.match import Match, match
 from ckpt_jax.graph.plan import plan_read, pretty_name
 from ckpt_jax.graph.trace import LiveGraph
@@ -56,6 +60,8 @@ class LoadStatus:
         assert self._restoration is not None
         live, found, report = self._look()
         saved = self._restoration.saved
+        if saved.named:
+            return self
         unresolved = [
             f"Unresolved object in checkpoint {pretty_name(saved, node)}: {what}"
             for node, what in self._unresolved(live, found)
@@ -78,6 +84,8 @@ class LoadStatus:
         live, found, _ = self._look()
         sources, saved = found.sources(), self._restoration.saved.nodes
         skipped = live.graph.slot_nodes if self._skips_slots() else frozenset()
+        if self._restoration.saved.named:
+            skipped |= {n for label, n in live.graph.nodes[0].children if label == SAVE_COUNTER}
         unmatched = [
             pretty_name(live.graph, node)
             for node, entry in enumerate(live.graph.nodes)
@@ -100,6 +108,8 @@ class LoadStatus:
         """
         if self._restoration is None:
             raise AssertionError("No checkpoint specified; nothing was restored")
+        if self._restoration.saved.named:
+            return self.assert_consumed()
         live, found, _ = self._look()
         if len(found.bound) <= 1:
             if len(live.graph.nodes) <= 1:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
-from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
+from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
 from ckpt_jax.reader import CheckpointReader
 
 _BATCH_NBYTES = 64 << 20
@@ -102,6 +102,11 @@ def _graph(reader: CheckpointReader) -> Iterator[Damage]:
             yield Damage(reader.path, key, what)
     except (CorruptCheckpointError, UnsupportedFormatError) as error:
         yield _damage(reader.path, error, OBJECT_GRAPH_KEY)
+        return
+    try:
+        _ = reader.saved_objects
+    except (CorruptCheckpointError, UnsupportedFormatError) as error:
+        yield _damage(reader.path, error, SAVED_OBJECTS_KEY)
 
 
 def _batches(reader: CheckpointReader, keys: Sequence[str]) -> Iterator[list[str]]:

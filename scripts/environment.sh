@@ -1,4 +1,4 @@
-# Sourced by scripts/demo and scripts/test: a virtual environment of this checkout's own.
+# Sourced by the scripts beside it: a virtual environment of this checkout's own.
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

@@ -34,9 +34,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("io",),
     ("savers",),
     ("flax",),
-    ("reader", "readers", "multihost"),
+    ("readers", "multihost"),
+    ("reader",),
+    ("adapting",),
     ("saving", "restoring", "latest", "verifying", "background"),
-    ("status", "checkpoint", "functional"),
+    ("status", "checkpoint", "functional", "revive", "nodes", "frozen"),
     ("retention",),
     ("manager", "inspect"),
     ("__init__",),
@@ -53,6 +55,7 @@ FORBIDDEN: dict[str, tuple[str, ...]] = {
 DOORS: dict[str, tuple[str, ...]] = {
     "ckpt_jax._proto": (
         "ckpt_jax.graph.codec",
+        "ckpt_jax.graph.objects",
         "ckpt_jax.store.index",
         "ckpt_jax.state_file",
         "ckpt_jax._proto",

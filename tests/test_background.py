@@ -60,6 +60,7 @@ def test_one_counter_counts_saves_of_both_kinds(tmp_path: Path):
     assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "c-4")
 
 
+@pytest.mark.behaviour(16)
 def test_a_restore_waits_for_the_save_before_it(tmp_path: Path):
     checkpoint = ckpt.Checkpoint(x=5)
     path = checkpoint.save(tmp_path / "c", ASYNC)

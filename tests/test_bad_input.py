@@ -315,6 +315,7 @@ as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write 
 
 
 @as_root
+@pytest.mark.behaviour(64)
 def test_a_directory_that_may_not_be_written_to_is_left_alone(tmp_path):
     tmp_path.chmod(0o500)
     try:
@@ -337,6 +338,7 @@ def test_a_file_that_may_not_be_read_is_an_error(tmp_path):
         manifest.chmod(0o600)
 
 
+@pytest.mark.behaviour(64)
 def test_a_parent_that_is_a_file_is_an_error(tmp_path):
     (tmp_path / "file").write_text("text")
     with pytest.raises(OSError, match="file"):

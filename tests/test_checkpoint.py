@@ -1,4 +1,4 @@
-"""Saving and restoring objects. Numbers in docstrings are TensorFlow's test behaviours."""
+"""Saving and restoring objects."""
 
 import copy
 import gc
@@ -106,8 +106,8 @@ def test_objects_are_restored_in_place_and_pytrees_are_rebuilt(path):
     assert fresh.tree is not tree and tree["w"].tolist() == [0.0, 0.0]
 
 
+@pytest.mark.behaviour(24)
 def test_write_returns_exactly_the_path_that_it_was_given(path):
-    """TensorFlow 24."""
     checkpoint = ckpt.Checkpoint(v=var(0.0))
     for step in (0, 2, 4, 6, 8):
         checkpoint.v.assign(np.float32(step))
@@ -154,8 +154,8 @@ def test_a_save_that_failed_leaves_no_trace(tmp_path, prefix):
     assert checkpoint.save(prefix) == f"{prefix}-1"
 
 
+@pytest.mark.behaviour(64, 84, 85)
 def test_paths_may_be_path_objects(tmp_path):
-    """TensorFlow 84, 85."""
     checkpoint = ckpt.Checkpoint(v=var(1.0))
     saved = checkpoint.save(tmp_path / "deep" / "er" / "ckpt")
     written = checkpoint.write(tmp_path / "written")
@@ -176,8 +176,8 @@ def test_read_and_write_do_not_go_with_save_and_restore(path):
         status.assert_existing_objects_matched()
 
 
+@pytest.mark.behaviour(74)
 def test_a_missing_checkpoint_is_reported_with_those_that_exist(prefix):
-    """TensorFlow 74."""
     checkpoint = ckpt.Checkpoint(v=var(1.0))
     checkpoint.save(prefix)
     with pytest.raises(ckpt.CheckpointNotFoundError, match="ckpt-1") as caught:
@@ -186,8 +186,8 @@ def test_a_missing_checkpoint_is_reported_with_those_that_exist(prefix):
     assert value(checkpoint.v) == 1.0
 
 
+@pytest.mark.behaviour(61)
 def test_restoring_from_nothing_is_legal_but_matches_nothing():
-    """TensorFlow 61."""
     checkpoint = ckpt.Checkpoint(v=var(1.0))
     status = checkpoint.restore(None)
     assert status.initialize_or_restore() is status
@@ -203,8 +203,8 @@ def test_restoring_from_nothing_is_legal_but_matches_nothing():
     assert not status.report.restored
 
 
+@pytest.mark.behaviour(87)
 def test_no_file_stays_open_after_a_restore(prefix):
-    """TensorFlow 87."""
     checkpoint = ckpt.Checkpoint(v=var(1.0))
     saved = checkpoint.save(prefix)
     status = checkpoint.restore(saved)
@@ -234,8 +234,9 @@ def test_a_cast_is_asked_for(path):
     assert fresh.v.dtype == jnp.bfloat16 and fresh.v.value.tolist() == [1.0, 2.0]
 
 
+@pytest.mark.behaviour(83)
 def test_a_restore_is_all_or_nothing(path):
-    """TensorFlow 83: everything is checked before anything changes."""
+    """Everything is checked before anything changes."""
     ckpt.Checkpoint(a=var(1.0), b=var([1.0, 2.0]), p=Position(5), z=var(3.0)).write(path)
     fresh = ckpt.Checkpoint(a=var(0.0), b=var([0.0]), p=Position(), z=var([0.0]))
     with pytest.raises(ckpt.RestoreMismatchError) as caught:
@@ -248,8 +249,8 @@ def test_a_restore_is_all_or_nothing(path):
 # --- keys and names ---------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(8, 38)
 def test_variables_made_by_helpers_have_plain_keys(path):
-    """TensorFlow 8, 38."""
     root = Model(leaf=Model())
     root.add_variable("a", initializer=1.0)
     root.leaf.add_variable("v", (2,), initializer=jnp.ones)
@@ -261,8 +262,9 @@ def test_variables_made_by_helpers_have_plain_keys(path):
 
 
 @pytest.mark.parametrize("name", ["a/b", "a.b", "c/", "d/.ATTRIBUTES/f", ".ATTRIBUTES", "", "ü"])
+@pytest.mark.behaviour(36, 39)
 def test_any_name_survives(path, name):
-    """TensorFlow 36, 39; TensorFlow itself cannot restore a value that is named a/b."""
+    """TensorFlow itself cannot restore a value that is named a/b."""
     saved, fresh = ckpt.Trackable(), ckpt.Trackable()
     saved.track(name, var(3.0))
     target = fresh.track(name, var(0.0))
@@ -271,8 +273,8 @@ def test_any_name_survives(path, name):
     assert value(target) == 3.0
 
 
+@pytest.mark.behaviour(88, 89, 90, 91)
 def test_named_values_of_one_object_are_attributes_of_one_node(path):
-    """TensorFlow 88, 89, 90, 91."""
     ckpt.Checkpoint(Pair(1.0, 2.0), child=Pair(3.0, 4.0)).write(path)
     graph = ckpt.object_metadata(path)
     assert [(a.name, a.key) for a in graph.nodes[0].attributes] == [
@@ -312,8 +314,8 @@ def test_what_has_no_view_is_refused_by_the_constructor():
 # --- every kind of state ----------------------------------------------------------------
 
 
+@pytest.mark.behaviour(65)
 def test_lists_and_dicts_of_variables_are_restored_element_by_element(prefix):
-    """TensorFlow 65."""
     saved = ckpt.Checkpoint(l=[var(1.0), var(2.0)], d={"a": var(3.0), "b": var(4.0)})
     saved_path = saved.save(prefix)
     parts = [var(0.0) for _ in range(4)]
@@ -322,8 +324,8 @@ def test_lists_and_dicts_of_variables_are_restored_element_by_element(prefix):
     assert [value(v) for v in parts] == [1.0, 2.0, 3.0, 4.0]
 
 
+@pytest.mark.behaviour(12)
 def test_an_object_may_save_one_value_for_several_variables(prefix):
-    """TensorFlow 12."""
 
     class Mirrored(ckpt.Trackable):
         def __init__(self, start):
@@ -363,8 +365,8 @@ def test_python_state_gives_text_or_bytes_and_gets_bytes(path):
     assert ("t/.ATTRIBUTES/py_state", ()) in ckpt.list_variables(path)
 
 
+@pytest.mark.behaviour(274, 276)
 def test_numpy_state_in_attributes_is_restored_again_and_again(tmp_path):
-    """TensorFlow 274, 276."""
     state = Model(a=np.ones((2, 2)), b=np.arange(3))
     checkpoint = ckpt.Checkpoint(numpy=state)
     first = checkpoint.save(tmp_path / "ckpt")
@@ -376,14 +378,15 @@ def test_numpy_state_in_attributes_is_restored_again_and_again(tmp_path):
         assert (state.a[0, 0], state.b[2]) == (corner, last)
 
 
+@pytest.mark.behaviour(279)
 def test_an_object_without_values_in_the_way_of_python_state_is_named(path):
-    """TensorFlow 279."""
     ckpt.Checkpoint(p=Position(3)).write(path)
     status = ckpt.Checkpoint(p=ckpt.Trackable()).read(path)
     with pytest.raises(AssertionError, match=r"\bp\b"):
         status.assert_consumed()
 
 
+@pytest.mark.behaviour(311)
 def test_slots_are_restored_through_their_variables(path):
     w = var(1.0)
     ckpt.Checkpoint(model=Model(w=w), opt=Optimizer(0.5, w, value=7.0)).write(path)
@@ -396,8 +399,8 @@ def test_slots_are_restored_through_their_variables(path):
     )
 
 
+@pytest.mark.behaviour(310)
 def test_slots_may_be_skipped(path):
-    """TensorFlow 310."""
     w = var(1.0)
     ckpt.Checkpoint(w=w, opt=Optimizer(0.5, w, value=7.0)).write(path)
     v = var(0.0)
@@ -410,8 +413,8 @@ def test_slots_may_be_skipped(path):
 # --- deferred restoration ---------------------------------------------------------------
 
 
+@pytest.mark.behaviour(40, 41)
 def test_a_value_waits_for_an_object_that_does_not_exist_yet(prefix):
-    """TensorFlow 40, 41."""
     saved = ckpt.Checkpoint(Model(dep=Model(v=var(123.0)))).save(prefix)
     root = Model()
     status = ckpt.Checkpoint(root).restore(saved)
@@ -426,8 +429,8 @@ def test_a_value_waits_for_an_object_that_does_not_exist_yet(prefix):
     assert value(v) == 123.0
 
 
+@pytest.mark.behaviour(42)
 def test_an_object_whose_variable_exists_is_restored_when_it_is_attached(prefix):
-    """TensorFlow 42."""
     saved = ckpt.Checkpoint(Model(dep=Model(v=var(123.0)))).save(prefix)
     root, dep = Model(), Model(v=var(0.0))
     status = ckpt.Checkpoint(root).restore(saved)
@@ -436,8 +439,8 @@ def test_an_object_whose_variable_exists_is_restored_when_it_is_attached(prefix)
     assert value(dep.v) == 123.0
 
 
+@pytest.mark.behaviour(52, 53)
 def test_a_variable_keeps_its_own_value_until_it_is_attached(prefix):
-    """TensorFlow 52, 53."""
     saved = ckpt.Checkpoint(Model(v1=var(1.0), v2=var(2.0))).save(prefix)
     root, late = Model(v1=var(0.0)), var(5.0)
     status = ckpt.Checkpoint(root).restore(saved)
@@ -463,8 +466,8 @@ def test_objects_may_be_attached_in_any_order(path, order):
     assert [value(v) for v in (x, b.y, parts["c"].z)] == [1.0, 2.0, 3.0]
 
 
+@pytest.mark.behaviour(49, 50, 51)
 def test_a_loop_can_be_restored_before_it_is_closed(prefix):
-    """TensorFlow 49, 50, 51."""
 
     def loop():
         first, second = Model(), Model()
@@ -489,8 +492,8 @@ def test_a_loop_can_be_restored_before_it_is_closed(prefix):
     assert value(second.v) == [2.0]
 
 
+@pytest.mark.behaviour(78, 79)
 def test_only_names_that_carry_values_wait(prefix):
-    """TensorFlow 78, 79."""
     branch = Model(inner=Model(v=var(1.0)))
     saved = ckpt.Checkpoint(Model(empty=Model(deep=Model()), branch=branch, w=var(2.0))).save(
         prefix
@@ -542,8 +545,8 @@ def test_a_name_that_was_overwritten_after_a_restore_keeps_its_new_object(path):
 
 @pytest.mark.parametrize("first", ["one", "other"])
 @pytest.mark.parametrize("attach_first", ["one", "other"])
+@pytest.mark.behaviour(43, 44)
 def test_of_two_restores_that_meet_in_one_object_the_later_wins(tmp_path, first, attach_first):
-    """TensorFlow 43, 44."""
     values = {"one": 1.0, "other": 2.0}
     paths = {
         name: ckpt.Checkpoint(Model(dep=Model(v=var(x)))).write(tmp_path / name)
@@ -585,8 +588,8 @@ def test_a_later_restore_overrides_what_an_earlier_one_gave(tmp_path):
 # --- when sharing differs ---------------------------------------------------------------
 
 
+@pytest.mark.behaviour(45, 46)
 def test_one_saved_object_cannot_become_two(prefix):
-    """TensorFlow 45, 46."""
     shared = Model(v=var(3.0))
     saved = ckpt.Checkpoint(Model(a=shared, b=shared)).save(prefix)
     fresh = Model(a=Model(v=var(0.0)), b=Model(v=var(0.0)))
@@ -597,8 +600,8 @@ def test_one_saved_object_cannot_become_two(prefix):
     assert (value(fresh.a.v), value(fresh.b.v)) == (3.0, 0.0)
 
 
+@pytest.mark.behaviour(47)
 def test_two_saved_objects_may_become_one(prefix):
-    """TensorFlow 47."""
     saved = ckpt.Checkpoint(Model(a=Model(v=var(1.0)), b=Model(w=var(2.0)))).save(prefix)
     root, both = Model(), Model()
     status = ckpt.Checkpoint(root).restore(saved)
@@ -622,8 +625,8 @@ def test_assertions_return_the_status_for_chaining(path):
     assert status.initialize_or_restore() is status
 
 
+@pytest.mark.behaviour(15)
 def test_a_status_outlives_its_checkpoint(prefix):
-    """TensorFlow 15."""
     saved = ckpt.Checkpoint(v=var(1.0)).save(prefix)
     fresh = ckpt.Checkpoint(v=var(0.0))
     status = fresh.restore(saved)
@@ -648,8 +651,8 @@ def test_an_error_inside_the_block_is_not_replaced_by_an_assertion(path):
         raise KeyError
 
 
+@pytest.mark.behaviour(26, 29)
 def test_a_value_without_a_place_in_its_object_is_an_unused_attribute(prefix):
-    """TensorFlow 26 (the value of the sibling), 29."""
     saved = ckpt.Checkpoint(v1=var(1.0), v2=var(2.0)).save(prefix)
     fresh = ckpt.Checkpoint(v1=ckpt.Trackable(), v2=var(0.0))
     status = fresh.restore(saved)
@@ -687,8 +690,8 @@ def test_objects_without_values_never_fail_an_assertion(path):
     ckpt.Checkpoint(v=var(0.0), new=Model(deep=Model())).read(path).assert_consumed()
 
 
+@pytest.mark.behaviour(48)
 def test_empty_containers_are_ignored(prefix):
-    """TensorFlow 48."""
     saved = Model(v=var(1.0), l=[], nested=[[]])
     saved_path = ckpt.Checkpoint(saved).save(prefix)
     fresh = Model(v=var(0.0), other=[], d={})
@@ -700,8 +703,8 @@ def test_empty_containers_are_ignored(prefix):
     status.assert_nontrivial_match()
 
 
+@pytest.mark.behaviour(60, 61)
 def test_plain_data_that_was_added_after_the_save_breaks_nothing(prefix):
-    """TensorFlow 60."""
     model = Model(v=var(1.0))
     checkpoint = ckpt.Checkpoint(model)
     checkpoint.restore(None).initialize_or_restore()
@@ -746,8 +749,8 @@ def test_the_report_shows_how_things_stand_now(path):
 # --- the state file ---------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(54, 55, 56, 57, 58, 59)
 def test_saves_keep_all_their_files_and_the_state_names_the_last(tmp_path, prefix):
-    """TensorFlow 54, 55, 56, 57, 58, 59."""
     root = Model(v0=var(0.0))
     checkpoint = ckpt.Checkpoint(root)
     options = ckpt.CheckpointOptions(durable=False)
@@ -778,8 +781,8 @@ def test_the_state_file_is_relative_so_that_the_directory_can_move(tmp_path):
     ckpt.Checkpoint(v=var(0.0)).restore(latest).assert_consumed()
 
 
+@pytest.mark.behaviour(112)
 def test_a_relative_prefix_is_as_good_as_an_absolute_one(tmp_path, monkeypatch):
-    """TensorFlow 112."""
     monkeypatch.chdir(tmp_path)
     checkpoint = ckpt.Checkpoint(v=var(0.0))
     for step in range(3):
@@ -807,8 +810,8 @@ def test_a_callback_that_fails_leaves_the_state_file_as_it_was(tmp_path, prefix)
 # --- rooted checkpoints -----------------------------------------------------------------
 
 
+@pytest.mark.behaviour(67, 68)
 def test_the_root_object_is_the_root_of_the_graph(prefix):
-    """TensorFlow 67, 68."""
     saved = ckpt.Checkpoint(Model(v=var(1.0), w=var(2.0))).save(prefix)
     fresh = Model(v=var(0.0))
     ckpt.Checkpoint(fresh).restore(saved)
@@ -817,8 +820,8 @@ def test_the_root_object_is_the_root_of_the_graph(prefix):
     assert value(fresh.w) == 2.0
 
 
+@pytest.mark.behaviour(69)
 def test_a_name_that_the_root_uses_for_another_object_is_refused():
-    """TensorFlow 69."""
     v = var(1.0)
     root = Model(v=v)
     ckpt.Checkpoint(root, v=v)
@@ -829,9 +832,21 @@ def test_a_name_that_the_root_uses_for_another_object_is_refused():
 @pytest.mark.parametrize(
     "load",
     [
-        pytest.param(lambda v, w: ckpt.Checkpoint(Model(v=v), w=w), id="TensorFlow 70"),
-        pytest.param(lambda v, w: ckpt.Checkpoint(Model(w=w), v=v), id="TensorFlow 71"),
-        pytest.param(lambda v, w: ckpt.Checkpoint(v=v, w=w), id="TensorFlow 72"),
+        pytest.param(
+            lambda v, w: ckpt.Checkpoint(Model(v=v), w=w),
+            id="as saved",
+            marks=pytest.mark.behaviour(70),
+        ),
+        pytest.param(
+            lambda v, w: ckpt.Checkpoint(Model(w=w), v=v),
+            id="the other way round",
+            marks=pytest.mark.behaviour(71),
+        ),
+        pytest.param(
+            lambda v, w: ckpt.Checkpoint(v=v, w=w),
+            id="no root",
+            marks=pytest.mark.behaviour(72),
+        ),
         pytest.param(lambda v, w: ckpt.Checkpoint(Model(v=v, w=w)), id="all in the root"),
     ],
 )
@@ -843,8 +858,8 @@ def test_it_does_not_matter_which_names_the_root_has_and_which_are_attached(pref
     assert (value(v), value(w), fresh.save_counter) == (1.0, 2.0, 1)
 
 
+@pytest.mark.behaviour(80)
 def test_only_common_names_are_restored_from_another_programs_file(tmp_path):
-    """TensorFlow 80."""
 
     def one(x):
         return ckpt.Checkpoint(Model(v1=var(x)), v2=var(x), v3=var(x))
@@ -908,8 +923,8 @@ def test_an_immutable_root_is_rebuilt(prefix):
     fresh.restore(fresh.save(prefix)).assert_consumed()
 
 
+@pytest.mark.behaviour(81, 82)
 def test_a_root_may_be_given_by_a_weak_reference(prefix, no_gc):
-    """TensorFlow 81, 82."""
     saved = ckpt.Checkpoint(Model(v=var(1.0))).save(prefix)
     root = Model(v=var(0.0))
     checkpoint = ckpt.Checkpoint(weakref.ref(root))
@@ -926,8 +941,8 @@ def test_a_root_may_be_given_by_a_weak_reference(prefix, no_gc):
 # --- lifetimes --------------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(76)
 def test_a_checkpoint_and_its_objects_go_with_their_last_reference(prefix, no_gc):
-    """TensorFlow 76."""
     root = Model(v=var(1.0))
     checkpoint = ckpt.Checkpoint(root)
     checkpoint.save(prefix)
@@ -936,8 +951,8 @@ def test_a_checkpoint_and_its_objects_go_with_their_last_reference(prefix, no_gc
     assert [ref() for ref in gone] == [None, None, None]
 
 
+@pytest.mark.behaviour(28, 31, 77)
 def test_values_that_still_wait_keep_nothing_alive(prefix, no_gc):
-    """TensorFlow 28, 31, 77."""
     saved = ckpt.Checkpoint(Model(v=var(1.0), late=var(2.0))).save(prefix)
     root = Model(v=var(0.0))
     checkpoint = ckpt.Checkpoint(root)
@@ -947,8 +962,8 @@ def test_values_that_still_wait_keep_nothing_alive(prefix, no_gc):
     assert [ref() for ref in gone] == [None, None, None]
 
 
+@pytest.mark.behaviour(17, 18)
 def test_a_deep_copy_is_independent_and_its_file_restores_into_the_original(prefix):
-    """TensorFlow 17, 18."""
     original = ckpt.Checkpoint(v=var(1.0))
     original.save(prefix)
     other = copy.deepcopy(original)
@@ -962,8 +977,8 @@ def test_a_deep_copy_is_independent_and_its_file_restores_into_the_original(pref
 # --- looking at checkpoints and programs ------------------------------------------------
 
 
+@pytest.mark.behaviour(105, 106)
 def test_a_checkpoint_view_lists_children_and_descendants(prefix):
-    """TensorFlow 105, 106."""
     root = Model(leaf=Model())
     saved = ckpt.Checkpoint(root).save(prefix)
     view = ckpt.CheckpointView(saved)
@@ -971,8 +986,8 @@ def test_a_checkpoint_view_lists_children_and_descendants(prefix):
     assert view.descendants() == [0, 1, 2]
 
 
+@pytest.mark.behaviour(107)
 def test_a_checkpoint_view_matches_a_tree_that_is_partly_the_same(path):
-    """TensorFlow 107."""
     saved = Model(a=Model(c=Model(), d=Model()), b=Model(e=Model(), f=Model()))
     ckpt.Checkpoint(saved).write(path)
     fresh = Model(a=Model(d=Model()), b=Model(f=Model()))
@@ -985,16 +1000,16 @@ def test_a_checkpoint_view_matches_a_tree_that_is_partly_the_same(path):
     assert view.diff(fresh)[1:] == ([3, 5], [new])
 
 
+@pytest.mark.behaviour(108)
 def test_one_saved_object_under_two_names_matches_the_first_candidate(path):
-    """TensorFlow 108, without the log line."""
     shared = Model()
     ckpt.Checkpoint(Model(a=shared, b=shared)).write(path)
     fresh = Model(a=Model(), b=Model())
     assert ckpt.CheckpointView(path).match(fresh)[1] is fresh.a
 
 
+@pytest.mark.behaviour(109, 110, 188)
 def test_a_trackable_view_lists_children_and_descendants():
-    """TensorFlow 109, 110, 188."""
     leaf = Model()
     root = Model(leaf=leaf)
     assert ckpt.TrackableView.children(root) == {"leaf": leaf}

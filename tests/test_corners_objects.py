@@ -258,8 +258,8 @@ def test_add_variable_refuses_another_shape_as_documented(path):
 # --- containers -------------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(271)
 def test_no_dependency_inside_a_list_is_not_saved(path):
-    """TensorFlow 271."""
     model = Model(l=[var(1.0)])
     model.l.append(ckpt.NoDependency([]))
     ckpt.Checkpoint(model).write(path)
@@ -268,8 +268,9 @@ def test_no_dependency_inside_a_list_is_not_saved(path):
 # --- copies -----------------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(234)
 def test_a_shallow_copy_has_its_own_list_of_children():
-    """TensorFlow 234. __dict__ is copied shallowly, so both share one dict of children."""
+    """__dict__ is copied shallowly, so both share one dict of children."""
     one = Model(v=var(1.0))
     other = copy.copy(one)
     other.w = var(2.0)
@@ -277,8 +278,9 @@ def test_a_shallow_copy_has_its_own_list_of_children():
     assert list(other.trackable_children()) == ["v", "w"]
 
 
+@pytest.mark.behaviour(17)
 def test_a_deep_copy_of_a_rooted_checkpoint_has_a_root_of_its_own():
-    """TensorFlow 17. `lambda: root` is copied as it is and returns the original root."""
+    """`lambda: root` is copied as it is and returns the original root."""
     checkpoint = ckpt.Checkpoint(Model(v=var(1.0)))
     assert copy.deepcopy(checkpoint).root is not checkpoint.root
 
@@ -309,15 +311,16 @@ def test_a_clash_of_names_that_appears_later_is_not_silent(path):
 # --- errors and messages ----------------------------------------------------------------
 
 
+@pytest.mark.behaviour(83)
 def test_an_incompatible_shape_is_a_value_error(path):
-    """TensorFlow 83 ([core]): ValueError."""
     ckpt.Checkpoint(v=var([1.0, 2.0])).write(path)
     with pytest.raises(ValueError):
         ckpt.Checkpoint(v=var([0.0])).read(path)
 
 
+@pytest.mark.behaviour(26, 27)
 def test_values_that_nobody_took_are_logged(path, caplog):
-    """TensorFlow 26, 27: when the last reference to the restore goes."""
+    """When the last reference to the restore goes."""
     ckpt.Checkpoint(v1=var(1.0), v2=var(2.0)).write(path)
     fresh = ckpt.Checkpoint(v1=ckpt.Trackable(), v2=var(0.0))
     with caplog.at_level(logging.WARNING):
@@ -327,8 +330,8 @@ def test_values_that_nobody_took_are_logged(path, caplog):
     assert "(root).v2" not in caplog.text
 
 
+@pytest.mark.behaviour(108)
 def test_an_ambiguous_match_is_logged(path, caplog):
-    """TensorFlow 108."""
     shared = Model()
     ckpt.Checkpoint(Model(a=shared, b=shared)).write(path)
     with caplog.at_level(logging.WARNING):

@@ -439,7 +439,7 @@ def test_a_train_state_loads_as_plain_containers(tmp_path):
     assert set(loaded) == {
         field.name for field in dataclasses.fields(MyState) if field.name not in ("apply_fn", "tx")
     }
-    mu = loaded["opt_state"][1][0]["mu"]["out/head.0"]["kernel"]
+    mu = loaded["opt_state"]["ScaleByAdamState.mu"]["params"]["out/head.0"]["kernel"]
     assert mu.tobytes() == np.asarray(state.opt_state[1][0].mu["out/head.0"]["kernel"]).tobytes()
 
 

@@ -42,6 +42,7 @@ def data_nbytes(directory):
 # --- writing ---------------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(159)
 def test_an_array_can_be_put_together_from_uneven_pieces(tmp_path):
     path = merged(
         tmp_path,
@@ -231,6 +232,7 @@ def test_a_checkpoint_is_not_merged_over(tmp_path):
 # --- reading ---------------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(159)
 def test_a_shard_is_read_without_merging(tmp_path):
     path = write_shard(str(tmp_path / "a"), {"x": ARRAY})
     np.testing.assert_array_equal(read(path, "x", ((7, 8), (1, 5))), ARRAY[7:, 1:])

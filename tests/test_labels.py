@@ -1,4 +1,4 @@
-"""Labels, keys and paths. Numbers in docstrings are those of TensorFlow's test behaviours."""
+"""Labels, keys and paths."""
 
 import pytest
 from hypothesis import given
@@ -38,12 +38,12 @@ def siblings():
 @pytest.mark.parametrize(
     ("name", "segment"),
     [
-        pytest.param("a/b/c", "a.Sb.Sc", id="TensorFlow 32"),
-        pytest.param("b", "b", id="TensorFlow 33"),
-        pytest.param("c/", "c.S", id="TensorFlow 34"),
-        pytest.param("d/.S", "d.S..S", id="TensorFlow 35"),
-        pytest.param("d/.ATTRIBUTES/f", "d.S..ATTRIBUTES.Sf", id="TensorFlow 36"),
-        pytest.param(".ATTRIBUTES", "..ATTRIBUTES", id="TensorFlow 39"),
+        pytest.param("a/b/c", "a.Sb.Sc", marks=pytest.mark.behaviour(32)),
+        pytest.param("b", "b", marks=pytest.mark.behaviour(33)),
+        pytest.param("c/", "c.S", marks=pytest.mark.behaviour(34)),
+        pytest.param("d/.S", "d.S..S", marks=pytest.mark.behaviour(35)),
+        pytest.param("d/.ATTRIBUTES/f", "d.S..ATTRIBUTES.Sf", marks=pytest.mark.behaviour(36)),
+        pytest.param(".ATTRIBUTES", "..ATTRIBUTES", marks=pytest.mark.behaviour(39)),
     ],
 )
 def test_names_are_escaped_as_tensorflow_does(name, segment):
@@ -51,13 +51,13 @@ def test_names_are_escaped_as_tensorflow_does(name, segment):
     assert unescape(segment) == name
 
 
+@pytest.mark.behaviour(38)
 def test_the_key_of_a_nested_value_is_its_path_and_its_attribute():
-    """TensorFlow 38."""
     assert attribute_key("leaf/v", VARIABLE_VALUE) == "leaf/v/.ATTRIBUTES/VARIABLE_VALUE"
 
 
+@pytest.mark.behaviour(88)
 def test_the_key_of_a_value_of_the_root_keeps_its_leading_slash():
-    """TensorFlow 88."""
     assert attribute_key("", "v1") == "/.ATTRIBUTES/v1"
 
 
@@ -66,8 +66,9 @@ def test_the_path_of_a_slot_variable_goes_through_its_variable():
     assert slot_key("w", "", "m") == "w/.OPTIMIZER_SLOT//m"
 
 
+@pytest.mark.behaviour(94)
 def test_the_object_of_a_key_is_what_stands_before_the_marker():
-    """TensorFlow 94: a segment that is literally ATTRIBUTES is no marker."""
+    """A segment that is literally ATTRIBUTES is no marker."""
     assert object_key_of("a/ATTRIBUTES/b/.ATTRIBUTES/VARIABLE_VALUE") == "a/ATTRIBUTES/b"
     assert object_key_of("/.ATTRIBUTES/v1") == ""
 

@@ -41,9 +41,10 @@ def damage(path):
 # --- latest ---------------------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(112)
 def test_three_steps_under_a_relative_prefix_come_back_with_the_last_value(
     tmp_path, monkeypatch, checkpoint
-):  # 112
+):
     monkeypatch.chdir(tmp_path)
     for step in (1, 2, 3):
         checkpoint.v.assign(jnp.asarray(float(step)))
@@ -55,7 +56,8 @@ def test_three_steps_under_a_relative_prefix_come_back_with_the_last_value(
     assert latest_checkpoint(".") == "./ckpt-3"
 
 
-def test_the_directory_may_be_any_path_like(tmp_path, checkpoint):  # 147
+@pytest.mark.behaviour(147)
+def test_the_directory_may_be_any_path_like(tmp_path, checkpoint):
     path = checkpoint.save(tmp_path / "ckpt")
     assert latest_checkpoint(tmp_path) == latest_checkpoint(str(tmp_path)) == path
 
@@ -134,7 +136,8 @@ def test_a_directory_of_checkpoints_can_be_moved(tmp_path, checkpoint):
 # --- exists, times, removal -----------------------------------------------------------------
 
 
-def test_a_checkpoint_exists_after_it_was_saved_and_not_before(tmp_path, checkpoint):  # 122
+@pytest.mark.behaviour(122)
+def test_a_checkpoint_exists_after_it_was_saved_and_not_before(tmp_path, checkpoint):
     assert not checkpoint_exists(tmp_path / "ckpt-1")
     path = checkpoint.save(tmp_path / "ckpt")
     assert checkpoint_exists(path)
@@ -143,14 +146,16 @@ def test_a_checkpoint_exists_after_it_was_saved_and_not_before(tmp_path, checkpo
     assert not checkpoint_exists(tmp_path)
 
 
-def test_times_are_those_of_the_commits_and_the_absent_have_none(tmp_path, checkpoint):  # 123
+@pytest.mark.behaviour(123)
+def test_times_are_those_of_the_commits_and_the_absent_have_none(tmp_path, checkpoint):
     paths = [checkpoint.save(tmp_path / "ckpt") for _ in range(2)]
     first, second = get_checkpoint_mtimes(paths)
     assert first <= second
     assert get_checkpoint_mtimes([tmp_path / "absent", paths[1], tmp_path]) == [second]
 
 
-def test_a_removed_checkpoint_does_not_exist_and_leaves_nothing(tmp_path, checkpoint):  # 124
+@pytest.mark.behaviour(124)
+def test_a_removed_checkpoint_does_not_exist_and_leaves_nothing(tmp_path, checkpoint):
     paths = [checkpoint.save(tmp_path / "ckpt") for _ in range(2)]
     remove_checkpoint(paths[0])
     assert not checkpoint_exists(paths[0])

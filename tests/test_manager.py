@@ -130,7 +130,8 @@ def test_five_checkpoints_are_kept_by_default(tmp_path, checkpoint):
 # --- keeping the latest ---------------------------------------------------------------------
 
 
-def test_four_saves_with_three_to_keep_delete_only_the_first(tmp_path, checkpoint):  # 125
+@pytest.mark.behaviour(125)
+def test_four_saves_with_three_to_keep_delete_only_the_first(tmp_path, checkpoint):
     manager = CheckpointManager(checkpoint, tmp_path, max_to_keep=3)
     paths = [manager.save() for _ in range(4)]
     assert not checkpoint_exists(paths[0])
@@ -138,6 +139,7 @@ def test_four_saves_with_three_to_keep_delete_only_the_first(tmp_path, checkpoin
     assert manager.checkpoints == paths[1:]
 
 
+@pytest.mark.behaviour(126, 127, 128, 129)
 def test_none_keeps_all_and_later_managers_go_on_with_the_same_list(tmp_path, checkpoint):
     manager = CheckpointManager(checkpoint, tmp_path, max_to_keep=None)  # 126
     paths = [manager.save() for _ in range(3)]
@@ -181,6 +183,7 @@ def test_the_value_of_each_save_is_that_of_its_moment(tmp_path, checkpoint):
 # --- keeping one every few hours ------------------------------------------------------------
 
 
+@pytest.mark.behaviour(130, 131, 132, 133, 134, 135)
 def test_one_every_few_hours_is_kept_for_ever_across_managers(tmp_path, checkpoint):
     clock = Clock(3.0)
     first = CheckpointManager(checkpoint, tmp_path, max_to_keep=2, clock=clock)
@@ -232,6 +235,7 @@ def test_zero_hours_mean_none(tmp_path, checkpoint):
     assert on_disk(tmp_path) == ["ckpt-3"]
 
 
+@pytest.mark.behaviour(138, 139, 140)
 def test_after_the_clock_was_set_back_nothing_old_is_removed(tmp_path, checkpoint, caplog):
     clock = Clock(10_000.0)
     manager = CheckpointManager(checkpoint, tmp_path, 1, 1.0, clock=clock)
@@ -273,6 +277,7 @@ def test_a_clock_that_goes_back_during_a_run_changes_neither_order_nor_number(tm
 # --- checkpoints of others ------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(136, 137)
 def test_plainly_saved_checkpoints_are_continued_but_never_deleted(tmp_path, checkpoint):
     plain = [checkpoint.save(tmp_path / "ckpt") for _ in range(2)]
     fresh = new_checkpoint()
@@ -498,7 +503,8 @@ def test_collecting_keeps_the_latest_where_it_is_not_managed(tmp_path, checkpoin
 # --- names and numbers ----------------------------------------------------------------------
 
 
-def test_a_variable_as_number_names_the_file_and_is_not_advanced(tmp_path, checkpoint):  # 141
+@pytest.mark.behaviour(141)
+def test_a_variable_as_number_names_the_file_and_is_not_advanced(tmp_path, checkpoint):
     step = ckpt.Variable(0)
     manager = CheckpointManager(checkpoint, tmp_path, max_to_keep=2)
     for number in range(0, 10, 2):
@@ -509,7 +515,8 @@ def test_a_variable_as_number_names_the_file_and_is_not_advanced(tmp_path, check
     assert names(manager.checkpoints) == ["ckpt-6", "ckpt-8"]
 
 
-def test_a_plain_integer_as_number_names_the_file(tmp_path, checkpoint):  # 142
+@pytest.mark.behaviour(142)
+def test_a_plain_integer_as_number_names_the_file(tmp_path, checkpoint):
     manager = CheckpointManager(checkpoint, tmp_path, max_to_keep=2)
     paths = save_all(manager, [0, 2, np.int64(4), 6, jnp.asarray(8)])
     assert names(paths) == ["ckpt-0", "ckpt-2", "ckpt-4", "ckpt-6", "ckpt-8"]
@@ -521,7 +528,8 @@ def test_a_plain_integer_as_number_names_the_file(tmp_path, checkpoint):  # 142
     assert fresh.save_counter == 5
 
 
-def test_a_name_replaces_the_default(tmp_path, checkpoint):  # 143
+@pytest.mark.behaviour(143)
+def test_a_name_replaces_the_default(tmp_path, checkpoint):
     manager = CheckpointManager(checkpoint, tmp_path, checkpoint_name="epoch")
     assert manager.save() == str(tmp_path / "epoch-1")
     assert CheckpointManager(checkpoint, tmp_path).save() == str(tmp_path / "ckpt-2")
@@ -590,7 +598,8 @@ def test_a_counter_may_be_anything_that_holds_an_integer(holder):
 # --- restoring ------------------------------------------------------------------------------
 
 
-def test_without_checkpoints_the_initialisation_runs(tmp_path, checkpoint):  # 144
+@pytest.mark.behaviour(144)
+def test_without_checkpoints_the_initialisation_runs(tmp_path, checkpoint):
     calls = []
     manager = CheckpointManager(checkpoint, tmp_path, init_fn=lambda: calls.append("init"))
     assert manager.restore_or_initialize() is None
@@ -598,7 +607,8 @@ def test_without_checkpoints_the_initialisation_runs(tmp_path, checkpoint):  # 1
     assert CheckpointManager(checkpoint, tmp_path).restore_or_initialize() is None
 
 
-def test_after_a_save_its_path_is_returned_and_its_values_are_back(tmp_path):  # 145
+@pytest.mark.behaviour(145)
+def test_after_a_save_its_path_is_returned_and_its_values_are_back(tmp_path):
     calls = []
     saved = CheckpointManager(new_checkpoint(7.0), tmp_path).save()
     fresh = new_checkpoint()
@@ -607,7 +617,8 @@ def test_after_a_save_its_path_is_returned_and_its_values_are_back(tmp_path):  #
     assert (fresh.v.value, fresh.save_counter, calls) == (7, 1, [])
 
 
-def test_the_directory_may_be_any_path_like_and_paths_are_strings_in_it(tmp_path):  # 146
+@pytest.mark.behaviour(146)
+def test_the_directory_may_be_any_path_like_and_paths_are_strings_in_it(tmp_path):
     for directory in (tmp_path / "a", str(tmp_path / "b"), os.fsencode(tmp_path / "c")):
         manager = CheckpointManager(new_checkpoint(), directory)
         path = manager.save()
@@ -672,7 +683,8 @@ def test_a_program_that_does_not_fit_its_checkpoint_does_not_get_an_older_one(tm
 # --- intervals ------------------------------------------------------------------------------
 
 
-def test_saves_between_two_intervals_are_skipped(tmp_path, checkpoint):  # 148
+@pytest.mark.behaviour(148)
+def test_saves_between_two_intervals_are_skipped(tmp_path, checkpoint):
     step = ckpt.Variable(0)
     manager = CheckpointManager(checkpoint, tmp_path, step_counter=step, checkpoint_interval=2)
     saved = []
@@ -694,7 +706,8 @@ def test_a_step_that_went_backwards_is_not_due(tmp_path, checkpoint):
     assert manager.save(check_interval=False)
 
 
-def test_the_interval_counts_from_the_given_last_step(tmp_path, checkpoint):  # 149
+@pytest.mark.behaviour(149)
+def test_the_interval_counts_from_the_given_last_step(tmp_path, checkpoint):
     step = nnx.Variable(jnp.asarray(0))
     manager = CheckpointManager(
         checkpoint, tmp_path, step_counter=step, checkpoint_interval=2, last_checkpoint_step=1
@@ -706,7 +719,8 @@ def test_the_interval_counts_from_the_given_last_step(tmp_path, checkpoint):  # 
     assert saved == [False, False, True]
 
 
-def test_after_a_restore_the_same_step_is_not_saved_again(tmp_path):  # 150
+@pytest.mark.behaviour(150)
+def test_after_a_restore_the_same_step_is_not_saved_again(tmp_path):
     def new_manager(step):
         checkpoint = ckpt.Checkpoint(step=step)
         return checkpoint, CheckpointManager(

@@ -1,7 +1,8 @@
-"""Matching two graphs. Numbers in docstrings are those of TensorFlow's test behaviours."""
+"""Matching two graphs."""
 
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -126,6 +127,24 @@ def test_the_result_does_not_depend_on_the_order_in_which_children_are_attached(
 
 
 @settings(max_examples=50)
+@given(graphs_and_twins(), st.data())
+def test_a_part_that_was_attached_in_any_order_is_matched_as_if_it_had_been_there(twins, data):
+    """What stays away stays in the frontier."""
+    saved, live, _ = twins
+    order = (
+        data.draw(st.lists(st.sampled_from(edges_of(live)), unique=True)) if edges_of(live) else []
+    )
+    present = set()
+    found = match(saved, only_edges(live, present))
+    for edge in order:
+        present.add(edge)
+        found = attach(found, saved, only_edges(live, present), edge)
+    at_once = match(saved, only_edges(live, present))
+    assert (found.bound, found.frontier) == (at_once.bound, at_once.frontier)
+    assert (found.conflicts, found.shared) == ((), ())
+
+
+@settings(max_examples=50)
 @given(graphs(), graphs(), st.data())
 def test_extend_never_unbinds_whatever_appears(saved, live, data):
     order = data.draw(st.permutations(edges_of(live)))
@@ -186,8 +205,9 @@ def test_what_only_the_program_has_is_left_alone():
     assert found.bound == {0: 0, 1: 1} and not found.frontier
 
 
+@pytest.mark.behaviour(45)
 def test_one_saved_object_does_not_become_two():
-    """TensorFlow 45: the first binding stands, the other is a conflict."""
+    """The first binding stands, the other is a conflict."""
     saved = graph(node(a=1, b=1), node(v=2), leaf())
     live = graph(node(a=1, b=2), node(v=3), node(v=4), leaf(), leaf())
     found = match(saved, live)
@@ -201,8 +221,8 @@ def test_one_saved_leaf_serves_every_leaf_that_asks_for_it():
     assert found.sources() == {0: 0, 1: 1, 2: 1} and not found.conflicts
 
 
+@pytest.mark.behaviour(47)
 def test_two_saved_objects_may_become_one():
-    """TensorFlow 47."""
     saved = graph(node(a=1, b=2), node(v=3), node(w=4), leaf(), leaf())
     live = graph(node(a=1, b=1), node(v=2, w=3), leaf(), leaf())
     found = match(saved, live)

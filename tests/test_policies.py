@@ -40,6 +40,7 @@ def data_files(path):
 # --- the two that group without cutting ------------------------------------------------
 
 
+@pytest.mark.behaviour(179)
 def test_by_device_and_by_process():
     slices = [planned("a", (2,), device=d) for d in (3, 1, 3)] + [planned("b", (), device=1)]
     by_device = ckpt.ShardByDevice()(slices)
@@ -48,6 +49,7 @@ def test_by_device_and_by_process():
     assert list(ckpt.ShardByDevice()([])) == list(ckpt.ShardByProcess()([])) == []
 
 
+@pytest.mark.behaviour(178)
 def test_policies_are_values():
     assert ckpt.MaxShardSize(3) == ckpt.MaxShardSize(3) != ckpt.MaxShardSize(4)
     assert hash(ckpt.MaxShardSize(3)) == hash(ckpt.MaxShardSize(3))
@@ -58,6 +60,7 @@ def test_policies_are_values():
 @pytest.mark.parametrize(
     ("policy", "shards"), [(ckpt.ShardByDevice(), 8), (ckpt.ShardByProcess(), 1)]
 )
+@pytest.mark.behaviour(158)
 def test_a_sharded_array_is_written_in_shards_of_the_policy(tmp_path, mesh8, policy, shards):
     array = jax.device_put(np.arange(16.0), NamedSharding(mesh8, P("data")))
     options = ckpt.CheckpointOptions(sharding_policy=policy)
@@ -90,6 +93,7 @@ def parts_of_1d(*cuts):
         (18, (0, 4)),
     ],
 )
+@pytest.mark.behaviour(162, 163, 164, 165, 166, 167)
 def test_vectors_of_16_bytes_are_cut_into_rows_that_fit(nbytes, cuts):
     assert boxes(ckpt.MaxShardSize(nbytes)([V0, V1])) == parts_of_1d(*cuts)
 
@@ -98,6 +102,7 @@ M0, M1 = planned("v0", (3, 2)), planned("v1", (3, 2, 1))
 
 
 @pytest.mark.parametrize("nbytes", [8, 10])
+@pytest.mark.behaviour(168, 169)
 def test_matrices_are_cut_along_the_rows(nbytes):
     rows = [((i, i + 1), (0, 2)) for i in range(3)]
     assert boxes(ckpt.MaxShardSize(nbytes)([M0, M1])) == [[("v0", box)] for box in rows] + [
@@ -105,6 +110,7 @@ def test_matrices_are_cut_along_the_rows(nbytes):
     ]
 
 
+@pytest.mark.behaviour(170)
 def test_matrices_are_cut_along_the_axis_with_the_fewest_parts():
     columns = [((0, 3), (0, 1)), ((0, 3), (1, 2))]
     assert boxes(ckpt.MaxShardSize(12)([M0, M1])) == [[("v0", box)] for box in columns] + [
@@ -112,6 +118,7 @@ def test_matrices_are_cut_along_the_axis_with_the_fewest_parts():
     ]
 
 
+@pytest.mark.behaviour(171)
 def test_a_shard_may_hold_the_end_of_one_array_and_the_start_of_the_next():
     assert boxes(ckpt.MaxShardSize(16)([M0, M1])) == [
         [("v0", ((0, 2), (0, 2)))],
@@ -120,6 +127,7 @@ def test_a_shard_may_hold_the_end_of_one_array_and_the_start_of_the_next():
     ]
 
 
+@pytest.mark.behaviour(175, 176)
 def test_a_part_of_an_array_is_cut_with_boxes_of_the_whole():
     part = planned("v0", (2, 5), ((0, 2), (1, 4)))
     # A column fits; of the two columns that are left, a row does.
@@ -137,6 +145,7 @@ def test_a_part_of_an_array_is_cut_with_boxes_of_the_whole():
     ]
 
 
+@pytest.mark.behaviour(173)
 def test_a_scalar_larger_than_the_limit_is_a_shard_of_its_own():
     scalar = planned("s", (), itemsize=8)
     small = planned("a", (1,))
@@ -158,6 +167,7 @@ def test_a_limit_is_at_least_one_byte(nbytes):
         ckpt.MaxShardSize(nbytes)
 
 
+@pytest.mark.behaviour(174)
 def test_a_limit_makes_as_many_data_files_as_shards_and_everything_comes_back(tmp_path):
     tree = {
         "v0": jnp.arange(6.0).reshape(3, 2),
@@ -335,6 +345,7 @@ def test_a_policy_that_does_not_keep_the_values_is_refused_before_anything_is_wr
         ("a part dropped", "hole"),
     ],
 )
+@pytest.mark.behaviour(180, 181, 182, 183, 184, 185, 186)
 def test_the_refusal_says_what_happened_to_which_key(tmp_path, how, what):
     with pytest.raises(ckpt.ShardError) as caught:
         save(tmp_path, REFUSED[how])

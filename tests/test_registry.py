@@ -1,6 +1,8 @@
 """Savers and classes of one's own: what may be registered, who is asked, what is called when."""
 
 import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -85,6 +87,7 @@ def keys(path):
     [("Custom", name) for name in ("a/b", "a b", "é", "a\n", "a:b", "\x00")]
     + [("a/b", "c"), ("", ".")],
 )
+@pytest.mark.behaviour(291)
 def test_a_name_of_other_characters_is_refused(package, name):
     with pytest.raises(ValueError, match="Invalid registered checkpoint saver"):
         register(name, package=package)
@@ -97,6 +100,7 @@ def test_letters_digits_dots_dashes_and_underscores_make_a_name(name):
 
 
 @pytest.mark.parametrize(("package", "name"), [(1, "a"), ("a", 1), ("a", None), (None, "a")])
+@pytest.mark.behaviour(290)
 def test_package_and_name_are_strings(package, name):
     with pytest.raises(TypeError, match="must be strings"):
         register(name, package=package)
@@ -104,6 +108,7 @@ def test_package_and_name_are_strings(package, name):
 
 @pytest.mark.parametrize("argument", ["predicate", "save_fn", "restore_fn"])
 @pytest.mark.parametrize("value", [None, "f"])
+@pytest.mark.behaviour(292)
 def test_each_function_is_required_and_named_where_it_is_none(argument, value):
     with pytest.raises(TypeError, match=f"{argument} .*must be callable"):
         register("a", **{argument: value})
@@ -118,6 +123,7 @@ def test_a_name_is_registered_once():
     register("a", package="Other")
 
 
+@pytest.mark.behaviour(293)
 def test_the_predicate_decides_the_saver_and_later_ones_are_asked_first():
     register("arrays", predicate=lambda obj: isinstance(obj, np.ndarray))
     register("vectors", predicate=lambda obj: isinstance(obj, np.ndarray) and obj.ndim == 1)
@@ -139,6 +145,7 @@ def test_a_python_state_saves_itself_whatever_a_predicate_says(tmp_path):
     assert keys(path) == ["position/.ATTRIBUTES/py_state"]
 
 
+@pytest.mark.behaviour(294)
 def test_an_unknown_saver_is_named_with_those_there_are():
     register("here")
     with pytest.raises(ValueError, match=r"saver cannot be found: 'Custom.gone'.*'Custom.here'"):
@@ -173,9 +180,23 @@ def test_a_scope_undoes_classes_and_views_too(tmp_path):
         ckpt.save(tmp_path / "b", Point())
 
 
+def test_a_scope_leaves_the_views_of_flax_that_it_was_the_first_to_need():
+    program = """if True:
+        import ckpt_jax as ckpt
+        from flax import nnx
+        with ckpt.registration_scope():
+            before = ckpt.list_objects(nnx.Rngs(0))
+        after = ckpt.list_objects(nnx.Rngs(0))
+        print([type(obj).__name__ for obj in before] == [type(obj).__name__ for obj in after])
+    """
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.strip() == "True", run.stderr
+
+
 # --- registration of classes -----------------------------------------------------------
 
 
+@pytest.mark.behaviour(283)
 def test_a_class_is_known_by_package_and_name_both_ways():
     @ckpt.register_serializable()
     class Plain:
@@ -191,11 +212,13 @@ def test_a_class_is_known_by_package_and_name_both_ways():
     assert registered_class("Mine.Other.Name") is Named
 
 
+@pytest.mark.behaviour(284, 285)
 def test_what_is_not_registered_has_no_name_and_no_class():
     assert registered_name(object()) is None
     assert registered_class("Custom.Nothing") is None
 
 
+@pytest.mark.behaviour(286)
 def test_a_class_may_have_two_names_of_which_the_newer_counts_but_a_name_one_class():
     class Model:
         pass
@@ -208,6 +231,7 @@ def test_a_class_may_have_two_names_of_which_the_newer_counts_but_a_name_one_cla
         ckpt.register_serializable(name="new")(Model)
 
 
+@pytest.mark.behaviour(287, 288)
 def test_only_classes_are_registered():
     with pytest.raises(TypeError, match="decorates classes"):
         ckpt.register_serializable()(lambda: None)
@@ -219,6 +243,7 @@ def test_only_classes_are_registered():
         ckpt.register_serializable(package=3)(Table)
 
 
+@pytest.mark.behaviour(289)
 def test_a_predicate_may_look_at_the_instance_and_a_later_broader_one_takes_over():
     class Model:
         def __init__(self, ready):
@@ -236,6 +261,7 @@ def test_a_predicate_may_look_at_the_instance_and_a_later_broader_one_takes_over
 # --- saving ----------------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(320)
 def test_one_call_saves_all_objects_of_a_saver_by_their_paths(tmp_path):
     tables, others = Tables(), Tables(name="Others", predicate=lambda obj: isinstance(obj, Other))
     one, two, three = Table([1]), Table([2]), Other([3])
@@ -260,6 +286,7 @@ def test_saver_and_object_name_are_stored_in_the_graph_and_no_value(tmp_path):
     assert [label for label, _ in node.children] == ["scale"]
 
 
+@pytest.mark.behaviour(303)
 def test_a_saver_is_called_before_the_default_one(tmp_path):
     seen = []
 
@@ -351,6 +378,7 @@ def test_several_objects_and_their_children_come_back(tmp_path):
     assert tables.names("restore") == [["a", "b"]]
 
 
+@pytest.mark.behaviour(298, 299)
 def test_one_of_two_objects_is_restored_and_then_the_other_into_the_same_object(tmp_path):
     tables = Tables()
     path = ckpt.Checkpoint(a=Table([1]), b=Table([2])).write(tmp_path / "a")
@@ -415,6 +443,7 @@ def test_a_missing_saver_fails_by_name_and_nothing_changes(tmp_path):
     assert checkpoint.b.tolist() == [0, 0]
 
 
+@pytest.mark.behaviour(294, 302)
 def test_a_strict_saver_refuses_another_type_by_name_and_path(tmp_path):
     Tables()
     path = ckpt.Checkpoint(a=Table([1])).write(tmp_path / "a")
@@ -422,6 +451,7 @@ def test_a_strict_saver_refuses_another_type_by_name_and_path(tmp_path):
         ckpt.Checkpoint(a=ckpt.AutoTrackable()).read(path)
 
 
+@pytest.mark.behaviour(301)
 def test_a_lenient_saver_skips_another_type_but_restores_its_children(tmp_path):
     tables = Tables(strict_predicate_restore=False)
     path = ckpt.Checkpoint(a=Table([1], 5.0)).write(tmp_path / "a")
@@ -487,6 +517,7 @@ class Before(ckpt.Trackable):
         self.assign(arrays["rows"])
 
 
+@pytest.mark.behaviour(304)
 def test_a_saver_restores_what_the_default_one_saved_under_its_key(tmp_path):
     path = ckpt.Checkpoint(t=Before(np.array([1, 2]))).write(tmp_path / "a")
     tables, table = Tables(), Table(None)

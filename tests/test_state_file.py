@@ -52,13 +52,15 @@ def test_times_that_were_not_given_leave_no_line(tmp_path):
     )
 
 
-def test_an_absolute_path_is_listed_once_and_comes_back_absolute(tmp_path):  # 113
+@pytest.mark.behaviour(113)
+def test_an_absolute_path_is_listed_once_and_comes_back_absolute(tmp_path):
     path = str(tmp_path / "model-0")
     update_checkpoint_state(tmp_path, CheckpointState(path, (path,)))
     assert get_checkpoint_state(tmp_path) == CheckpointState(path, (path,))
 
 
-def test_a_path_under_a_relative_directory_loses_the_directory():  # 114
+@pytest.mark.behaviour(114)
+def test_a_path_under_a_relative_directory_loses_the_directory():
     state = stored_form("train", CheckpointState(os.path.join("train", "model-0")))
     assert state == CheckpointState("model-0", ("model-0",))
 
@@ -68,14 +70,16 @@ def test_a_path_beside_a_relative_directory_leads_out_of_it():
 
 
 @pytest.mark.parametrize("listed", [(), ("a",), ("b", "a"), ("a", "b")])
-def test_the_latest_checkpoint_is_appended_where_it_is_not_the_last(listed):  # 115
+@pytest.mark.behaviour(115)
+def test_the_latest_checkpoint_is_appended_where_it_is_not_the_last(listed):
     paths = stored_form("/dir", CheckpointState("b", listed)).all_model_checkpoint_paths
     assert paths[: len(listed)] == listed
     assert paths[-1] == "b"
     assert len(paths) == len(listed) + (listed[-1:] != ("b",))
 
 
-def test_absolute_and_relative_paths_survive_side_by_side(tmp_path, monkeypatch):  # 116
+@pytest.mark.behaviour(116)
+def test_absolute_and_relative_paths_survive_side_by_side(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     os.mkdir("train")
     outside = str(tmp_path / "model-0")
@@ -84,19 +88,22 @@ def test_absolute_and_relative_paths_survive_side_by_side(tmp_path, monkeypatch)
     assert get_checkpoint_state("train") == CheckpointState(inside, (outside, inside))
 
 
-def test_a_directory_may_be_any_path_like(tmp_path):  # 117
+@pytest.mark.behaviour(117)
+def test_a_directory_may_be_any_path_like(tmp_path):
     update_checkpoint_state(tmp_path, CheckpointState("ckpt-1"))
     assert get_checkpoint_state(tmp_path) == get_checkpoint_state(str(tmp_path))
     assert isinstance(get_checkpoint_state(tmp_path).model_checkpoint_path, str)
 
 
-def test_paths_in_the_directory_are_stored_relative_in_the_given_order(tmp_path):  # 118
+@pytest.mark.behaviour(118)
+def test_paths_in_the_directory_are_stored_relative_in_the_given_order(tmp_path):
     paths = tuple(str(tmp_path / name) for name in ("b", "a", "sub/c"))
     update_checkpoint_state(tmp_path, CheckpointState(paths[-1], paths))
     assert re.findall('"(.*)"', written(tmp_path)) == ["sub/c", "b", "a", "sub/c"]
 
 
-def test_relative_paths_come_back_joined_to_the_directory(tmp_path):  # 119
+@pytest.mark.behaviour(119)
+def test_relative_paths_come_back_joined_to_the_directory(tmp_path):
     update_checkpoint_state(tmp_path, CheckpointState("b", ("a", "b")))
     state = get_checkpoint_state(tmp_path)
     assert state.model_checkpoint_path == str(tmp_path / "b")
@@ -157,6 +164,36 @@ def test_a_path_that_is_no_unicode_text_is_refused_before_anything_is_written(tm
     assert not list(tmp_path.iterdir())
 
 
+# --- agreement with TensorFlow ------------------------------------------------------------
+
+
+def test_tensorflow_reads_our_state_file_and_we_read_its(tmp_path):
+    pytest.importorskip("tensorflow")
+    from tensorflow.python.checkpoint import checkpoint_management as theirs
+
+    paths = (str(tmp_path / 'a "b"-2'), "/elsewhere/ü-1", str(tmp_path / "ckpt-3"))
+    state = CheckpointState(paths[-1], paths, (1.5, 2.5, 1e9 + 0.25), 0.125)
+    update_checkpoint_state(tmp_path, state)
+    read = theirs.get_checkpoint_state(str(tmp_path))
+    assert read.model_checkpoint_path == paths[-1]
+    assert tuple(read.all_model_checkpoint_paths) == paths
+    assert tuple(read.all_model_checkpoint_timestamps) == state.all_model_checkpoint_timestamps
+    assert read.last_preserved_timestamp == state.last_preserved_timestamp
+    theirs.update_checkpoint_state_internal(
+        str(tmp_path),
+        paths[-1],
+        list(paths),
+        save_relative_paths=True,
+        all_model_checkpoint_timestamps=list(state.all_model_checkpoint_timestamps),
+        last_preserved_timestamp=state.last_preserved_timestamp,
+    )
+    found = get_checkpoint_state(tmp_path)  # theirs leads to paths elsewhere through ".."
+    assert [os.path.normpath(path) for path in found.all_model_checkpoint_paths] == list(paths)
+    assert found.model_checkpoint_path == paths[-1]
+    assert found.all_model_checkpoint_timestamps == state.all_model_checkpoint_timestamps
+    assert found.last_preserved_timestamp == state.last_preserved_timestamp
+
+
 # --- reading ------------------------------------------------------------------------------
 
 
@@ -171,13 +208,15 @@ def test_no_state_file_and_no_directory_give_none(tmp_path):
     "text",
     ["", "# only a comment\n", 'all_model_checkpoint_paths: "a"', 'model_checkpoint_path:""'],
 )
-def test_a_file_without_latest_checkpoint_is_an_error(tmp_path, text):  # 120
+@pytest.mark.behaviour(120)
+def test_a_file_without_latest_checkpoint_is_an_error(tmp_path, text):
     write(tmp_path, text)
     with pytest.raises(ValueError, match="expected a model_checkpoint_path, found none"):
         get_checkpoint_state(tmp_path)
 
 
-def test_relative_paths_are_joined_but_not_normalised(tmp_path):  # 121
+@pytest.mark.behaviour(121)
+def test_relative_paths_are_joined_but_not_normalised(tmp_path):
     write(
         tmp_path,
         'model_checkpoint_path: "./model-2"\n'

@@ -1,4 +1,4 @@
-"""Tracing live objects. Numbers in docstrings are those of TensorFlow's test behaviours."""
+"""Tracing live objects."""
 
 from collections import deque
 
@@ -117,8 +117,8 @@ def test_among_paths_of_one_length_the_first_listed_names_the_object():
     assert "z/s" in traced(root).graph.paths
 
 
+@pytest.mark.behaviour(49)
 def test_mutually_referencing_objects_can_be_traced():
-    """TensorFlow 49."""
     first, second = Thing(values={"x": 1}), Thing()
     first.track("second", second)
     second.track("first", first)
@@ -127,8 +127,8 @@ def test_mutually_referencing_objects_can_be_traced():
     assert [node.has_values for node in graph.nodes] == [True, True]
 
 
+@pytest.mark.behaviour(263)
 def test_a_tuple_that_contains_its_owner_is_one_child():
-    """TensorFlow 263."""
     owner = Thing()
     owner.track("parts", (owner,))
     graph = traced(owner).graph
@@ -176,8 +176,8 @@ def test_labels_keep_their_type():
 # --- values -----------------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(88, 89)
 def test_named_values_of_the_root_and_of_a_child_have_their_keys():
-    """TensorFlow 88, 89."""
     graph = traced(Thing({"child": Thing(values={"v1": 3})}, {"v1": 1, "v2": 2})).graph
     assert [(node, a.name, a.key) for node, a in graph.attributes()] == [
         (0, "v1", "/.ATTRIBUTES/v1"),

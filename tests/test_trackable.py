@@ -1,4 +1,4 @@
-"""Trackables and variables. Numbers in docstrings are those of TensorFlow's test behaviours."""
+"""Trackables and variables."""
 
 import copy
 import pickle
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import ckpt_jax as ckpt
-from ckpt_jax.trackable.base import await_child, pending_names, receive
+from ckpt_jax.trackable.base import await_child, pending_names, received
 
 
 class Model(ckpt.AutoTrackable):
@@ -29,6 +29,9 @@ class Waiting:
 
     def __init__(self, log, name="restore", replacement=None, value=None):
         self.log, self.name, self.replacement, self.value = log, name, replacement, value
+
+    def attached(self):
+        pass
 
     def attach(self, parent, label, child):
         self.log.append((self.name, parent, label, child))
@@ -60,8 +63,8 @@ def test_the_listing_of_children_is_a_copy():
     assert names(obj) == ["v"]
 
 
+@pytest.mark.behaviour(187, 264)
 def test_a_name_belongs_to_one_object_unless_it_is_overwritten():
-    """TensorFlow 187."""
     obj = ckpt.Trackable()
     first, second = ckpt.Variable(1.0), ckpt.Variable(2.0)
     obj.track("v", first)
@@ -78,8 +81,8 @@ def test_an_overwritten_child_keeps_its_place():
     assert names(obj) == ["a", "b"]
 
 
+@pytest.mark.behaviour(264)
 def test_tracking_one_object_twice_under_one_name_is_fine():
-    """TensorFlow 264."""
     obj, v = ckpt.Trackable(), ckpt.Variable(1.0)
     obj.track("v", v)
     assert obj.track("v", v) is v
@@ -143,29 +146,30 @@ def test_a_rebuilt_child_takes_the_place_of_the_one_that_was_assigned():
 
 def test_an_object_that_awaits_nothing_hands_nothing_over():
     v = ckpt.Variable(1.0)
-    assert receive(object(), "v", v) is v
+    with received(object(), "v", v) as child:
+        assert child is v
     assert pending_names(object()) == []
 
 
 # --- add_variable -----------------------------------------------------------------------
 
 
+@pytest.mark.behaviour(1)
 def test_a_shape_and_a_constant_contradict_each_other():
-    """TensorFlow 1."""
     with pytest.raises(ValueError, match="not specify shape"):
         ckpt.Trackable().add_variable("v", shape=(2,), initializer=1.0)
 
 
+@pytest.mark.behaviour(2)
 def test_a_variable_may_be_made_from_a_constant():
-    """TensorFlow 2."""
     obj = ckpt.Trackable()
     v = obj.add_variable("v", initializer=3.0)
     assert (v.value, v.shape) == (3.0, ())
     assert obj.trackable_children() == {"v": v}
 
 
+@pytest.mark.behaviour(3, 6)
 def test_a_variable_may_be_made_from_a_shape_and_an_initializer():
-    """TensorFlow 3."""
     obj = ckpt.Trackable()
     ones = obj.add_variable("ones", shape=(2,), initializer=jnp.ones)
     zeros = obj.add_variable("zeros", shape=(2, 2), dtype=jnp.int16)
@@ -173,8 +177,8 @@ def test_a_variable_may_be_made_from_a_shape_and_an_initializer():
     assert zeros.value.tolist() == [[0, 0], [0, 0]] and zeros.dtype == jnp.int16
 
 
+@pytest.mark.behaviour(4)
 def test_a_second_variable_of_one_name_is_refused():
-    """TensorFlow 4."""
     obj = ckpt.Trackable()
     first = obj.add_variable("v", initializer=1.0)
     with pytest.raises(ValueError, match="already declared"):
@@ -184,14 +188,14 @@ def test_a_second_variable_of_one_name_is_refused():
     assert obj.trackable_children() == {"v": second}
 
 
+@pytest.mark.behaviour(5)
 def test_variables_of_one_name_on_different_objects_do_not_clash():
-    """TensorFlow 5."""
     one, other = ckpt.Trackable(), ckpt.Trackable()
     assert one.add_variable("v", initializer=1.0) is not other.add_variable("v", initializer=1.0)
 
 
+@pytest.mark.behaviour(10, 11)
 def test_the_dtype_that_is_asked_for_is_honoured():
-    """TensorFlow 10, 11."""
     obj = ckpt.Trackable()
     assert obj.add_variable("a", dtype=jnp.bfloat16, initializer=1.0).dtype == jnp.bfloat16
     made = obj.add_variable("b", (3,), jnp.float16, jnp.ones)
@@ -260,8 +264,8 @@ def test_a_container_is_state_if_it_holds_state_or_may_yet_do_so(value, tracked)
     assert (names(Model(attribute=value)) == ["attribute"]) is tracked
 
 
+@pytest.mark.behaviour(9)
 def test_a_subclass_need_not_call_its_base_constructor():
-    """TensorFlow 9."""
 
     class Bare(ckpt.AutoTrackable):
         def __init__(self):
@@ -273,8 +277,8 @@ def test_a_subclass_need_not_call_its_base_constructor():
     assert obj.trackable_children() == {"v": obj.v, "w": made}
 
 
+@pytest.mark.behaviour(264, 265)
 def test_assigning_another_object_replaces_the_child():
-    """TensorFlow 265."""
     obj = Model(v=ckpt.Variable(1.0))
     new = obj.v = ckpt.Variable(2.0)
     obj.v = obj.v
@@ -289,8 +293,8 @@ def test_assigning_something_that_is_no_state_drops_the_child(value):
     assert names(obj) == []
 
 
+@pytest.mark.behaviour(266)
 def test_deleting_an_attribute_drops_the_child():
-    """TensorFlow 266."""
     obj = Model(v=ckpt.Variable(1.0))
     del obj.v
     assert names(obj) == [] and not hasattr(obj, "v")
@@ -314,8 +318,8 @@ def test_tracking_keeps_its_books_out_of_sight_of_other_instances():
     assert (names(one), names(other)) == (["v"], [])
 
 
+@pytest.mark.behaviour(235)
 def test_a_deep_copy_has_children_of_its_own():
-    """TensorFlow 235."""
     obj = Model(v=ckpt.Variable(jnp.zeros(2)))
     other = copy.deepcopy(obj)
     other.v.assign(jnp.ones(2))

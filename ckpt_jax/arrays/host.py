@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 
@@ -117,6 +118,17 @@ def put(
     """Arrays of exactly these dtypes, on the default device where no sharding is given."""
     with jax.enable_x64(True):  # without it 64-bit values would quietly lose half their bits
         return jax.device_put(list(arrays), sharding)
+
+
+def weakly_typed(array: jax.Array) -> jax.Array:
+    """A rank-0 array with a weak type, as JAX makes of a Python number; others as they are.
+
+    (JAX has no public way to weaken the type of a larger array.)
+    """
+    if array.ndim or not array.is_fully_addressable:
+        return array
+    weak = jnp.asarray(array.item())
+    return jax.device_put(weak, array.sharding) if weak.dtype == array.dtype else array
 
 
 @lru_cache(maxsize=4096)

@@ -67,8 +67,8 @@ def encode(graph: ObjectGraph) -> bytes:
     for node in graph.nodes:
         out = add(container=node.container, type_name=node.type_name)
         for label, child in node.children:
-            kind = _KINDS[type(label)]
-            out.children.add(node_id=child, local_name=labels.local_name(label), key_kind=kind)
+            text, kind = label_text(label)
+            out.children.add(node_id=child, local_name=text, key_kind=kind)
         for attribute in node.attributes:
             out.attributes.add(
                 name=attribute.name,
@@ -165,7 +165,7 @@ def _decode(message: pb.TrackableObjectGraph) -> ObjectGraph:
                 for s in entry.slot_variables
             ]
         )
-        children = tuple([(_label(child), child.node_id) for child in entry.children])
+        children = tuple([(label_of(child), child.node_id) for child in entry.children])
         if len({(child.key_kind, child.local_name) for child in entry.children}) < len(children):
             raise ValueError(f"node {len(nodes)} has two edges of one label")
         ids = [child for _, child in children]
@@ -226,7 +226,13 @@ def _spec(message: pb.LeafSpec) -> LeafSpec:
     return LeafSpec(kind, dtype, shape, message.weak_type, message.prng_impl)
 
 
-def _label(reference: Any) -> Label:
+def label_text(label: Label) -> tuple[str, int]:
+    """The text and the `key_kind` of a label."""
+    return labels.local_name(label), _KINDS[type(label)]
+
+
+def label_of(reference: Any) -> Label:
+    """The label of an `ObjectReference`, whose text has to be the label's own."""
     label = _FROM_TEXT[reference.key_kind](reference.local_name)
     if labels.local_name(label) != reference.local_name:
         raise ValueError(f"{reference.local_name!r} is not how the label {label!r} is written")

@@ -11,7 +11,9 @@ Two strings are made of the labels on a node's first path from the root:
 * its *checkpoint key*, for the file: the local names escaped as TensorFlow does, so that no
   name can be mistaken for a separator, followed by ".ATTRIBUTES/<attribute>".
 
-Both are injective: different nodes never share one.
+Both are injective: different nodes never share one. A slot variable's key begins with its
+variable's; its path begins with its optimizer's (`opt/momentum/model/w`), so that a pattern for
+parameters does not take their optimizer state along.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ LABEL_TYPES = frozenset([str, int, bool, float, bytes, type(None)])
 VARIABLE_VALUE = "VARIABLE_VALUE"
 PYTHON_STATE = "py_state"
 OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
+SAVED_OBJECTS_KEY = "_SAVED_OBJECT_GRAPH"
 SAVE_COUNTER = "save_counter"
 
 _MISREADABLE = re.compile(r"/|\.[.SETAON]")
@@ -96,11 +99,14 @@ def escaped_names(labels: Sequence[Label]) -> list[str]:
 def path_of(object_key: str) -> str:
     """The readable path of an object, from its escaped path.
 
-    >>> path_of("a..b/c.Sd")
-    'a.b/c.Sd'
+    >>> path_of("a..b/c.Sd"), path_of("w/.OPTIMIZER_SLOT/opt/m")
+    ('a.b/c.Sd', 'opt/m/w')
     """
     if "." not in object_key:
         return object_key
+    variable, separator, slot = f"/{object_key}".partition(f"/{_OPTIMIZER_SLOT}/")
+    if separator:
+        object_key = "/".join(filter(None, (slot, variable[1:])))
     return "/".join(
         name if _ESCAPED_ONLY.search(name) else readable(unescape(name))
         for name in object_key.split("/")

@@ -26,7 +26,8 @@ class LeafSpec:
 
     `kind` says what it was in the program: "array" (a jax.Array), "numpy", "numpy_scalar",
     "prng_key" (a typed key array; dtype and shape are those of its key data), "int", "float",
-    "complex", "bool", "str", "bytes", "python_state"; "" where it is unknown.
+    "complex", "bool", "str", "bytes", "python_state"; "" where it is unknown; "unreadable" for what
+    a file of another format holds but cannot be read.
     """
 
     kind: str = ""
@@ -105,10 +106,14 @@ class Node:
 
 @dataclass(frozen=True)
 class ObjectGraph:
-    """Nodes, and the escaped path of each along its first breadth-first discovery."""
+    """Nodes, and the escaped path of each along its first breadth-first discovery.
+
+    `named` says that it was made of global names, for a file that has no object graph.
+    """
 
     nodes: tuple[Node, ...]
     object_keys: tuple[str, ...] = field(repr=False)
+    named: bool = False
 
     @cached_property
     def paths(self) -> tuple[str, ...]:

@@ -105,7 +105,7 @@ def rename(graph: ObjectGraph, rules: Iterable[Rule]) -> Renamed:
         problem for child, target in moved if (problem := _insert(nodes, edges, child, target))
     ]
     nodes = [replace(node, children=tuple(edges[i])) for i, node in enumerate(nodes)]
-    renamed = ObjectGraph(tuple(nodes), object_keys(nodes))
+    renamed = ObjectGraph(tuple(nodes), object_keys(nodes), graph.named)
     saved_paths = {
         i: graph.value_path(i, "VARIABLE_VALUE") if graph.nodes[i].attributes else graph.paths[i]
         for i in range(len(graph.nodes))

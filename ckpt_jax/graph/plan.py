@@ -80,6 +80,7 @@ def plan_read(
     """
     planner = _Planner(saved, live, match, fits, saved_paths or {}, skip_slots)
     planner.live_side(only)
+    planner.fixed_slots(only)
     planner.conflicts()
     planner.saved_side()
     return planner.finish(path)
@@ -112,6 +113,8 @@ class _Planner:
             if node_id in self.skipped_live or (only is not None and node_id not in only):
                 continue
             source = sources.get(node_id)
+            if self.saved.named and node.saver:
+                source = None  # a saver reads only what a saver wrote
             if source is not None and (node.saver or self.saved.nodes[source].saver):
                 self.by_saver(node_id, node, source)
                 continue
@@ -119,6 +122,26 @@ class _Planner:
             if node.saver:
                 path = self.live.graph.paths[node_id]
                 self.entries["missing"].append(ReportEntry(path, f"saver {node.saver.name}"))
+
+    def fixed_slots(self, only: frozenset[int] | None) -> None:
+        """Slot variables that can neither change nor be replaced."""
+        sources = self.match.sources()
+        for optimizer, node in enumerate(self.live.graph.nodes):
+            obj = self.live.objects[optimizer]
+            if not node.slots or self.live.views[optimizer].replaces_slots(obj):
+                continue
+            what = (
+                f"a slot variable that cannot change: let {type(obj).__qualname__}.slots() give a "
+                "ckpt.Variable, or give it a method set_slot(slot_name, variable, value)"
+            )
+            self.entries["mismatched"] += [
+                ReportEntry(self.live.graph.paths[slot], "a variable", what=what)
+                for slot in (slot.node for slot in node.slots)
+                if slot in sources
+                and (only is None or slot in only)
+                and slot not in self.skipped_live
+                and not self.live.views[slot].mutable
+            ]
 
     def by_attributes(self, node_id: int, node: Node, source: int | None) -> None:
         missing = len(self.entries["missing"])
@@ -216,8 +239,10 @@ class _Planner:
         ]
         sources = self.match.sources()
         first: dict[int, int] = {}
+        apart = self.live.graph.slot_nodes  # some begin as the very array that they belong to
         for node, source in sorted(sources.items()):
-            if node >= 0 and self.live.views[node].identity and not self.live.views[node].mutable:
+            view = self.live.views[node] if node >= 0 and node not in apart else None
+            if view is not None and view.identity and not view.mutable:
                 other = first.setdefault(id(self.live.objects[node]), source)
                 if other != source:
                     pairs.append((node, other, source))
@@ -318,17 +343,25 @@ def assign(live: LiveGraph, values: Mapping[int, Mapping[str, Any]]) -> Any:
         result = attributes[""] if "" in attributes else live.views[node].assign(obj, attributes)
         if result is not obj:
             new[node] = result
-    # Immutable containers are trees, whose parents have smaller ids: one pass rebuilds them all.
+    # Immutable containers are trees, whose parents have smaller ids (and so have optimizers than
+    # their slot variables): one pass rebuilds them all.
     for node in range(len(live.objects) - 1, -1, -1):
         children = live.graph.nodes[node].children
-        if not children or not new or node in replaced:
+        if not new or node in replaced or not (children or live.graph.nodes[node].slots):
             continue
         changed: dict[Label, Any] = {label: new[child] for label, child in children if child in new}
+        result = obj = live.objects[node]
         if changed:
-            obj = live.objects[node]
             result = live.views[node].rebuild(obj, changed)
-            if result is not obj:
-                new[node] = result
+        slots = {
+            (slot.name, live.variables[slot.node]): new[slot.node]
+            for slot in live.graph.nodes[node].slots
+            if slot.node in new
+        }
+        if slots:
+            result = live.views[node].with_slots(result, slots)
+        if result is not obj:
+            new[node] = result
     return new.get(0, live.objects[0])
 
 

@@ -12,8 +12,8 @@ an object (`saver_of`) are questions it passes on.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 from ckpt_jax.errors import UnsaveableError
 from ckpt_jax.graph import labels
@@ -27,7 +27,7 @@ from ckpt_jax.graph.model import (
     ShardingSpec,
     Slot,
 )
-from ckpt_jax.trackable.view import View, view_of
+from ckpt_jax.trackable.view import Below, SlotEntry, View, view_of
 
 Describe = Callable[[Any], tuple[LeafSpec, ShardingSpec | None]]
 SaverOf = Callable[[Any], str | None]
@@ -38,13 +38,15 @@ class LiveGraph:
     """An object graph together with the objects that it was traced from.
 
     `objects`, `views` and `values` run parallel to `graph.nodes`; `values[i]` maps attribute
-    names to values as they were when traced.
+    names to values as they were when traced. `variables` gives, for the node of each slot
+    variable, what its optimizer calls the variable.
     """
 
     graph: ObjectGraph
     objects: tuple[Any, ...]
     views: tuple[View, ...]
     values: tuple[Mapping[str, Any], ...]
+    variables: Mapping[int, Any] = field(default_factory=dict)
 
     def awaiting(self, node: int) -> tuple[Any, ...]:
         """The trackables that will say so when a node's object gets another child."""
@@ -98,17 +100,20 @@ class _Walk:
         self.savers: list[SaverRef | None] = []
         self.children: list[tuple[tuple[Label, int], ...]] = []
         self.slots: dict[int, list[Slot]] = {}
+        self.variables: dict[int, Any] = {}
         self.node_of: dict[int, int] = {}  # id(object) -> node, for objects with an identity
         self.problems: list[tuple[str, str]] = []
 
-    def enter(self, obj: Any, key: str, parent: int = -1, view: View | None = None) -> int:
-        """The node of `obj`, made where it is new."""
+    def enter(
+        self, obj: Any, key: str, parent: int = -1, view: View | None = None, tie: bool = True
+    ) -> int:
+        """The node of `obj`, made where it is new; an array may be one node or one per place."""
         view = view or view_of(obj)
         if view is None:
             self.problems.append((labels.path_of(key), _no_view(obj)))
             view = _NOTHING
         node = len(self.objects)
-        if view.mutable or (view.identity and self.tie_values):
+        if view.mutable or (view.identity and tie and self.tie_values):
             if (known := self.node_of.setdefault(id(obj), node)) != node:
                 return known
         elif view.container != "leaf" and self.is_inside_itself(obj, parent):
@@ -183,22 +188,93 @@ class _Walk:
         """Slot variables, named after their variable; only where both ends are in the graph."""
         regular = len(self.objects)
         for node in range(regular):
-            for (name, variable), value in self.views[node].slots(self.objects[node]).items():
-                owner = self.node_of.get(id(variable))
-                if owner is None:
-                    continue
-                key = labels.slot_key(self.keys[owner], self.keys[node], name)
-                slot = self.enter(value, key)
-                if slot < regular:
-                    self.problems.append(
-                        (
-                            labels.path_of(self.keys[slot]),
-                            f"slot variable {name!r} of {labels.path_of(self.keys[node])} "
-                            "is also an ordinary child; it can be one or the other",
-                        )
-                    )
-                self.slots.setdefault(node, []).append(Slot(owner, name, slot))
+            entries = tuple(self.views[node].slots(self.objects[node]))
+            if not entries:
+                continue
+            places = self.places(
+                node, [e.variable for e in entries if isinstance(e.variable, Below)]
+            )
+            for entry in entries:
+                if isinstance(entry.variable, Below):
+                    owner = places.get(entry.variable.path)
+                else:
+                    owner = self.node_of.get(id(entry.variable))
+                if owner is not None:
+                    self.add_slot(node, owner, entry, regular)
+            if not places:
+                self.add_as_children(node, entries)
         self.run()
+
+    def add_slot(self, optimizer: int, variable: int, entry: SlotEntry, regular: int) -> None:
+        key = labels.slot_key(self.keys[variable], self.keys[optimizer], entry.name)
+        slot = self.enter(entry.value, key, tie=False)
+        if slot < regular:
+            what = (
+                f"slot variable {entry.name!r} of {labels.path_of(self.keys[optimizer])} "
+                "is also an ordinary child; it can be one or the other"
+            )
+            self.problems.append((labels.path_of(self.keys[slot]), what))
+        self.variables[slot] = entry.variable
+        self.slots.setdefault(optimizer, []).append(Slot(variable, entry.name, slot))
+
+    def places(self, optimizer: int, wanted: Sequence[Below]) -> dict[tuple[Label, ...], int]:
+        """The nodes of variables that are given as places in a tree of parameters.
+
+        The tree is the one that the optimizer knows; else, of the objects that have something
+        at every place, the one that is called like parameters or a model, or is the nearest.
+        """
+        if not wanted:
+            return {}
+        parameters = self.views[optimizer].parameters(self.objects[optimizer])
+        if parameters is not None:
+            for node, obj in enumerate(self.objects):
+                if obj is parameters:
+                    return self.below(node, wanted)
+        own = self.keys[optimizer].split("/")
+        found = [
+            (node, there)
+            for node in range(len(self.children))
+            if (there := self.below(node, wanted))
+        ]
+
+        def merit(candidate: tuple[int, dict[tuple[Label, ...], int]]) -> tuple[bool, int, int]:
+            key = self.keys[candidate[0]].split("/")
+            common = [a == b for a, b in zip(key, own, strict=False)]
+            return key[-1] in ("params", "model"), (*common, False).index(False), -candidate[0]
+
+        return max(found, key=merit)[1] if found else {}
+
+    def below(self, node: int, wanted: Sequence[Below]) -> dict[tuple[Label, ...], int]:
+        """Nodes by their place below `node`; none at all unless every place is there."""
+        edges: dict[int, dict[Label, int]] = {}
+        found: dict[tuple[Label, ...], int] = {}
+        for variable in wanted:
+            here: int | None = node
+            for label in variable.path:
+                if here not in edges:
+                    edges[here] = dict(self.children[here])
+                here = edges[here].get(label)
+                if here is None:
+                    return {}
+            if not self.attributes[here]:
+                return {}
+            found[variable.path] = here
+        return found
+
+    def add_as_children(self, optimizer: int, entries: Sequence[SlotEntry]) -> None:
+        trees: dict[Label, Any] = {}
+        for name, variable, value in entries:
+            if isinstance(variable, Below):
+                tree, label = trees, cast(Label, name)
+                for step in variable.path:
+                    tree, label = tree.setdefault(label, {}), step
+                tree[label] = value
+        prefix = f"{self.keys[optimizer]}/" if self.keys[optimizer] else ""
+        more = [
+            (name, self.enter(tree, prefix + labels.escape(labels.local_name(name)), optimizer))
+            for name, tree in trees.items()
+        ]
+        self.children[optimizer] = (*self.children[optimizer], *more)
 
     def finish(self) -> LiveGraph:
         self.add_slots()
@@ -214,7 +290,7 @@ class _Walk:
             bool(attributes or saver or i in self.slots)
             for i, (attributes, saver) in enumerate(zip(self.attributes, self.savers, strict=True))
         ]
-        columns = zip(
+        rows = zip(
             self.objects,
             self.views,
             self.children,
@@ -235,11 +311,12 @@ class _Walk:
                     saver,
                     has,
                 )
-                for i, (obj, view, children, attributes, saver, has) in enumerate(columns)
+                for i, (obj, view, children, attributes, saver, has) in enumerate(rows)
             ]
         )
         graph = ObjectGraph(nodes, tuple(self.keys))
-        return LiveGraph(graph, tuple(self.objects), tuple(self.views), tuple(self.values))
+        columns = (tuple(self.objects), tuple(self.views), tuple(self.values))
+        return LiveGraph(graph, *columns, self.variables)
 
 
 def has_values(

@@ -120,6 +120,11 @@ def get_saver(name: str) -> RegisteredSaver:
         ) from None
 
 
+def has_saver(name: str) -> bool:
+    """Whether a saver of that name is registered."""
+    return name in _savers
+
+
 def unregister_checkpoint_saver(name: str) -> None:
     """Forgets a saver: the program as it is where nobody registered it."""
     del _savers[get_saver(name).name]
@@ -162,6 +167,10 @@ def register_serializable(
     Args:
       package, name: the class is known as "package.name"; its own name by default.
       predicate: which objects are of this class; `isinstance` by default.
+
+    `ckpt.load_object` makes objects of registered classes anew, through methods that they may
+    have: `_serialize_to_proto()`, `_deserialization_dependencies(children)`, the class method
+    `_deserialize_from_proto(proto, dependencies)`, and `_add_trackable_child(name, value)`.
 
     Source: TensorFlow's `tf.__internal__.saved_model` register_serializable.
 

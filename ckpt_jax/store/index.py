@@ -218,6 +218,10 @@ class Index:
         ]
         return Entry(layouts[0].dtype, layouts[0].shape, tuple(slices))
 
+    def nbytes(self, key: str) -> int:
+        """The size of what is stored under `key`."""
+        return sum(piece.nbytes for piece in self.entry(key).slices)
+
     def moved(self, directory: str) -> Index:
         """This index of one shard, as seen from a checkpoint that holds it in `directory`."""
         (shard,) = self.shards

@@ -1,10 +1,14 @@
 """What can be tracked, and how the object graph sees it.
 
-Importing any module of this package registers the views of plain values and pytrees, after
-the hook that loads Flax's: nnx modules are registered with JAX as well, and must not be taken
-for mere pytrees.
+Importing any module of this package registers the views of plain values and pytrees. The order
+matters: train states are registered with JAX as well, and must not be taken for mere pytrees.
 """
 
-from ckpt_jax.trackable import lazy_flax, pytree
+from ckpt_jax.trackable.lazy_flax import load_flax_views
+from ckpt_jax.trackable.optimizer import train_state_view
+from ckpt_jax.trackable.pytree import pytree_view
+from ckpt_jax.trackable.view import add_kind, add_loader
 
-__all__ = ["lazy_flax", "pytree"]
+add_loader(load_flax_views)
+for _kind_view in (train_state_view, pytree_view):
+    add_kind(_kind_view)

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckpt_jax.graph.labels import PYTHON_STATE, VARIABLE_VALUE, Label
-from ckpt_jax.trackable.view import View, add_view, view_of
+from ckpt_jax.trackable.view import SlotEntry, View, add_view, view_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -35,6 +35,9 @@ class Pending(Protocol):
 
     def attach(self, parent: Any, label: Label, child: Any) -> Any:
         """Restores what it can into `child`; returns the child to use."""
+
+    def attached(self) -> None:
+        """Is told that the child is in its place."""
 
     def initial_value(self) -> Any | None:
         """The value that waits, where it is one array; None where it is more."""
@@ -79,8 +82,10 @@ class Trackable:
             )
         children = _own(self, _CHILDREN)
         if name not in children:
-            value = receive(self, name, value)
-        elif children[name] is not value and not overwrite:
+            with received(self, name, value) as value:
+                children[name] = value
+            return children[name]  # which slots that came with it may have rebuilt
+        if children[name] is not value and not overwrite:
             raise ValueError(
                 f"{name!r} is already declared as a dependency of {type(self).__qualname__}; "
                 "pass overwrite=True to replace it"
@@ -153,6 +158,33 @@ class Trackable:
                 value = jnp.zeros(tuple(shape or ()), dtype)
         return self.track(name, Variable(value), overwrite=overwrite)
 
+    # --- made anew: for classes registered with `ckpt.register_serializable` --------------
+
+    def _serialize_to_proto(self, object_proto: Any = None, **kwargs: Any) -> Any:
+        """What the class needs to make this object anew: a protobuf message, or None."""
+        return None
+
+    @classmethod
+    def _deserialize_from_proto(
+        cls, proto: Any = None, object_proto: Any = None, dependencies: Any = None, **kwargs: Any
+    ) -> Any:
+        """A new object; its children and values follow.
+
+        Args:
+          proto: what `_serialize_to_proto` gave, as a `google.protobuf.Any`; empty for None.
+          object_proto: not given; for classes that were written for TensorFlow.
+          dependencies: by name, the objects that `_deserialization_dependencies` named.
+        """
+        return cls()
+
+    def _deserialization_dependencies(self, children: Mapping[str, Any]) -> Mapping[str, Any]:
+        """By name, the objects of the graph that have to be made before this one."""
+        return {}
+
+    def _add_trackable_child(self, name: str, value: Any) -> None:
+        """Takes a child that was made anew."""
+        self.track(name, value, overwrite=True)
+
 
 class NoDependency:
     """Marks a value that is assigned to an attribute but is not state.
@@ -200,12 +232,20 @@ class AutoTrackable(Trackable):
         children = _own(self, _CHILDREN)
         is_state = self.__dict__.get(_TRACKING, True) and self._is_state(value)
         if is_state and name not in children:
-            value = receive(self, name, value)
+            with received(self, name, value) as value:
+                super().__setattr__(name, value)
+                children[name] = value
+            return
         super().__setattr__(name, value)
         if is_state:
             children[name] = value
         elif self.__dict__.get(_TRACKING, True):
             children.pop(name, None)
+
+    def _add_trackable_child(self, name: str, value: Any) -> None:
+        """Takes a child that was made anew, as an attribute; it is state whatever it is."""
+        setattr(self, name, value)
+        _own(self, _CHILDREN)[name] = value
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
@@ -292,7 +332,23 @@ class SlotOwner(Protocol):
     """An optimizer: an object that owns per-variable state.
 
     `slots()` returns {(slot name, variable): slot variable}. In a checkpoint a slot variable
-    is found through its variable, whatever either is called.
+    is found through its variable, whatever either is called. Two methods are optional:
+
+    * `create_slot(slot_name, variable)` returns a slot variable that `slots` then contains, or
+      None. Restoring calls it for what a checkpoint has and the optimizer not yet.
+    * `set_slot(slot_name, variable, value)` replaces a slot variable; needed only where slots
+      are arrays rather than `Variable`s.
+
+    Source: the slot methods of TensorFlow's optimizers (`_create_or_restore_slot_variable`).
+
+    Example:
+      >>> class Momentum(Trackable):
+      ...     def __init__(self): self._momenta = {}
+      ...     def slots(self): return {("m", v): m for v, m in self._momenta.items()}
+      ...     def create_slot(self, name, variable):
+      ...         return self._momenta.setdefault(variable, Variable(jnp.zeros(variable.shape)))
+      >>> isinstance(Momentum(), SlotOwner)
+      True
     """
 
     def slots(self) -> Mapping[tuple[str, Any], Any]:
@@ -308,17 +364,22 @@ def _own(obj: Any, name: str) -> dict[Any, Any]:
     return obj.__dict__.setdefault(name, {})
 
 
-def receive(parent: Any, label: Label, child: Any) -> Any:
-    """Hands a newly tracked child to the restores that wait for its name.
+@contextlib.contextmanager
+def received(parent: Any, label: Label, child: Any) -> Iterator[Any]:
+    """Hands a new child to the restores that wait for its name.
 
-    The oldest comes first, so that the values of later ones win, and what only an older
-    checkpoint holds still arrives. If one fails, all go on waiting.
+    The block, which is given the child to use, puts it into its place. The oldest restore comes
+    first, so that the values of later ones win, and what only an older checkpoint holds still
+    arrives. If one fails, all go on waiting.
     """
     pending = getattr(parent, "__dict__", {}).get(_PENDING, {})
-    for waiting in tuple(pending.get(label, ())):
-        child = waiting.attach(parent, label, child)
+    waiting = tuple(pending.get(label, ()))
+    for restore in waiting:
+        child = restore.attach(parent, label, child)
+    yield child
     pending.pop(label, None)
-    return child
+    for restore in waiting:
+        restore.attached()
 
 
 def await_child(parent: Any, label: Label, pending: Pending) -> None:
@@ -407,8 +468,18 @@ class TrackableView(View):
     def awaiting(self, obj: Any) -> tuple[Any, ...]:
         return (obj,) if isinstance(obj, Trackable) else ()
 
-    def slots(self, obj: Any) -> Mapping[tuple[str, Any], Any]:
-        return obj.slots() if callable(getattr(type(obj), "slots", None)) else {}
+    def slots(self, obj: Any) -> Iterable[SlotEntry]:
+        if not callable(getattr(type(obj), "slots", None)):
+            return ()
+        return [SlotEntry(name, of, value) for (name, of), value in obj.slots().items()]
+
+    def replaces_slots(self, obj: Any) -> bool:
+        return hasattr(obj, "set_slot")
+
+    def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
+        for (name, variable), value in changed.items():
+            obj.set_slot(name, variable, value)
+        return obj
 
 
 class VariableView(View):

@@ -6,23 +6,14 @@ Importing Flax takes longer than this whole package, and programs without it sho
 from __future__ import annotations
 
 import importlib
-import sys
-from typing import Any
 
-from ckpt_jax.trackable.view import View, add_kind, view_of
-
-_done = False
+_VIEWS = {"flax.nnx": "ckpt_jax.flax.modules", "flax.linen": "ckpt_jax.flax.linen"}
 
 
-def _flax_view(obj: Any) -> View | None:
-    global _done
-    if _done or "flax" not in sys.modules:
-        return None
-    if not any(base.__module__.partition(".")[0] == "flax" for base in type(obj).__mro__):
-        return None
-    _done = True
-    importlib.import_module("ckpt_jax.flax")
-    return view_of(obj)
-
-
-add_kind(_flax_view)
+def load_flax_views(kind: type) -> bool:
+    """Whether there were views of a type of Flax's that had not been loaded yet."""
+    packages = {".".join(base.__module__.split(".")[:2]) for base in kind.__mro__}
+    todo = [_VIEWS.pop(package) for package in tuple(_VIEWS) if package in packages]
+    for module in todo:
+        importlib.import_module(module)
+    return bool(todo)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
-from ckpt_jax.trackable.view import View, add_kind
+from ckpt_jax.trackable.view import View
 
 
 class LeafView(View):
@@ -37,6 +37,21 @@ class LeafView(View):
 
     def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
         return values[VARIABLE_VALUE]
+
+
+class RefView(View):
+    """A jax.Ref: a mutable box for one array."""
+
+    container = "leaf"
+    identity = True
+    mutable = True
+
+    def values(self, obj: Any) -> Mapping[str, Any]:
+        return {VARIABLE_VALUE: obj[...]}
+
+    def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
+        obj[...] = values[VARIABLE_VALUE]
+        return obj
 
 
 class NoneView(View):
@@ -107,7 +122,7 @@ class RegisteredView(View):
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
         leaves, _ = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda x: x is not obj)
-        return [(_label(path[0]), child) for path, child in leaves]
+        return [(label_of(path[0]), child) for path, child in leaves]
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         _, treedef = jax.tree.flatten(obj, is_leaf=lambda x: x is not obj)
@@ -115,7 +130,7 @@ class RegisteredView(View):
         return jax.tree.unflatten(treedef, parts)
 
 
-def _label(key: Any) -> Label:
+def label_of(key: Any) -> Label:
     match key:
         case jax.tree_util.GetAttrKey(name=name):
             return name
@@ -142,6 +157,8 @@ def pytree_view(obj: Any) -> View | None:
             return _NONE
         case jax.Array() | np.ndarray():
             return _ARRAY
+        case jax.Ref():
+            return _REF
         case enum.Enum() | int() | float() | complex() | bool() | str() | bytes() | np.generic():
             return _VALUE
         case jax.ShapeDtypeStruct():
@@ -162,6 +179,7 @@ def pytree_view(obj: Any) -> View | None:
 _NONE = NoneView()
 _VALUE = LeafView()
 _ARRAY = LeafView(identity=True)
+_REF = RefView()
 _TUPLE = TupleView(named=False)
 _NAMED_TUPLE = TupleView(named=True)
 _LIST = ListView()
@@ -170,5 +188,3 @@ _DICTS = (dict, OrderedDict, defaultdict)
 _DATACLASS = DataclassView()
 _REGISTERED = RegisteredView("dict")
 _REGISTERED_DATACLASS = RegisteredView("dataclass")
-
-add_kind(pytree_view)

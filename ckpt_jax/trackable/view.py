@@ -14,9 +14,31 @@ alone is looked up once and cached.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from ckpt_jax.graph.labels import Label
+
+
+@dataclass(frozen=True, slots=True)
+class Below:
+    """A variable, as a place in the tree of parameters that an optimizer was made for."""
+
+    path: tuple[Label, ...]
+
+
+class SlotEntry(NamedTuple):
+    """A slot variable of an optimizer.
+
+    Attributes:
+      name: of the slot ("momentum").
+      variable: the variable that it belongs to: an object, or where it is.
+      value: the slot variable.
+    """
+
+    name: str
+    variable: Any
+    value: Any
 
 
 class View:
@@ -53,12 +75,28 @@ class View:
         """The trackables that will say so when the object gets another child; none if nobody."""
         return ()
 
-    def slots(self, obj: Any) -> Mapping[tuple[str, Any], Any]:
-        """Slot variables of an optimizer: {(slot name, variable): slot variable}."""
-        return {}
+    def slots(self, obj: Any) -> Iterable[SlotEntry]:
+        """The slot variables of an optimizer. Those of variables that are not in the graph are
+        left out, but where the variable is a place, they are children after all: one for each
+        slot name, nested dicts along the places."""
+        return ()
+
+    def parameters(self, obj: Any) -> Any | None:
+        """What the places of an optimizer's variables start from, where it has it at hand; else
+        it is looked for."""
+        return None
+
+    def replaces_slots(self, obj: Any) -> bool:
+        """Whether `with_slots` works; where not, slot variables have to be mutable."""
+        return False
+
+    def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
+        """`obj` with some slot variables replaced, by (slot name, variable)."""
+        raise NotImplementedError(f"{type(obj).__qualname__} cannot replace its slot variables")
 
 
 _by_type: dict[type, View] = {}
+_loaders: list[Callable[[type], bool]] = []
 _by_kind: list[Callable[[Any], View | None]] = []
 _by_predicate: list[tuple[Callable[[Any], bool], View]] = []
 _cache: dict[type, View | None] = {}
@@ -73,22 +111,33 @@ def add_view(kind: type | Callable[[Any], bool], view: View) -> None:
     _cache.clear()
 
 
+def add_loader(load: Callable[[type], bool]) -> None:
+    """Registers a function that is shown each new type and may register views then; it says
+    whether it has."""
+    _loaders.append(load)
+
+
 def add_kind(kind_view: Callable[[Any], View | None]) -> None:
     """Registers a function that gives the view of an object from what its type is."""
     _by_kind.append(kind_view)
     _cache.clear()
 
 
-def remove_views_since(mark: tuple[int, frozenset[type]]) -> None:
-    """Undoes the registrations made after `mark_views()` returned `mark`."""
+def remove_views_since(mark: tuple[int, dict[type, View]]) -> None:
+    """Undoes the calls of `register_view` made after `mark_views()` returned `mark`.
+
+    The library's own views stay: those of Flax are registered when an object of Flax's is first
+    seen, whoever shows it.
+    """
     del _by_predicate[mark[0] :]
-    for kind in set(_by_type) - mark[1]:
-        del _by_type[kind]
+    own = {kind: view for kind, view in _by_type.items() if not isinstance(view, _FunctionView)}
+    _by_type.clear()
+    _by_type.update({**own, **mark[1]})
     _cache.clear()
 
 
-def mark_views() -> tuple[int, frozenset[type]]:
-    return len(_by_predicate), frozenset(_by_type)
+def mark_views() -> tuple[int, dict[type, View]]:
+    return len(_by_predicate), dict(_by_type)
 
 
 def view_of(obj: Any) -> View | None:
@@ -98,6 +147,8 @@ def view_of(obj: Any) -> View | None:
         return _cache[kind]
     except KeyError:
         pass
+    if any([load(kind) for load in _loaders]):
+        return view_of(obj)
     if kind not in _by_type:
         for predicate, candidate in reversed(_by_predicate):
             if predicate(obj):

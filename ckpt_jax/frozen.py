@@ -1,0 +1,183 @@
+"""FrozenSaver: saves and restores one fixed object graph, by key.
+
+Tracing walks all objects and names every value. Where a program's objects stay the same for
+thousands of saves, that can be done once: a frozen saver keeps the graph and the keys, and each
+time only fetches the values. It restores by the keys, too, without matching graphs.
+
+*Fixed* means that every edge leads to the same mutable object, or to an immutable one of the same
+type, and that the kind, dtype and shape of every value are as they were; what is attached to a
+mutable object later is left out. Each time the edges are compared with that, so that no stale
+value is saved.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any
+
+from ckpt_jax.adapting import Adapted
+from ckpt_jax.arrays.values import describe
+from ckpt_jax.graph.match import Match
+from ckpt_jax.graph.model import Node, ObjectGraph
+from ckpt_jax.graph.plan import plan_read
+from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.reader import CheckpointReader
+from ckpt_jax.restoring import execute, fits, note_restored, raise_problems
+from ckpt_jax.saving import write_checkpoint
+from ckpt_jax.trackable.view import Below, view_of
+
+Path = str | bytes | os.PathLike[Any]
+
+
+class FrozenSaver:
+    """Saves and restores the objects that a `Checkpoint` had when it was frozen.
+
+    `Checkpoint.freeze` makes one. What it writes is an ordinary checkpoint.
+
+    Args:
+      live: the graph, whose root is mutable.
+
+    Raises:
+      ValueError: the root is immutable, so that it could not be restored in place.
+
+    Source: TensorFlow's `TrackableSaver.freeze`.
+
+    Example:
+      >>> import ckpt_jax as ckpt, jax.numpy as jnp, tempfile
+      >>> step = ckpt.Variable(jnp.zeros(()))
+      >>> saver = ckpt.Checkpoint(step=step).freeze()
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = saver.save(f"{directory}/a")
+      ...     _ = step.assign(jnp.ones(()))
+      ...     saver.restore(path)
+      ...     float(step.value)
+      0.0
+    """
+
+    def __init__(self, live: LiveGraph):
+        if not live.views[0].mutable:
+            kind = type(live.objects[0]).__qualname__
+            raise ValueError(f"a root of type {kind} is immutable; freeze an object that holds it")
+        self._live = live
+
+    def save(self, path: Path, options: CheckpointOptions | None = None) -> str:
+        """Saves to exactly `path`, where it replaces a checkpoint; no counter is advanced.
+
+        Args:
+          path: the directory to create.
+          options: how; saving is never in the background.
+
+        Returns:
+          The path.
+
+        Raises:
+          ValueError: edges, or the kind, dtype or shape of a value, are not what was frozen.
+            All of them are named; nothing was written.
+        """
+        path = os.fsdecode(path)
+        write_checkpoint(self._current(), path, options or DEFAULT, overwrite=True)
+        return path
+
+    def restore(self, path: Path, options: CheckpointOptions | None = None) -> None:
+        """Restores every value from the key it was saved under; what else is there is ignored.
+
+        Args:
+          path: of a checkpoint that this saver wrote, or one of an identical graph.
+          options: `cast` and `max_inflight_bytes` apply.
+
+        Raises:
+          RestoreMismatchError: naming all keys that are not there, and values of another kind,
+            dtype or shape. Nothing was changed.
+          ValueError: the objects are not what was frozen.
+          CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
+        """
+        options = options or DEFAULT
+        live = self._current()
+        with CheckpointReader(path) as reader:
+            saved = reader.object_graph
+            found = _by_key(saved, live.graph)
+            plan = plan_read(saved, live, found, path=reader.path, fits=fits(options.cast))
+            fatal = replace(plan.report, unexpected=(), deferred=())
+            if fatal.missing or fatal.mismatched:
+                raise_problems(fatal, reader.path)
+            execute(plan, live, Adapted(reader, {}), options)
+        note_restored(live.objects)
+
+    def _current(self) -> LiveGraph:
+        """The frozen graph with the objects and values of this moment."""
+        graph, views = self._live.graph, self._live.views
+        objects = list(self._live.objects)
+        problems: list[str] = []
+        seen: dict[int, Any] = {}
+        for node, entry in enumerate(graph.nodes):  # parents come before immutable children
+            now: dict[Any, Any] = dict(views[node].children(objects[node]))
+            edges: list[tuple[Any, int]] = list(entry.children)
+            if not views[node].mutable and len(now) > len(edges):
+                problems.append(f"{graph.paths[node]}: has {len(now)} children, not {len(edges)}")
+            if entry.slots:
+                variables = self._live.variables
+                slots = views[node].slots(objects[node])
+                now |= {_slot_label(slot.name, slot.variable): slot.value for slot in slots}
+                edges += [(_slot_label(s.name, variables[s.node]), s.node) for s in entry.slots]
+            for label, child in edges:
+                if label not in now:
+                    problems.append(f"{graph.paths[child]}: is gone")
+                elif views[child].mutable:
+                    if now[label] is not objects[child]:
+                        problems.append(f"{graph.paths[child]}: is another object")
+                elif view_of(now[label]) is not views[child]:
+                    kind = type(now[label]).__qualname__
+                    problems.append(f"{graph.paths[child]}: is of another type now, {kind}")
+                elif seen.setdefault(child, now[label]) is not now[label]:
+                    problems.append(f"{graph.paths[child]}: is no longer shared with other places")
+                else:
+                    objects[child] = now[label]
+        values: list[Mapping[str, Any]] = []
+        for entry, view, obj in zip(graph.nodes, views, objects, strict=True):
+            values.append(view.values(obj) if entry.saver is None and not problems else {})
+        if not problems:
+            problems = _changed(graph, values)
+        if problems:
+            lines = "\n".join(f"  {problem}" for problem in problems)
+            raise ValueError(f"the objects are not what was frozen:\n{lines}\nFreeze them again.")
+        return LiveGraph(graph, tuple(objects), views, tuple(values), self._live.variables)
+
+
+def _slot_label(name: str, variable: Any) -> Any:
+    return name, variable if isinstance(variable, Below) else id(variable)
+
+
+def _changed(graph: ObjectGraph, values: list[Mapping[str, Any]]) -> list[str]:
+    """What is wrong with values that should be of the specs in `graph`."""
+    problems: list[str] = []
+    for node, entry in enumerate(graph.nodes):
+        if values[node].keys() != {attribute.name for attribute in entry.attributes}:
+            problems.append(f"{graph.paths[node]}: has the values {list(values[node])}")
+            continue
+        for attribute in entry.attributes:
+            spec = describe(values[node][attribute.name])[0]
+            if replace(spec, weak_type=attribute.spec.weak_type) != attribute.spec:
+                path = graph.value_path(node, attribute.name)
+                problems.append(f"{path}: was {attribute.spec}, is {spec}")
+    return problems
+
+
+def _by_key(saved: ObjectGraph, live: ObjectGraph) -> Match:
+    """Saved nodes and live ones whose values have the same keys."""
+    node_of = {key: node for node, entry in enumerate(live.nodes) for key in _keys(entry)}
+    bound = {
+        node: node_of[key]
+        for node, entry in enumerate(saved.nodes)
+        for key in _keys(entry)
+        if key in node_of
+    }
+    return Match(MappingProxyType(bound), MappingProxyType({}))
+
+
+def _keys(node: Node) -> list[str]:
+    keys = [attribute.key for attribute in node.attributes]
+    return [*keys, node.saver.object_name] if node.saver else keys

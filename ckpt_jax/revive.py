@@ -1,0 +1,638 @@
+"""Objects from a checkpoint alone: saved with what they are, made anew in a program without them.
+
+`save_object` writes an ordinary checkpoint with one more entry, which says of each node of the
+object graph what it is made anew as. `load_object` goes through it in four steps.
+
+look up   the registered classes and savers; whatever is missing is named at once
+make      objects, dependencies first: a registered class makes its own, anything else becomes a
+          plain AutoTrackable, Variable, list, tuple, dict or value
+connect   each object with its children, so that sharing and cycles are as they were
+restore   the values that objects take in themselves, by an ordinary restore into what was made
+
+Nothing is imported or unpickled: only classes that the program has registered run code, and
+only those that the checkpoint names.
+
+A Flax object, or another one from outside of this library, that a registered class makes
+itself is kept and restored in place, as nothing in the checkpoint could make it as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+from google.protobuf.any_pb2 import Any as AnyMessage
+
+from ckpt_jax.adapting import Adapted
+from ckpt_jax.arrays.host import without_gc
+from ckpt_jax.arrays.values import decode, describe
+from ckpt_jax.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    RegistrationError,
+    RestoreMismatchError,
+    UnsaveableError,
+)
+from ckpt_jax.graph import objects as codec
+from ckpt_jax.graph.labels import SAVED_OBJECTS_KEY, VARIABLE_VALUE, Label
+from ckpt_jax.graph.match import match
+from ckpt_jax.graph.model import Attribute, LeafSpec, Node, ObjectGraph
+from ckpt_jax.graph.objects import CONTAINERS, DICT, LIST, NONE, OBJECT, VALUE, VARIABLE
+from ckpt_jax.graph.objects import SavedObject as Saved
+from ckpt_jax.graph.order import CyclicDependencyError, order_by_dependency
+from ckpt_jax.graph.plan import plan_read
+from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.reader import CheckpointReader
+from ckpt_jax.report import ReportEntry, describe_problems
+from ckpt_jax.restoring import abstract_only, execute, fits, live_graph
+from ckpt_jax.savers import registry
+from ckpt_jax.saving import begin
+from ckpt_jax.store.index import dtype_of
+from ckpt_jax.store.seal import seal
+from ckpt_jax.trackable.base import AutoTrackable, PythonState, Trackable, Variable
+from ckpt_jax.trackable.view import View, view_of
+
+Path = str | bytes | os.PathLike[Any]
+
+_TYPE_NAME = "_self_type_name"  # of the class that an object was of before it was made anew
+_ADVICE = (
+    "Nothing was restored. A class that changed since can read what it wrote in "
+    "_deserialize_from_proto; ckpt.load reads the values without any class."
+)
+
+
+def save_object(
+    obj: Any, path: Path, *, options: CheckpointOptions | None = None, overwrite: bool = False
+) -> str:
+    """Saves an object so that `load_object` can make it anew.
+
+    The result is an ordinary checkpoint too: `ckpt.load`, `ckpt.restore` and `Checkpoint.read`
+    take it.
+
+    An object of a class registered with `ckpt.register_serializable` writes a protobuf message
+    (`_serialize_to_proto`), and may name objects that have to exist before it can be made anew
+    (`_deserialization_dependencies`); see `load_object` for the rest.
+
+    Args:
+      obj: a trackable, a pytree, a Flax object, or anything else with a view.
+      path: the directory to create.
+      options: how; always in the foreground.
+      overwrite: whether a checkpoint at `path` may be replaced (atomically).
+
+    Returns:
+      `path`.
+
+    Raises:
+      FileExistsError: `path` exists.
+      UnsaveableError: naming every object that cannot be saved or made anew: one with values or
+        slots of its own has to be of a registered class. Nothing was written.
+
+    Source: `tf.saved_model.save`, what it does for objects.
+
+    Example:
+      >>> import ckpt_jax as ckpt, jax.numpy as jnp, tempfile
+      >>> model = ckpt.AutoTrackable()
+      >>> model.layers = [ckpt.Variable(jnp.arange(2.0)), {"scale": jnp.float32(3)}]
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     anew = load_object(save_object(model, f"{directory}/a"))
+      >>> anew.layers[0].value, anew.layers[1]["scale"].item()
+      (Array([0., 1.], dtype=float32), 3.0)
+    """
+    path = os.fsdecode(path)
+    live = _lasting(live_graph(obj, for_restore=False))
+    extra = {SAVED_OBJECTS_KEY: seal(codec.encode(live.graph, _describe(live)))}
+    begin(live, path, options or DEFAULT, overwrite=overwrite, extra=extra)()
+    return path
+
+
+@without_gc()
+def load_object(path: Path) -> Any:
+    """Makes the object anew that `save_object` saved, with all its values.
+
+    A registered class makes its objects: `_deserialize_from_proto(proto=, dependencies=)`, or
+    the class without arguments where it has none (a namedtuple or dataclass is called with its
+    fields, a variable with its value). Then `_add_trackable_child(name, value)` gives it its
+    children, and its own values are restored.
+
+    Everything else is made of plain parts. Trackables and Flax modules become `AutoTrackable`s,
+    boxes `Variable`s. Lists, tuples, dicts, arrays, scalars and typed keys become what they
+    were, on the default device; namedtuples, dataclasses and pytrees of other kinds become
+    dicts, and enum members strings, as `ckpt.load` gives them.
+
+    Args:
+      path: of a checkpoint that `save_object` wrote.
+
+    Raises:
+      RegistrationError: naming every class and every saver of the checkpoint that the program
+        has not registered. Nothing was made.
+      RestoreMismatchError: values without a place in what the registered classes made.
+      CheckpointError: the checkpoint was written by `ckpt.save` or a `Checkpoint`.
+      CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
+
+    Source: `tf.saved_model.load`, what it does for objects.
+
+    Example:
+      >>> import ckpt_jax as ckpt, tempfile
+      >>> from google.protobuf.wrappers_pb2 import StringValue
+      >>> with ckpt.registration_scope(), tempfile.TemporaryDirectory() as directory:
+      ...     @ckpt.register_serializable()
+      ...     class Model(ckpt.AutoTrackable):
+      ...         def __init__(self, name): self.name = name
+      ...         def _serialize_to_proto(self, **kwargs): return StringValue(value=self.name)
+      ...         @classmethod
+      ...         def _deserialize_from_proto(cls, proto, **kwargs):
+      ...             proto.Unpack(name := StringValue())
+      ...             return cls(name.value)
+      ...     load_object(save_object(Model("a"), f"{directory}/a")).name
+      'a'
+    """
+    with CheckpointReader(path) as reader:
+        graph, objects = reader.object_graph, reader.saved_objects
+        if objects is None:
+            raise CheckpointError(
+                f"{reader.path} does not say how to make its objects anew: it was written by "
+                "ckpt.save or a Checkpoint, not by ckpt.save_object. Read its values with "
+                "ckpt.load, or restore them into objects with ckpt.restore or Checkpoint.restore."
+            )
+        _check_registered(graph, objects, reader.path)
+        return _Revival(reader, graph, objects).run()
+
+
+# --- save ------------------------------------------------------------------------------
+
+
+def _lasting(live: LiveGraph) -> LiveGraph:
+    """A graph that says nothing that ends when its objects are made anew.
+
+    Arrays lose their weak types then, and classes that are not registered are gone; an object
+    remembers the name of the one that it was of.
+    """
+
+    def strong(attribute: Attribute) -> Attribute:
+        return replace(attribute, spec=replace(attribute.spec, weak_type=False))
+
+    nodes = [
+        replace(
+            node,
+            type_name=getattr(obj, "__dict__", {}).get(_TYPE_NAME, node.type_name),
+            attributes=tuple([strong(a) if a.spec.weak_type else a for a in node.attributes]),
+        )
+        for node, obj in zip(live.graph.nodes, live.objects, strict=True)
+    ]
+    return replace(live, graph=ObjectGraph(tuple(nodes), live.graph.object_keys))
+
+
+def _describe(live: LiveGraph) -> tuple[Saved, ...]:
+    """What each node is made anew as.
+
+    Raises:
+      UnsaveableError: naming every node that nothing could make anew.
+    """
+    node_of = {id(obj): node for node, obj in reversed([*enumerate(live.objects)])}
+    problems: list[tuple[str, str]] = []
+    objects: list[Saved] = []
+    for node in range(len(live.objects)):
+        try:
+            objects.append(_describe_one(live, node, node_of))
+        except TypeError as error:
+            problems.append((live.graph.paths[node], str(error)))
+            objects.append(Saved(NONE))
+    order: list[int] = []
+    if not problems:
+        try:
+            order = _order(live.graph, objects, range(len(objects)))
+        except CyclicDependencyError as error:
+            paths = " -> ".join(live.graph.paths[node] or "(root)" for node in _ids(error.cycle))
+            problems.append((paths, "these depend on each other to be made anew"))
+    for node in order:
+        if objects[node].registered_name and hasattr(live.objects[node], "_serialize_to_proto"):
+            written = live.objects[node]._serialize_to_proto()
+            try:
+                objects[node] = replace(objects[node], message=codec.packed(written))
+            except TypeError as error:
+                problems.append((live.graph.paths[node], f"_serialize_to_proto: {error}"))
+    if problems:
+        lines = "\n".join(f"  {path or '(root)'}: {what}" for path, what in problems)
+        raise UnsaveableError(
+            f"{len(problems)} objects could not be made anew; nothing was written:\n{lines}\n"
+            "ckpt.save and Checkpoint.save need no class to be registered.",
+            tuple(problems),
+        )
+    return tuple(objects)
+
+
+def _ids(cycle: Iterable[Any]) -> list[int]:
+    return [int(node) for node in cycle]
+
+
+def _describe_one(live: LiveGraph, node: int, node_of: Mapping[int, int]) -> Saved:
+    obj, view, entry = live.objects[node], live.views[node], live.graph.nodes[node]
+    kind = _kind_of(view, entry)
+    name = (registry.registered_name(obj) or "") if kind not in (VALUE, NONE) else ""
+    if not name:
+        _check_plain(obj, kind, entry)
+    spec = None
+    if entry.saver is not None and kind in (VALUE, VARIABLE):
+        spec = _spec_for_saver(view.values(obj)[VARIABLE_VALUE], kind, entry.saver.name)
+    return Saved(
+        kind,
+        name,
+        dependencies=_dependencies(live, node, node_of) if name else (),
+        spec=spec,
+    )
+
+
+def _kind_of(view: View, node: Node) -> str:
+    container = view.container
+    if not view.mutable and container == "leaf":
+        return VALUE
+    if container == "leaf" and not node.children:
+        names = [attribute.name for attribute in node.attributes]
+        return VARIABLE if node.saver or names == [VARIABLE_VALUE] else OBJECT
+    if container in (NONE, *CONTAINERS):
+        return container
+    return OBJECT if view.mutable else DICT
+
+
+def _check_plain(obj: Any, kind: str, node: Node) -> None:
+    """Whether an object can do without its class."""
+    what = None
+    if node.attributes and kind not in (VALUE, VARIABLE):
+        what = "values"
+    elif node.slots:
+        what = "slot variables"
+    if what:
+        cls = type(obj)
+        raise TypeError(
+            f"{cls.__module__}.{cls.__qualname__} keeps {what} in its own way; register the class "
+            "with ckpt.register_serializable, so that it can make its objects anew"
+        )
+    if kind == OBJECT and (odd := [x for x, _ in node.children if not isinstance(x, str)]):
+        raise TypeError(f"{odd[0]!r} is no name for an attribute")
+
+
+def _spec_for_saver(value: Any, kind: str, saver: str) -> LeafSpec:
+    spec = describe(value)[0]
+    known = spec.kind == "array" and codec.has_dtype_number(spec.dtype)
+    if not known and (kind == VARIABLE or spec.kind not in ("array", "numpy")):
+        raise TypeError(
+            f"{spec} is held by the checkpoint saver {saver!r}, and cannot be made anew for it"
+        )
+    return replace(spec, weak_type=False)
+
+
+def _dependencies(
+    live: LiveGraph, node: int, node_of: Mapping[int, int]
+) -> tuple[tuple[str, int], ...]:
+    obj = live.objects[node]
+    method = getattr(obj, "_deserialization_dependencies", None)
+    if method is None:
+        return ()
+    children = dict(live.graph.nodes[node].children)
+    named = method({label: live.objects[child] for label, child in children.items()})
+    found: list[tuple[str, int]] = []
+    for name, dependency in named.items():
+        child = children.get(name)
+        if child is None or live.objects[child] is not dependency:
+            child = node_of.get(id(dependency))
+        if child is None or not isinstance(name, str):
+            raise TypeError(f"it depends on {name!r}, which is not in the object graph")
+        found.append((name, child))
+    return tuple(found)
+
+
+def _order(graph: ObjectGraph, objects: Any, nodes: Iterable[int]) -> list[int]:
+    return order_by_dependency({node: codec.needs(graph, objects, node) for node in nodes})
+
+
+# --- load ------------------------------------------------------------------------------
+
+
+def _check_registered(graph: ObjectGraph, objects: Iterable[Saved], path: str) -> None:
+    """Names every class and saver that the program lacks."""
+    missing: dict[str, list[str]] = {}
+    for node, (entry, saved) in enumerate(zip(graph.nodes, objects, strict=True)):
+        name = saved.registered_name
+        if name and registry.registered_class(name) is None:
+            missing.setdefault(f"class {name!r}", []).append(graph.paths[node])
+        if entry.saver and not registry.has_saver(entry.saver.name):
+            what = f"checkpoint saver {entry.saver.name!r}"
+            missing.setdefault(what, []).append(graph.paths[node])
+    if missing:
+        lines = "\n".join(
+            f"  {what}, needed for {paths[0] or '(root)'}"
+            + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
+            for what, paths in missing.items()
+        )
+        raise RegistrationError(
+            f"{path} cannot be made anew, {len(missing)} registrations cannot be found:\n{lines}\n"
+            "Import the modules that register them first, or read the values with ckpt.load."
+        )
+
+
+class _Revival:
+    """One load. `made` is the object of each node as far as there is one."""
+
+    def __init__(self, reader: CheckpointReader, graph: ObjectGraph, objects: tuple[Saved, ...]):
+        self.reader, self.graph, self.objects = reader, graph, objects
+        self.made: dict[int, Any] = {}
+        self.values: dict[int, Any] = {}
+        self.filled: set[int] = set()  # nodes that were made with their values
+        self.adopted: set[int] = set()  # nodes whose object a registered class has made
+
+    def run(self) -> Any:
+        nodes, early = self.closure()
+        try:
+            order = _order(self.graph, self.objects, sorted(nodes))
+        except CyclicDependencyError as error:
+            raise self.corrupt(error) from error
+        self.read(nodes, early)
+        for node in order:
+            if self.objects[node].registered_name:
+                self.make(node)
+                self.adopt(node)
+            elif node in early and node not in self.made:
+                self.make(node)
+        for node in order:
+            if node not in self.made:
+                self.make(node)
+        for node in order:
+            if self.objects[node].kind == OBJECT or node in self.adopted:
+                self.connect(node)
+        return self.restore()
+
+    def closure(self) -> tuple[set[int], set[int]]:
+        """All nodes to make, and those of them that a registered class needs beforehand."""
+        every: set[int] = set()
+        todo = reachable_children(self.graph, [0])
+        while todo - every:
+            every |= todo
+            further = [n for node in todo for _, n in self.objects[node].dependencies]
+            todo = reachable_children(self.graph, further) - every
+        registered = [node for node in every if self.objects[node].registered_name]
+        first = [n for node in registered for n in codec.needs(self.graph, self.objects, node)]
+        return every, reachable_children(self.graph, first)
+
+    # --- make --------------------------------------------------------------------------
+
+    def read(self, nodes: set[int], early: set[int]) -> None:
+        """Makes the values, and notes those of the variables that are made with theirs.
+
+        The other variables begin abstract, so that an array that goes into an object which a
+        class makes is read once, and placed where that object wants it.
+        """
+        requests: dict[str, Any] = {}
+        wanted: dict[int, Attribute] = {}
+        for node in sorted(nodes):
+            kind, attributes = self.objects[node].kind, self.graph.nodes[node].attributes
+            if kind not in (VALUE, VARIABLE) or not attributes:
+                continue
+            (attribute,) = attributes
+            spec = attribute.spec
+            if kind == VARIABLE and spec.kind == "array" and node not in early:
+                continue
+            wanted[node] = attribute
+            placed = spec.kind in ("array", "prng_key")
+            requests[attribute.key] = _struct(spec) if placed else None
+        data = self.reader.read(requests)
+        for node, attribute in wanted.items():
+            spec = attribute.spec
+            try:
+                self.values[node] = decode(data[attribute.key], spec, spec)
+            except (ArithmeticError, LookupError, TypeError, ValueError) as error:
+                raise self.corrupt(error, attribute.key) from error
+        self.filled = set(wanted)
+
+    def make(self, node: int) -> None:
+        saved, entry = self.objects[node], self.graph.nodes[node]
+        if saved.registered_name:
+            self.made[node] = self.make_registered(node)
+            return
+        match saved.kind:
+            case "value":
+                self.made[node] = self.initial(node)
+            case "variable":
+                self.made[node] = _box(self.initial(node))
+            case "object":
+                self.made[node] = AutoTrackable()
+            case "none":
+                self.made[node] = None
+            case _:
+                self.made[node] = _container(saved.kind, self.parts(node))
+        if saved.kind in (VARIABLE, OBJECT) and not _is_own(entry.type_name, self.made[node]):
+            self.made[node].__dict__[_TYPE_NAME] = entry.type_name
+
+    def initial(self, node: int) -> Any:
+        """The value of a leaf, or what stands for it until it is restored."""
+        if node in self.values:
+            return self.values[node]
+        attributes = self.graph.nodes[node].attributes
+        spec = self.objects[node].spec if not attributes else attributes[0].spec
+        assert spec is not None
+        try:
+            struct = _struct(spec)
+        except (TypeError, ValueError) as error:
+            raise self.corrupt(error) from error
+        if spec.kind == "array":
+            return struct
+        return np.broadcast_to(np.zeros((), struct.dtype), spec.shape)  # takes no memory
+
+    def make_registered(self, node: int) -> Any:
+        saved, path = self.objects[node], self.graph.paths[node] or "(root)"
+        cls = registry.registered_class(saved.registered_name)
+        assert cls is not None
+        parts = self.parts(node) if saved.kind in CONTAINERS else {}
+        with _noting(f"while making {path} anew as {saved.registered_name!r}"):
+            from_proto = getattr(cls, "_deserialize_from_proto", None)
+            if from_proto is not None:
+                dependencies = {name: self.made[n] for name, n in saved.dependencies}
+                proto = saved.message if saved.message is not None else AnyMessage()
+                obj = from_proto(proto=proto, dependencies=dependencies)
+            elif saved.kind == VARIABLE:
+                obj = cls(self.initial(node))
+            else:
+                obj = _construct(cls, parts)
+            view = view_of(obj)
+            if view is None or obj is None:
+                raise RegistrationError(
+                    f"{path}: the class {saved.registered_name!r} made {obj!r}, which has no state"
+                )
+            if saved.kind in CONTAINERS:
+                changed = _differing(view, obj, parts)
+                obj = view.rebuild(obj, changed) if changed else obj
+        self.filled.discard(node)  # the class may have done anything with its value
+        return obj
+
+    def parts(self, node: int) -> dict[Label, Any]:
+        return {label: self.made[child] for label, child in self.graph.nodes[node].children}
+
+    def adopt(self, node: int) -> None:
+        """Keeps the objects from outside of this library that a registered class has made."""
+        todo = [(node, self.made[node])]
+        seen = {node}
+        while todo:
+            parent, obj = todo.pop()
+            view = view_of(obj)
+            own = dict(view.children(obj)) if view is not None else {}
+            for label, child in self.graph.nodes[parent].children:
+                mine = own.get(label)
+                view = view_of(mine)
+                if mine is None or view is None or child in seen or child in self.made:
+                    continue
+                seen.add(child)
+                if self.objects[child].registered_name or isinstance(mine, _OURS):
+                    continue
+                if view.mutable:
+                    self.made[child] = mine
+                    self.adopted.add(child)
+                    self.filled.discard(child)
+                todo.append((child, mine))
+
+    # --- connect -----------------------------------------------------------------------
+
+    def connect(self, node: int) -> None:
+        obj = self.made[node]
+        parts = self.parts(node)
+        with _noting(f"while giving {self.graph.paths[node] or '(root)'} its children"):
+            if isinstance(obj, Trackable):
+                for label, child in parts.items():
+                    obj._add_trackable_child(str(label), child)
+                return
+            view = view_of(obj)
+            assert view is not None
+            changed = _differing(view, obj, parts)
+            if changed and view.rebuild(obj, changed) is not obj:
+                raise RegistrationError(
+                    f"{type(obj).__qualname__} was mutable when it was saved; now it is not"
+                )
+
+    # --- restore -----------------------------------------------------------------------
+
+    def restore(self) -> Any:
+        """Restores whatever was not made with its values; returns the root."""
+        live = live_graph(self.made[0])
+        found = match(self.graph, live.graph)
+        placed = {
+            node: saved
+            for node, saved in found.sources().items()
+            if saved in self.filled and live.objects[node] is self.made[saved]
+        }
+        only = frozenset(range(len(live.objects))) - placed.keys()
+        plan = plan_read(
+            self.graph, live, found, path=self.reader.path, fits=fits(cast=False), only=only
+        )
+        done = plan.used | set(placed.values())
+        lost = [
+            ReportEntry(self.graph.paths[node] or "(root)", found=found_there)
+            for node, entry in enumerate(self.graph.nodes)
+            if node not in done and (found_there := _values_of(entry))
+        ]
+        fatal = replace(
+            plan.report,
+            missing=abstract_only(plan.report.missing, live),
+            unexpected=tuple(lost),
+            deferred=(),
+        )
+        if fatal.missing or fatal.mismatched or fatal.unexpected:
+            text = describe_problems(fatal, self.reader.path, _ADVICE)
+            raise RestoreMismatchError(text, fatal)
+        root, _ = execute(plan, live, Adapted(self.reader, {}), DEFAULT)
+        self.check_complete(root)
+        return root
+
+    def check_complete(self, root: Any) -> None:
+        """Raises where a registered saver was to replace an abstract value and did not."""
+        if not any(saved.spec for saved in self.objects):
+            return
+        live = live_graph(root)
+        left = [
+            live.graph.paths[node] or "(root)"
+            for node, obj in enumerate(live.objects)
+            if isinstance(obj._value if isinstance(obj, Variable) else obj, jax.ShapeDtypeStruct)
+        ]
+        if left:
+            raise RegistrationError(
+                f"restore_fn of a checkpoint saver left these without a value: {', '.join(left)}; "
+                "it has to assign one, or to return one by name"
+            )
+
+    def corrupt(self, error: Exception, key: str = SAVED_OBJECTS_KEY) -> CorruptCheckpointError:
+        path = self.reader.path
+        return CorruptCheckpointError(f"{path}: {key}: {error}", file=path, key=key)
+
+
+_OURS = (Trackable, Variable, PythonState)
+
+
+def reachable_children(graph: ObjectGraph, roots: Iterable[int]) -> set[int]:
+    """Nodes that can be reached from `roots` along child edges."""
+    seen = set(roots)
+    todo = list(seen)
+    while todo:
+        for _, child in graph.nodes[todo.pop()].children:
+            if child not in seen:
+                seen.add(child)
+                todo.append(child)
+    return seen
+
+
+def _struct(spec: LeafSpec) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(spec.shape, dtype_of(spec.dtype))
+
+
+def _values_of(node: Node) -> str:
+    """The values of a node in words; "" for none."""
+    if node.saver is not None:
+        return f"saver {node.saver.name}"
+    return ", ".join(str(attribute.spec) for attribute in node.attributes)
+
+
+def _box(value: Any) -> Variable:
+    """A variable that holds exactly this value, a Python number included."""
+    box = Variable.__new__(Variable)
+    box._value = value
+    return box
+
+
+def _container(kind: str, parts: Mapping[Label, Any]) -> Any:
+    if kind == DICT:
+        return dict(parts)
+    return list(parts.values()) if kind == LIST else tuple(parts.values())
+
+
+def _construct(cls: type, parts: Mapping[Label, Any]) -> Any:
+    """An object of a registered class that does not say how it is made."""
+    if hasattr(cls, "_fields") or (parts and dataclasses.is_dataclass(cls)):
+        return cls(**{str(label): part for label, part in parts.items()})
+    if issubclass(cls, list | tuple):
+        return cls(parts.values())
+    return cls()
+
+
+def _differing(view: View, obj: Any, parts: Mapping[Label, Any]) -> dict[Label, Any]:
+    """The parts that an object does not have yet."""
+    own = dict(view.children(obj))
+    nothing = object()
+    return {label: part for label, part in parts.items() if own.get(label, nothing) is not part}
+
+
+def _is_own(type_name: str, obj: Any) -> bool:
+    """Whether a saved type name is that of `obj`."""
+    return type_name == f"{type(obj).__module__}.{type(obj).__qualname__}"
+
+
+@contextlib.contextmanager
+def _noting(what: str) -> Iterator[None]:
+    """Says of an error of a user's class where it came from."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(what)
+        raise

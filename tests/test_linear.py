@@ -1,0 +1,106 @@
+"""The cost of tracing and matching grows with the number of nodes and edges, not faster.
+
+Work is counted, never timed: how often a node is looked at, and how many functions are called.
+"""
+
+import sys
+from collections import Counter
+from typing import ClassVar
+
+import jax.numpy as jnp
+import pytest
+
+import ckpt_jax as ckpt
+from ckpt_jax.graph.match import match
+from ckpt_jax.graph.model import ObjectGraph
+from ckpt_jax.restoring import live_graph
+
+ZERO = jnp.zeros(())
+
+
+class Part(ckpt.Trackable):
+    """An object that counts how often it is asked."""
+
+    asked: ClassVar[Counter[str]] = Counter()
+
+    def trackable_children(self):
+        self.asked["children"] += 1
+        return super().trackable_children()
+
+    def serialize_to_arrays(self):
+        self.asked["values"] += 1
+        return {} if "0" in self.__dict__.get("_self_children", ()) else {"x": ZERO}
+
+
+def program(count, width):
+    """`count` parts as a tree of the given width; each leads back to its first sibling."""
+    parts = [Part() for _ in range(count)]
+    for number in range(1, count):
+        parent = parts[(number - 1) // width]
+        parent.track(str((number - 1) % width), parts[number])
+        parts[number].track("sibling", parts[(number - 1) // width * width + 1])
+    return parts[0]
+
+
+class Counted(tuple):
+    """Nodes that count how often one of them is looked at."""
+
+    looks = 0
+
+    def __getitem__(self, node):
+        self.looks += 1
+        return super().__getitem__(node)
+
+    def __iter__(self):
+        self.looks += len(self)
+        return super().__iter__()
+
+
+def counted(graph):
+    return ObjectGraph(Counted(graph.nodes), graph.object_keys)
+
+
+@pytest.mark.parametrize("width", [10, None], ids=["tree", "flat"])
+@pytest.mark.parametrize("count", [10_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_every_node_is_looked_at_a_few_times_however_many_there_are(count, width):
+    width = width or count
+    root = program(count, width)
+    Part.asked.clear()
+    graph = live_graph(root).graph
+    assert Part.asked == {"children": count, "values": count}
+    edges = sum(len(node.children) for node in graph.nodes)
+    assert (len(graph.nodes), edges) == (count, 2 * (count - 1))
+
+    saved, live = counted(graph), counted(graph)
+    found = match(saved, live)
+    assert len(found.bound) == count and not found.frontier and not found.conflicts
+    assert saved.nodes.looks <= 2 * edges
+    assert live.nodes.looks <= 2 * edges
+
+
+def calls(work):
+    """How many functions, of Python and of C, `work` calls."""
+    number = 0
+
+    def count(frame, event, argument):
+        nonlocal number
+        number += event in ("call", "c_call")
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return number
+
+
+@pytest.mark.parametrize("width", [1, 10, 10_000], ids=["chain", "tree", "flat"])
+def test_four_times_the_nodes_take_four_times_the_calls(width):
+    def work(root):
+        graph = live_graph(root).graph
+        match(graph, graph)
+
+    small, large = program(200, width), program(800, width)
+    work(small)  # what is made once for each type is made here
+    assert calls(lambda: work(large)) <= 4.2 * calls(lambda: work(small))
