@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -29,6 +28,8 @@ from ckpt_jax.store.directory import (
     number_of,
     require_checkpoint,
 )
+from ckpt_jax.store.durable import fsync_directory
+from ckpt_jax.store.staging import locked, staging_name
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -63,15 +64,23 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
       'ckpt-2'
     """
     directory = os.fsdecode(directory)
-    state = get_checkpoint_state(directory, latest_filename)
-    if state is None:
-        return None
-    first = state.model_checkpoint_path
-    for path in [first, *older_checkpoints(directory, first)]:
+    first = None
+    while True:
+        state = get_checkpoint_state(directory, latest_filename)
+        if state is None:
+            return None
+        latest = state.model_checkpoint_path
+        problem = problem_with(latest)
+        if problem is None:
+            return latest
+        if latest == first:
+            break
+        first = latest  # look again: it may have been overtaken, and removed, in this moment
+    _log.warning("the checkpoint %s is not usable: %s", latest, problem)
+    for path in older_checkpoints(directory, latest):
         problem = problem_with(path)
         if problem is None:
-            if path != first:
-                _log.warning("falling back to %s, the newest usable checkpoint", path)
+            _log.warning("falling back to %s, the newest usable checkpoint", path)
             return path
         _log.warning("the checkpoint %s is not usable: %s", path, problem)
     return None
@@ -237,7 +246,7 @@ def remove_checkpoint(path: Path) -> None:
     Raises:
       CheckpointNotFoundError: what is there is no checkpoint; it stays.
       OSError: it could not be removed, or not all of it; then what is left is in a directory
-        `<path>.staging-<16 hex digits>`, which is no checkpoint.
+        `<path>.staging-<32 hex digits>`, which is no checkpoint.
 
     Source: `tf.compat.v1.train.remove_checkpoint`.
 
@@ -258,11 +267,20 @@ def remove_checkpoint(path: Path) -> None:
         if os.path.islink(path):
             os.unlink(path)
             return
-        aside = f"{path}.staging-{secrets.token_hex(8)}"
-        os.rename(path, aside)
+        with locked(path):
+            aside = staging_name(path)
+            os.rename(path, aside)
+            try:
+                # Else a power failure could take parts of it and leave it its name.
+                fsync_directory(os.path.dirname(path))
+            except OSError:
+                os.rename(aside, path)
+                raise
+            shutil.rmtree(aside)
     except FileNotFoundError:
-        return  # somebody else removed it in this moment
-    shutil.rmtree(aside)
+        if os.path.lexists(path):
+            raise
+        # Somebody else removed it in this moment.
 
 
 def _name_without_number(path: str) -> str:

@@ -30,7 +30,6 @@ import math
 import operator
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -63,6 +62,7 @@ from ckpt_jax.state_file import (
     update_checkpoint_state,
 )
 from ckpt_jax.store.directory import number_of
+from ckpt_jax.store.staging import STAGING, is_abandoned, remove_abandoned
 from ckpt_jax.trackable.view import view_of
 
 METRICS_FILE = "checkpoint-metrics.json"
@@ -209,8 +209,9 @@ class CheckpointManager:
 
         The checkpoint's save counter advances by one, with an explicit number too. A save
         that fails changes nothing: not the counter, the state file, or any checkpoint. If a
-        write callback fails, the new checkpoint is there, but is not recorded. A save in the
-        background is recorded, and the others are removed, when it has finished.
+        write callback fails, or the state file cannot be written, the new checkpoint is there,
+        but is not recorded. A save in the background is recorded, and the others are removed,
+        when it has finished.
 
         Args:
           checkpoint_number: the number in its name; an integer, or what else `step_counter`
@@ -322,7 +323,8 @@ class CheckpointManager:
         """Removes now what the next save would remove, and what interrupted saves left.
 
           The latter are staging directories of this manager's name with a number up to that of
-          the latest checkpoint; a save that is under way for a later number is not disturbed.
+          the latest checkpoint, whose owner is provably gone. (The next save of a later number
+          removes what an interrupted one has left of it.)
           Where the latest checkpoint is not usable, nothing is removed.
 
           Args:
@@ -351,7 +353,7 @@ class CheckpointManager:
             return []
         if dry_run:
             return [*(record.path for record in sweep.remove), *leftovers]
-        return [*self._sweep(sweep), *(p for p in leftovers if _attempt(shutil.rmtree, p))]
+        return [*self._sweep(sweep), *(p for p in leftovers if _attempt(remove_abandoned, p))]
 
     def sync(self) -> None:
         """Waits for a save in the background.
@@ -400,12 +402,17 @@ class CheckpointManager:
 
     def _record(self, number: int, path: str, metrics: Mapping[str, float]) -> None:
         """Makes a checkpoint that was just committed the latest, and sweeps."""
+        before = self._latest, self._records
         self._latest = path
         others = [record for record in self._records if record.path != path]
         self._records = self._in_order(
             [*others, CheckpointRecord(number, self._clock(), metrics, path)]
         )
-        self._write_state()
+        try:
+            self._write_state()
+        except BaseException:  # not recorded, so it is not the latest
+            self._latest, self._records = before
+            raise
         sweep = self._plan_sweep()
         if (sweep.preserve or sweep.remove) and self._is_latest_usable():
             self._sweep(sweep)
@@ -439,7 +446,10 @@ class CheckpointManager:
                 stay.append(record)
         self._records = self._in_order([*sweep.keep, *stay])
         self._last_preserved = sweep.last_preserved
-        self._write_state()
+        try:
+            self._write_state()
+        except OSError as error:  # the file still names the latest, and some that are gone
+            _log.warning("%s: what was removed could not be recorded: %s", self._directory, error)
         return removed
 
     def _write_state(self) -> None:
@@ -459,26 +469,26 @@ class CheckpointManager:
         )
 
     def _leftovers(self) -> list[str]:
-        """Staging directories of saves and removals that a later save has made pointless."""
+        """Abandoned staging directories that a later save has made pointless."""
         latest = number_of(self._latest) if self._latest else None
         if latest is None or not os.path.isdir(self._directory):
             return []
-        pattern = re.compile(rf"{re.escape(self._name)}-(\d+)\.staging-[0-9a-f]{{16}}")
+        own = re.compile(rf"{re.escape(self._name)}-(\d+)")
         return [
-            os.path.join(self._directory, name)
+            path
             for name in sorted(os.listdir(self._directory))
-            if (found := pattern.fullmatch(name)) and int(found.group(1)) <= latest
+            if (staging := STAGING.match(name)) and (of := own.fullmatch(staging["name"]))
+            if int(of[1]) <= latest and is_abandoned(path := os.path.join(self._directory, name))
         ]
 
 
-def _attempt(remove: Callable[[str], object], path: str) -> bool:
-    """Whether `path` could be removed; the save before it has succeeded, so it must not fail."""
+def _attempt(remove: Callable[[str], bool | None], path: str) -> bool:
+    """Whether `path` was removed; the save before it has succeeded, so it must not fail."""
     try:
-        remove(path)
+        return remove(path) is not False
     except OSError as error:
         _log.warning("%s could not be removed: %s", path, error)
         return False
-    return True
 
 
 # --- numbers ---------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 
 from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.arrays.values import as_saved
-from ckpt_jax.errors import CorruptCheckpointError
+from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_jax.graph import codec, objects
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
@@ -25,7 +25,7 @@ from ckpt_jax.io import Source, read_values
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.readers import NamedValues, open_foreign
 from ckpt_jax.store.box import Box
-from ckpt_jax.store.directory import require_checkpoint
+from ckpt_jax.store.directory import MANIFEST, require_checkpoint
 from ckpt_jax.store.index import dtype_of
 from ckpt_jax.store.read import ShardedReader
 from ckpt_jax.store.seal import unseal
@@ -49,10 +49,15 @@ class CheckpointReader:
 
     def __init__(self, path: str | bytes | os.PathLike[Any]):
         self.path = os.fsdecode(path)
-        foreign = open_foreign(self.path)
-        if foreign is None:
-            require_checkpoint(self.path)
-        self._source: Source = foreign or ShardedReader(os.path.abspath(self.path))
+        self._opened = _identity(self.path)
+        try:
+            foreign = open_foreign(self.path)
+            if foreign is None:
+                require_checkpoint(self.path)
+            self._source: Source = foreign or ShardedReader(os.path.abspath(self.path))
+        except CorruptCheckpointError as error:
+            self._check_not_replaced(error)
+            raise
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -64,6 +69,16 @@ class CheckpointReader:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+        if isinstance(error, CorruptCheckpointError):
+            self._check_not_replaced(error)
+
+    def _check_not_replaced(self, error: CorruptCheckpointError) -> None:
+        """What looks like damage may be another checkpoint, saved to this path meanwhile."""
+        if _identity(self.path) != self._opened:
+            raise CheckpointNotFoundError(
+                f"{self.path} was replaced or removed while it was being read; nothing of it was "
+                "used. Read it again."
+            ) from error
 
     def close(self) -> None:
         """Closes the files; further reads fail."""
@@ -246,3 +261,12 @@ def _dtype(name: str) -> np.dtype:
         return dtype_of(name)
     except ValueError:
         return np.dtype(object)
+
+
+def _identity(path: str) -> tuple[int, int, int] | None:
+    """What tells a checkpoint from others of the same path; None where there is none."""
+    try:
+        manifest = os.stat(os.path.join(path, MANIFEST))
+    except OSError:
+        return None
+    return manifest.st_dev, manifest.st_ino, manifest.st_mtime_ns

@@ -19,15 +19,16 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from google.protobuf import text_format
 
 from ckpt_jax._proto import checkpoint_state_pb2
-from ckpt_jax.store.durable import fsync_directory
+from ckpt_jax.store.durable import fsync_directory, naming
+from ckpt_jax.store.staging import claim, new_file, remove_leftovers
 
 STATE_FILE = "checkpoint"
 
@@ -204,15 +205,31 @@ def _stored_path(directory: str, path: str) -> str:
 
 
 def replace_file(path: str, text: str) -> None:
-    temporary = f"{path}.{secrets.token_hex(8)}.tmp"
+    """Replaces a small file in one step, durably; where that fails, it is as it was.
+
+    Raises:
+      OSError: naming the file.
+    """
+    before: bytes | None = None
+    with suppress(FileNotFoundError):
+        before = Path(path).read_bytes()
+    remove_leftovers(path)
+    _put(path, text.encode("ascii"))
     try:
-        with open(temporary, "x", encoding="ascii", newline="\n") as file:
-            file.write(text)
+        fsync_directory(os.path.dirname(path) or os.curdir)
+    except OSError:
+        # The new file is in place, but nobody may rely on it.
+        if before is None:
+            os.unlink(path)
+        else:
+            _put(path, before)
+        raise
+
+
+def _put(path: str, contents: bytes) -> None:
+    with claim(path, new_file) as temporary:
+        with naming(temporary), open(temporary, "wb") as file:
+            file.write(contents)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(temporary)
-        raise
-    fsync_directory(os.path.dirname(path) or os.curdir)

@@ -13,22 +13,19 @@ import errno
 import os
 import re
 import secrets
-import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ckpt_jax.errors import CheckpointNotFoundError
-from ckpt_jax.store.durable import fsync_directory
+from ckpt_jax.store.durable import fsync_directory, make_directories
+from ckpt_jax.store.staging import claim, is_staging, locked, remove_leftovers
 
 MANIFEST = "manifest.ocdbt"
-_STAGING = re.compile(r"^(?P<name>.+)\.staging-[0-9a-f]{16}$")
 
 
 def is_checkpoint(path: str) -> bool:
     """Whether `path` is a directory with a committed root database."""
-    return os.path.isfile(os.path.join(path, MANIFEST)) and not _STAGING.match(
-        os.path.basename(os.path.abspath(path))
-    )
+    return os.path.isfile(os.path.join(path, MANIFEST)) and not is_staging(path)
 
 
 def checkpoints_in(directory: str) -> list[str]:
@@ -59,7 +56,7 @@ def require_checkpoint(path: str) -> None:
     """
     if is_checkpoint(path):
         return
-    if _STAGING.match(os.path.basename(os.path.abspath(path))):
+    if is_staging(path):
         what = f"{path} is the staging directory of a save that did not finish"
         near = os.path.dirname(os.path.abspath(path))
     elif os.path.isdir(path):
@@ -88,23 +85,22 @@ def require_checkpoint(path: str) -> None:
 def staged(path: str, *, overwrite: bool, durable: bool) -> Iterator[str]:
     """A staging directory that becomes `path` when the block ends well, and goes when not.
 
+    What abandoned saves to the same path have left goes first: it may be what fills the disk.
+
     Raises:
       FileExistsError: there is something at `path` that may not be replaced.
     """
     path = os.path.realpath(path)  # a link stays, what it names is replaced
     _check_replaceable(path, overwrite)
     parent = os.path.dirname(path)
-    os.makedirs(parent, exist_ok=True)
-    staging = f"{path}.staging-{secrets.token_hex(8)}"
-    try:
-        os.mkdir(staging)
+    if durable:
+        make_directories(parent)
+    else:
+        os.makedirs(parent, exist_ok=True)
+    remove_leftovers(path)
+    with claim(path) as staging:
         yield staging
-        _publish(staging, path, overwrite=overwrite)
-        if durable:
-            fsync_directory(parent)
-    finally:
-        # Nothing is left of a save that failed; after an exchange this is the old checkpoint.
-        shutil.rmtree(staging, ignore_errors=True)
+        _publish(staging, path, overwrite=overwrite, durable=durable)
 
 
 def _check_replaceable(path: str, overwrite: bool) -> None:
@@ -117,20 +113,51 @@ def _check_replaceable(path: str, overwrite: bool) -> None:
         raise FileExistsError(f"{path} exists and is not a checkpoint; it is not replaced")
 
 
-def _publish(staging: str, path: str, *, overwrite: bool) -> None:
+def _publish(staging: str, path: str, *, overwrite: bool, durable: bool) -> None:
+    """Gives `staging` the name `path`; where that cannot be made durable, all is as before."""
+    new = os.stat(staging)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(FileNotFoundError):
+            # While it may have to come back, nobody may take it for abandoned.
+            stack.enter_context(locked(path))
+        undo = _take_name(staging, path, overwrite)
+        if not durable:
+            return
+        try:
+            fsync_directory(os.path.dirname(path))
+        except OSError:
+            # Unless another save has replaced it meanwhile.
+            if os.path.samestat(new, os.stat(path)):
+                undo()
+            raise
+
+
+def _take_name(staging: str, path: str, overwrite: bool) -> Callable[[], object]:
+    """Renames `staging` to `path`, and what is there to `staging`; returns what undoes it."""
     try:
         os.rename(staging, path)
-        return
+        return lambda: os.rename(path, staging)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
     _check_replaceable(path, overwrite)
-    if not _exchange(staging, path):
-        # Without an atomic exchange the old checkpoint steps aside for the new one.
-        aside = f"{path}.staging-{secrets.token_hex(8)}"
-        os.rename(path, aside)
+    _swap(staging, path)
+    return lambda: _swap(staging, path)
+
+
+def _swap(staging: str, path: str) -> None:
+    if _exchange(staging, path):
+        return
+    # Without an atomic exchange the old checkpoint steps aside for the new one, under a name
+    # that nobody takes for abandoned: if this process dies here, it is the only one there is.
+    aside = f"{path}.replaced-{secrets.token_hex(8)}"
+    os.rename(path, aside)
+    try:
         os.rename(staging, path)
-        shutil.rmtree(aside, ignore_errors=True)
+    except OSError:
+        os.rename(aside, path)
+        raise
+    os.rename(aside, staging)
 
 
 def _exchange(one: str, other: str) -> bool:

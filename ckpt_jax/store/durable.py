@@ -1,18 +1,35 @@
 """Durability: what has to be flushed so that a power failure does not take it away.
 
-A file survives when both its bytes and the directory entry that names it have been flushed.
+A file survives when both its bytes and the directory entry that names it have been flushed. A
+flush that has failed is final: the system may have dropped the bytes, and a second one would
+report a success that it did not have. So nothing here is tried twice; the error is raised, and
+whatever was being saved has failed.
 """
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def naming(path: str) -> Iterator[None]:
+    """Gives a system error that names no file the name `path`."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), path) from error
+        raise
 
 
 def fsync_file(path: str) -> None:
     """Flushes the contents and the size of the file at `path`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        with naming(path):
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
@@ -20,3 +37,17 @@ def fsync_file(path: str) -> None:
 def fsync_directory(path: str) -> None:
     """Flushes the names in the directory at `path`, not the files that they name."""
     fsync_file(path)
+
+
+def make_directories(path: str) -> None:
+    """Makes the directory at `path` and what is missing above it, each flushed into its parent."""
+    if os.path.isdir(path):
+        return
+    parent = os.path.dirname(os.path.abspath(path))
+    make_directories(parent)
+    try:
+        os.mkdir(path)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+    fsync_directory(parent)

@@ -1,0 +1,281 @@
+"""Staging: what is not yet there or on its way out; whose it is, and when others may remove it.
+
+What a save writes before it is a checkpoint, and what is being removed, is called so, beside the
+path that it is about. Mostly it is a directory; of a state file, it is a file:
+
+    <path>.staging-<system><process><start><chance>      eight hexadecimal digits each
+
+The name says who made it: the running system (its boot and its process namespace, hashed), the
+process in it, and when that started, so that no later process of the same number is taken for
+it. Besides, the owner holds a lock (flock) on it while it is at work.
+
+Staging is *abandoned* where its owner is provably gone: the lock is free although
+the owner would have to hold it, or the process that the name tells of runs no longer.
+
+* A free lock is proof on a file system that only this machine can have mounted, whatever the
+  name says (the owner may have run before a reboot, or in a container that is gone), and on any
+  other one for names of this system.
+* Where it cannot be locked, as directories on NFS, only the name is left, and only names of this
+  system prove anything.
+
+All else is left alone. To make something and to lock it are two steps, between which somebody
+else may find it and hold or remove it; then it is made again, under another name.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from enum import Enum
+
+STAGING = re.compile(r"^(?P<name>.+)\.staging-(?P<owner>[0-9a-f]{16}|[0-9a-f]{32})$", re.DOTALL)
+
+_log = logging.getLogger("ckpt_jax")
+
+# File systems on one machine at a time, by the magic numbers of statfs(2).
+_LOCAL = frozenset(
+    {
+        0xEF53,  # ext2, ext3, ext4
+        0x58465342,  # xfs
+        0x9123683E,  # btrfs
+        0x01021994,  # tmpfs
+        0x794C7630,  # overlayfs
+        0xF2F52010,  # f2fs
+        0x2FC12FC1,  # zfs
+    }
+)
+
+
+class Lock(Enum):
+    """What came of the attempt to lock something."""
+
+    OURS = "we hold it"
+    THEIRS = "somebody else holds it"
+    NONE = "it cannot be locked there"
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process, told apart from all others of this and other machines, then and now.
+
+    Attributes:
+      system: the boot and the process namespace in which it runs, hashed.
+      process: its number there.
+      start: when it started, in ticks since the boot, modulo 2**32.
+    """
+
+    system: int
+    process: int
+    start: int
+
+    def __str__(self) -> str:
+        return f"{self.system:08x}{self.process:08x}{self.start:08x}"
+
+
+def is_staging(path: str) -> bool:
+    """Whether a path has the name of a staging directory."""
+    return STAGING.match(os.path.basename(os.path.abspath(path))) is not None
+
+
+def staging_name(path: str) -> str:
+    """A new name of a staging directory for `path`, of this process."""
+    process = os.getpid()
+    owner = Owner(_system(), process, _start_of(process) or 0)
+    return f"{path}.staging-{owner}{secrets.token_hex(4)}"
+
+
+def new_directory(path: str) -> None:
+    os.mkdir(path)
+
+
+def new_file(path: str) -> None:
+    os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+
+
+@contextmanager
+def claim(path: str, make: Callable[[str], None] = new_directory) -> Iterator[str]:
+    """New staging for `path`, held by this process until the block ends.
+
+    What is under its name at the end of the block is removed, as far as that is possible.
+    """
+    staging, lock = _new_staging(path, make)
+    with lock:
+        try:
+            yield staging
+        finally:
+            # What failed has already said why; what stays is abandoned from now on.
+            with suppress(OSError):
+                _remove(staging)
+
+
+def _new_staging(path: str, make: Callable[[str], None]) -> tuple[str, ExitStack]:
+    while True:
+        staging = staging_name(path)
+        make(staging)
+        with ExitStack() as stack:
+            try:
+                lock = stack.enter_context(locked(staging))
+            except FileNotFoundError:  # taken for abandoned before it was locked
+                continue
+            if lock is not Lock.THEIRS and os.path.exists(staging):
+                return staging, stack.pop_all()
+
+
+def _remove(staging: str) -> None:
+    if os.path.isdir(staging):
+        shutil.rmtree(staging)
+    elif os.path.lexists(staging):
+        os.unlink(staging)
+
+
+@contextmanager
+def locked(path: str) -> Iterator[Lock]:
+    """Tries to lock a directory or a file, without waiting, until the block ends.
+
+    Raises:
+      FileNotFoundError: there is none of this name.
+      OSError: it is a link, or may not be opened.
+    """
+    # Not to wait for the other end of what may be a pipe.
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(path, flags)
+    try:
+        lock = _lock(descriptor)
+        try:
+            yield lock
+        finally:
+            if lock is Lock.OURS:
+                # Closing would not do where a forked child has the descriptor, too.
+                fcntl.flock(descriptor, fcntl.LOCK_UN)
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int) -> Lock:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return Lock.THEIRS
+    except OSError as error:
+        if error.errno in (errno.EBADF, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+            return Lock.NONE
+        raise
+    return Lock.OURS
+
+
+def staging_of(path: str) -> list[str]:
+    """The staging that is about `path`, whoever it belongs to."""
+    parent, name = os.path.split(os.path.abspath(path))
+    with os.scandir(parent) as entries:
+        found = [
+            entry.path
+            for entry in entries
+            if entry.name.startswith(f"{name}.staging-")
+            if (match := STAGING.match(entry.name)) and match["name"] == name
+        ]
+    return sorted(found)
+
+
+def is_abandoned(staging: str) -> bool:
+    """Whether the owner of a staging directory or file is provably gone."""
+    try:
+        with locked(staging) as lock:
+            return _is_abandoned(staging, lock)
+    except OSError:  # it is gone, it is a link, or it may not be opened
+        return False
+
+
+def remove_abandoned(staging: str) -> bool:
+    """Removes a staging directory or file if its owner is provably gone.
+
+    Returns:
+      Whether it was removed.
+
+    Raises:
+      OSError: it could not be removed, or not all of it.
+    """
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(locked(staging))
+        except OSError:  # it is gone, it is a link, or it may not be opened
+            return False
+        if not _is_abandoned(staging, lock):
+            return False
+        _remove(staging)
+        return True
+
+
+def remove_leftovers(path: str) -> None:
+    """Removes what abandoned work on `path` has left, before new work on it begins."""
+    for staging in staging_of(path):
+        try:
+            remove_abandoned(staging)
+        except OSError as error:  # no reason not to go on
+            _log.warning("%s, which was abandoned, could not be removed: %s", staging, error)
+
+
+def _is_abandoned(staging: str, lock: Lock) -> bool:
+    match = STAGING.match(os.path.basename(os.path.abspath(staging)))
+    if match is None or lock is Lock.THEIRS:
+        return False
+    digits = match["owner"]
+    owner = Owner(*(int(digits[i : i + 8], 16) for i in (0, 8, 16))) if len(digits) == 32 else None
+    here = owner is not None and owner.system == _system() != 0
+    if lock is Lock.OURS:
+        return here or _is_local(staging)
+    return owner is not None and here and _is_gone(owner)
+
+
+def _system() -> int:
+    """This boot and process namespace as 32 bits; 0 where the system does not tell."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id", "rb") as file:
+            boot = file.read()
+        namespace = os.readlink("/proc/self/ns/pid").encode()
+    except OSError:
+        return 0
+    return int.from_bytes(hashlib.sha256(boot + namespace).digest()[:4]) or 1
+
+
+def _start_of(process: int) -> int | None:
+    """When a process of this system started; None where the system does not tell."""
+    try:
+        with open(f"/proc/{process}/stat", "rb") as file:
+            # The second field is a program's name, which may hold anything, in parentheses.
+            fields = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None
+    return int(fields[19]) & 0xFFFFFFFF
+
+
+def _is_gone(owner: Owner) -> bool:
+    """Whether a process of this system has ended; one that cannot be looked at has not."""
+    try:
+        os.kill(owner.process, 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return _start_of(owner.process) not in (None, owner.start)
+
+
+def _is_local(path: str) -> bool:
+    """Whether a path lies on a file system that no other machine can have mounted."""
+    if not sys.platform.startswith("linux"):
+        return False
+    status = ctypes.create_string_buffer(512)
+    if ctypes.CDLL(None, use_errno=True).statfs(os.fsencode(path), status) != 0:
+        return False
+    word = ctypes.sizeof(ctypes.c_long)
+    return int.from_bytes(status.raw[:word], sys.byteorder) & 0xFFFFFFFF in _LOCAL
