@@ -10,7 +10,6 @@ TESTS = Path(__file__).parent
 PAGE = (TESTS.parent / "docs" / "behaviours.md").read_text(encoding="utf-8")
 NUMBERS = range(1, 322)
 ROW = re.compile(r"^\| (\d+)(?:-(\d+))? \| (.+) \| (.+) \|$", re.MULTILINE)
-PENDING = " (pending)"
 
 
 def rows():
@@ -24,7 +23,7 @@ STATUS = dict(rows())
 
 
 def statuses(kind):
-    """The numbers of a kind that are not pending."""
+    """The numbers of a kind."""
     return {n for n, status in STATUS.items() if status.split(":")[0] == kind}
 
 
@@ -59,7 +58,7 @@ def test_each_number_is_on_the_page_once_and_in_order():
 
 def test_each_row_holds_or_differs_or_does_not_apply_and_says_why():
     for number, status in STATUS.items():
-        kind, _, reason = status.removesuffix(PENDING).partition(": ")
+        kind, _, reason = status.partition(": ")
         assert kind in ("holds", "differs", "does not apply"), (number, status)
         assert bool(reason) == (kind != "holds"), (number, status)
 
@@ -70,7 +69,7 @@ def test_what_holds_is_shown_by_a_test():
 
 def test_what_differs_is_shown_by_a_test_unless_it_is_not_offered():
     unseen = {n for n in statuses("differs") - MARKED.keys() if "not offered" not in STATUS[n]}
-    assert sorted(n for n in unseen if not STATUS[n].endswith(PENDING)) == []
+    assert sorted(unseen) == []
 
 
 def test_no_test_is_marked_with_what_does_not_apply_or_is_not_on_the_page():

@@ -332,7 +332,9 @@ class _Walk:
                 Node(
                     view.container,
                     # What kind of array a leaf was says its spec, and JAX's names change.
-                    _type_name(view.type_of(obj)) if view.mutable or view.container != "leaf" else "",
+                    ""
+                    if view.container == "leaf" and not view.mutable
+                    else _type_name(view.type_of(obj)),
                     children,
                     attributes,
                     tuple(self.slots.get(i, ())),
