@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ckpt_jax import multihost
 from ckpt_jax.background import Background
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.trace import LiveGraph
@@ -98,8 +99,10 @@ class Checkpoint(AutoTrackable):
         """
         options = options or DEFAULT
         path = os.fsdecode(path)
-        self._background().wait()
-        self._write(path, options)
+        with ExitStack() as stack:
+            meeting = self._meet(path, options, stack)
+            self._background().wait()
+            self._write(path, options, meeting, stack)
         return path
 
     def save(self, prefix: Path, options: CheckpointOptions | None = None) -> str:
@@ -110,45 +113,62 @@ class Checkpoint(AutoTrackable):
         Returns:
           The path of the checkpoint. Pairs with `restore`.
         """
-        self._background().wait()
-        number = self.save_counter + 1
-        path = f"{os.fsdecode(prefix)}-{number}"
+        options = options or DEFAULT
+        with ExitStack() as stack:
+            meeting = self._meet(os.fsdecode(prefix), options, stack)
+            self._background().wait()
+            number = self.save_counter + 1
+            path = f"{os.fsdecode(prefix)}-{number}"
 
-        def committed() -> None:
-            state = CheckpointState(os.path.abspath(path))
-            update_checkpoint_state(os.path.dirname(path) or ".", state)
+            def committed() -> None:
+                if meeting.leads:
+                    state = CheckpointState(os.path.abspath(path))
+                    update_checkpoint_state(os.path.dirname(path) or ".", state)
 
-        def failed() -> None:  # a save that failed has not happened
-            self._count(number - 1)
+            def failed() -> None:  # a save that failed has not happened
+                self._count(number - 1)
 
-        self._count(number)
-        self._write(path, options or DEFAULT, committed, failed)
+            self._count(number)
+            self._write(path, options, meeting, stack, committed, failed)
         return path
+
+    def _meet(self, path: str, options: CheckpointOptions, stack: ExitStack) -> multihost.Meeting:
+        """Meets the other processes for a save, before anything that could fail here."""
+        meeting = multihost.current().meeting(f"saving {path}", options.timeout_seconds)
+        return stack.enter_context(meeting)
 
     def _write(
         self,
         path: str,
         options: CheckpointOptions,
+        meeting: multihost.Meeting,
+        stack: ExitStack,
         committed: Callable[[], None] = lambda: None,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
-        """Writes to `path` and calls back, here or in the background."""
-        with ExitStack() as undo:
-            undo.callback(failed)
-            finish = begin(self._trace(), path, options, overwrite=True)
-            undo_later = undo.pop_all()
+        """Writes to `path` and calls back, here or in the background.
 
-        def work() -> None:
-            with undo_later as undo:
-                finish()
-                undo.pop_all()
+        `stack` holds the meeting. It is taken over where the work goes to the background.
+        """
+        undo = stack.enter_context(ExitStack())
+        undo.callback(failed)
+        finish = begin(self._trace, path, options, meeting, overwrite=True)
+
+        def then() -> None:
+            undo.pop_all()
             _call_back(options.write_callbacks, path)
             committed()
 
-        if options.enable_async:
-            self._background().start(work, f"saving {path}")
-        else:
-            work()
+        if not options.enable_async:
+            finish(then)
+            return
+        later = stack.pop_all()
+
+        def work() -> None:
+            with later:
+                finish(then)
+
+        self._background().start(work, f"saving {path}")
 
     def read(self, path: Path | None, options: CheckpointOptions | None = None) -> LoadStatus:
         """Restores what `write` saved, without touching the save counter; see `restore`."""

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from ckpt_jax import multihost
 from ckpt_jax.arrays import host
 from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.errors import RestoreMismatchError
@@ -63,9 +64,15 @@ def save(
       {'w': array([0, 1, 2]), 'step': 7}
     """
     path = os.fsdecode(path)
-    write_checkpoint(
-        live_graph(tree, for_restore=False), path, options or DEFAULT, overwrite=overwrite
-    )
+    options = options or DEFAULT
+    with multihost.current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
+        write_checkpoint(
+            lambda: live_graph(tree, for_restore=False),
+            path,
+            options,
+            meeting,
+            overwrite=overwrite,
+        )
     return path
 
 

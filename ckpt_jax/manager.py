@@ -13,6 +13,9 @@ Checkpoints are in the order of their numbers, except that the one saved last is
 whatever its number, so that going back to an earlier step and on from there works. Times
 decide nothing but `keep_checkpoint_every_n_hours`.
 
+Where there are several processes, process 0 does all of this, and the others read from the state
+file what came of it. Which checkpoint is restored is for process 0 to say.
+
 Metrics lie in a file of their own beside the state file, `checkpoint-metrics.json`:
 
     {"ckpt-3": {"loss": 0.25}, "ckpt-4": {"loss": "nan"}}
@@ -32,11 +35,13 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
+from ckpt_jax import multihost
 from ckpt_jax.checkpoint import Checkpoint
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_jax.graph.labels import VARIABLE_VALUE
@@ -47,6 +52,7 @@ from ckpt_jax.latest import (
     remove_checkpoint,
 )
 from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.preflight import preflight
 from ckpt_jax.retention import (
     CheckpointRecord,
     KeepAny,
@@ -233,25 +239,32 @@ class CheckpointManager:
         step = None if self._interval is None else as_integer(self._step_counter)
         if step is not None and not self._is_due(step, check_interval):
             return None
-        scores = {name: _as_number(name, value) for name, value in (metrics or {}).items()}
-        self.sync()
-        count = self._checkpoint.save_counter + 1
-        number = count if checkpoint_number is None else as_integer(checkpoint_number)
-        if number < 0:
-            raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
-        path = os.path.join(self._directory, f"{self._name}-{number}")
-        last_step = self._last_step
+        options = options or DEFAULT
+        with ExitStack() as stack:
+            prefix = os.path.join(self._directory, self._name)
+            meeting = self._checkpoint._meet(prefix, options, stack)
+            scores = {name: _as_number(name, value) for name, value in (metrics or {}).items()}
+            self.sync()
+            count = self._checkpoint.save_counter + 1
+            number = count if checkpoint_number is None else as_integer(checkpoint_number)
+            if number < 0:
+                raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
+            path = f"{prefix}-{number}"
+            last_step = self._last_step
 
-        def committed() -> None:
-            self._record(number, path, scores)
+            def committed() -> None:
+                if meeting.leads:
+                    self._record(number, path, scores)
+                else:
+                    self._follow()
 
-        def failed() -> None:  # a save that failed has not happened
-            self._checkpoint._count(count - 1)
-            self._last_step = last_step
+            def failed() -> None:  # a save that failed has not happened
+                self._checkpoint._count(count - 1)
+                self._last_step = last_step
 
-        self._checkpoint._count(count)
-        self._last_step = step
-        self._checkpoint._write(path, options or DEFAULT, committed, failed)
+            self._checkpoint._count(count)
+            self._last_step = step
+            self._checkpoint._write(path, options, meeting, stack, committed, failed)
         return path
 
     def _is_due(self, step: int, check_interval: bool) -> bool:
@@ -287,28 +300,47 @@ class CheckpointManager:
             ...     os.path.basename(path), fresh.step
             ('ckpt-1', 7)
         """
-        self.sync()
-        if self._latest is None:
+        processes = multihost.current()
+        if processes.count > 1:
+            preflight(self._directory)
+        seconds = DEFAULT.timeout_seconds
+        with processes.meeting(f"restoring from {self._directory}", seconds) as meeting:
+            self.sync()
+            paths = meeting.conclude(None, lambda _: self._candidates())
+        if not paths:
             if self._init_fn is not None:
                 self._init_fn()
             return None
-        path = self._restore_newest(self._latest)
+        path = self._restore_newest(paths, processes)
         if self._interval is not None:
             self._last_step = as_integer(self._step_counter)
         return path
 
-    def _restore_newest(self, latest: str) -> str:
-        first: CorruptCheckpointError | CheckpointNotFoundError | None = None
-        for path in [latest, *older_checkpoints(self._directory, latest)]:
-            try:
-                self._checkpoint.restore(path)
-            except (CorruptCheckpointError, CheckpointNotFoundError) as error:
-                _log.warning("the checkpoint %s is not usable: %s", path, error)
-                first = first or error
-                continue
-            if path != latest:
-                _log.warning("fell back to %s, the newest usable checkpoint", path)
-            return path
+    def _candidates(self) -> list[str]:
+        """What there is to restore, best first."""
+        if self._latest is None:
+            return []
+        return [self._latest, *older_checkpoints(self._directory, self._latest)]
+
+    def _restore_newest(self, paths: Sequence[str], processes: multihost.Processes) -> str:
+        first: Exception | None = None
+        for path in paths:
+            error: CorruptCheckpointError | CheckpointNotFoundError | None = None
+            # One that some process cannot use is not used by any.
+            with processes.meeting(f"restoring {path}", DEFAULT.timeout_seconds) as meeting:
+                try:
+                    self._checkpoint.restore(path)
+                except (CorruptCheckpointError, CheckpointNotFoundError) as found:
+                    error = found
+                problem = meeting.conclude(
+                    error and str(error), lambda told: next(filter(None, told), None)
+                )
+            if problem is None:
+                if path != paths[0]:
+                    _log.warning("fell back to %s, the newest usable checkpoint", path)
+                return path
+            _log.warning("the checkpoint %s is not usable: %s", path, problem)
+            first = first or error or CorruptCheckpointError(problem)
         assert first is not None
         raise first
 
@@ -335,7 +367,15 @@ class CheckpointManager:
             ...     [os.path.basename(path) for path in manager.gc(dry_run=True)]
             ['ckpt-1', 'ckpt-2']
         """
-        self.sync()
+        seconds = DEFAULT.timeout_seconds
+        with multihost.current().meeting(f"collecting in {self._directory}", seconds) as meeting:
+            self.sync()
+            removed = meeting.conclude(None, lambda _: self._collect(dry_run))
+            if not meeting.leads:
+                self._follow()
+        return removed
+
+    def _collect(self, dry_run: bool) -> list[str]:
         sweep = self._plan_sweep()
         leftovers = self._leftovers()
         if not (sweep.preserve or sweep.remove or leftovers) or not self._is_latest_usable():
@@ -400,6 +440,22 @@ class CheckpointManager:
         sweep = self._plan_sweep()
         if (sweep.preserve or sweep.remove) and self._is_latest_usable():
             self._sweep(sweep)
+
+    def _follow(self) -> None:
+        """Takes over what process 0 has recorded."""
+        state = get_checkpoint_state(self._directory)
+        if state is None:
+            return
+        self._latest = self._own_path(state.model_checkpoint_path) or state.model_checkpoint_path
+        self._last_preserved = state.last_preserved_timestamp
+        metrics = read_metrics(self._directory) or {}
+        times = state.all_model_checkpoint_timestamps
+        paths = map(self._own_path, state.all_model_checkpoint_paths)
+        self._records = self._in_order(
+            CheckpointRecord(number, then, metrics.get(os.path.basename(path), {}), path)
+            for path, then in zip(paths, times, strict=False)
+            if path is not None and (number := number_of(path)) is not None
+        )
 
     def _plan_sweep(self) -> Sweep:
         if self._policy is None:

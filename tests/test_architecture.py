@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 # From the ground up. A module stands in the layer that names it or, failing that, the closest
 # package above it; it may import from its own layer and from those before.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "options", "report", "version", "_proto"),
+    ("errors", "options", "report", "version", "_proto", "jax_internals"),
     ("graph.labels", "graph.model", "store.box"),
     ("trackable",),
     ("graph",),
@@ -35,7 +35,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("savers",),
     ("flax",),
     ("reader", "readers", "multihost"),
-    ("saving", "restoring", "latest", "verifying", "background"),
+    ("saving", "restoring", "latest", "verifying", "background", "preflight"),
     ("status", "checkpoint", "functional"),
     ("retention",),
     ("manager", "inspect"),
@@ -62,6 +62,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "tensorstore": ("ckpt_jax.store", "ckpt_jax.readers"),
     "tensorflow": ("ckpt_jax.readers",),
     "orbax": ("ckpt_jax.readers",),
+    "jax._src": ("ckpt_jax.jax_internals",),
 }
 
 

@@ -16,6 +16,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from ckpt_jax.errors import CheckpointNotFoundError
 from ckpt_jax.store.durable import fsync_directory
@@ -84,30 +85,70 @@ def require_checkpoint(path: str) -> None:
     raise CheckpointNotFoundError(what)
 
 
-@contextlib.contextmanager
-def staged(path: str, *, overwrite: bool, durable: bool) -> Iterator[str]:
-    """A staging directory that becomes `path` when the block ends well, and goes when not.
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """Where a checkpoint is written before it takes its name.
+
+    Attributes:
+      path: where the checkpoint will be.
+      directory: beside it, where it is now.
+    """
+
+    path: str
+    directory: str
+
+    @classmethod
+    def of(cls, path: str, token: str) -> Staging:
+        """The staging directory for `path`, with a name that 16 hex digits make its own."""
+        path = os.path.realpath(path)  # a link stays, what it names is replaced
+        return cls(path, f"{path}.staging-{token}")
+
+    def publish(self, *, overwrite: bool, durable: bool) -> None:
+        """Gives the checkpoint its name.
+
+        Raises:
+          FileExistsError: there is something that may not be replaced.
+        """
+        _publish(self.directory, self.path, overwrite=overwrite)
+        if durable:
+            fsync_directory(os.path.dirname(self.path))
+
+    @contextlib.contextmanager
+    def removed_after(self) -> Iterator[None]:
+        """Leaves nothing of a save that failed; after an exchange this is the old checkpoint."""
+        try:
+            yield
+        finally:
+            shutil.rmtree(self.directory, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def removed_where_failed(self, shards: str, prefix: str) -> Iterator[None]:
+        """Leaves nothing of what this process wrote, where it is not the one to remove all.
+
+        It may be late: then the others are through, and it has made the directories anew.
+
+        Args:
+          shards: directory below the staging directory.
+          prefix: what the names in it of this process begin with.
+        """
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                for name in os.listdir(shards):
+                    if name.startswith(prefix):
+                        shutil.rmtree(os.path.join(shards, name), ignore_errors=True)
+                os.rmdir(shards)  # refused as long as there is something of another process
+                os.rmdir(self.directory)
+            raise
+
+
+def check_replaceable(path: str, overwrite: bool) -> None:
+    """Checks that a checkpoint may be written to `path`.
 
     Raises:
-      FileExistsError: there is something at `path` that may not be replaced.
+      FileExistsError: there is something that may not be replaced.
     """
-    path = os.path.realpath(path)  # a link stays, what it names is replaced
-    _check_replaceable(path, overwrite)
-    parent = os.path.dirname(path)
-    os.makedirs(parent, exist_ok=True)
-    staging = f"{path}.staging-{secrets.token_hex(8)}"
-    try:
-        os.mkdir(staging)
-        yield staging
-        _publish(staging, path, overwrite=overwrite)
-        if durable:
-            fsync_directory(parent)
-    finally:
-        # Nothing is left of a save that failed; after an exchange this is the old checkpoint.
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _check_replaceable(path: str, overwrite: bool) -> None:
     if not os.path.lexists(path):
         return
     if is_checkpoint(path):
@@ -124,7 +165,7 @@ def _publish(staging: str, path: str, *, overwrite: bool) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-    _check_replaceable(path, overwrite)
+    check_replaceable(path, overwrite)
     if not _exchange(staging, path):
         # Without an atomic exchange the old checkpoint steps aside for the new one.
         aside = f"{path}.staging-{secrets.token_hex(8)}"
