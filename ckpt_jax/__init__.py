@@ -18,6 +18,8 @@ from ckpt_jax.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
+    PreflightError,
+    ProcessError,
     RegistrationError,
     RestoreMismatchError,
     ShardError,
@@ -43,6 +45,8 @@ from ckpt_jax.options import (
     ShardByDevice,
     ShardByProcess,
 )
+from ckpt_jax.per_process import PerProcess
+from ckpt_jax.preflighting import preflight
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.retention import (
@@ -95,7 +99,10 @@ __all__ = [
     "LoadStatus",
     "MaxShardSize",
     "NoDependency",
+    "PerProcess",
     "PlannedSlice",
+    "PreflightError",
+    "ProcessError",
     "PythonState",
     "RegistrationError",
     "ReportEntry",
@@ -124,6 +131,7 @@ __all__ = [
     "no_automatic_dependency_tracking",
     "object_metadata",
     "plan_restore",
+    "preflight",
     "register_checkpoint_saver",
     "register_serializable",
     "register_view",

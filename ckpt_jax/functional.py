@@ -218,7 +218,7 @@ def load(
         for (node, name), attribute in wanted.items():
             value = reader.as_saved(attribute.key, data[attribute.key], attribute.spec)
             values.setdefault(node, {})[name] = value
-        return _build(saved, values, everything=only is None)
+        return build(saved, values, everything=only is None)
 
 
 def _request(path: str, spec: LeafSpec, sharding: Any) -> jax.ShapeDtypeStruct | None:
@@ -236,7 +236,7 @@ def _request(path: str, spec: LeafSpec, sharding: Any) -> jax.ShapeDtypeStruct |
     return jax.ShapeDtypeStruct(spec.shape, struct.dtype, sharding=sharding)
 
 
-def _build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:
+def build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:
     """Plain containers from a graph, leaves first."""
     keep = set(values)
     parents: dict[int, list[int]] = {}

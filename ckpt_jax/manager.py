@@ -52,7 +52,7 @@ from ckpt_jax.latest import (
     remove_checkpoint,
 )
 from ckpt_jax.options import DEFAULT, CheckpointOptions
-from ckpt_jax.preflight import preflight
+from ckpt_jax.preflighting import preflight
 from ckpt_jax.retention import (
     CheckpointRecord,
     KeepAny,
@@ -332,9 +332,7 @@ class CheckpointManager:
                     self._checkpoint.restore(path)
                 except (CorruptCheckpointError, CheckpointNotFoundError) as found:
                     error = found
-                problem = meeting.conclude(
-                    error and str(error), lambda told: next(filter(None, told), None)
-                )
+                problem = meeting.conclude(error and str(error), _first_problem)
             if problem is None:
                 if path != paths[0]:
                     _log.warning("fell back to %s, the newest usable checkpoint", path)
@@ -516,6 +514,14 @@ class CheckpointManager:
             for name in sorted(os.listdir(self._directory))
             if (found := pattern.fullmatch(name)) and int(found.group(1)) <= latest
         ]
+
+
+def _first_problem(problems: Sequence[str | None]) -> str | None:
+    """Of the processes' problems the first, with the process where there are several."""
+    for process, problem in enumerate(problems):
+        if problem is not None:
+            return problem if len(problems) == 1 else f"process {process}: {problem}"
+    return None
 
 
 def _attempt(remove: Callable[[str], object], path: str) -> bool:

@@ -350,7 +350,7 @@ class Meeting:
 
     def _announce(self, error: BaseException) -> CheckpointError | None:
         """Tells the others; returns the error of one that failed before."""
-        text = json.dumps({"error": _described(error, self.index)})
+        text = json.dumps({"error": _described(error, self.index, self.what)})
         patience = min(self._timeout, _PATIENCE_SECONDS)
         try:
             if self._has_decided or self._tell("decision", text, patience):
@@ -417,15 +417,18 @@ class Meeting:
         return {key.removeprefix(prefix): value for key, value in found.items()}
 
 
-def _described(error: BaseException, index: int) -> dict[str, Any]:
-    timeout = isinstance(error, BarrierTimeoutError)
-    text = str(error)[:_MAX_MESSAGE]
-    if timeout:
-        message = f"process {index} gave up: {text}"
+def _described(error: BaseException, index: int, what: str) -> dict[str, Any]:
+    """An error as the other processes hear of it."""
+    text = str(error).removeprefix(f"{what}: ")[:_MAX_MESSAGE]
+    processes = (index,)
+    if isinstance(error, ProcessError):
+        message, processes = text, error.processes
+    elif isinstance(error, BarrierTimeoutError):
+        message, processes = f"process {index} gave up: {text}", error.processes
     else:
         message = f"process {index} failed with {type(error).__name__}: {text}"
-    processes = error.processes if isinstance(error, BarrierTimeoutError) else (index,)
-    return {"message": message, "is_timeout": timeout, "processes": processes}
+    is_timeout = isinstance(error, BarrierTimeoutError)
+    return {"message": message, "is_timeout": is_timeout, "processes": processes}
 
 
 # --- which processes there are ---------------------------------------------------------

@@ -74,7 +74,7 @@ def begin(
     """
     live = trace()
     process = meeting.index
-    values = _values(live)
+    values = encoded_values(live)
     snapshot = default.snapshot(
         values, copy=options.enable_async, process=process, count=meeting.count
     )
@@ -156,7 +156,7 @@ def _check_agreement(reports: Sequence[_Report], what: str) -> None:
         )
 
 
-def _values(live: LiveGraph) -> dict[str, Any]:
+def encoded_values(live: LiveGraph) -> dict[str, Any]:
     """Every value of the default saver by key, as an array or a byte string."""
     values: dict[str, Any] = {}
     problems: list[tuple[str, str]] = []

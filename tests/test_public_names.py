@@ -16,6 +16,7 @@ PUBLIC = (
     "Variable",
     "PythonState",
     "NoDependency",
+    "PerProcess",
     "no_automatic_dependency_tracking",
     "SlotOwner",
     "register_view",
@@ -50,6 +51,7 @@ PUBLIC = (
     "KeepEveryNSteps",
     "KeepBest",
     "KeepAny",
+    "preflight",
     # savers and classes of one's own
     "io",
     "register_checkpoint_saver",
@@ -72,6 +74,8 @@ PUBLIC = (
     "RegistrationError",
     "AsyncSaveError",
     "BarrierTimeoutError",
+    "ProcessError",
+    "PreflightError",
 )
 
 

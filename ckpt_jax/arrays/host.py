@@ -127,6 +127,18 @@ def place(
 
     Contents that lie at multiples of 64 bytes become the array's memory on CPU without a copy.
     """
+    # Without 64-bit types enabled, JAX would place 32-bit shards in an array that says 64.
+    wide = jax.enable_x64(True) if dtype.itemsize >= 8 else contextlib.nullcontext()
+    with wide:
+        return _place(shape, dtype, sharding, contents)
+
+
+def _place(
+    shape: Shape,
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding,
+    contents: Sequence[np.ndarray],
+) -> jax.Array:
     devices, numbers = _device_boxes(sharding, shape)
     if place_shards is None or not devices:  # an array can lie on other processes' devices only
         parts = jax.device_put([contents[n] for n in numbers], list(devices))
