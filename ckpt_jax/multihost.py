@@ -345,8 +345,11 @@ class Meeting:
             self._is_settled = True
             heard = self._announce(error)
         self._processes._close(self._number)
-        if heard is not None and isinstance(error, Exception):
-            raise heard from error
+        if heard is None or error is None:
+            return
+        if isinstance(error, OSError) and not isinstance(error, CheckpointError):
+            raise heard from error  # files went because another process had failed
+        error.add_note(f"Another process had failed before: {heard}")
 
     def _announce(self, error: BaseException) -> CheckpointError | None:
         """Tells the others; returns the error of one that failed before."""

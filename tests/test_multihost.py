@@ -386,6 +386,46 @@ def test_a_failed_background_save_is_raised_on_all_and_the_next_one_works(tmp_pa
     assert ckpt.load(tmp_path / "free")["w"].tolist() == [0, 1, 2]
 
 
+def test_the_next_save_raises_on_each_process_what_failed_in_the_background(tmp_path):
+    options = CheckpointOptions(enable_async=True)
+
+    def refuse():
+        raise ValueError("not today")
+
+    def program(processes):
+        checkpoint = ckpt.Checkpoint(w=np.arange(3))
+        checkpoint.write(
+            tmp_path / "a", CheckpointOptions(enable_async=True, write_callbacks=[refuse])
+        )
+        try:
+            checkpoint.write(tmp_path / "b", options)
+        except ckpt.AsyncSaveError as error:
+            return str(error)
+
+    for message in together(3, program):
+        assert "not today" in message
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_files_that_go_with_the_failure_of_another_process_are_not_what_is_raised(tmp_path):
+    failed = threading.Event()
+
+    def program(processes):
+        try:
+            with processes.meeting("meeting", SECONDS) as meeting:
+                if meeting.leads:
+                    raise ValueError("no space")
+                failed.wait()
+                open(tmp_path / "gone")
+        finally:
+            failed.set()
+
+    first, other = together(2, program)
+    assert str(first) == "no space"
+    assert str(other) == "meeting: process 0 failed with ValueError: no space"
+    assert isinstance(other.__cause__, FileNotFoundError)
+
+
 def test_a_late_process_leaves_nothing_behind(tmp_path):
     over = threading.Event()
 

@@ -1,10 +1,11 @@
 """Several real processes, each with several virtual devices, on one directory."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
-from processes import outputs_of
+from processes import outputs_of, running
 from trees import LAYOUTS, differences, placed_tree
 
 import ckpt_jax as ckpt
@@ -85,3 +86,115 @@ def test_what_four_processes_save_is_restored_by_any_number(tmp_path):
 def test_what_fewer_processes_saved_is_restored_by_four(tmp_path, count):
     outputs_of(SAVE, count, 8 // count, tmp_path, "4x2")
     assert_all_restore(tmp_path, 4, 2, "2x4", "8")
+
+
+# A save in which one process is killed or stopped by its own hand, at a chosen call of the
+# coordination service. The others say how it ended for them, and leave without a farewell, which
+# would wait for the dead.
+SAVE_AT_RISK = """
+import signal
+import numpy as np
+import ckpt_jax as ckpt
+from ckpt_jax import multihost
+
+directory, victim, point, code = arguments
+
+def reached(place):
+    if index == int(victim) and place == point:
+        print("reached", flush=True)
+        os.kill(os.getpid(), int(code))
+
+class Watched(multihost.CoordinationService):
+    def set(self, key, value, timeout_seconds):
+        name = key.rpartition("/")[2] if "reports" not in key else "report"
+        reached(f"before {name}")
+        result = super().set(key, value, timeout_seconds)
+        reached(f"after {name}")
+        return result
+
+    def get(self, key, timeout_seconds):
+        result = super().get(key, timeout_seconds)
+        if key.endswith("/outcome"):
+            reached("after outcome")
+        return result
+
+multihost.CoordinationService = Watched
+options = ckpt.CheckpointOptions(timeout_seconds=4)
+tree = {"w": np.arange(1000.0), "own": ckpt.PerProcess(index)}
+try:
+    ckpt.save(f"{directory}/a", tree, options=options)
+    print("saved", flush=True)
+except (ckpt.BarrierTimeoutError, ckpt.ProcessError) as error:
+    print("failed", type(error).__name__, error.processes, error, flush=True)
+os._exit(0)
+"""
+
+
+def assert_all_or_nothing(directory, outputs):
+    """Who says that it was saved is right, and what is there is whole."""
+    if any("saved\n" in output for output in outputs):
+        assert "a" in os.listdir(directory)
+    if "a" in os.listdir(directory):
+        assert ckpt.verify(directory / "a").ok
+        assert ckpt.load(directory / "a")["w"].tolist() == list(range(1000))
+
+
+def save_at_risk(directory, victim, point, code):
+    """What two processes say of a save in which one is killed, or stopped for a while."""
+    with running(SAVE_AT_RISK, 2, 1, directory, victim, point, int(code)) as run:
+        run.wait_for_signal(victim, code)
+        (survivor,) = {0, 1} - {victim}
+        outputs = run.finish(survivor)
+        if code == signal.SIGSTOP:
+            run.started[victim].send_signal(signal.SIGCONT)
+        outputs = run.finish(victim)
+    assert "reached\n" in outputs[victim]
+    assert_all_or_nothing(directory, outputs)
+    return outputs[survivor]
+
+
+SIGNALS = [signal.SIGKILL, signal.SIGSTOP]
+
+
+@pytest.mark.parametrize(
+    "code", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
+def test_a_process_lost_before_it_reports_is_named_and_nothing_is_saved(tmp_path, code):
+    output = save_at_risk(tmp_path, 1, "before report", code)
+    assert "failed BarrierTimeoutError (1,)" in output, output
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", SIGNALS)
+@pytest.mark.parametrize("point", ["after report", "after outcome"])
+def test_a_process_lost_after_it_reported_does_not_keep_the_others(tmp_path, point, code):
+    output = save_at_risk(tmp_path, 1, point, code)
+    assert "saved\n" in output, output
+    assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("point", "code"),
+    [
+        ("after decision", signal.SIGKILL),
+        *[
+            pytest.param(point, code, marks=pytest.mark.slow)
+            for point in ("before decision", "after decision", "before outcome")
+            for code in SIGNALS
+            if (point, code) != ("after decision", signal.SIGKILL)
+        ],
+    ],
+)
+def test_while_process_0_is_lost_nobody_believes_in_success(tmp_path, point, code):
+    output = save_at_risk(tmp_path, 0, point, code)
+    assert "saved\n" not in output, output
+    if code == signal.SIGSTOP:
+        assert "failed BarrierTimeoutError (0,)" in output, output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("code", SIGNALS)
+def test_process_0_may_be_lost_when_all_have_heard(tmp_path, code):
+    save_at_risk(tmp_path, 0, "after outcome", code)
+    assert os.listdir(tmp_path) == ["a"]
