@@ -40,6 +40,10 @@ class Checkpoint(AutoTrackable):
       **named: objects by name. Anything that has a view: trackables, `nnx` modules and
         optimizers, pytrees, arrays, Python scalars, strings, None.
 
+    Under `jax.distributed` all processes save the same objects in the same order, to a directory
+    that they share. A value that lies on no device, or on devices of one process, is saved as
+    process 0 has it; state of single processes goes into a `PerProcess`.
+
     `checkpoint.name` is the present value: the same object where it is mutable, the rebuilt
     pytree where it is not. Assigning `checkpoint.name` replaces it.
 

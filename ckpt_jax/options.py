@@ -165,8 +165,13 @@ class CheckpointOptions:
       verify: check every checksum that is read. It costs next to nothing here, so that False
         saves nothing: TensorStore checks what it decodes in any case.
       max_inflight_bytes: host memory that a save or restore may use beyond the arrays' own.
-      timeout_seconds: the longest wait for another process, where there are several.
-      shardings, progress, when_busy, broadcast: not built yet; anything but the default raises
+      timeout_seconds: the longest wait for another process, where there are several. Give it
+        the time that the slowest process takes to write, and process 0 to commit.
+      broadcast: where several processes need the same slices of a large array, each reads a part
+        of them, and the devices hand over the rest. All processes have to restore the same at
+        the same time. Where the mesh does not divide an array evenly, each process reads all
+        that it needs.
+      shardings, progress, when_busy: not built yet; anything but the default raises
         NotImplementedError.
 
     Source: `tf.train.CheckpointOptions`.
@@ -210,7 +215,6 @@ _NOT_BUILT: dict[str, tuple[Any, str]] = {
     "shardings": (None, "override where a restore places arrays; give the target shardings"),
     "progress": (None, "show the progress of long saves and restores"),
     "when_busy": ("wait", "skip a save while another is being written"),
-    "broadcast": (False, "let one replica read for the others"),
 }
 
 DEFAULT = CheckpointOptions()

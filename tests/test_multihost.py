@@ -416,7 +416,7 @@ def test_files_that_go_with_the_failure_of_another_process_are_not_what_is_raise
                 if meeting.leads:
                     raise ValueError("no space")
                 failed.wait()
-                open(tmp_path / "gone")
+                (tmp_path / "gone").read_text()
         finally:
             failed.set()
 

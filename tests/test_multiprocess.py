@@ -69,6 +69,54 @@ def test_what_one_process_saved_is_restored_by_two(tmp_path):
     assert_all_restore(tmp_path, 2, 4, "4x2")
 
 
+RESTORE_ONCE = """
+import ckpt_jax as ckpt
+from ckpt_jax.reader import CheckpointReader
+from trees import LAYOUTS, differences, placed_tree
+
+class Counting(CheckpointReader):
+    nbytes = 0
+
+    def close(self):
+        Counting.nbytes += self.bytes_read
+        super().close()
+
+ckpt.functional.CheckpointReader = Counting
+directory, layout = arguments
+target = placed_tree(*LAYOUTS[layout], abstract=True)
+counts = []
+for broadcast in (False, True):
+    Counting.nbytes = 0
+    options = ckpt.CheckpointOptions(broadcast=broadcast, timeout_seconds=60)
+    state = ckpt.restore(f"{directory}/saved", target, options=options)
+    print(differences(state, *LAYOUTS[layout]))
+    counts.append(Counting.nbytes)
+print("read", *counts)
+other = {"w": target["arrays"]["large" if index else "large2"]}
+try:
+    ckpt.restore(f"{directory}/w{index}", other, options=options)
+except ckpt.ProcessError as error:
+    print("refused", error.processes)
+"""
+
+
+def test_with_broadcast_large_replicated_arrays_are_read_once(tmp_path):
+    tree = placed_tree(*LAYOUTS["8"])
+    ckpt.save(tmp_path / "saved", tree)
+    ckpt.save(tmp_path / "w0", {"w": tree["arrays"]["large2"]})
+    ckpt.save(tmp_path / "w1", {"w": tree["arrays"]["large"]})
+    # Of the other large array only the columns can be parted, and rows are read as a whole.
+    parted = tree["arrays"]["large"].nbytes
+    for output in outputs_of(RESTORE_ONCE, 2, 4, tmp_path, "4x2"):
+        one, other, read, refused = [
+            line for line in output.splitlines() if not line.startswith("[Gloo]")
+        ]
+        assert one == other == "[]"
+        without, with_broadcast = map(int, read.split()[1:])
+        assert without - with_broadcast == parted // 2
+        assert refused == "refused (1,)"
+
+
 @pytest.mark.slow
 def test_what_four_processes_save_is_restored_by_any_number(tmp_path):
     outputs_of(SAVE, 4, 2, tmp_path, "2x4")

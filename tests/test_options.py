@@ -40,7 +40,7 @@ def test_values_that_mean_nothing_are_refused(wrong: dict):
 
 @pytest.mark.parametrize(
     "unbuilt",
-    [{"shardings": object()}, {"progress": True}, {"when_busy": "skip"}, {"broadcast": True}],
+    [{"shardings": object()}, {"progress": True}, {"when_busy": "skip"}],
 )
 def test_what_is_not_built_says_so_by_name(unbuilt: dict):
     with pytest.raises(NotImplementedError, match=next(iter(unbuilt))):
