@@ -187,20 +187,18 @@ class Processes:
 
     def _sweep(self, oldest_open: int) -> None:
         """Removes the keys of meetings that no process has open."""
-        with self._lock:
-            done = range(self._swept, oldest_open)
-            self._swept = max(self._swept, oldest_open)
-        for number in done:
-            assert self.service is not None
+        assert self.service is not None
+        for number in range(self._swept, oldest_open):
             self.service.delete(f"{_ROOT}/{number}/", _PATIENCE_SECONDS)
+            self._swept = number + 1
 
     def _run_name(self, timeout_seconds: float) -> str:
         """A random name for this run of the program; learned from process 0 on first use."""
         if not self._nonce:
-            if self.service is None:
-                return secrets.token_hex(16)  # alone, every meeting has a name of its own
             key = f"{_ROOT}/run"
-            if self.index == 0:
+            if self.service is None:
+                name = secrets.token_hex(16)
+            elif self.index == 0:
                 name = secrets.token_hex(16)
                 if not self.service.set(key, name, timeout_seconds):
                     name = self.service.get(key, timeout_seconds) or name

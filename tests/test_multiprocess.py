@@ -15,6 +15,8 @@ import ckpt_jax as ckpt
 from trees import LAYOUTS, placed_tree
 directory, layout = arguments
 path = ckpt.save(f"{directory}/saved", placed_tree(*LAYOUTS[layout]))
+options = ckpt.CheckpointOptions(sharding_policy=ckpt.ShardByProcess())
+ckpt.save(f"{directory}/by-process", placed_tree(*LAYOUTS[layout]), options=options)
 state = ckpt.Checkpoint(state=placed_tree(*LAYOUTS[layout]), note="one")
 print(os.path.basename(state.save(f"{directory}/ckpt")), state.save_counter)
 print(ckpt.latest_checkpoint(directory) == f"{directory}/ckpt-1")
@@ -52,7 +54,7 @@ def shards_of(path):
 def test_what_two_processes_save_is_restored_by_two_and_by_one(tmp_path):
     for output in outputs_of(SAVE, 2, 4, tmp_path, "4x2"):
         assert "ckpt-1 1\nTrue\n" in output
-    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "ckpt-1", "saved"]
+    assert sorted(os.listdir(tmp_path)) == ["by-process", "checkpoint", "ckpt-1", "saved"]
     assert ckpt.verify(tmp_path / "saved").ok
     one, other = shards_of(tmp_path / "saved").values()
     assert max(one, other) < 1.3 * min(one, other)
@@ -67,6 +69,107 @@ def test_what_one_process_saved_is_restored_by_two(tmp_path):
     ckpt.save(tmp_path / "saved", tree)
     ckpt.Checkpoint(state=tree, note="one").save(tmp_path / "ckpt")
     assert_all_restore(tmp_path, 2, 4, "4x2")
+
+
+SAVER = """
+import numpy as np
+import ckpt_jax as ckpt
+from trees import LAYOUTS, contents, placed_tree
+
+class Table:
+    rows = None
+
+def save_fn(tables, prefix):
+    values = {name: table.rows for name, table in tables.items()}
+    if index == 0:
+        values |= {f"{name}/names": np.arange(3) for name in tables}
+    return ckpt.io.write_shard(prefix, values)
+
+def restore_fn(tables, prefix):
+    for name, table in tables.items():
+        table.rows = ckpt.io.read_slices(prefix, {name: table.wanted})[name]
+
+ckpt.register_view(Table, children=lambda table: {}, rebuild=lambda table, new: table)
+ckpt.register_checkpoint_saver(
+    name="Table",
+    predicate=lambda obj: isinstance(obj, Table),
+    save_fn=save_fn,
+    restore_fn=restore_fn,
+)
+(directory,) = arguments
+table, other = Table(), Table()
+table.rows = placed_tree(*LAYOUTS["4x2"])["arrays"]["both"]
+path = ckpt.save(f"{directory}/a", {"table": table})
+other.wanted = placed_tree(*LAYOUTS["2x4"], abstract=True)["arrays"]["both"]
+ckpt.restore(path, {"table": other})
+data = contents()["both"]
+print(all(np.array_equal(part.data, data[part.index]) for part in other.rows.addressable_shards))
+"""
+
+
+def test_a_registered_saver_writes_the_slices_of_each_process(tmp_path):
+    assert outputs_of(SAVER, 2, 4, tmp_path) == ["True\n"] * 2
+    assert sorted(os.listdir(tmp_path / "a" / "shards")) == [
+        "00000-Custom.Table",
+        "00001-Custom.Table",
+    ]
+    assert ckpt.load_variable(tmp_path / "a", "table/names").tolist() == [0, 1, 2]
+
+
+PARTS_OF_THE_WORLD = """
+import numpy as np
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+import ckpt_jax as ckpt
+
+(directory,) = arguments
+data = np.arange(48.0, dtype=np.float32).reshape(8, 6)
+
+def on(devices):
+    return NamedSharding(Mesh(np.array(devices), ("a",)), P("a"))
+
+def placed(sharding):
+    parts = [
+        jax.device_put(data[box], device)
+        for device, box in sharding.addressable_devices_indices_map(data.shape).items()
+    ]
+    return jax.make_array_from_single_device_arrays(data.shape, sharding, parts, dtype=data.dtype)
+
+def holds(array):
+    return all(np.array_equal(part.data, data[part.index]) for part in array.addressable_shards)
+
+of_0, of_1_and_2 = on(jax.devices()[:2]), on(jax.devices()[2:])
+tree = {"first": placed(of_0), "others": placed(of_1_and_2), "own": jnp.full(3, float(index))}
+path = ckpt.save(f"{directory}/a", tree)
+target = {
+    "first": jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=of_1_and_2),
+    "others": jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=of_0),
+    "own": jnp.zeros(3),
+}
+found = ckpt.restore(path, target)
+print(holds(found["first"]), holds(found["others"]), found["own"])
+print(len(found["first"].addressable_shards), len(found["others"].addressable_shards))
+try:
+    ckpt.save(f"{directory}/b", {"w": placed(on(jax.devices()[2:4]))})
+except ckpt.UnsaveableError as error:
+    print("unsaveable", error.problems)
+except ckpt.ProcessError as error:
+    print("other", error.processes)
+"""
+
+
+def test_arrays_may_lie_on_the_devices_of_some_processes(tmp_path):
+    outputs = outputs_of(PARTS_OF_THE_WORLD, 3, 2, tmp_path)
+    for index, output in enumerate(outputs):
+        held, counts, refused = output.splitlines()
+        assert held == "True True [0. 0. 0.]"
+        assert counts == ("0 2" if index == 0 else "2 0")
+        # Process 1 takes the array for its own; the others see that they cannot reach it.
+        assert refused.startswith("other" if index == 1 else "unsaveable (('w', 'lies on"), output
+    assert os.listdir(tmp_path) == ["a"]
+    assert ckpt.load(tmp_path / "a")["first"].tolist() == [
+        [6.0 * row + column for column in range(6)] for row in range(8)
+    ]
 
 
 RESTORE_ONCE = """
@@ -118,8 +221,12 @@ def test_with_broadcast_large_replicated_arrays_are_read_once(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.behaviour(157, 160, 161)
 def test_what_four_processes_save_is_restored_by_any_number(tmp_path):
     outputs_of(SAVE, 4, 2, tmp_path, "2x4")
+    shards = sorted(os.listdir(tmp_path / "by-process" / "shards"))
+    assert shards == [f"{process:05d}-00000" for process in range(4)]
+    assert ckpt.verify(tmp_path / "by-process").ok
     assert sorted(shards_of(tmp_path / "saved")) == [0, 1, 2, 3]
     assert ckpt.verify(tmp_path / "saved").ok
     assert_all_restore(tmp_path, 4, 2, "4x2", "8", "2x4")
