@@ -278,7 +278,9 @@ class CheckpointManager:
         """Restores the latest checkpoint; where there is none, calls `init_fn`.
 
           Where the latest is gone or damaged, the newest older one that can be restored is
-          taken instead, by number, and a warning says so.
+          taken instead, by number, and a warning says so. Where there are several processes,
+          `preflight` comes first, and all restore the same checkpoint: one that some process
+          cannot use is used by none.
 
           Returns:
             The path of the checkpoint that was restored, or None where there was none.
@@ -287,6 +289,7 @@ class CheckpointManager:
             CheckpointNotFoundError, CorruptCheckpointError: there should be a checkpoint, but
               neither the latest nor an older one is usable; the error is that of the latest.
             RestoreMismatchError, UnsupportedFormatError: as `Checkpoint.restore`.
+            PreflightError, ProcessError, BarrierTimeoutError: where there are several processes.
 
           Source: `tf.train.CheckpointManager.restore_or_initialize`, without the older ones.
 

@@ -25,6 +25,7 @@ from ckpt_jax.arrays.values import encode
 from ckpt_jax.errors import ProcessError, ShardError, UnsaveableError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, path_of
+from ckpt_jax.graph.model import ObjectGraph
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.multihost import Meeting
 from ckpt_jax.options import CheckpointOptions
@@ -34,6 +35,8 @@ from ckpt_jax.store.directory import Staging, check_replaceable
 from ckpt_jax.store.seal import seal
 
 SHARDS = "shards"
+_MAX_PARTS = 256  # of a graph, in what a process says of it
+_MAX_LISTED = 10
 
 
 def write_checkpoint(
@@ -80,6 +83,7 @@ def begin(
     )
     plan = default.plan_write(snapshot, options.sharding_policy)
     graph = seal(codec.encode(live.graph))
+    parts = _digests_of_parts(live.graph) if meeting.count > 1 else {}
     staging = Staging.of(path, meeting.token)
     shards = os.path.join(staging.directory, SHARDS)
     mine = f"{process:05d}-"
@@ -100,6 +104,7 @@ def begin(
             report = _Report(
                 os.path.basename(staging.path),
                 hashlib.sha256(graph).hexdigest(),
+                parts,
                 tuple([os.path.relpath(shard, staging.directory) for shard in written]),
             )
 
@@ -131,12 +136,32 @@ class _Report:
     Attributes:
       name: of the checkpoint.
       graph: digest of the object graph.
+      parts: digests of its values by the beginning of their paths, to say where graphs differ.
       shards: directories, relative to the staging directory.
     """
 
     name: str
     graph: str
+    parts: dict[str, str]
     shards: tuple[str, ...]
+
+
+def _digests_of_parts(graph: ObjectGraph) -> dict[str, str]:
+    for depth in (2, 1):
+        parts: dict[str, list[str]] = {}
+        for node, attribute in graph.attributes():
+            part = "/".join(graph.paths[node].split("/", depth)[:depth])
+            parts.setdefault(part, []).append(
+                f"{attribute.key} {attribute.spec!r} {attribute.sharding!r}"
+            )
+        if len(parts) <= _MAX_PARTS:
+            break
+    else:
+        return {}
+    return {
+        part: hashlib.sha256("\n".join(values).encode("utf-8", "replace")).hexdigest()[:8]
+        for part, values in parts.items()
+    }
 
 
 def _check_agreement(reports: Sequence[_Report], what: str) -> None:
@@ -147,11 +172,14 @@ def _check_agreement(reports: Sequence[_Report], what: str) -> None:
         raise ProcessError(f"{what}: the processes save to different places: {said}", others)
     graphs = [report.graph for report in reports]
     if others := tuple([k for k, graph in enumerate(graphs) if graph != graphs[0]]):
+        first, other = (reports[k].parts for k in (0, others[0]))
+        where = sorted(part for part in {*first, *other} if first.get(part) != other.get(part))
+        below = f" below {', '.join(where[:_MAX_LISTED])}" if where else ""
         raise ProcessError(
             f"{what}: the objects of process{'es' * (len(others) > 1)} "
             f"{', '.join(map(str, others))} are not those of process 0: names, shapes, dtypes or "
-            "shardings differ. All processes have to save the same object graph; state that "
-            "each has for itself goes into ckpt.PerProcess.",
+            f"shardings differ{below}. All processes have to save the same object graph; state "
+            "that each has for itself goes into ckpt.PerProcess.",
             others,
         )
 

@@ -309,12 +309,14 @@ def test_what_does_not_fit_the_state_of_a_process_is_reported(tmp_path):
 
 def test_different_objects_are_no_save_and_leave_nothing(tmp_path):
     def program(processes):
-        ckpt.save(tmp_path / "a", {"w": np.zeros(3 + (processes.index == 2))})
+        layers = [{"w": np.zeros(3)}, {"w": np.zeros(3 + (processes.index == 2))}]
+        ckpt.save(tmp_path / "a", {"layers": layers, "step": 1})
 
     for error in together(4, program):
         assert isinstance(error, ckpt.ProcessError)
         assert error.processes == (2,)
         assert "the objects of process 2 are not those of process 0" in str(error)
+        assert "differ below layers/1. All" in str(error)
     assert os.listdir(tmp_path) == []
 
 
