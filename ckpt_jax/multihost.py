@@ -49,7 +49,7 @@ from ckpt_jax.jax_internals import service_client
 COMMIT = "commit"
 _ROOT = "ckpt_jax"
 _POLL_SECONDS = (0.001, 0.05)  # between two looks at the reports: at first, and at most
-_PATIENCE_SECONDS = 5.0  # with the service, where nothing depends on its answer any more
+_PATIENCE_SECONDS = 5.0  # with the service, beyond the wait for other processes
 _MAX_MESSAGE = 4000
 
 
@@ -275,7 +275,8 @@ class Meeting:
         deadline = time.monotonic() + self._timeout
         pause, longest = _POLL_SECONDS
         while True:
-            found = self._list(max(deadline - time.monotonic(), 0.001))
+            # The last look comes at the deadline, and the service still has to answer it.
+            found = self._list(max(deadline - time.monotonic(), _PATIENCE_SECONDS))
             if "decision" in found:
                 raise self._heard(found["decision"])
             missing = [k for k in range(1, self.count) if f"reports/{k}" not in found]
@@ -316,7 +317,7 @@ class Meeting:
         except (TimeoutError, ConnectionError) as error:
             raise self._unanswered(error) from error
         if outcome is None:
-            found = self._list(1.0)
+            found = self._list(_PATIENCE_SECONDS)
             if "decision" in found and found["decision"] != COMMIT:
                 raise self._heard(found["decision"])
             late = [k for k in range(1, self.count) if f"reports/{k}" not in found]
