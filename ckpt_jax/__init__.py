@@ -19,6 +19,8 @@ from ckpt_jax.errors import (
     CheckpointError,
     CheckpointNotFoundError,
     CorruptCheckpointError,
+    PreflightError,
+    ProcessError,
     RegistrationError,
     RestoreMismatchError,
     ShardError,
@@ -46,7 +48,9 @@ from ckpt_jax.options import (
     ShardByDevice,
     ShardByProcess,
 )
+from ckpt_jax.per_process import PerProcess
 from ckpt_jax.preemption import PreemptionHandler
+from ckpt_jax.preflighting import preflight
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.retention import (
@@ -108,8 +112,11 @@ __all__ = [
     "MaxShardSize",
     "NoDependency",
     "OptaxState",
+    "PerProcess",
     "PlannedSlice",
     "PreemptionHandler",
+    "PreflightError",
+    "ProcessError",
     "PythonState",
     "RegistrationError",
     "ReportEntry",
@@ -145,6 +152,7 @@ __all__ = [
     "object_metadata",
     "optax_state",
     "plan_restore",
+    "preflight",
     "register_checkpoint_saver",
     "register_serializable",
     "register_view",

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from ckpt_jax import multihost
 from ckpt_jax.background import Background
 from ckpt_jax.frozen import FrozenSaver
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
@@ -45,6 +46,10 @@ class Checkpoint(AutoTrackable):
         default the checkpoint itself is the root.
       **named: objects by name. Anything that has a view: trackables, `nnx` modules and
         optimizers, pytrees, arrays, Python scalars, strings, None.
+
+    Under `jax.distributed` all processes save the same objects in the same order, to a directory
+    that they share. A value that lies on no device, or on devices of one process, is saved as
+    process 0 has it; state of single processes goes into a `PerProcess`.
 
     `checkpoint.name` is the present value: the same object where it is mutable, the rebuilt
     pytree where it is not. Assigning `checkpoint.name` replaces it.
@@ -110,10 +115,12 @@ class Checkpoint(AutoTrackable):
         options = options or DEFAULT
         path = os.fsdecode(path)
         watch = METER.saving()
-        with self._turn(options) as is_mine:
-            if not is_mine:
-                return None
-            self._write(path, options, watch)
+        with ExitStack() as stack:
+            meeting = self._meet(path, options, stack)
+            with self._turn(options) as is_mine:
+                if not is_mine:
+                    return None
+                self._write(path, options, watch, meeting, stack)
         return path
 
     def save(self, prefix: Path, options: CheckpointOptions | None = None) -> SavedPath:
@@ -127,53 +134,73 @@ class Checkpoint(AutoTrackable):
         """
         options = options or DEFAULT
         watch = METER.saving()
-        with self._turn(options) as is_mine:
-            if not is_mine:
-                return None
-            number = self.save_counter + 1
-            path = f"{os.fsdecode(prefix)}-{number}"
+        with ExitStack() as stack:
+            meeting = self._meet(os.fsdecode(prefix), options, stack)
+            with self._turn(options) as is_mine:
+                if not is_mine:
+                    return None
+                number = self.save_counter + 1
+                path = f"{os.fsdecode(prefix)}-{number}"
 
-            def committed() -> None:
-                state = CheckpointState(os.path.abspath(path))
-                update_checkpoint_state(os.path.dirname(path) or ".", state)
+                def committed() -> None:
+                    if meeting.leads:
+                        state = CheckpointState(os.path.abspath(path))
+                        update_checkpoint_state(os.path.dirname(path) or ".", state)
 
-            def failed() -> None:  # a save that failed has not happened
-                self._count(number - 1)
+                def failed() -> None:  # a save that failed has not happened
+                    self._count(number - 1)
 
-            self._count(number)
-            self._write(path, options, watch, committed, failed)
-            return path
+                self._count(number)
+                self._write(path, options, watch, meeting, stack, committed, failed)
+        return path
 
     def _turn(self, options: CheckpointOptions) -> AbstractContextManager[bool]:
         """The right to save; see `Background.turn`."""
         return self._background().turn(options.when_busy)
+
+    def _meet(self, path: str, options: CheckpointOptions, stack: ExitStack) -> multihost.Meeting:
+        """Meets the other processes for a save, before anything that could fail here."""
+        processes = multihost.current()
+        if processes.count > 1 and options.when_busy == "skip":
+            raise ValueError(
+                'when_busy="skip" is for one process: several would have to agree on what to skip'
+            )
+        return stack.enter_context(processes.meeting(f"saving {path}", options.timeout_seconds))
 
     def _write(
         self,
         path: str,
         options: CheckpointOptions,
         watch: SaveWatch,
+        meeting: multihost.Meeting,
+        stack: ExitStack,
         committed: Callable[[], None] = lambda: None,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
-        """Writes to `path` and calls back, here or in the background."""
-        with ExitStack() as undo:
-            undo.callback(failed)
-            finish = begin(self._trace(), path, options, overwrite=True, watch=watch)
-            undo_later = undo.pop_all()
+        """Writes to `path` and calls back, here or in the background.
 
-        def work() -> None:
-            with undo_later as undo:
-                finish()
-                undo.pop_all()
+        `stack` holds the meeting. It is taken over where the work goes to the background.
+        """
+        undo = stack.enter_context(ExitStack())
+        undo.callback(failed)
+        finish = begin(self._trace, path, options, meeting, overwrite=True, watch=watch)
+
+        def then() -> None:
+            undo.pop_all()
             _call_back(options.write_callbacks, path)
             committed()
 
-        if options.enable_async:
-            watch.unblocked()
-            self._background().start(work, f"saving {path}", options.timeout_seconds)
-        else:
-            work()
+        if not options.enable_async:
+            finish(then)
+            return
+        watch.unblocked()
+        later = stack.pop_all()
+
+        def work() -> None:
+            with later:
+                finish(then)
+
+        self._background().start(work, f"saving {path}", options.timeout_seconds)
 
     def read(
         self,

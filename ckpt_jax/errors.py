@@ -9,7 +9,9 @@
     ├── ShardError                (also ValueError)  shards that do not make up whole arrays
     ├── RegistrationError         (also ValueError)  a registry refused a name, or lacks it
     ├── AsyncSaveError            a save in the background failed
-    └── BarrierTimeoutError       (also TimeoutError)  other processes did not arrive in time
+    ├── BarrierTimeoutError       (also TimeoutError)  other processes did not arrive in time
+    ├── ProcessError              another process failed, or the processes do different things
+    └── PreflightError            (also OSError)  a directory that not all processes can write
 
 Every message says what, where (the path of local names, the file, the key), what was
 expected, what was found, and what to do next. Problems are collected and raised together;
@@ -89,4 +91,36 @@ class AsyncSaveError(CheckpointError):
 
 
 class BarrierTimeoutError(CheckpointError, TimeoutError):
-    """Some processes did not reach a barrier before its deadline; the message names them."""
+    """Some processes did not reach a barrier before its deadline; the message names them.
+
+    Attributes:
+      processes: indices of the late ones.
+    """
+
+    def __init__(self, message: str, processes: tuple[int, ...] = ()):
+        super().__init__(message)
+        self.processes = processes
+
+
+class ProcessError(CheckpointError):
+    """Another process failed, or the processes do not save or restore the same.
+
+    Attributes:
+      processes: indices of those that failed, or that differ from process 0.
+    """
+
+    def __init__(self, message: str, processes: tuple[int, ...] = ()):
+        super().__init__(message)
+        self.processes = processes
+
+
+class PreflightError(CheckpointError, OSError):
+    """A directory that not all processes can write, or that they do not share.
+
+    Attributes:
+      problems: tuple of (index of the process, what is wrong there).
+    """
+
+    def __init__(self, message: str, problems: tuple[tuple[int, str], ...] = ()):
+        super().__init__(message)
+        self.problems = problems

@@ -18,6 +18,7 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
+from ckpt_jax import multihost
 from ckpt_jax.adapting import ValueReader
 from ckpt_jax.arrays.values import describe
 from ckpt_jax.graph.match import Match
@@ -80,9 +81,10 @@ class FrozenSaver:
             All of them are named; nothing was written.
         """
         path = os.fsdecode(path)
+        options = options or DEFAULT
         watch = METER.saving()
-        live = self._current()
-        write_checkpoint(live, path, options or DEFAULT, overwrite=True, watch=watch)
+        with multihost.current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
+            write_checkpoint(self._current, path, options, meeting, overwrite=True, watch=watch)
         return path
 
     def restore(self, path: Path, options: CheckpointOptions | None = None) -> None:

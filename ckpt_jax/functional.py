@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import jax
 
+from ckpt_jax import multihost
 from ckpt_jax.adapting import ValueReader, settle
 from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.errors import RestoreMismatchError
@@ -69,9 +70,17 @@ def save(
       {'w': array([0, 1, 2]), 'step': 7}
     """
     path = os.fsdecode(path)
+    options = options or DEFAULT
     watch = METER.saving()
-    live = live_graph(tree, for_restore=False)
-    write_checkpoint(live, path, options or DEFAULT, overwrite=overwrite, watch=watch)
+    with multihost.current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
+        write_checkpoint(
+            lambda: live_graph(tree, for_restore=False),
+            path,
+            options,
+            meeting,
+            overwrite=overwrite,
+            watch=watch,
+        )
     return path
 
 
@@ -219,7 +228,7 @@ def load(
         for (node, name), attribute in wanted.items():
             value = reader.as_saved(attribute.key, data[attribute.key], attribute.spec)
             values.setdefault(node, {})[name] = value
-        return _build(saved, values, everything=only is None)
+        return build(saved, values, everything=only is None)
 
 
 def _placements(
@@ -241,7 +250,7 @@ def _placements(
     return placements
 
 
-def _build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:
+def build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:
     """Plain containers from a graph, leaves first."""
     keep = set(values)
     saved = _slots_as_children(saved)

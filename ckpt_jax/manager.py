@@ -13,6 +13,9 @@ Checkpoints are in the order of their numbers, except that the one saved last is
 whatever its number, so that going back to an earlier step and on from there works. Times
 decide nothing but `keep_checkpoint_every_n_hours`.
 
+Where there are several processes, process 0 does all of this, and the others read from the state
+file what came of it. Which checkpoint is restored is for process 0 to say.
+
 Metrics lie in a file of their own beside the state file, `checkpoint-metrics.json`:
 
     {"ckpt-3": {"loss": 0.25}, "ckpt-4": {"loss": "nan"}}
@@ -31,11 +34,13 @@ import operator
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 
+from ckpt_jax import multihost
 from ckpt_jax.checkpoint import Checkpoint
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_jax.graph.labels import VARIABLE_VALUE
@@ -47,6 +52,7 @@ from ckpt_jax.latest import (
 )
 from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.preflighting import preflight
 from ckpt_jax.retention import (
     CheckpointRecord,
     KeepAny,
@@ -239,27 +245,33 @@ class CheckpointManager:
         scores = {name: _as_number(name, value) for name, value in (metrics or {}).items()}
         options = options or DEFAULT
         watch = METER.saving()
-        with self._checkpoint._turn(options) as is_mine:
-            if not is_mine or (step is not None and not self._is_due(step, check_interval)):
-                return None  # another thread saves, or has saved this step meanwhile
-            count = self._checkpoint.save_counter + 1
-            number = count if checkpoint_number is None else as_integer(checkpoint_number)
-            if number < 0:
-                raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
-            path = os.path.join(self._directory, f"{self._name}-{number}")
-            last_step = self._last_step
+        prefix = os.path.join(self._directory, self._name)
+        with ExitStack() as stack:
+            meeting = self._checkpoint._meet(prefix, options, stack)
+            with self._checkpoint._turn(options) as is_mine:
+                if not is_mine or (step is not None and not self._is_due(step, check_interval)):
+                    return None  # another thread saves, or has saved this step meanwhile
+                count = self._checkpoint.save_counter + 1
+                number = count if checkpoint_number is None else as_integer(checkpoint_number)
+                if number < 0:
+                    raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
+                path = f"{prefix}-{number}"
+                last_step = self._last_step
 
-            def committed() -> None:
-                self._record(number, path, scores)
+                def committed() -> None:
+                    if meeting.leads:
+                        self._record(number, path, scores)
+                    else:
+                        self._follow()
 
-            def failed() -> None:  # a save that failed has not happened
-                self._checkpoint._count(count - 1)
-                self._last_step = last_step
+                def failed() -> None:  # a save that failed has not happened
+                    self._checkpoint._count(count - 1)
+                    self._last_step = last_step
 
-            self._checkpoint._count(count)
-            self._last_step = step
-            self._checkpoint._write(path, options, watch, committed, failed)
-            return path
+                self._checkpoint._count(count)
+                self._last_step = step
+                self._checkpoint._write(path, options, watch, meeting, stack, committed, failed)
+        return path
 
     def _is_due(self, step: int, check_interval: bool) -> bool:
         if self._last_step is None:
@@ -271,82 +283,108 @@ class CheckpointManager:
     def restore_or_initialize(self) -> str | None:
         """Restores the latest checkpoint; where there is none, calls `init_fn`.
 
-          Where the latest is gone or damaged, the newest older one that can be restored is
-          taken instead, by number, and a warning says so.
+        Where the latest is gone or damaged, the newest older one that can be restored is
+        taken instead, by number, and a warning says so. Where there are several processes,
+        `preflight` comes first, and all restore the same checkpoint: one that some process
+        cannot use is used by none.
 
-          Returns:
-            The path of the checkpoint that was restored, or None where there was none.
+        Returns:
+          The path of the checkpoint that was restored, or None where there was none.
 
-          Raises:
-            CheckpointNotFoundError, CorruptCheckpointError: there should be a checkpoint, but
-              neither the latest nor an older one is usable; the error is that of the latest.
-            RestoreMismatchError, UnsupportedFormatError: as `Checkpoint.restore`.
+        Raises:
+          CheckpointNotFoundError, CorruptCheckpointError: there should be a checkpoint, but
+            neither the latest nor an older one is usable; the error is that of the latest.
+          RestoreMismatchError, UnsupportedFormatError: as `Checkpoint.restore`.
+          PreflightError, ProcessError, BarrierTimeoutError: where there are several processes.
 
-          Source: `tf.train.CheckpointManager.restore_or_initialize`, without the older ones.
+        Source: `tf.train.CheckpointManager.restore_or_initialize`, without the older ones.
 
-          Example:
-            >>> import os, tempfile
-        >>> from ckpt_jax.retention import KeepBest
-            >>> with tempfile.TemporaryDirectory() as directory:
-            ...     path = CheckpointManager(Checkpoint(step=7), directory).save()
-            ...     fresh = Checkpoint(step=0)
-            ...     path = CheckpointManager(fresh, directory).restore_or_initialize()
-            ...     os.path.basename(path), fresh.step
-            ('ckpt-1', 7)
+        Example:
+          >>> import os, tempfile
+          >>> with tempfile.TemporaryDirectory() as directory:
+          ...     path = CheckpointManager(Checkpoint(step=7), directory).save()
+          ...     fresh = Checkpoint(step=0)
+          ...     path = CheckpointManager(fresh, directory).restore_or_initialize()
+          ...     os.path.basename(path), fresh.step
+          ('ckpt-1', 7)
         """
-        self.sync()
-        if self._latest is None:
+        processes = multihost.current()
+        if processes.count > 1:
+            preflight(self._directory)
+        seconds = DEFAULT.timeout_seconds
+        with processes.meeting(f"restoring from {self._directory}", seconds) as meeting:
+            self.sync()
+            paths = meeting.conclude(None, lambda _: self._candidates())
+        if not paths:
             if self._init_fn is not None:
                 self._init_fn()
             return None
-        path = self._restore_newest(self._latest)
+        path = self._restore_newest(paths, processes)
         if self._interval is not None:
             self._last_step = as_integer(self._step_counter)
         return path
 
-    def _restore_newest(self, latest: str) -> str:
-        first: CorruptCheckpointError | CheckpointNotFoundError | None = None
-        for path in [latest, *older_checkpoints(self._directory, latest)]:
-            try:
-                self._checkpoint.restore(path)
-            except (CorruptCheckpointError, CheckpointNotFoundError) as error:
-                _log.warning("the checkpoint %s is not usable: %s", path, error)
-                first = first or error
-                continue
-            if path != latest:
-                _log.warning("fell back to %s, the newest usable checkpoint", path)
-            return path
+    def _candidates(self) -> list[str]:
+        """What there is to restore, best first."""
+        if self._latest is None:
+            return []
+        return [self._latest, *older_checkpoints(self._directory, self._latest)]
+
+    def _restore_newest(self, paths: Sequence[str], processes: multihost.Processes) -> str:
+        first: Exception | None = None
+        for path in paths:
+            error: CorruptCheckpointError | CheckpointNotFoundError | None = None
+            # One that some process cannot use is not used by any.
+            with processes.meeting(f"restoring {path}", DEFAULT.timeout_seconds) as meeting:
+                try:
+                    self._checkpoint.restore(path)
+                except (CorruptCheckpointError, CheckpointNotFoundError) as found:
+                    error = found
+                problem = meeting.conclude(error and str(error), _first_problem)
+            if problem is None:
+                if path != paths[0]:
+                    _log.warning("fell back to %s, the newest usable checkpoint", path)
+                return path
+            _log.warning("the checkpoint %s is not usable: %s", path, problem)
+            first = first or error or CorruptCheckpointError(problem)
         assert first is not None
         raise first
 
     def gc(self, dry_run: bool = False) -> list[str]:
         """Removes now what the next save would remove, and what interrupted saves left.
 
-          The latter are staging directories of this manager's name with a number up to that of
-          the latest checkpoint, whose owner is provably gone. (The next save of a later number
-          removes what an interrupted one has left of it.)
-          Where the latest checkpoint is not usable, nothing is removed.
+        The latter are staging directories of this manager's name with a number up to that of
+        the latest checkpoint, whose owner is provably gone. (The next save of a later number
+        removes what an interrupted one has left of it.)
+        Where the latest checkpoint is not usable, nothing is removed.
 
-          Args:
-            dry_run: only says what would be removed.
+        Args:
+          dry_run: only says what would be removed.
 
-          Returns:
-            The paths that were, or would be, removed.
+        Returns:
+          The paths that were, or would be, removed.
 
-          Example:
-            >>> import os, tempfile
-        >>> from ckpt_jax.retention import KeepBest
-            >>> with tempfile.TemporaryDirectory() as directory:
-            ...     manager = CheckpointManager(Checkpoint(step=7), directory, max_to_keep=None)
-            ...     paths = [manager.save() for _ in range(3)]
-            ...     manager = CheckpointManager(Checkpoint(step=7), directory, max_to_keep=1)
-            ...     [os.path.basename(path) for path in manager.gc(dry_run=True)]
-            ['ckpt-1', 'ckpt-2']
+        Example:
+          >>> import os, tempfile
+          >>> with tempfile.TemporaryDirectory() as directory:
+          ...     manager = CheckpointManager(Checkpoint(step=7), directory, max_to_keep=None)
+          ...     paths = [manager.save() for _ in range(3)]
+          ...     manager = CheckpointManager(Checkpoint(step=7), directory, max_to_keep=1)
+          ...     [os.path.basename(path) for path in manager.gc(dry_run=True)]
+          ['ckpt-1', 'ckpt-2']
         """
-        with self._checkpoint._turn(DEFAULT):
-            return self._gc(dry_run)
+        seconds = DEFAULT.timeout_seconds
+        what = f"collecting in {self._directory}"
+        with (
+            multihost.current().meeting(what, seconds) as meeting,
+            self._checkpoint._turn(DEFAULT),
+        ):
+            removed = meeting.conclude(None, lambda _: self._collect(dry_run))
+            if not meeting.leads:
+                self._follow()
+        return removed
 
-    def _gc(self, dry_run: bool) -> list[str]:
+    def _collect(self, dry_run: bool) -> list[str]:
         sweep = self._plan_sweep()
         leftovers = self._leftovers()
         if not (sweep.preserve or sweep.remove or leftovers) or not self._is_latest_usable():
@@ -417,6 +455,22 @@ class CheckpointManager:
         if (sweep.preserve or sweep.remove) and self._is_latest_usable():
             self._sweep(sweep)
 
+    def _follow(self) -> None:
+        """Takes over what process 0 has recorded."""
+        state = get_checkpoint_state(self._directory)
+        if state is None:
+            return
+        self._latest = self._own_path(state.model_checkpoint_path) or state.model_checkpoint_path
+        self._last_preserved = state.last_preserved_timestamp
+        metrics = read_metrics(self._directory) or {}
+        times = state.all_model_checkpoint_timestamps
+        paths = map(self._own_path, state.all_model_checkpoint_paths)
+        self._records = self._in_order(
+            CheckpointRecord(number, then, metrics.get(os.path.basename(path), {}), path)
+            for path, then in zip(paths, times, strict=False)
+            if path is not None and (number := number_of(path)) is not None
+        )
+
     def _plan_sweep(self) -> Sweep:
         if self._policy is None:
             return Sweep(self._records, (), (), self._last_preserved)
@@ -480,6 +534,14 @@ class CheckpointManager:
             if (staging := STAGING.match(name)) and (of := own.fullmatch(staging["name"]))
             if int(of[1]) <= latest and is_abandoned(path := os.path.join(self._directory, name))
         ]
+
+
+def _first_problem(problems: Sequence[str | None]) -> str | None:
+    """Of the processes' problems the first, with the process where there are several."""
+    for process, problem in enumerate(problems):
+        if problem is not None:
+            return problem if len(problems) == 1 else f"process {process}: {problem}"
+    return None
 
 
 def _attempt(remove: Callable[[str], bool | None], path: str) -> bool:

@@ -165,19 +165,23 @@ class CheckpointOptions:
       verify: check every checksum that is read. It costs next to nothing here, so that False
         saves nothing: TensorStore checks what it decodes in any case.
       max_inflight_bytes: host memory that a save or restore may use beyond the arrays' own.
-      timeout_seconds: the longest wait for another process, where there are several, and of an
-        exit of the program for a save in the background.
+      timeout_seconds: the longest wait for another process, where there are several: give it
+        the time that the slowest takes to write, and process 0 to commit. And the longest wait
+        of an exit of the program for a save in the background.
       shardings: where a restore places JAX arrays, whatever the target says: one
         `jax.sharding.Sharding`, a function of (path, `jax.ShapeDtypeStruct`) that gives one or
         None, or a tree of shardings. A sharding in a tree stands for everything below its place,
         None for what the target says.
       when_busy: what a save does while another one of the same `Checkpoint` is in flight, in
-        the background or on another thread: "wait" for it, or "skip": return None at once and
-        count nothing. What failed in the background is raised in both cases.
+        the background or on another thread: "wait" for it, or "skip" (with one process): return
+        None at once and count nothing. What failed in the background is raised in both cases.
       progress: a function `(done_bytes, total_bytes)`, called from one thread at a time while
         values are written or read, from 0 up to the total; or True for a line on stderr, where
         that is a terminal. What the function raises is logged once, and it is not called again.
-      broadcast: not built yet; anything but the default raises NotImplementedError.
+      broadcast: where several processes need the same slices of a large array, each reads a part
+        of them, and the devices hand over the rest. All processes have to restore the same at
+        the same time. Where the mesh does not divide an array evenly, each process reads all
+        that it needs.
 
     Source: `tf.train.CheckpointOptions`.
 
@@ -214,14 +218,7 @@ class CheckpointOptions:
             self.progress is None or isinstance(self.progress, bool) or callable(self.progress)
         ):
             raise ValueError(f"progress must be None, True or a function, got {self.progress!r}")
-        for name, (default, purpose) in _NOT_BUILT.items():
-            if getattr(self, name) is not default and getattr(self, name) != default:
-                raise NotImplementedError(f"CheckpointOptions({name}=...) will {purpose}")
         object.__setattr__(self, "write_callbacks", tuple(self.write_callbacks))
 
-
-_NOT_BUILT: dict[str, tuple[Any, str]] = {
-    "broadcast": (False, "let one replica read for the others"),
-}
 
 DEFAULT = CheckpointOptions()

@@ -12,6 +12,7 @@ objects: `attach` runs the same stages for an object that appeared later.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import weakref
@@ -22,11 +23,13 @@ from typing import Any
 import jax
 import numpy as np
 
+from ckpt_jax import multihost
 from ckpt_jax.adapting import ReshardCallback, Settled, ValueReader, settle
 from ckpt_jax.arrays import host
+from ckpt_jax.arrays.replicas import gather, parted
 from ckpt_jax.arrays.values import ARRAY_KINDS, decode, describe, difference, evaluate
 from ckpt_jax.derived import DerivedReader
-from ckpt_jax.errors import RegistrationError, RestoreMismatchError
+from ckpt_jax.errors import ProcessError, RegistrationError, RestoreMismatchError
 from ckpt_jax.graph.labels import Label, object_key_of, path_of
 from ckpt_jax.graph.match import Match, extend, match
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
@@ -191,13 +194,14 @@ def _read(
     for number, r in zip(order, plan.reads, strict=True):
         first.setdefault(number, r)
     found: list[Any] = [None] * len(first)
+    shared = _shared(first, reader, options)
     # One pass serves each key once; a key that is wanted in several ways takes further passes.
     todo = dict(first)
     while todo:
         batch: dict[str, int] = {}
         for number, r in todo.items():
             batch.setdefault(r.key, number)
-        asked = {key: _request(first[number]) for key, number in batch.items()}
+        asked = {key: _request(first[number], shared.get(number)) for key, number in batch.items()}
         for key, data in reader.read(asked, options, advance).items():
             r = first[batch[key]]
             try:
@@ -209,20 +213,73 @@ def _read(
                 raise_problems(report, reader.path, error)
         for number in batch.values():
             del todo[number]
+    if shared:
+        _hand_over(found, {number: first[number] for number in shared}, reader, options)
     return [found[number] for number in order]
+
+
+def _shared(
+    reads: Mapping[int, Read], reader: ValueReader, options: CheckpointOptions
+) -> dict[int, jax.sharding.Sharding]:
+    """For reads whose bytes several processes need, the layout in which each is read once."""
+    if not options.broadcast or multihost.current().count == 1:
+        return {}
+    shared: dict[int, jax.sharding.Sharding] = {}
+    for number, r in reads.items():
+        if r.target.kind == "array" and r.saved.kind in ARRAY_KINDS:
+            sharding = host.placement(r.value)
+            layout = sharding and parted(sharding, r.saved.shape, dtype_of(r.target.dtype))
+            if layout is not None:
+                shared[number] = layout
+    return shared
+
+
+def _hand_over(
+    found: list[Any],
+    reads: Mapping[int, Read],
+    reader: ValueReader,
+    options: CheckpointOptions,
+) -> None:
+    """Gathers what was read in parts.
+
+    Devices wait for each other without a deadline: so that nobody is missing, all processes say
+    first that they have read their parts, and of which values.
+    """
+    shardings = [host.placement(r.value) for r in reads.values()]
+    names = [f"{r.key} {r.target} {to}" for r, to in zip(reads.values(), shardings, strict=True)]
+    what = f"restoring {reader.path}"
+    with multihost.current().meeting(what, options.timeout_seconds) as meeting:
+        meeting.conclude(hashlib.sha256("\n".join(names).encode()).hexdigest(), _check_same_reads)
+    arrays = gather([found[number] for number in reads], [to for to in shardings if to is not None])
+    for number, array in zip(reads, arrays, strict=True):
+        found[number] = array
+
+
+def _check_same_reads(digests: list[str]) -> None:
+    others = tuple(k for k, digest in enumerate(digests) if digest != digests[0])
+    if others:
+        raise ProcessError(
+            f"the targets of processes {', '.join(map(str, others))} are not that of process 0; "
+            "with options.broadcast=True all processes restore the same",
+            others,
+        )
 
 
 def _identity(read: Read) -> tuple[str, Any, Any]:
     return read.key, read.target, host.placement(read.value)
 
 
-def _request(read: Read) -> jax.ShapeDtypeStruct | None:
+def _request(
+    read: Read, layout: jax.sharding.Sharding | None = None
+) -> jax.ShapeDtypeStruct | None:
     if read.target.kind not in ("array", "prng_key"):
         return None
     if read.saved.kind not in (*ARRAY_KINDS, "prng_key") and read.target.kind == "array":
         return None  # a Python number: its range is checked before it becomes an array
     return jax.ShapeDtypeStruct(
-        read.saved.shape, dtype_of(read.target.dtype), sharding=host.placement(read.value)
+        read.saved.shape,
+        dtype_of(read.target.dtype),
+        sharding=layout or host.placement(read.value),
     )
 
 

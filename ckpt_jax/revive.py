@@ -29,6 +29,7 @@ import jax
 import numpy as np
 from google.protobuf.any_pb2 import Any as AnyMessage
 
+from ckpt_jax import multihost
 from ckpt_jax.adapting import ValueReader
 from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.arrays.values import decode, describe
@@ -54,7 +55,7 @@ from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, describe_problems
 from ckpt_jax.restoring import abstract_only, execute, fits, live_graph
 from ckpt_jax.savers import registry
-from ckpt_jax.saving import begin
+from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.store.index import dtype_of
 from ckpt_jax.store.seal import seal
 from ckpt_jax.trackable.base import AutoTrackable, PythonState, Trackable, Variable
@@ -107,10 +108,18 @@ def save_object(
       (Array([0., 1.], dtype=float32), 3.0)
     """
     path = os.fsdecode(path)
+    options = options or DEFAULT
     watch = METER.saving()
-    live = _lasting(live_graph(obj, for_restore=False))
-    extra = {SAVED_OBJECTS_KEY: seal(codec.encode(live.graph, _describe(live)))}
-    begin(live, path, options or DEFAULT, overwrite=overwrite, extra=extra, watch=watch)()
+    with multihost.current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
+        write_checkpoint(
+            lambda: _lasting(live_graph(obj, for_restore=False)),
+            path,
+            options,
+            meeting,
+            overwrite=overwrite,
+            watch=watch,
+            extra=lambda live: {SAVED_OBJECTS_KEY: seal(codec.encode(live.graph, _describe(live)))},
+        )
     return path
 
 

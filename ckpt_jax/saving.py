@@ -5,85 +5,203 @@ encode     each value as an array or a byte string; what cannot be saved is name
 snapshot   host buffers: from here on the program may go on changing its objects
 write      shards into a staging directory, registered savers first
 commit     one transaction for graph and index, then one rename
+
+Where there are several processes, each does all of this for its own slices up to the commit,
+which process 0 does for all of them when their reports are in (`multihost`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from types import MappingProxyType
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from ckpt_jax import io
 from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.arrays.values import encode
-from ckpt_jax.errors import ShardError, UnsaveableError
+from ckpt_jax.errors import ProcessError, ShardError, UnsaveableError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, path_of
+from ckpt_jax.graph.model import ObjectGraph
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import SaveWatch
+from ckpt_jax.multihost import Meeting
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.progress import progress
 from ckpt_jax.savers import default
 from ckpt_jax.savers.registry import get_saver
-from ckpt_jax.store.directory import staged
+from ckpt_jax.store.directory import Staging
 from ckpt_jax.store.read import read_index
 from ckpt_jax.store.seal import seal
 
 SHARDS = "shards"
+_MAX_PARTS = 256  # of a graph, in what a process says of it
+_MAX_LISTED = 10
 
 
 def write_checkpoint(
-    live: LiveGraph, path: str, options: CheckpointOptions, *, overwrite: bool, watch: SaveWatch
+    live: Callable[[], LiveGraph],
+    path: str,
+    options: CheckpointOptions,
+    meeting: Meeting,
+    *,
+    overwrite: bool,
+    watch: SaveWatch,
+    extra: Callable[[LiveGraph], Mapping[str, bytes]] = lambda live: {},
 ) -> None:
     """Writes a traced graph to `path`, or leaves everything as it was and raises."""
-    begin(live, path, options, overwrite=overwrite, watch=watch)()
+    begin(live, path, options, meeting, overwrite=overwrite, watch=watch, extra=extra)()
 
 
 @without_gc()
 def begin(
-    live: LiveGraph,
+    trace: Callable[[], LiveGraph],
     path: str,
     options: CheckpointOptions,
+    meeting: Meeting,
     *,
     overwrite: bool,
-    extra: Mapping[str, bytes] = MappingProxyType({}),
     watch: SaveWatch,
-) -> Callable[[], None]:
-    """The part of a save that has to see the objects as they are now; `watch` measures it.
+    extra: Callable[[LiveGraph], Mapping[str, bytes]] = lambda live: {},
+) -> Callable[..., None]:
+    """The part of a save that has to see the objects as they are now.
+
+    Args:
+      trace: gives the objects.
+      path: of the checkpoint, the same on all processes.
+      options: how to save.
+      meeting: with the other processes. It has to be entered, and be left after the rest.
+      overwrite: whether a checkpoint at `path` may be replaced.
+      watch: measures the save.
+      extra: small entries that are committed with the object graph.
 
     Returns:
       The rest, to be called once, on any thread: it writes and commits. Nothing that the
-      program does meanwhile can change what is written.
+      program does meanwhile can change what is written. It takes a function of no argument,
+      which is called on each process when the checkpoint is there: on process 0 before the
+      others know of it.
     """
-    snapshot = default.snapshot(_values(live), copy=options.enable_async)
+    live = trace()
+    process = meeting.index
+    values = encoded_values(live)
+    snapshot = default.snapshot(
+        values, copy=options.enable_async, process=process, count=meeting.count
+    )
     plan = default.plan_write(snapshot, options.sharding_policy)
-    graph = seal(codec.encode(live.graph))
+    graph, more = seal(codec.encode(live.graph)), extra(live)
+    parts = _digests_of_parts(live.graph) if meeting.count > 1 else {}
+    staging = Staging.of(path, meeting.token)
+    shards = os.path.join(staging.directory, SHARDS)
+    mine = f"{process:05d}-"
     with ExitStack() as stack:
-        staging = stack.enter_context(staged(path, overwrite=overwrite, durable=options.durable))
-        shards = os.path.join(staging, SHARDS)
-        os.mkdir(shards)
-        prefixes = _registered_shards(live, shards)
+        if meeting.leads:
+            stack.enter_context(staging.claimed(overwrite=overwrite, durable=options.durable))
+        else:
+            staging.make_parents(options.durable)
+            stack.enter_context(staging.removed_where_failed(shards, mine))
+        os.makedirs(shards, exist_ok=True)
+        prefix = os.path.join(shards, mine if meeting.count > 1 else "")
+        registered = _registered_shards(live, prefix)
         later = stack.pop_all()
 
-    def finish() -> None:
+    def finish(then: Callable[[], None] = lambda: None) -> None:
         with later, progress(options.progress, f"saving {path}", snapshot.nbytes) as advance:
 
             def wrote(nbytes: int) -> None:
                 watch.wrote(nbytes)
                 advance(nbytes)
 
-            written = default.write(plan, shards, options, wrote)
-            watch.wrote(sum([read_index(prefix).total_nbytes for prefix in prefixes]))
-            small = {**extra, OBJECT_GRAPH_KEY: graph}
-            io.merge_shards([*prefixes, *written], staging, extra=small, options=options)
-        watch.committed(path)
+            written = [*registered, *default.write(plan, shards, options, process, wrote)]
+            watch.wrote(sum([read_index(shard).total_nbytes for shard in registered]))
+            report = _Report(
+                os.path.basename(staging.path),
+                hashlib.sha256(graph).hexdigest(),
+                parts,
+                tuple([os.path.relpath(shard, staging.directory) for shard in written]),
+            )
+
+            def commit(reports: list[Any]) -> None:
+                found = [_Report(*said) for said in reports]
+                _check_agreement(found, meeting.what)
+                directories = [
+                    os.path.normpath(os.path.join(staging.directory, shard))
+                    for each in found
+                    for shard in each.shards
+                ]
+                small = {**more, OBJECT_GRAPH_KEY: graph}
+                io.merge_shards(directories, staging.directory, extra=small, options=options)
+                staging.publish(overwrite=overwrite, durable=options.durable)
+                later.close()
+                watch.committed(path)
+                then()
+
+            meeting.conclude(astuple(report), commit)
+            if not meeting.leads:
+                watch.committed(path)
+                then()
 
     return finish
 
 
-def _values(live: LiveGraph) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class _Report:
+    """What a process says when its shards are written.
+
+    Attributes:
+      name: of the checkpoint.
+      graph: digest of the object graph.
+      parts: digests of its values by the beginning of their paths, to say where graphs differ.
+      shards: directories, relative to the staging directory.
+    """
+
+    name: str
+    graph: str
+    parts: dict[str, str]
+    shards: tuple[str, ...]
+
+
+def _digests_of_parts(graph: ObjectGraph) -> dict[str, str]:
+    for depth in (2, 1):
+        parts: dict[str, list[str]] = {}
+        for node, attribute in graph.attributes():
+            part = "/".join(graph.paths[node].split("/", depth)[:depth])
+            parts.setdefault(part, []).append(
+                f"{attribute.key} {attribute.spec!r} {attribute.sharding!r}"
+            )
+        if len(parts) <= _MAX_PARTS:
+            break
+    else:
+        return {}
+    return {
+        part: hashlib.sha256("\n".join(values).encode("utf-8", "replace")).hexdigest()[:8]
+        for part, values in parts.items()
+    }
+
+
+def _check_agreement(reports: Sequence[_Report], what: str) -> None:
+    """Checks that all processes have saved the same objects, to the same place."""
+    names = [report.name for report in reports]
+    if others := tuple([k for k, name in enumerate(names) if name != names[0]]):
+        said = ", ".join(f"process {k} {name}" for k, name in enumerate(names))
+        raise ProcessError(f"{what}: the processes save to different places: {said}", others)
+    graphs = [report.graph for report in reports]
+    if others := tuple([k for k, graph in enumerate(graphs) if graph != graphs[0]]):
+        first, other = (reports[k].parts for k in (0, others[0]))
+        where = sorted(part for part in {*first, *other} if first.get(part) != other.get(part))
+        below = f" below {', '.join(where[:_MAX_LISTED])}" if where else ""
+        raise ProcessError(
+            f"{what}: the objects of process{'es' * (len(others) > 1)} "
+            f"{', '.join(map(str, others))} are not those of process 0: names, shapes, dtypes or "
+            f"shardings differ{below}. All processes have to save the same object graph; state "
+            "that each has for itself goes into ckpt.PerProcess.",
+            others,
+        )
+
+
+def encoded_values(live: LiveGraph) -> dict[str, Any]:
     """Every value of the default saver by key, as an array or a byte string."""
     values: dict[str, Any] = {}
     problems: list[tuple[str, str]] = []
@@ -106,7 +224,7 @@ def _values(live: LiveGraph) -> dict[str, Any]:
     return values
 
 
-def _registered_shards(live: LiveGraph, directory: str) -> list[str]:
+def _registered_shards(live: LiveGraph, prefix: str) -> list[str]:
     """Calls each registered saver that takes objects, once, with all of them."""
     objects: dict[str, dict[str, Any]] = {}
     for node, obj in zip(live.graph.nodes, live.objects, strict=True):
@@ -114,7 +232,7 @@ def _registered_shards(live: LiveGraph, directory: str) -> list[str]:
             objects.setdefault(node.saver.name, {})[node.saver.object_name] = obj
     prefixes: list[str] = []
     for name, by_name in objects.items():
-        result = get_saver(name).save_fn(by_name, os.path.join(directory, name))
+        result = get_saver(name).save_fn(by_name, prefix + name)
         prefixes += _prefixes(name, result)
     return prefixes
 

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 # From the ground up. A module stands in the layer that names it or, failing that, the closest
 # package above it; it may import from its own layer and from those before.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "options", "report", "metrics", "progress", "version", "_proto"),
+    ("errors", "options", "report", "metrics", "progress", "version", "_proto", "jax_internals"),
     ("graph.labels", "graph.model", "store.box"),
     ("trackable",),
     ("graph",),
@@ -37,8 +37,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("readers", "multihost"),
     ("reader",),
     ("renaming", "placing", "derived", "adapting"),
-    ("saving", "restoring", "latest", "verifying", "background"),
-    ("status", "checkpoint", "functional", "revive", "nodes", "frozen"),
+    ("saving", "restoring", "latest", "verifying", "background", "preflighting"),
+    ("status", "checkpoint", "functional", "revive", "nodes", "frozen", "per_process"),
     ("retention",),
     ("manager", "inspect"),
     ("preemption",),
@@ -66,6 +66,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "tensorstore": ("ckpt_jax.store", "ckpt_jax.readers"),
     "tensorflow": ("ckpt_jax.readers",),
     "orbax": ("ckpt_jax.readers",),
+    "jax._src": ("ckpt_jax.jax_internals",),
 }
 
 

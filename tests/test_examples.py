@@ -35,6 +35,7 @@ def test_every_example_is_tested():
     tested = {
         "custom_sharded_saver.py",
         "linen_train_state.py",
+        "multi_process.py",
         "quantized_saver.py",
         "resume_on_another_mesh.py",
     }
@@ -93,3 +94,13 @@ def test_moments_are_saved_in_8_bits():
     sizes = re.findall(r"^(?:default saver|8 bits) +(\d+) KiB", output, flags=re.MULTILINE)
     default, small = map(int, sizes)
     assert small < 0.8 * default, output
+
+
+def test_four_processes_save_and_two_go_on():
+    code, output = run("multi_process.py")
+    assert code == 0, output
+    assert "FAILED" not in output
+    assert output.count("ok     ") == 5
+    pattern = r"^(\w+) +(\d) x (\d) +(\d+) +(\d+) "
+    found = re.findall(pattern, output, flags=re.MULTILINE)
+    assert found == [("first", "4", "2", "1", "6"), ("second", "2", "4", "7", "10")], output

@@ -18,6 +18,7 @@ PUBLIC = (
     "NoDependency",
     "OptaxState",
     "optax_state",
+    "PerProcess",
     "no_automatic_dependency_tracking",
     "SlotOwner",
     "DelegatingTrackable",
@@ -64,6 +65,7 @@ PUBLIC = (
     "KeepEveryNSteps",
     "KeepBest",
     "KeepAny",
+    "preflight",
     # savers and classes of one's own
     "io",
     "register_checkpoint_saver",
@@ -88,6 +90,8 @@ PUBLIC = (
     "RegistrationError",
     "AsyncSaveError",
     "BarrierTimeoutError",
+    "ProcessError",
+    "PreflightError",
 )
 
 

@@ -53,6 +53,21 @@ def key_of(name):
     return f"{name}/.ATTRIBUTES/VARIABLE_VALUE"
 
 
+@pytest.mark.parametrize("dtype", ["int64", "uint64", "float64", "complex128"])
+def test_64_bit_arrays_are_restored_bit_for_bit_where_jax_has_32(tmp_path, mesh42, dtype):
+    assert not jax.config.read("jax_enable_x64")
+    data = np.random.default_rng(1).normal(size=(16, 8, 2)) * 1e12
+    data = data.astype(np.int64).astype(dtype)
+    path = ckpt.save(tmp_path / "a", {"w": data})
+    sharding = NamedSharding(mesh42, P("data", "model"))
+    with jax.enable_x64(True):
+        target = {"w": jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)}
+    restored = ckpt.restore(path, target)["w"]
+    for shard in restored.addressable_shards:
+        assert shard.data.dtype == dtype
+        assert bits(shard.data) == data[shard.index].tobytes()
+
+
 # --- another mesh ----------------------------------------------------------------------
 
 SAVED_AS = [("data", "model"), ("model", "data"), (None, "model"), (("data", "model"),), ()]

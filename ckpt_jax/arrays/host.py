@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -19,26 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 
-from ckpt_jax.store.box import Box, Shape, from_index, size_of
-
-# JAX's internals, all that this package uses of them: one call that places all shards of an
-# array (a third of the time of make_array_from_callback), and the list of an array's shards.
-# Both have a public, slower substitute.
-try:
-    from jax._src.lib import xla_client  # pyright: ignore[reportPrivateImportUsage]
-
-    batched_device_put: Callable[..., jax.Array] | None = xla_client.batched_device_put
-except (ImportError, AttributeError):
-    batched_device_put = None
-
-
-def _addressable_shards(array: jax.Array) -> Sequence[jax.Array]:
-    """The addressable shards, as single-device arrays, in the order of the sharding."""
-    shards = getattr(array, "_arrays", None)
-    if shards is None or array.is_deleted():
-        numbers = range(len(array.sharding.addressable_devices))
-        return [array.addressable_data(number) for number in numbers]
-    return shards
+from ckpt_jax.jax_internals import held_shards, place_shards
+from ckpt_jax.store.box import Box, Shape, from_index, size_of, slices, whole
 
 
 @lru_cache(maxsize=4096)
@@ -60,6 +42,48 @@ def owned_boxes(sharding: jax.sharding.Sharding, shape: Shape) -> tuple[tuple[in
 
 
 @lru_cache(maxsize=4096)
+def held_boxes(
+    sharding: jax.sharding.Sharding, shape: Shape
+) -> tuple[tuple[Box, tuple[tuple[int, int], ...]], ...]:
+    """The distinct boxes of an array over all processes, each with who could write it.
+
+    Returns:
+      (box, ((process, device id), ...)): of each process that holds the box its first device.
+      It is the same on all processes.
+    """
+    holders: dict[Box, dict[int, int]] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        holders.setdefault(from_index(index, shape), {}).setdefault(device.process_index, device.id)
+    return tuple((box, tuple(sorted(found.items()))) for box, found in holders.items())
+
+
+@lru_cache(maxsize=4096)
+def _shard_numbers(sharding: jax.sharding.Sharding, shape: Shape) -> dict[int, int]:
+    """The number of the addressable shard on each device of this process, by device id."""
+    devices = sharding.addressable_devices_indices_map(shape)
+    return {device.id: number for number, device in enumerate(devices)}
+
+
+def fetch(array: jax.Array, device: int, part: Box) -> jax.Array | np.ndarray:
+    """A part of the shard on one device: a view where that is a CPU, else on its way here.
+
+    Args:
+      device: id of a device of this process.
+      part: relative to the shard.
+
+    Returns:
+      What `np.asarray` gives the contents of.
+    """
+    shard = held_shards(array)[_shard_numbers(array.sharding, array.shape)[device]]
+    if next(iter(array.sharding.device_set)).platform == "cpu":
+        return np.asarray(shard)[slices(part)]
+    if part != whole(shard.shape):
+        shard = shard[slices(part)]
+    shard.copy_to_host_async()
+    return shard
+
+
+@lru_cache(maxsize=4096)
 def wanted_boxes(sharding: jax.sharding.Sharding, shape: Shape) -> tuple[Box, ...]:
     """The distinct boxes that this process's devices need of an array."""
     indices = sharding.addressable_devices_indices_map(shape).values()
@@ -76,7 +100,7 @@ def start_transfers(arrays: Iterable[jax.Array]) -> None:
     """Starts the copies to host memory of all shards that this process writes."""
     for array in arrays:
         if next(iter(array.sharding.device_set)).platform != "cpu":
-            shards = _addressable_shards(array)
+            shards = held_shards(array)
             for number, _, _ in owned_boxes(array.sharding, array.shape):
                 shards[number].copy_to_host_async()
 
@@ -87,7 +111,7 @@ def host_slices(array: jax.Array) -> list[tuple[Box, int, np.ndarray]]:
     On CPU the contents are views. They stay what they are even if the array is donated or
     deleted: JAX does not reuse memory while a view of it lives.
     """
-    shards = _addressable_shards(array)
+    shards = held_shards(array)
     return [
         (box, device, np.asarray(shards[number]))
         for number, box, device in owned_boxes(array.sharding, array.shape)
@@ -104,18 +128,38 @@ def place(
 
     Contents that lie at multiples of 64 bytes become the array's memory on CPU without a copy.
     """
+    # Without 64-bit types enabled, JAX would place 32-bit shards in an array that says 64.
+    wide = jax.enable_x64(True) if dtype.itemsize >= 8 else contextlib.nullcontext()
+    with wide:
+        return _place(shape, dtype, sharding, contents)
+
+
+def _place(
+    shape: Shape,
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding,
+    contents: Sequence[np.ndarray],
+) -> jax.Array:
     devices, numbers = _device_boxes(sharding, shape)
-    if batched_device_put is None:
+    if place_shards is None or not devices:  # an array can lie on other processes' devices only
         parts = jax.device_put([contents[n] for n in numbers], list(devices))
-        return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts, dtype=dtype)
     aval = _aval(shape, dtype)
-    return batched_device_put(aval, sharding, [contents[n] for n in numbers], list(devices))
+    return place_shards(aval, sharding, [contents[n] for n in numbers], list(devices))
 
 
 def put(
     arrays: Sequence[np.ndarray], sharding: jax.sharding.Sharding | None = None
 ) -> list[jax.Array]:
     """Arrays of exactly these dtypes, on the default device where no sharding is given."""
+    if sharding is not None and not sharding.is_fully_addressable:
+        # `device_put` would have the devices of all processes compare the arrays.
+        return [
+            place(
+                x.shape, x.dtype, sharding, [x[slices(b)] for b in wanted_boxes(sharding, x.shape)]
+            )
+            for x in arrays
+        ]
     with jax.enable_x64(True):  # without it 64-bit values would quietly lose half their bits
         return jax.device_put(list(arrays), sharding)
 

@@ -1,7 +1,8 @@
 """The default saver: every value that no registered saver takes.
 
 snapshot    brings what this process holds of each value to host memory: views of CPU arrays,
-            copies from other devices, all started before the first is waited for.
+            copies from other devices, all started before the first is waited for. Where there
+            are several processes, `spread` says which of them writes what.
 plan_write  groups the slices into shards, as the sharding policy says.
 write       writes each shard with the same primitive that registered savers use.
 """
@@ -20,7 +21,8 @@ import numpy as np
 
 from ckpt_jax import io
 from ckpt_jax.arrays import host
-from ckpt_jax.errors import ShardError
+from ckpt_jax.errors import ShardError, UnsaveableError
+from ckpt_jax.graph.labels import object_key_of, path_of
 from ckpt_jax.options import (
     CheckpointOptions,
     Groups,
@@ -30,6 +32,7 @@ from ckpt_jax.options import (
     ShardByProcess,
     ShardingPolicy,
 )
+from ckpt_jax.savers.spread import HeldBox, spread
 from ckpt_jax.store.box import Box, inside, shape_of, size_of, slices, tiling_problem, whole
 from ckpt_jax.store.index import dtype_name
 
@@ -56,22 +59,40 @@ class WritePlan:
     shards: tuple[Mapping[str, Any], ...]
 
 
-def snapshot(values: Mapping[str, jax.Array | np.ndarray | bytes], *, copy: bool) -> Snapshot:
+def snapshot(
+    values: Mapping[str, jax.Array | np.ndarray | bytes],
+    *,
+    copy: bool,
+    process: int = 0,
+    count: int = 1,
+) -> Snapshot:
     """What this process writes of `values`, on the host.
 
+    What lies on no device, and arrays of which each process has its own, are written by
+    process 0.
+
     Args:
-      values: by checkpoint key, as `encode` gives them.
+      values: by checkpoint key, as `encode` gives them, the same keys on all processes.
       copy: also copy numpy arrays, which the program could change while they are written.
+      process: index of this process.
+      count: number of processes.
+
+    Raises:
+      UnsaveableError: arrays that only a process other than 0 can reach.
     """
-    process = jax.process_index()
+    arrays = {key: value for key, value in values.items() if isinstance(value, jax.Array)}
+    if count == 1:
+        host.start_transfers(arrays.values())
+        found = {key: host.host_slices(value) for key, value in arrays.items()}
+    else:
+        found = _assigned_slices(values, process, count)
     home = jax.local_devices()[0].id
-    host.start_transfers(value for value in values.values() if isinstance(value, jax.Array))
     planned: list[PlannedSlice] = []
     contents: dict[tuple[str, Box], np.ndarray | bytes] = {}
     for key, value in values.items():
         if isinstance(value, jax.Array):
             dtype = dtype_name(value.dtype)
-            for box, device, data in host.host_slices(value):
+            for box, device, data in found.get(key, ()):
                 contents[key, box] = data
                 planned.append(
                     PlannedSlice(key, box, value.shape, dtype, data.nbytes, process, device)
@@ -85,6 +106,55 @@ def snapshot(values: Mapping[str, jax.Array | np.ndarray | bytes], *, copy: bool
             contents[key, box] = data
             planned.append(PlannedSlice(key, box, shape_of(box), dtype, nbytes, process, home))
     return Snapshot(tuple(planned), contents)
+
+
+def _assigned_slices(
+    values: Mapping[str, jax.Array | np.ndarray | bytes], process: int, count: int
+) -> dict[str, list[tuple[Box, int, np.ndarray]]]:
+    """(box, device id, contents) by key, of what `spread` gives to this process."""
+    held: list[HeldBox] = []
+    places: list[tuple[str, dict[int, int]]] = []  # of each held box: key, {process: device id}
+    unreachable: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, bytes):
+            continue
+        if not isinstance(value, jax.Array) or value.is_fully_addressable:
+            held.append(HeldBox(whole(value.shape), value.nbytes, (0,)))
+            places.append((key, {}))
+            continue
+        processes = {device.process_index for device in value.sharding.device_set}
+        if len(processes) == 1 and processes != {0}:
+            what = f"lies on devices of process {min(processes)} only, which takes it for its own"
+            unreachable.append((path_of(object_key_of(key)), what))
+        itemsize = value.dtype.itemsize
+        for box, holders in host.held_boxes(value.sharding, value.shape):
+            held.append(HeldBox(box, size_of(box) * itemsize, tuple([p for p, _ in holders])))
+            places.append((key, dict(holders)))
+    if unreachable:
+        lines = "\n".join(f"  {path}: {what}" for path, what in unreachable)
+        raise UnsaveableError(
+            f"{len(unreachable)} arrays cannot be saved; nothing was written:\n{lines}\n"
+            "Lay them over a mesh with devices of several processes, or of process 0, or save "
+            "them with ckpt.PerProcess.",
+            tuple(unreachable),
+        )
+    started: list[tuple[str, Box, int, jax.Array | np.ndarray]] = []
+    found: dict[str, list[tuple[Box, int, np.ndarray]]] = {}
+    for part in spread(held, count):
+        key, devices = places[part.source]
+        value = values[key]
+        if part.process != process or not isinstance(value, jax.Array):
+            continue
+        if not devices:
+            found[key] = host.host_slices(value)
+            continue
+        origin = held[part.source].box
+        inner = tuple([(a - o, b - o) for (a, b), (o, _) in zip(part.box, origin, strict=True)])
+        data = host.fetch(value, devices[process], inner)
+        started.append((key, part.box, devices[process], data))
+    for key, box, device, data in started:
+        found.setdefault(key, []).append((box, device, np.asarray(data)))
+    return found
 
 
 def plan_write(snap: Snapshot, policy: ShardingPolicy) -> WritePlan:
@@ -200,13 +270,14 @@ def write(
     plan: WritePlan,
     directory: str,
     options: CheckpointOptions,
+    process: int = 0,
     written: Callable[[int], object] = lambda nbytes: None,
 ) -> list[str]:
     """Writes the shards into new directories below `directory`; returns those.
 
     `written` is called with numbers of bytes while the work goes on, on several threads.
     """
-    prefix = os.path.join(directory, f"{jax.process_index():05d}-")
+    prefix = os.path.join(directory, f"{process:05d}-")
     jobs = [(f"{prefix}{number:05d}", shard) for number, shard in enumerate(plan.shards)]
     with ThreadPoolExecutor(min(2, len(jobs)) or 1) as pool:
         write_one = functools.partial(io.write_shard, options=options, written=written)

@@ -50,9 +50,13 @@ def register_checkpoint_saver(
       package, name: the saver is known as "package.name", in checkpoints too.
       predicate: sees every object of the graph: trackables, Flax objects, containers, leaves.
       save_fn: `(objects by name, file_prefix)`; writes shards with `ckpt.io.write_shard` at
-        paths that begin with `file_prefix`, and returns None, a shard or a list of shards.
+        paths that begin with `file_prefix`, and returns None, a shard or a list of shards. Where
+        there are several processes it is called on each, with a prefix of its own; what it
+        writes has to be another slice on each (of a jax.Array it is; a numpy array is written
+        where `jax.process_index()` is 0, or in parts, with `ckpt.io.Slice`).
       restore_fn: `(objects by name, merged_prefix)`; reads with `ckpt.io.read_slices` and
         assigns in place (returning None), or returns new values by name for immutable objects.
+        It is called on each process.
       strict_predicate_restore: whether restoring into an object that the predicate refuses is
         an error; otherwise the object is skipped and keeps its value.
 

@@ -13,12 +13,14 @@ import errno
 import os
 import re
 import secrets
+import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from ckpt_jax.errors import CheckpointNotFoundError
 from ckpt_jax.store.durable import fsync_directory, make_directories
-from ckpt_jax.store.staging import claim, is_staging, locked, remove_leftovers
+from ckpt_jax.store.staging import claim_name, is_staging, locked, remove_leftovers
 
 MANIFEST = "manifest.ocdbt"
 
@@ -81,29 +83,85 @@ def require_checkpoint(path: str) -> None:
     raise CheckpointNotFoundError(what)
 
 
-@contextlib.contextmanager
-def staged(path: str, *, overwrite: bool, durable: bool) -> Iterator[str]:
-    """A staging directory that becomes `path` when the block ends well, and goes when not.
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """Where a checkpoint is written before it takes its name.
 
-    What abandoned saves to the same path have left goes first: it may be what fills the disk.
+    Attributes:
+      path: where the checkpoint will be.
+      directory: beside it, where it is now.
+    """
+
+    path: str
+    directory: str
+
+    @classmethod
+    def of(cls, path: str, token: str) -> Staging:
+        """The staging directory for `path`, with a name that a token makes its own (see
+        `store.staging`)."""
+        path = os.path.realpath(path)  # a link stays, what it names is replaced
+        return cls(path, f"{path}.staging-{token}")
+
+    @contextlib.contextmanager
+    def claimed(self, *, overwrite: bool, durable: bool) -> Iterator[None]:
+        """Makes the directory and holds it; at the end of the block what is under its name goes:
+        what failed, or, after an exchange, the old checkpoint.
+
+        What abandoned saves to the same path have left goes first: it may be what fills the disk.
+
+        Raises:
+          FileExistsError: there is something that may not be replaced.
+        """
+        check_replaceable(self.path, overwrite)
+        self.make_parents(durable)
+        remove_leftovers(self.path, but=self.directory)
+        with claim_name(self.directory):
+            yield
+
+    def make_parents(self, durable: bool) -> None:
+        """Makes the directories above."""
+        parent = os.path.dirname(self.path)
+        if durable:
+            make_directories(parent)
+        else:
+            os.makedirs(parent, exist_ok=True)
+
+    def publish(self, *, overwrite: bool, durable: bool) -> None:
+        """Gives the checkpoint its name; where that cannot be made durable, all is as before.
+
+        Raises:
+          FileExistsError: there is something that may not be replaced.
+        """
+        _publish(self.directory, self.path, overwrite=overwrite, durable=durable)
+
+    @contextlib.contextmanager
+    def removed_where_failed(self, shards: str, prefix: str) -> Iterator[None]:
+        """Leaves nothing of what this process wrote, where it is not the one to remove all.
+
+        It may be late: then the others are through, and it has made the directories anew.
+
+        Args:
+          shards: directory below the staging directory.
+          prefix: what the names in it of this process begin with.
+        """
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(OSError):
+                for name in os.listdir(shards):
+                    if name.startswith(prefix):
+                        shutil.rmtree(os.path.join(shards, name), ignore_errors=True)
+                os.rmdir(shards)  # refused as long as there is something of another process
+                os.rmdir(self.directory)
+            raise
+
+
+def check_replaceable(path: str, overwrite: bool) -> None:
+    """Checks that a checkpoint may be written to `path`.
 
     Raises:
-      FileExistsError: there is something at `path` that may not be replaced.
+      FileExistsError: there is something that may not be replaced.
     """
-    path = os.path.realpath(path)  # a link stays, what it names is replaced
-    _check_replaceable(path, overwrite)
-    parent = os.path.dirname(path)
-    if durable:
-        make_directories(parent)
-    else:
-        os.makedirs(parent, exist_ok=True)
-    remove_leftovers(path)
-    with claim(path) as staging:
-        yield staging
-        _publish(staging, path, overwrite=overwrite, durable=durable)
-
-
-def _check_replaceable(path: str, overwrite: bool) -> None:
     if not os.path.lexists(path):
         return
     if is_checkpoint(path):
@@ -140,7 +198,7 @@ def _take_name(staging: str, path: str, overwrite: bool) -> Callable[[], object]
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
             raise
-    _check_replaceable(path, overwrite)
+    check_replaceable(path, overwrite)
     _swap(staging, path)
     return lambda: _swap(staging, path)
 

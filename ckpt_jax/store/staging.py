@@ -19,7 +19,10 @@ the owner would have to hold it, or the process that the name tells of runs no l
   system prove anything.
 
 All else is left alone. To make something and to lock it are two steps, between which somebody
-else may find it and hold or remove it; then it is made again, under another name.
+else may find it and hold or remove it; then it is made again.
+
+Where several processes write a checkpoint, the name is of process 0, which holds the lock; any of
+them may be the first to make the directory.
 """
 
 from __future__ import annotations
@@ -88,11 +91,15 @@ def is_staging(path: str) -> bool:
     return STAGING.match(os.path.basename(os.path.abspath(path))) is not None
 
 
+def owner_digits() -> str:
+    """What a name of staging says of this process: 24 hexadecimal digits."""
+    process = os.getpid()
+    return str(Owner(_system(), process, _start_of(process) or 0))
+
+
 def staging_name(path: str) -> str:
     """A new name of a staging directory for `path`, of this process."""
-    process = os.getpid()
-    owner = Owner(_system(), process, _start_of(process) or 0)
-    return f"{path}.staging-{owner}{secrets.token_hex(4)}"
+    return f"{path}.staging-{owner_digits()}{secrets.token_hex(4)}"
 
 
 def new_directory(path: str) -> None:
@@ -109,27 +116,46 @@ def claim(path: str, make: Callable[[str], None] = new_directory) -> Iterator[st
 
     What is under its name at the end of the block is removed, as far as that is possible.
     """
-    staging, lock = _new_staging(path, make)
+    while True:
+        make(staging := staging_name(path))
+        if (lock := _lock_on_new(staging)) is not None:
+            break
+    with _held(staging, lock):
+        yield staging
+
+
+@contextmanager
+def claim_name(staging: str) -> Iterator[None]:
+    """As `claim`, for a directory that has its name, and may be there."""
+    while True:
+        os.makedirs(staging, exist_ok=True)
+        if (lock := _lock_on_new(staging)) is not None:
+            break
+    with _held(staging, lock):
+        yield
+
+
+@contextmanager
+def _held(staging: str, lock: ExitStack) -> Iterator[None]:
     with lock:
         try:
-            yield staging
+            yield
         finally:
             # What failed has already said why; what stays is abandoned from now on.
             with suppress(OSError):
                 _remove(staging)
 
 
-def _new_staging(path: str, make: Callable[[str], None]) -> tuple[str, ExitStack]:
-    while True:
-        staging = staging_name(path)
-        make(staging)
-        with ExitStack() as stack:
-            try:
-                lock = stack.enter_context(locked(staging))
-            except FileNotFoundError:  # taken for abandoned before it was locked
-                continue
-            if lock is not Lock.THEIRS and os.path.exists(staging):
-                return staging, stack.pop_all()
+def _lock_on_new(staging: str) -> ExitStack | None:
+    """The lock on new staging; None where it was taken for abandoned before that."""
+    with ExitStack() as stack:
+        try:
+            lock = stack.enter_context(locked(staging))
+        except FileNotFoundError:
+            return None
+        if lock is Lock.THEIRS or not os.path.exists(staging):
+            return None
+        return stack.pop_all()
 
 
 def _remove(staging: str) -> None:
@@ -216,9 +242,14 @@ def remove_abandoned(staging: str) -> bool:
         return True
 
 
-def remove_leftovers(path: str) -> None:
-    """Removes what abandoned work on `path` has left, before new work on it begins."""
+def remove_leftovers(path: str, but: str = "") -> None:
+    """Removes what abandoned work on `path` has left, before new work on it begins.
+
+    `but` is the staging of that new work, which another process may have made already.
+    """
     for staging in staging_of(path):
+        if staging == but:
+            continue
         try:
             remove_abandoned(staging)
         except OSError as error:  # no reason not to go on

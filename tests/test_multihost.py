@@ -1,0 +1,540 @@
+"""Meetings of processes, and saves that need them, in memory: threads that share a dict."""
+
+import os
+import threading
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import ckpt_jax as ckpt
+from ckpt_jax import multihost
+from ckpt_jax.multihost import Processes
+from ckpt_jax.options import CheckpointOptions
+
+SECONDS = 60.0  # what nobody should have to wait for
+SHORT = 0.2
+
+
+class Dictionary:
+    """The service, as a dict."""
+
+    def __init__(self):
+        self.values = {}
+        self.changed = threading.Condition()
+        self.waits = {}
+
+    def set(self, key, value, timeout_seconds):
+        with self.changed:
+            if key in self.values:
+                return False
+            self.values[key] = value
+            self.changed.notify_all()
+            return True
+
+    def get(self, key, timeout_seconds):
+        with self.changed:
+            name = threading.current_thread().name
+            self.waits[name] = self.waits.get(name, 0) + 1
+            self.changed.wait_for(lambda: key in self.values, timeout_seconds)
+            return self.values.get(key)
+
+    def list(self, prefix, timeout_seconds):
+        with self.changed:
+            return {key: value for key, value in self.values.items() if key.startswith(prefix)}
+
+    def delete(self, prefix, timeout_seconds):
+        with self.changed:
+            for key in [key for key in self.values if key.startswith(prefix)]:
+                del self.values[key]
+
+
+def together(count, program, service=None):
+    """Runs `program(processes)` on a thread for each process; what each returned or raised."""
+    service = service or Dictionary()
+    results = [None] * count
+
+    def run(index):
+        processes = Processes(index, count, service)
+        with multihost.simulated(processes):
+            try:
+                results[index] = program(processes)
+            except Exception as error:
+                results[index] = error
+
+    threads = [
+        threading.Thread(target=run, args=[index], name=f"p{index}") for index in range(count)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def meet(processes, report=None, act=list, what="meeting", seconds=SECONDS):
+    with processes.meeting(what, seconds) as meeting:
+        return meeting.conclude(report, act)
+
+
+# --- meetings --------------------------------------------------------------------------
+
+
+def test_process_0_acts_on_the_reports_of_all_and_all_hear_what_came_of_it():
+    acted = []
+
+    def act(reports):
+        acted.append(threading.current_thread().name)
+        return [sum(reports), reports]
+
+    results = together(3, lambda p: meet(p, 10**p.index, act))
+    assert results == [[111, [1, 10, 100]]] * 3
+    assert acted == ["p0"]
+
+
+def test_one_process_meets_nobody():
+    assert meet(Processes(), 7, lambda reports: reports) == [7]
+    with pytest.raises(ZeroDivisionError), Processes().meeting("meeting", SECONDS):
+        _ = 1 / 0
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_who_fails_before_its_report_fails_all_at_once(failing):
+    def program(processes):
+        with processes.meeting("meeting", SECONDS) as meeting:
+            if meeting.index == failing:
+                raise ValueError("no space")
+            return meeting.conclude(None, list)
+
+    results = together(3, program)
+    assert str(results.pop(failing)) == "no space"
+    for error in results:
+        assert isinstance(error, ckpt.ProcessError)
+        assert str(error) == f"meeting: process {failing} failed with ValueError: no space"
+        assert error.processes == (failing,)
+
+
+def test_where_process_0_fails_to_act_all_fail():
+    results = together(3, lambda p: meet(p, None, lambda reports: 1 / 0))
+    assert isinstance(results[0], ZeroDivisionError)
+    for error in results[1:]:
+        assert isinstance(error, ckpt.ProcessError)
+        assert error.processes == (0,)
+
+
+def test_an_interrupted_process_is_interrupted_and_the_others_hear_of_it():
+    def program(processes):
+        try:
+            with processes.meeting("meeting", SECONDS) as meeting:
+                if meeting.index == 1:
+                    raise KeyboardInterrupt
+                return meeting.conclude(None, list)
+        except KeyboardInterrupt:
+            return "interrupted"
+
+    error, interrupted = together(2, program)
+    assert interrupted == "interrupted"
+    assert "process 1 failed with KeyboardInterrupt" in str(error)
+
+
+@pytest.mark.parametrize("late", [(1,), (2, 3), (0,)])
+def test_who_is_late_is_named_by_all_the_others(late):
+    over = threading.Barrier(4)
+
+    def program(processes):
+        try:
+            with processes.meeting("meeting", SHORT) as meeting:
+                if meeting.index in late:
+                    over.wait()
+                    return meeting.conclude(None, list)
+                try:
+                    return meeting.conclude(None, list)
+                finally:
+                    over.wait()
+        except ckpt.BarrierTimeoutError as error:
+            return error
+
+    results = together(4, program)
+    for error in results:
+        assert isinstance(error, ckpt.BarrierTimeoutError), error
+        assert error.processes == late
+    names = ", ".join(map(str, late))
+    assert any(f" {names} of 4 did not arrive within 0.2 s" in str(error) for error in results)
+
+
+def test_a_process_that_hears_nothing_after_the_decision_says_that_it_does_not_know():
+    heard = threading.Event()
+
+    def program(processes):
+        def act(reports):
+            heard.wait()
+            return "committed"
+
+        try:
+            return meet(processes, None, act, seconds=SHORT)
+        finally:
+            if processes.index == 1:
+                heard.set()
+
+    committed, error = together(2, program)
+    assert committed == "committed"
+    assert isinstance(error, ckpt.BarrierTimeoutError)
+    assert error.processes == (0,)
+    assert "whether the checkpoint was committed is not known" in str(error)
+
+
+def test_processes_that_do_different_things_are_told_so():
+    results = together(2, lambda p: meet(p, what="saving x" if p.index else "restoring x"))
+    for error in results:
+        assert isinstance(error, ckpt.ProcessError)
+        assert "process 0: restoring\n" in str(error)
+        assert "process 1: saving\n" in str(error)
+
+
+def test_the_service_does_not_fill_up():
+    service = Dictionary()
+    sizes = []
+
+    def program(processes):
+        for number in range(200):
+            meet(processes, number)
+            if processes.index == 0:
+                sizes.append(len(service.values))
+
+    together(3, program, service)
+    assert max(sizes) <= 20
+
+
+def test_meetings_that_overlap_do_not_lose_each_others_outcome():
+    """As saves of two checkpoints in the background do."""
+
+    def program(processes):
+        first = processes.meeting("first", SECONDS)
+        for number in range(5):
+            meet(processes, number)
+        with first:
+            return first.conclude(processes.index, list)
+
+    assert together(2, program) == [[0, 1], [0, 1]]
+
+
+def test_tokens_agree_and_differ_from_meeting_to_meeting():
+    def program(processes):
+        tokens = []
+        for _ in range(2):
+            with processes.meeting("meeting", SECONDS) as meeting:
+                tokens.append(meeting.token)
+                meeting.conclude(None, list)
+        return tokens
+
+    first, other = together(2, program)
+    assert first == other
+    assert len({*first}) == 2
+    assert all(len(token) == 32 and int(token, 16) >= 0 for token in first)
+    assert together(2, program)[0] != first
+
+
+# --- saving ----------------------------------------------------------------------------
+
+
+def state_of(index):
+    return {
+        "w": jnp.arange(12.0).reshape(3, 4),
+        "n": np.arange(5),
+        "step": 3,
+        "data": ckpt.PerProcess({"position": 10 + index, "seen": ["a"] * (index + 1)}),
+    }
+
+
+def blank_state(merge=None):
+    return {
+        "w": jnp.zeros((3, 4)),
+        "n": np.zeros(5, int),
+        "step": 0,
+        "data": ckpt.PerProcess({"position": 0, "seen": []}, merge),
+    }
+
+
+def test_a_save_waits_twice_at_most(tmp_path):
+    service = Dictionary()
+
+    def program(processes):
+        for number in range(3):
+            ckpt.save(tmp_path / str(number), state_of(processes.index))
+
+    assert together(2, program, service) == [None, None]
+    # Process 1 waits for three outcomes, and once for the name of the run.
+    assert service.waits == {"p1": 4}
+
+
+def test_values_of_the_host_are_those_of_process_0_and_others_are_each_ones_own(tmp_path):
+    path = tmp_path / "a"
+
+    def program(processes):
+        ckpt.save(path, state_of(processes.index))
+        target = {
+            **blank_state(),
+            "data": ckpt.PerProcess({"position": 0, "seen": ["x"] * (processes.index + 1)}),
+        }
+        return ckpt.restore(path, target)
+
+    for index, restored in enumerate(together(3, program)):
+        assert restored["data"].value == {"position": 10 + index, "seen": ["a"] * (index + 1)}
+        assert restored["step"] == 3
+        assert np.array_equal(restored["w"], np.arange(12.0).reshape(3, 4))
+    assert os.listdir(tmp_path) == ["a"]
+    assert ckpt.verify(path).ok
+
+
+def test_another_number_of_processes_is_an_error_unless_they_are_merged(tmp_path):
+    path = tmp_path / "a"
+    together(3, lambda p: ckpt.save(path, state_of(p.index)))
+
+    def merge(values, index, count):
+        return {"positions": [value["position"] for value in values][index::count]}
+
+    with pytest.raises(ckpt.ProcessError, match="data: saved by 3 processes"):
+        ckpt.restore(path, blank_state())
+    alone = ckpt.restore(path, blank_state(merge))
+    assert alone["data"].value == {"positions": [10, 11, 12]}
+    two = together(2, lambda p: ckpt.restore(path, blank_state(merge))["data"].value)
+    assert two == [{"positions": [10, 12]}, {"positions": [11]}]
+
+
+def test_what_does_not_fit_the_state_of_a_process_is_reported(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"data": ckpt.PerProcess({"position": 1})})
+    with pytest.raises(ckpt.RestoreMismatchError, match="data/process-0/place"):
+        ckpt.restore(path, {"data": ckpt.PerProcess({"place": 1})})
+
+
+def test_different_objects_are_no_save_and_leave_nothing(tmp_path):
+    def program(processes):
+        layers = [{"w": np.zeros(3)}, {"w": np.zeros(3 + (processes.index == 2))}]
+        ckpt.save(tmp_path / "a", {"layers": layers, "step": 1})
+
+    for error in together(4, program):
+        assert isinstance(error, ckpt.ProcessError)
+        assert error.processes == (2,)
+        assert "the objects of process 2 are not those of process 0" in str(error)
+        assert "differ below layers/1. All" in str(error)
+    assert os.listdir(tmp_path) == []
+
+
+def test_different_places_are_no_save(tmp_path):
+    def program(processes):
+        ckpt.save(tmp_path / f"a-{processes.index}", {"w": np.zeros(3)})
+
+    for error in together(2, program):
+        assert "save to different places: process 0 a-0, process 1 a-1" in str(error)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("enable_async", [False, True])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_save_that_fails_on_one_process_fails_on_all_and_can_be_repeated(
+    tmp_path, failing, enable_async
+):
+    options = CheckpointOptions(enable_async=enable_async, timeout_seconds=SECONDS)
+
+    class Fragile(ckpt.PythonState):
+        def serialize(self):
+            if self.is_broken:
+                raise OSError("iterator lost")
+            return "fine"
+
+        def deserialize(self, value):
+            self.text = value
+
+    def program(processes):
+        fragile = Fragile()
+        fragile.is_broken = processes.index == failing
+        checkpoint = ckpt.Checkpoint(w=np.arange(3), fragile=fragile)
+        errors = []
+        try:
+            checkpoint.save(tmp_path / "ckpt", options)
+            checkpoint.sync()
+        except Exception as error:
+            errors.append(error)
+        fragile.is_broken = False
+        path = checkpoint.save(tmp_path / "ckpt", options)
+        checkpoint.sync()
+        return errors, os.path.basename(path)
+
+    results = together(3, program)
+    for index, (errors, name) in enumerate(results):
+        (error,) = errors
+        assert "iterator lost" in str(error)
+        other = ckpt.AsyncSaveError if enable_async else ckpt.ProcessError
+        assert isinstance(error, ckpt.UnsaveableError if index == failing else other)
+        assert name == "ckpt-1"
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "ckpt-1"]
+
+
+def test_a_failed_background_save_is_raised_on_all_and_the_next_one_works(tmp_path):
+    options = CheckpointOptions(enable_async=True)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+
+    def program(processes):
+        checkpoint = ckpt.Checkpoint(w=np.arange(3))
+        with pytest.raises((FileExistsError, ckpt.AsyncSaveError)):
+            checkpoint.write(tmp_path / "taken", options)
+            checkpoint.sync()
+        checkpoint.write(tmp_path / "free", options)
+        checkpoint.sync()
+        return True
+
+    assert together(2, program) == [True, True]
+    assert ckpt.load(tmp_path / "free")["w"].tolist() == [0, 1, 2]
+
+
+def test_the_next_save_raises_on_each_process_what_failed_in_the_background(tmp_path):
+    options = CheckpointOptions(enable_async=True)
+
+    def refuse():
+        raise ValueError("not today")
+
+    def program(processes):
+        checkpoint = ckpt.Checkpoint(w=np.arange(3))
+        checkpoint.write(
+            tmp_path / "a", CheckpointOptions(enable_async=True, write_callbacks=[refuse])
+        )
+        try:
+            checkpoint.write(tmp_path / "b", options)
+        except ckpt.AsyncSaveError as error:
+            return str(error)
+
+    for message in together(3, program):
+        assert "not today" in message
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_files_that_go_with_the_failure_of_another_process_are_not_what_is_raised(tmp_path):
+    failed = threading.Event()
+
+    def program(processes):
+        try:
+            with processes.meeting("meeting", SECONDS) as meeting:
+                if meeting.leads:
+                    raise ValueError("no space")
+                failed.wait()
+                (tmp_path / "gone").read_text()
+        finally:
+            failed.set()
+
+    first, other = together(2, program)
+    assert str(first) == "no space"
+    assert str(other) == "meeting: process 0 failed with ValueError: no space"
+    assert isinstance(other.__cause__, FileNotFoundError)
+
+
+def test_a_late_process_leaves_nothing_behind(tmp_path):
+    over = threading.Event()
+
+    def program(processes):
+        class Slow(ckpt.PythonState):
+            def serialize(self):
+                if processes.index == 1:
+                    over.wait()
+                return ""
+
+            def deserialize(self, value): ...
+
+        state = {"slow": Slow(), "data": ckpt.PerProcess(1)}
+        try:
+            ckpt.save(tmp_path / "a", state, options=CheckpointOptions(timeout_seconds=SHORT))
+        finally:
+            over.set()
+
+    for error in together(2, program):
+        assert isinstance(error, ckpt.BarrierTimeoutError)
+        assert error.processes == (1,)
+    assert os.listdir(tmp_path) == []
+
+
+# --- managers --------------------------------------------------------------------------
+
+
+def test_all_managers_know_the_same_checkpoints(tmp_path):
+    def program(processes):
+        checkpoint = ckpt.Checkpoint(w=np.zeros(3), data=ckpt.PerProcess(0))
+        manager = ckpt.CheckpointManager(checkpoint, tmp_path, max_to_keep=2)
+        assert manager.restore_or_initialize() is None
+        known = []
+        for step in range(4):
+            checkpoint.w = np.full(3, float(step))
+            checkpoint.data.value = 10 * step + processes.index
+            manager.save(metrics={"loss": 1 / (step + 1)})
+            known.append([os.path.basename(path) for path in manager.checkpoints])
+            assert manager.latest_checkpoint == manager.checkpoints[-1]
+        assert manager.gc() == []
+        fresh = ckpt.Checkpoint(w=np.zeros(3), data=ckpt.PerProcess(0))
+        path = ckpt.CheckpointManager(fresh, tmp_path).restore_or_initialize()
+        return known, os.path.basename(path), fresh.w.tolist(), fresh.data.value
+
+    for index, result in enumerate(together(3, program)):
+        known = [["ckpt-1"], ["ckpt-1", "ckpt-2"], ["ckpt-2", "ckpt-3"], ["ckpt-3", "ckpt-4"]]
+        assert result == (known, "ckpt-4", [3.0] * 3, 30 + index)
+    assert sorted(os.listdir(tmp_path)) == [
+        "checkpoint",
+        "checkpoint-metrics.json",
+        "ckpt-3",
+        "ckpt-4",
+    ]
+
+
+def test_what_one_process_cannot_restore_is_restored_by_none(tmp_path, caplog):
+    class Picky(ckpt.PythonState):
+        def __init__(self, index=0):
+            self.index = index
+
+        def serialize(self):
+            return ""
+
+        def deserialize(self, value):
+            if self.index == 1 and not self.refused:
+                self.refused.append(True)
+                raise ckpt.CorruptCheckpointError("unreadable here")
+
+    def program(processes):
+        picky = Picky(processes.index)
+        picky.refused = []
+        checkpoint = ckpt.Checkpoint(step=0, picky=picky)
+        manager = ckpt.CheckpointManager(checkpoint, tmp_path)
+        for step in (1, 2):
+            checkpoint.step = step
+            manager.save()
+        return os.path.basename(manager.restore_or_initialize()), checkpoint.step
+
+    assert together(3, program) == [("ckpt-1", 1)] * 3
+    assert "process 1: unreadable here" in caplog.text
+
+
+# --- preflight -------------------------------------------------------------------------
+
+
+def test_a_shared_directory_passes_and_stays_empty(tmp_path):
+    assert together(3, lambda p: ckpt.preflight(tmp_path / "new")) == [None] * 3
+    assert os.listdir(tmp_path / "new") == []
+
+
+def test_who_cannot_write_is_named(tmp_path):
+    (tmp_path / "file").touch()
+
+    def program(processes):
+        ckpt.preflight(tmp_path / ("file" if processes.index == 1 else "new"))
+
+    for error in together(3, program):
+        assert isinstance(error, ckpt.PreflightError)
+        assert [k for k, _ in error.problems] == [1]
+        assert "cannot write" in str(error)
+
+
+def test_who_does_not_share_the_directory_is_named(tmp_path):
+    results = together(3, lambda p: ckpt.preflight(tmp_path / str(p.index == 2)))
+    for error in results:
+        assert isinstance(error, ckpt.PreflightError)
+        what = dict(error.problems)
+        assert "does not see what was written by 2 (" in what[0]
+        assert "does not see what was written by 0 (" in what[2]
+        assert ", 1 (" in what[2]
