@@ -52,6 +52,7 @@ def shards_of(path):
     return sizes
 
 
+@pytest.mark.behaviour(157, 160, 161)
 def test_what_two_processes_save_is_restored_by_two_and_by_one(tmp_path):
     for output in outputs_of(SAVE, 2, 4, tmp_path, "4x2"):
         assert "ckpt-1 1\nTrue\n" in output
