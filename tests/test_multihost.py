@@ -364,7 +364,9 @@ def test_a_save_that_fails_on_one_process_fails_on_all_and_can_be_repeated(
     for index, (errors, name) in enumerate(results):
         (error,) = errors
         assert "iterator lost" in str(error)
-        other = ckpt.AsyncSaveError if enable_async else ckpt.ProcessError
+        # Some hear of it before their part has gone to the background.
+        late = (ckpt.AsyncSaveError,) if enable_async else ()
+        other = (ckpt.ProcessError, *late)
         assert isinstance(error, ckpt.UnsaveableError if index == failing else other)
         assert name == "ckpt-1"
     assert sorted(os.listdir(tmp_path)) == ["checkpoint", "ckpt-1"]
