@@ -31,7 +31,7 @@ from ckpt_jax.graph.plan import plan_read
 from ckpt_jax.options import DEFAULT
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoring import execute, fits, live_graph, raise_problems
-from ckpt_jax.savers.registry import register_checkpoint_saver
+from ckpt_jax.savers.registry import IsExactly, register_checkpoint_saver
 from ckpt_jax.saving import encoded_values
 from ckpt_jax.store.seal import seal, unseal
 from ckpt_jax.trackable.view import View, add_view
@@ -167,7 +167,7 @@ add_view(PerProcess, _PerProcessView())
 register_checkpoint_saver(
     package="ckpt_jax",
     name="PerProcess",
-    predicate=lambda obj: type(obj) is PerProcess,
+    predicate=IsExactly(PerProcess),
     save_fn=_save,
     restore_fn=_restore,
 )

@@ -18,6 +18,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import jax
@@ -50,7 +51,6 @@ from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.renaming import Renamed
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.savers import registry
-from ckpt_jax.store.box import size_of, whole
 from ckpt_jax.store.index import dtype_of
 from ckpt_jax.trackable.delegate import delegate_of
 from ckpt_jax.trackable.pending import await_child
@@ -290,8 +290,7 @@ def nbytes_to_read(plan: ReadPlan, reader: ValueReader) -> int:
         sharding = host.placement(r.value) if r.target.kind in ("array", "prng_key") else None
         size = reader.stored_nbytes(r.key)
         if sharding is not None:
-            elements = max(size_of(whole(r.saved.shape)), 1)
-            size = size * host.wanted_size(sharding, r.saved.shape) // elements
+            size = size * host.wanted_size(sharding, r.saved.shape) // max(prod(r.saved.shape), 1)
         nbytes[r.key] = max(size, nbytes.get(r.key, 0))
     return sum(nbytes.values())
 

@@ -28,7 +28,7 @@ from ckpt_jax.graph.model import (
     ShardingSpec,
     Slot,
 )
-from ckpt_jax.trackable.delegate import delegate_of
+from ckpt_jax.trackable.delegate import DELEGATE, delegate_of
 from ckpt_jax.trackable.view import Below, SlotEntry, View, view_of
 
 Describe = Callable[[Any], tuple[LeafSpec, ShardingSpec | None]]
@@ -122,7 +122,8 @@ class _Walk:
     ) -> int:
         """The node of `obj`, or of what it stands for, made where it is new; an array may be one
         node or one per place."""
-        if view is None:
+        view = view or view_of(obj)
+        if view is DELEGATE:
             obj = delegate_of(obj)
             view = view_of(obj)
         if view is None:

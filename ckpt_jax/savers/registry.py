@@ -104,9 +104,24 @@ def saver_name(obj: Any) -> str | None:
     return None
 
 
+@dataclass(frozen=True, slots=True)
+class IsExactly:
+    """The predicate that accepts objects of one type, not of its subclasses."""
+
+    kind: type
+
+    def __call__(self, obj: Any) -> bool:
+        return type(obj) is self.kind
+
+
 def saver_of() -> Callable[[Any], str | None]:
-    """`saver_name`, or a shortcut to None while nothing is registered."""
-    return saver_name if _savers else lambda obj: None
+    """`saver_name`, or the same in one lookup while all predicates are `IsExactly`."""
+    names: dict[type, str] = {}
+    for saver in _savers.values():
+        if not isinstance(saver.predicate, IsExactly):
+            return saver_name
+        names[saver.predicate.kind] = saver.name
+    return lambda obj: names.get(type(obj))
 
 
 def get_saver(name: str) -> RegisteredSaver:

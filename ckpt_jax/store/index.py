@@ -225,7 +225,8 @@ class Index:
 
     def nbytes(self, key: str) -> int:
         """The size of what is stored under `key`."""
-        return sum(piece.nbytes for piece in self.entry(key).slices)
+        pattern = self.patterns[self.pattern[self.number[key]]]
+        return sum([self.layouts[i].nbytes for i in pattern])
 
     def moved(self, directory: str) -> Index:
         """This index of one shard, as seen from a checkpoint that holds it in `directory`."""

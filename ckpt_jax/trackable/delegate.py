@@ -122,4 +122,5 @@ def _seen(obj: Any) -> tuple[Any, View]:
     return inner, view
 
 
-add_view(DelegatingTrackable, DelegateView())
+DELEGATE = DelegateView()
+add_view(DelegatingTrackable, DELEGATE)
