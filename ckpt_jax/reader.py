@@ -49,14 +49,14 @@ class CheckpointReader:
 
     def __init__(self, path: str | bytes | os.PathLike[Any]):
         self.path = os.fsdecode(path)
-        self._opened = _identity(self.path)
+        self.identity = _identity(self.path)
         try:
             foreign = open_foreign(self.path)
             if foreign is None:
                 require_checkpoint(self.path)
             self._source: Source = foreign or ShardedReader(os.path.abspath(self.path))
         except CorruptCheckpointError as error:
-            self._check_not_replaced(error)
+            self.check_not_replaced(error)
             raise
 
     def __enter__(self) -> CheckpointReader:
@@ -70,11 +70,11 @@ class CheckpointReader:
     ) -> None:
         self.close()
         if isinstance(error, CorruptCheckpointError):
-            self._check_not_replaced(error)
+            self.check_not_replaced(error)
 
-    def _check_not_replaced(self, error: CorruptCheckpointError) -> None:
+    def check_not_replaced(self, error: CorruptCheckpointError) -> None:
         """What looks like damage may be another checkpoint, saved to this path meanwhile."""
-        if _identity(self.path) != self._opened:
+        if _identity(self.path) != self.identity:
             raise CheckpointNotFoundError(
                 f"{self.path} was replaced or removed while it was being read; nothing of it was "
                 "used. Read it again."

@@ -15,8 +15,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -30,7 +32,13 @@ from ckpt_jax.arrays import host
 from ckpt_jax.arrays.replicas import gather, parted
 from ckpt_jax.arrays.values import ARRAY_KINDS, decode, describe, difference, evaluate
 from ckpt_jax.derived import DerivedReader
-from ckpt_jax.errors import ProcessError, RegistrationError, RestoreMismatchError
+from ckpt_jax.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    ProcessError,
+    RegistrationError,
+    RestoreMismatchError,
+)
 from ckpt_jax.graph.labels import Label, object_key_of, path_of
 from ckpt_jax.graph.match import Match, extend, match
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
@@ -447,6 +455,8 @@ class Restoration:
         finalizer.atexit = False  # at interpreter exit nobody is waiting any more
         self._bound: dict[int, list[weakref.ref[Any]]] = {}  # saved node -> its mutable objects
         self._callbacks: Mapping[int, ReshardCallback] = {}  # by saved node
+        self._reader: CheckpointReader | None = None  # for what is attached later
+        self._identity: Any = None  # of the checkpoint
         self._trace = weakref.WeakMethod(trace)
         self._met: set[int] = set()  # saved nodes that have been bound, to whatever
         self._open_slots = [
@@ -465,6 +475,7 @@ class Restoration:
         """Restores what is there and lets the rest wait; returns the root."""
         trace = self._trace()
         assert trace is not None
+        self._identity = reader.identity
         live = trace()
         if self._create_slots(live):
             live = trace()
@@ -475,7 +486,7 @@ class Restoration:
         key = self.saved.object_keys[saved]
         live = live_graph(child, key)
         before = Match(self._bound_in(live), {})
-        with CheckpointReader(self.path) as reader:
+        with self._reopened() as reader:
             root = self._bind(
                 live,
                 lambda graph: extend(before, graph, live.graph, [(saved, 0)]),
@@ -495,8 +506,29 @@ class Restoration:
         if self._create_slots(live):
             live = trace()
         slots = frozenset([slot.node for _, slot in ends])
-        with CheckpointReader(self.path) as reader:
+        with self._reopened() as reader:
             self._bind(live, lambda saved: match(saved, live.graph), reader, slots)
+
+    @contextmanager
+    def _reopened(self) -> Iterator[CheckpointReader]:
+        """The checkpoint again, if it still is the one that the restore began with. The reader of
+        a directory holds no files: it is kept, with its index."""
+        reader = self._reader or CheckpointReader(self.path)
+        if reader.identity != self._identity:
+            raise CheckpointNotFoundError(
+                f"{self.path} was replaced since it was restored; what still waits for values of "
+                "it cannot have them. Restore it again."
+            )
+        try:
+            yield reader
+        except CorruptCheckpointError as error:
+            reader.check_not_replaced(error)
+            raise
+        finally:
+            if os.path.isdir(self.path):
+                self._reader = reader
+            else:
+                reader.close()
 
     def _create_slots(self, live: LiveGraph) -> bool:
         """Asks optimizers that can make slot variables for those that they lack."""

@@ -413,6 +413,18 @@ def test_slots_may_be_skipped(path):
 # --- deferred restoration ---------------------------------------------------------------
 
 
+def test_what_waits_is_not_taken_from_another_checkpoint_that_replaced_the_first(path):
+    ckpt.Checkpoint(v=var(1.0)).write(path)
+    checkpoint = ckpt.Checkpoint()
+    checkpoint.read(path).expect_partial()
+    ckpt.Checkpoint(v=var(2.0)).write(path)
+    with pytest.raises(ckpt.CheckpointNotFoundError, match="replaced since"):
+        checkpoint.v = var(0.0)
+    checkpoint.read(path).expect_partial()  # a later restore has the say
+    checkpoint.v = var(0.0)
+    assert value(checkpoint.v) == 2.0
+
+
 @pytest.mark.behaviour(40, 41)
 def test_a_value_waits_for_an_object_that_does_not_exist_yet(prefix):
     saved = ckpt.Checkpoint(Model(dep=Model(v=var(123.0)))).save(prefix)

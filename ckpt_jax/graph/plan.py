@@ -75,14 +75,16 @@ def plan_read(
       path: of the checkpoint, for the report.
       fits: says why a saved spec cannot become what the target is (spec, value), or None.
       saved_paths: paths in the checkpoint as written, where names were changed since.
-      only: live nodes to plan for, where the others are done; all by default.
+      only: live nodes to plan for, where the others are done; all by default. The report is then
+        about these alone: it says nothing of values that nobody takes.
       skip_slots: leave slot variables alone on both sides.
     """
     planner = _Planner(saved, live, match, fits, saved_paths or {}, skip_slots)
     planner.live_side(only)
     planner.fixed_slots(only)
     planner.conflicts()
-    planner.saved_side()
+    if only is None:
+        planner.saved_side()
     return planner.finish(path)
 
 
@@ -278,8 +280,8 @@ class _Planner:
         )
         used = frozenset(
             node
-            for node, entry in enumerate(self.saved.nodes)
-            if all((node, name) in self.used for name in _value_names(entry))
+            for node in {node for node, _ in self.used}
+            if all((node, name) in self.used for name in _value_names(self.saved.nodes[node]))
         )
         return ReadPlan(report, tuple(self.reads), calls, used)
 

@@ -10,10 +10,14 @@ The entries live in the instance's `__dict__`, made on first use.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 from typing import Any, Protocol
 
+from ckpt_jax.errors import CheckpointNotFoundError
 from ckpt_jax.graph.labels import Label, local_name
+
+_log = logging.getLogger("ckpt_jax")
 
 PENDING = "_self_pending"  # {label: [Pending, ...]}, oldest first
 
@@ -35,9 +39,10 @@ def receive(parent: Any, label: Label, child: Any, arrived: list[Pending]) -> An
     """Hands a new child to the restores that wait for its name; returns the child to use.
 
     The oldest comes first, so that the values of later ones win, and what only an older
-    checkpoint holds still arrives. If one fails, all go on waiting. What waits for the same
-    text (the position 0, where the checkpoint has a key "0") is meant, too. The restores are
-    added to `arrived`: they are to be told when the child is in its place.
+    checkpoint holds still arrives. If one fails, all go on waiting; but where a checkpoint is gone
+    and a later restore waits too, the later one does. What waits for the same text (the position
+    0, where the checkpoint has a key "0") is meant, too. The restores are added to `arrived`: they
+    are to be told when the child is in its place.
     """
     pending = getattr(parent, "__dict__", {}).get(PENDING)
     if not pending:
@@ -47,9 +52,15 @@ def receive(parent: Any, label: Label, child: Any, arrived: list[Pending]) -> An
         label = next((other for other in pending if local_name(other) == text), label)
     waiting = tuple(pending.get(label, ()))
     for restore in waiting:
-        child = restore.attach(parent, label, child)
+        try:
+            child = restore.attach(parent, label, child)
+        except CheckpointNotFoundError as error:
+            if restore is waiting[-1]:
+                raise
+            _log.warning("an earlier restore no longer has anything for %r: %s", label, error)
+        else:
+            arrived.append(restore)
     pending.pop(label, None)
-    arrived += waiting
     return child
 
 
