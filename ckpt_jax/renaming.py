@@ -16,6 +16,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -68,7 +69,7 @@ def rename(graph: ObjectGraph, rules: Iterable[Rule]) -> Renamed:
 # --- rules -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Rule:
     """A rule, taken apart. `many` is its Stack or Unstack, at position `at` of its transforms."""
 
@@ -82,6 +83,16 @@ class _Rule:
     def __str__(self) -> str:
         source = self.source if isinstance(self.source, str) else self.source.pattern
         return f"{source!r} -> {self.template!r}"
+
+    @cached_property
+    def of_containers(self) -> _Rule | None:
+        """For a rule "a/**" -> "b/**" the rule "a" -> "b"."""
+        source, end = self.source, "/**"
+        if not isinstance(source, str) or self.transforms:
+            return None
+        if not (source.endswith(end) and self.template.endswith(end)):
+            return None
+        return _parse((source.removesuffix(end), self.template.removesuffix(end)))
 
     def target(self, found: re.Match[str], without: int | None = None) -> str:
         """The path for a match, in which wildcard `without` of the pattern does not count."""
@@ -228,7 +239,8 @@ class _Renaming:
 
     def run(self) -> Renamed:
         moves, found = self.apply_rules()
-        for child, path, target in moves:
+        # What goes into a container comes after the container.
+        for child, path, target in sorted(moves, key=lambda move: move[2].count("/")):
             self.insert(child, target, path)
         for number, matches in found.items():
             try:
@@ -258,6 +270,9 @@ class _Renaming:
                     continue
                 matched.add(number)
                 rule = self.rules[number]
+                if match.re is not rule.pattern:
+                    rule = rule.of_containers
+                    assert rule is not None
                 if rule.transforms:
                     found[number].append(_Found(child, path, match))
                 elif (target := rule.target(match)) == path:
@@ -270,11 +285,15 @@ class _Renaming:
         return moves, found
 
     def rule_for(self, path: str, child: int) -> tuple[int, re.Match[str] | None]:
-        """The first rule that applies to a path. Wildcards and transforms are for values."""
+        """The first rule that applies to a path. Wildcards and transforms are for values; but a
+        rule for everything below an optimizer moves it, and so its slots."""
         node = self.graph.nodes[child]
         for number, rule in enumerate(self.rules):
             match = rule.pattern.fullmatch(path)
             if match is None:
+                whole = rule.of_containers if node.slots else None
+                if whole is not None and (match := whole.pattern.fullmatch(path)):
+                    return number, match
                 continue
             if node.attributes:
                 return number, match

@@ -38,6 +38,7 @@ def test_every_example_is_tested():
         "multi_process.py",
         "quantized_saver.py",
         "resume_on_another_mesh.py",
+        "transfer_learning.py",
     }
     assert {file.name for file in EXAMPLES.glob("*.py")} == tested
 
@@ -104,3 +105,10 @@ def test_four_processes_save_and_two_go_on():
     pattern = r"^(\w+) +(\d) x (\d) +(\d+) +(\d+) "
     found = re.findall(pattern, output, flags=re.MULTILINE)
     assert found == [("first", "4", "2", "1", "6"), ("second", "2", "4", "7", "10")], output
+
+
+def test_an_encoder_and_its_moments_go_into_another_model():
+    code, output = run("transfer_learning.py")
+    assert code == 0, output
+    assert "6 missing, 6 unexpected" in output
+    assert output.endswith("the encoder and its moments came along; the head is new\n")

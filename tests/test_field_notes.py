@@ -302,3 +302,113 @@ def test_a_checkpoint_loads_where_its_classes_do_not_exist(tmp_path):
         [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+# --- optimizer state breaks when the chain changes, or is dropped without a word ----------
+
+
+def test_moments_survive_another_chain_and_what_is_gone_is_named(tmp_path, train_state):
+    state = train_state.apply_gradients(grads=train_state.params)
+    path = ckpt.save(tmp_path / "a", state)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.ema(0.9))
+    target = TrainState.create(apply_fn=None, params=state.params, tx=tx)
+    report = ckpt.plan_restore(path, target)
+    found = ckpt.restore(path, target, strict=False)
+    equal(found.opt_state[1], state.opt_state[0])
+    assert type(found.opt_state[1]) is type(state.opt_state[0])
+    assert {entry.path.split("/")[1] for entry in report.missing} == {
+        "EmaState.count",
+        "EmaState.ema",
+    }
+    sgd = TrainState.create(apply_fn=None, params=state.params, tx=optax.sgd(0.1))
+    dropped = {entry.path for entry in ckpt.plan_restore(path, sgd).unexpected}
+    assert "opt_state/ScaleByAdamState.mu/params/dense/kernel" in dropped
+    with pytest.raises(ckpt.RestoreMismatchError, match="ScaleByAdamState"):
+        ckpt.restore(path, sgd)
+
+
+# --- typed PRNG keys, models with dropout -------------------------------------------------
+
+
+def test_a_model_with_dropout_goes_on_with_its_random_numbers(tmp_path):
+    def net(seed):
+        return nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=seed))
+
+    x = jnp.ones((4, 4))
+    model, other = net(0), net(1)
+    model(x)
+    path = ckpt.save(tmp_path / "a", model)
+    ckpt.restore(path, other)
+    np.testing.assert_array_equal(model(x), other(x))
+
+
+def test_another_implementation_of_keys_is_named(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"rng": jax.random.key(0)})
+    with pytest.raises(ckpt.RestoreMismatchError, match=r"rng: expected key<rbg>.*threefry"):
+        ckpt.restore(path, {"rng": jax.random.key(0, impl="rbg")})
+
+
+# --- zero-size arrays, empty nodes, None, bare scalars; fp8, int4, bf16 --------------------
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        {"empty": jnp.zeros((0, 3)), "none": None, "dict": {}, "list": [], "tuple": ()},
+        7,
+        {"fp8": jnp.asarray([0.5, -2], jnp.float8_e4m3fn), "int4": jnp.asarray([7, -8], jnp.int4)},
+        {"bf16": jnp.asarray([1e-40, jnp.nan], jnp.bfloat16)},
+    ],
+    ids=["empty", "scalar", "small", "bfloat16"],
+)
+def test_any_leaf_and_any_node_comes_back_as_it_was(tmp_path, tree):
+    found = ckpt.restore(ckpt.save(tmp_path / "a", tree), tree)
+    assert jax.tree.structure(found) == jax.tree.structure(tree)
+    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(tree), strict=True):
+        assert type(one) is type(other)
+        one, other = np.asarray(one), np.asarray(other)
+        assert (one.dtype, one.shape, one.tobytes()) == (other.dtype, other.shape, other.tobytes())
+
+
+# --- "Unsupported data type: object" after minutes of writing ------------------------------
+
+
+def test_what_cannot_be_saved_is_named_before_a_byte_is_written(tmp_path):
+    tree = {"w": np.ones(3), "bad": {"objects": np.array([object()]), "file": sys.stdin}}
+    with pytest.raises(ckpt.UnsaveableError, match=r"(?s)bad/objects.*bad/file") as failure:
+        ckpt.save(tmp_path / "a", tree)
+    assert {path for path, _ in failure.value.problems} == {"bad/objects", "bad/file"}
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- tied weights are untied on reload ----------------------------------------------------
+
+
+def test_tied_weights_are_saved_once_and_tied_again(tmp_path):
+    def net(value):
+        shared = nnx.Param(jnp.full(4, value))
+        return {"embed": nnx.Dict(w=shared), "unembed": nnx.Dict(w=shared)}
+
+    path = ckpt.save(tmp_path / "a", net(3.0))
+    assert len(ckpt.list_variables(path)) == 1
+    found = ckpt.restore(path, net(0.0))
+    assert found["embed"]["w"] is found["unembed"]["w"]
+    assert float(found["embed"]["w"][0]) == 3.0
+
+
+# --- weights appear only after the first call, and nobody says what is missing -------------
+
+
+def test_what_waits_is_reported_and_demanded_on_leaving_the_block(tmp_path):
+    saved = ckpt.AutoTrackable()
+    saved.built_later = ckpt.Variable(jnp.ones(2))
+    path = ckpt.Checkpoint(model=saved).save(tmp_path / "a")
+    model = ckpt.AutoTrackable()
+    with (
+        pytest.raises(AssertionError, match="built_later"),
+        ckpt.Checkpoint(model=model).restore(path) as status,
+    ):
+        assert [entry.path for entry in status.report.deferred] == ["model/built_later"]
+    with ckpt.Checkpoint(model=model).restore(path):
+        model.built_later = ckpt.Variable(jnp.zeros(2))
+    assert model.built_later.value.tolist() == [1, 1]

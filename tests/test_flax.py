@@ -459,3 +459,112 @@ def test_optax_states_keep_their_treedef(tmp_path):
         found = ckpt.restore(path, state)
         assert jax.tree.structure(found) == jax.tree.structure(state)
         assert same(found, changed)
+
+
+# --- bound Linen modules ----------------------------------------------------------------
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True)(nn.Dense(3)(x))
+        return nn.Dense(2, name="out")(x)
+
+
+def bound(seed):
+    return Normed().bind(Normed().init(jax.random.key(seed), jnp.ones((1, 4))))
+
+
+def test_a_bound_module_is_seen_as_its_submodules_and_comes_back_bound(tmp_path):
+    x = jnp.ones((2, 4))
+    path = ckpt.Checkpoint(model=bound(0)).save(tmp_path / "a")
+    assert {"model/Dense_0/params/kernel", "model/BatchNorm_0/batch_stats/mean"} <= set(
+        ckpt.object_metadata(path).paths
+    )
+    checkpoint = ckpt.Checkpoint(model=bound(1))
+    checkpoint.restore(path).assert_consumed()
+    assert isinstance(checkpoint.model, Normed)
+    assert (checkpoint.model(x) == bound(0)(x)).all()
+
+
+def test_a_module_bound_to_abstract_variables_becomes_a_real_one(tmp_path):
+    path = ckpt.save(tmp_path / "a", bound(0))
+    variables = jax.eval_shape(Normed().init, jax.random.key(0), jnp.ones((1, 4)))
+    found = ckpt.restore(path, Normed().bind(variables))
+    assert (found(jnp.ones((2, 4))) == bound(0)(jnp.ones((2, 4)))).all()
+
+
+def test_a_module_that_is_not_bound_has_nothing_to_save(tmp_path):
+    with pytest.raises(ckpt.UnsaveableError, match=r"m: a Normed that is not bound"):
+        ckpt.save(tmp_path / "a", {"m": Normed()})
+
+
+# --- from Linen to nnx and back ---------------------------------------------------------
+
+
+class TwoLayers(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden = nnx.Linear(4, 8, rngs=rngs)
+        self.logits = nnx.Linear(8, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.logits(nnx.tanh(self.hidden(x)))
+
+
+class LinenTwoLayers(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2, name="logits")(nn.tanh(nn.Dense(8, name="hidden")(x)))
+
+
+def linen_state(seed, steps=0):
+    net = LinenTwoLayers()
+    params = net.init(jax.random.key(seed), jnp.ones((1, 4)))["params"]
+    state = TrainState.create(apply_fn=net.apply, params=params, tx=optax.adam(0.1))
+    for _ in range(steps):
+        state = state.apply_gradients(grads=state.params)
+    return state
+
+
+def nnx_state(seed):
+    model = TwoLayers(nnx.Rngs(seed))
+    return {"model": model, "optimizer": nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)}
+
+
+TO_NNX = [("params/**", "model/**"), ("opt_state", "optimizer"), ("step", "optimizer/step")]
+TO_LINEN = [("model/**", "params/**"), ("optimizer/step", "step"), ("optimizer/**", "opt_state/**")]
+
+
+def test_a_train_state_goes_into_nnx_and_back_moments_included(tmp_path):
+    x = jnp.ones((3, 4))
+    state = linen_state(0, steps=2)
+    path = ckpt.save(tmp_path / "linen", state)
+    found = ckpt.restore(path, nnx_state(1), rename=TO_NNX)
+    model, optimizer = found["model"], found["optimizer"]
+    assert (model(x) == state.apply_fn({"params": state.params}, x)).all()
+    assert int(optimizer.step[...]) == 2
+    mu = nnx.to_pure_dict(nnx.as_pure(optimizer.opt_state)[0].mu)
+    assert same(mu, dict(state.opt_state[0].mu))
+
+    path = ckpt.save(tmp_path / "nnx", found)
+    back = ckpt.restore(path, linen_state(2), rename=TO_LINEN)
+    assert same(back.params, state.params) and same(back.opt_state, state.opt_state)
+    assert int(back.step) == 2
+
+
+# --- boxes and types of JAX -------------------------------------------------------------
+
+
+def test_a_ref_is_restored_in_place(tmp_path):
+    ref = jax.new_ref(jnp.arange(3.0))
+    path = ckpt.save(tmp_path / "a", {"ref": ref})
+    ref[...] = jnp.zeros(3)
+    assert ckpt.restore(path, {"ref": ref})["ref"] is ref
+    assert ref[...].tolist() == [0, 1, 2]
+
+
+def test_a_weak_type_of_the_target_stays_weak(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"rate": jnp.asarray(0.5), "strong": jnp.float32(2)})
+    found = ckpt.restore(path, {"rate": jnp.asarray(0.0), "strong": jnp.float32(0)})
+    assert found["rate"].weak_type and not found["strong"].weak_type
+    assert (found["rate"].item(), found["strong"].item()) == (0.5, 2.0)

@@ -11,8 +11,8 @@ from typing import Any
 
 from flax import linen
 
-from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
-from ckpt_jax.trackable.view import View, add_view
+from ckpt_jax.graph.labels import Label
+from ckpt_jax.trackable.view import NoState, View, add_view
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,10 @@ class UnboundView(View):
     """A module without variables: a description of a computation, which no checkpoint can hold."""
 
     def values(self, obj: linen.Module) -> Mapping[str, Any]:
-        return {VARIABLE_VALUE: obj}
+        raise NoState(
+            f"a {type(obj).__qualname__} that is not bound to variables has no state: save the "
+            "variables, or module.bind(variables)"
+        )
 
 
 def _is_bound(obj: Any) -> bool:

@@ -29,7 +29,7 @@ from ckpt_jax.graph.model import (
     Slot,
 )
 from ckpt_jax.trackable.delegate import DELEGATE, delegate_of
-from ckpt_jax.trackable.view import Below, SlotEntry, View, view_of
+from ckpt_jax.trackable.view import Below, NoState, SlotEntry, View, view_of
 
 Describe = Callable[[Any], tuple[LeafSpec, ShardingSpec | None]]
 SaverOf = Callable[[Any], str | None]
@@ -142,7 +142,12 @@ class _Walk:
         self.keys.append(key)
         saver = self.saver_of(obj)
         self.savers.append(SaverRef(saver, key) if saver else None)
-        values = {} if saver else self.evaluated(key, view.values(obj))
+        values: Mapping[str, Any] = {}
+        if not saver:
+            try:
+                values = self.evaluated(key, view.values(obj))
+            except NoState as error:
+                self.problems.append((labels.path_of(key), str(error)))
         self.values.append(values)
         self.attributes.append(
             tuple([self.attribute(key, name, value) for name, value in values.items()])

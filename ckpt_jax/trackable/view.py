@@ -41,6 +41,11 @@ class SlotEntry(NamedTuple):
     value: Any
 
 
+class NoState(Exception):
+    """Raised by a view that knows its object, and that there is nothing in it to save; it says
+    what to do instead."""
+
+
 class View:
     """How objects of one kind are shown to the object graph. Subclasses override what applies.
 
