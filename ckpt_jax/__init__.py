@@ -11,7 +11,6 @@ them. See `Checkpoint` for objects, `save`, `restore` and `load` for trees, `io`
 """
 
 from ckpt_jax import io, metrics
-from ckpt_jax.adapting import CheckpointAdapter, ReshardCallback
 from ckpt_jax.checkpoint import Checkpoint
 from ckpt_jax.errors import (
     AsyncSaveError,
@@ -27,6 +26,8 @@ from ckpt_jax.errors import (
     UnsaveableError,
     UnsupportedFormatError,
 )
+from ckpt_jax.fitting.adapting import CheckpointAdapter, ReshardCallback
+from ckpt_jax.fitting.transforms import Cast, Stack, Transpose, Unstack
 from ckpt_jax.frozen import FrozenSaver
 from ckpt_jax.functional import load, plan_restore, restore, save
 from ckpt_jax.inspect import (
@@ -81,7 +82,6 @@ from ckpt_jax.trackable.base import (
 from ckpt_jax.trackable.delegate import DelegatingTrackable
 from ckpt_jax.trackable.optimizer import OptaxState, optax_state
 from ckpt_jax.trackable.view import register_view
-from ckpt_jax.transforms import Cast, Stack, Transpose, Unstack
 from ckpt_jax.verifying import Damage, VerifyReport, verify
 from ckpt_jax.version import __version__ as __version__
 

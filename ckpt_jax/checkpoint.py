@@ -17,15 +17,16 @@ import numpy as np
 
 from ckpt_jax import multihost
 from ckpt_jax.background import Background
+from ckpt_jax.fitting.renaming import Rule
+from ckpt_jax.fitting.renaming import rename as renamed
 from ckpt_jax.frozen import FrozenSaver
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER, SaveWatch
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.renaming import Rule
-from ckpt_jax.renaming import rename as renamed
-from ckpt_jax.restoring import Restoration, live_graph
+from ckpt_jax.restoration import Restoration
+from ckpt_jax.restoring import live_graph
 from ckpt_jax.saving import begin
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 from ckpt_jax.status import LoadStatus

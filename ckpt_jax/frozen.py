@@ -19,8 +19,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ckpt_jax import multihost
-from ckpt_jax.adapting import ValueReader
 from ckpt_jax.arrays.values import describe
+from ckpt_jax.fitting.adapting import ValueReader
 from ckpt_jax.graph.match import Match
 from ckpt_jax.graph.model import Node, ObjectGraph
 from ckpt_jax.graph.plan import plan_read
@@ -28,7 +28,8 @@ from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.restoring import execute, fits, note_restored, raise_problems
+from ckpt_jax.restoration import note_restored
+from ckpt_jax.restoring import execute, fits, raise_problems
 from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.trackable.view import Below, view_of
 

@@ -10,9 +10,12 @@ from typing import Any, TypeVar
 import jax
 
 from ckpt_jax import multihost
-from ckpt_jax.adapting import ValueReader, settle
 from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.errors import RestoreMismatchError
+from ckpt_jax.fitting.adapting import ValueReader, settle
+from ckpt_jax.fitting.placing import Place, Structs, with_shardings
+from ckpt_jax.fitting.renaming import Rule
+from ckpt_jax.fitting.renaming import rename as renamed
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.match import match
 from ckpt_jax.graph.model import Attribute, Node, ObjectGraph
@@ -21,10 +24,7 @@ from ckpt_jax.graph.plan import ReadPlan
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
-from ckpt_jax.placing import Place, Structs, with_shardings
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.renaming import Rule
-from ckpt_jax.renaming import rename as renamed
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.restoring import (
     abstract_only,

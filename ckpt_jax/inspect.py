@@ -13,7 +13,8 @@ from ckpt_jax.graph.model import ObjectGraph
 from ckpt_jax.graph.trace import trace
 from ckpt_jax.latest import latest_checkpoint
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.restoring import live_graph, log_conflicts
+from ckpt_jax.restoration import log_conflicts
+from ckpt_jax.restoring import live_graph
 from ckpt_jax.savers.registry import saver_of
 from ckpt_jax.store.directory import is_checkpoint
 from ckpt_jax.trackable.view import view_of

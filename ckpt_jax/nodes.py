@@ -12,14 +12,15 @@ from dataclasses import replace
 from types import MappingProxyType
 from typing import Any
 
-from ckpt_jax.adapting import ValueReader
+from ckpt_jax.fitting.adapting import ValueReader
 from ckpt_jax.graph.match import Match
 from ckpt_jax.graph.model import Node, ObjectGraph
 from ckpt_jax.graph.plan import plan_read
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.restoring import execute, fits, live_graph, note_restored, raise_problems
+from ckpt_jax.restoration import note_restored
+from ckpt_jax.restoring import execute, fits, live_graph, raise_problems
 from ckpt_jax.trackable.view import view_of
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import jax
 
 from ckpt_jax import io, multihost
-from ckpt_jax.adapting import ValueReader
 from ckpt_jax.errors import ProcessError, UnsaveableError
+from ckpt_jax.fitting.adapting import ValueReader
 from ckpt_jax.functional import build
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.match import match

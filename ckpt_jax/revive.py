@@ -30,7 +30,6 @@ import numpy as np
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from ckpt_jax import multihost
-from ckpt_jax.adapting import ValueReader
 from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.arrays.values import decode, describe
 from ckpt_jax.errors import (
@@ -40,6 +39,7 @@ from ckpt_jax.errors import (
     RestoreMismatchError,
     UnsaveableError,
 )
+from ckpt_jax.fitting.adapting import ValueReader
 from ckpt_jax.graph import objects as codec
 from ckpt_jax.graph.labels import SAVED_OBJECTS_KEY, VARIABLE_VALUE, Label
 from ckpt_jax.graph.match import match

@@ -18,7 +18,8 @@ from ckpt_jax.graph.match import Match, match
 from ckpt_jax.graph.plan import pretty_name
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.report import RestoreReport
-from ckpt_jax.restoring import Restoration, plan_restoring
+from ckpt_jax.restoration import Restoration
+from ckpt_jax.restoring import plan_restoring
 
 _MAX_LISTED = 10
 

@@ -24,8 +24,8 @@ import jax
 import numpy as np
 
 from ckpt_jax.arrays import host
-from ckpt_jax.derived import DerivedReader
 from ckpt_jax.errors import RestoreMismatchError
+from ckpt_jax.fitting.derived import DerivedReader
 from ckpt_jax.graph.codec import object_keys
 from ckpt_jax.graph.labels import VARIABLE_VALUE, Label, local_name, object_key_of, path_of
 from ckpt_jax.graph.match import Match

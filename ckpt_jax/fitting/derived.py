@@ -16,11 +16,11 @@ import jax
 import numpy as np
 
 from ckpt_jax.arrays import host
+from ckpt_jax.fitting.transforms import Derived
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.store.box import Box, whole
 from ckpt_jax.store.index import dtype_of
-from ckpt_jax.transforms import Derived
 
 
 class DerivedReader:

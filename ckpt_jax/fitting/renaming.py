@@ -20,6 +20,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+from ckpt_jax.fitting.transforms import Cast, Derived, Stack, Step, Transform, Unstack, derive
 from ckpt_jax.graph.codec import object_keys
 from ckpt_jax.graph.labels import Label, attribute_key, escaped_names, path_of, unescape
 from ckpt_jax.graph.model import Attribute, Node, ObjectGraph, Slot
@@ -31,7 +32,6 @@ from ckpt_jax.graph.patterns import (
     odd_wildcards,
 )
 from ckpt_jax.report import nearest
-from ckpt_jax.transforms import Cast, Derived, Stack, Step, Transform, Unstack, derive
 
 Rule = tuple[Pattern, str, *tuple[Transform, ...]]
 _MAX_LISTED = 6

@@ -1,0 +1,326 @@
+"""Restoration: one restore into mutable objects, finished or waiting.
+
+It goes on living while saved values wait for their objects: `attach` runs the stages of
+`restoring` for an object that appeared later. What it has bound it knows by weak references: an
+object that is dropped is dropped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from ckpt_jax.arrays import host
+from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckpt_jax.fitting.adapting import ReshardCallback, settle
+from ckpt_jax.fitting.renaming import Renamed
+from ckpt_jax.graph.labels import Label
+from ckpt_jax.graph.match import Match, extend, match
+from ckpt_jax.graph.model import LeafSpec, ObjectGraph
+from ckpt_jax.graph.plan import pretty_name, reachable
+from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.options import CheckpointOptions
+from ckpt_jax.reader import CheckpointReader
+from ckpt_jax.restoring import (
+    abstract_only,
+    adapted,
+    execute,
+    live_graph,
+    nbytes_to_read,
+    plan_restoring,
+    raise_problems,
+    value_reader,
+)
+from ckpt_jax.trackable.delegate import delegate_of
+from ckpt_jax.trackable.pending import await_child
+
+_log = logging.getLogger("ckpt_jax")
+_MAX_LOGGED = 10
+_uids = itertools.count(1)
+_restored_by: dict[int, tuple[weakref.ref[Any], int]] = {}  # id(object) -> (object, uid)
+
+
+def _note_restored(obj: Any, uid: int) -> None:
+    """Remembers the restore that an object's values come from, as long as it lives."""
+    if _has_weakrefs(obj):
+        key = id(obj)
+        _restored_by[key] = weakref.ref(obj, lambda _: _restored_by.pop(key, None)), uid
+
+
+def note_restored(objects: Iterable[Any]) -> None:
+    """Remembers that objects were restored now, outside of a `Restoration`."""
+    uid = next(_uids)
+    for obj in objects:
+        _note_restored(obj, uid)
+
+
+def _restored_uid(obj: Any) -> int:
+    ref, uid = _restored_by.get(id(obj), (None, 0))
+    return uid if ref is not None and ref() is obj else 0
+
+
+def _has_weakrefs(obj: Any) -> bool:
+    """Whether an object can be told from its replacement without keeping it alive."""
+    return type(obj).__weakrefoffset__ != 0
+
+
+def log_conflicts(saved: ObjectGraph, found: Match) -> None:
+    """Says that a checkpoint and a program share objects in different ways."""
+    if found.conflicts:
+        _log.warning(
+            "Inconsistent references: the program shares objects in another way than the "
+            "checkpoint (%d places, the first is %s); the first binding counts",
+            len(found.conflicts),
+            pretty_name(saved, found.conflicts[0].saved),
+        )
+
+
+class _LeftOver:
+    """The values of a checkpoint that no object has taken yet.
+
+    They are logged, as one record, when the last one who could still take or ask for them is
+    gone. It holds no reference to the restoration that it watches.
+    """
+
+    def __init__(self, path: str, saved: ObjectGraph):
+        self.path = path
+        self.saved = saved
+        self.nodes = {node for node, _ in saved.attributes()}
+        self.is_expected = False
+
+    def log(self) -> None:
+        if self.nodes and not self.is_expected:
+            names = [pretty_name(self.saved, node) for node in sorted(self.nodes)[:_MAX_LOGGED]]
+            more = len(self.nodes) - len(names)
+            _log.warning(
+                "%d values of %s were never used: %s%s. If that is as it should be, call "
+                "expect_partial() on the status that restore() returns.",
+                len(self.nodes),
+                self.path,
+                ", ".join(names),
+                f" and {more} more" if more else "",
+            )
+
+
+class Restoration:
+    """One restore of a checkpoint into mutable objects, finished or waiting.
+
+    Attributes:
+      path: of the checkpoint.
+      renamed: its object graph, under the names of the program.
+      uid: grows with every restore; the values of a later one win.
+      nbytes: how much it has read so far.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        renamed: Renamed,
+        options: CheckpointOptions,
+        trace: Callable[[], LiveGraph],
+    ):
+        """`trace` is a method of the object that is restored; it is not kept alive."""
+        self.path = path
+        self.renamed = renamed
+        self.options = options
+        self.uid = next(_uids)
+        self.nbytes = 0
+        self.left_over = _LeftOver(path, renamed.graph)
+        finalizer = weakref.finalize(self, self.left_over.log)
+        finalizer.atexit = False  # at interpreter exit nobody is waiting any more
+        self._bound: dict[int, list[weakref.ref[Any]]] = {}  # saved node -> its mutable objects
+        self._callbacks: Mapping[int, ReshardCallback] = {}  # by saved node
+        self._reader: CheckpointReader | None = None  # for what is attached later
+        self._identity: Any = None  # of the checkpoint
+        self._trace = weakref.WeakMethod(trace)
+        self._met: set[int] = set()  # saved nodes that have been bound, to whatever
+        self._open_slots = [
+            (optimizer, slot)
+            for optimizer, node in enumerate(renamed.graph.nodes)
+            for slot in node.slots
+            if not options.skip_slot_variables
+        ]
+
+    @property
+    def saved(self) -> ObjectGraph:
+        """The saved object graph."""
+        return self.renamed.graph
+
+    def run(self, reader: CheckpointReader) -> Any:
+        """Restores what is there and lets the rest wait; returns the root."""
+        trace = self._trace()
+        assert trace is not None
+        self._identity = reader.identity
+        live = trace()
+        if self._create_slots(live):
+            live = trace()
+        return self._bind(live, lambda saved: match(saved, live.graph), reader)
+
+    def attach(self, child: Any, saved: int) -> Any:
+        """Restores into an object that appeared where `saved` was awaited; returns it."""
+        key = self.saved.object_keys[saved]
+        live = live_graph(child, key)
+        before = Match(self._bound_in(live), {})
+        with self._reopened() as reader:
+            root = self._bind(
+                live,
+                lambda graph: extend(before, graph, live.graph, [(saved, 0)]),
+                reader,
+                root_key=key,
+            )
+        return child if root is delegate_of(child) else root
+
+    def attached(self) -> None:
+        """Restores slots of which one end has just come. Where the other is, only a walk from
+        the root can tell."""
+        trace = self._trace()
+        ends = [slot for slot in self._open_slots if {slot[0], slot[1].variable} <= self._met]
+        if not ends or trace is None:
+            return
+        live = trace()
+        if self._create_slots(live):
+            live = trace()
+        slots = frozenset([slot.node for _, slot in ends])
+        with self._reopened() as reader:
+            self._bind(live, lambda saved: match(saved, live.graph), reader, slots)
+
+    @contextmanager
+    def _reopened(self) -> Iterator[CheckpointReader]:
+        """The checkpoint again, if it still is the one that the restore began with. The reader of
+        a directory holds no files: it is kept, with its index."""
+        reader = self._reader or CheckpointReader(self.path)
+        if reader.identity != self._identity:
+            raise CheckpointNotFoundError(
+                f"{self.path} was replaced since it was restored; what still waits for values of "
+                "it cannot have them. Restore it again."
+            )
+        try:
+            yield reader
+        except CorruptCheckpointError as error:
+            reader.check_not_replaced(error)
+            raise
+        finally:
+            if os.path.isdir(self.path):
+                self._reader = reader
+            else:
+                reader.close()
+
+    def _create_slots(self, live: LiveGraph) -> bool:
+        """Asks optimizers that can make slot variables for those that they lack."""
+        bound = match(self.saved, live.graph).bound if self._open_slots else {}
+        created = False
+        for optimizer, slot in self._open_slots:
+            if slot.node in bound or not {optimizer, slot.variable} <= bound.keys():
+                continue
+            create = getattr(live.objects[bound[optimizer]], "create_slot", None)
+            if create is not None:
+                variable = live.objects[bound[slot.variable]]
+                created = create(slot.name, variable) is not None or created
+        return created
+
+    def _bound_in(self, live: LiveGraph) -> dict[int, int]:
+        """What is bound already, in the node ids of `live`; -1 for objects outside of it."""
+        node_of = {id(obj): i for i, obj in enumerate(live.objects)}
+        return {
+            saved: node_of.get(id(obj), -1)
+            for saved, (first, *_) in self._bound.items()
+            if (obj := first()) is not None
+        }
+
+    @host.without_gc()
+    def _bind(
+        self,
+        live: LiveGraph,
+        rematch: Callable[[ObjectGraph], Match],
+        reader: CheckpointReader,
+        among: frozenset[int] | None = None,
+        root_key: str = "",
+    ) -> Any:
+        """Reads and assigns what a match says; returns the root.
+
+        Args:
+          among: saved nodes: nothing else is restored. All by default.
+          root_key: the escaped path of the root of `live`.
+        """
+        settled = settle(self.saved, live, rematch, reader, self._callbacks)
+        saved, found = adapted(self.renamed, settled), settled.found
+        only = None
+        if among is not None:
+            new = [found.bound[node] for node in among if node in found.bound]
+            only = frozenset(reachable(live.graph, new))
+        newer = frozenset(
+            i
+            for i, obj in enumerate(live.objects)
+            if (only is None or i in only) and _restored_uid(obj) < self.uid
+        )
+        plan, problems = plan_restoring(
+            saved, live, found, self.path, self.options, only=newer, root_key=root_key
+        )
+        fatal = replace(
+            plan.report,
+            missing=abstract_only(plan.report.missing, live),
+            mismatched=(
+                *problems,
+                *settled.problems,
+                *[entry for entry in plan.report.mismatched if entry.expected],
+            ),
+            unexpected=(),
+        )
+        if fatal.missing or fatal.mismatched:
+            raise_problems(fatal, self.path)
+        source = value_reader(reader, saved, settled)
+        root, new = execute(plan, live, source, self.options)
+        self.nbytes += nbytes_to_read(plan, source)
+        self.renamed, self._callbacks = saved, settled.callbacks
+        for value in new:
+            _note_restored(value, self.uid)
+        self.left_over.nodes -= plan.used
+        if only is None:
+            log_conflicts(saved.graph, found)
+        self._remember(live, found, only)
+        return root
+
+    def _remember(self, live: LiveGraph, found: Match, only: frozenset[int] | None) -> None:
+        self._met.update(found.bound)
+        self._open_slots = [slot for slot in self._open_slots if slot[1].node not in self._met]
+        for saved, node in [*found.bound.items(), *found.shared]:
+            if node >= 0 and (only is None or node in only) and live.views[node].mutable:
+                obj = live.objects[node]
+                _note_restored(obj, max(self.uid, _restored_uid(obj)))
+                if _has_weakrefs(obj):
+                    self._bound.setdefault(saved, []).append(weakref.ref(obj))
+        for (parent, label), saved in found.frontier.items():
+            if (only is None or parent in only) and self.saved.carries_values(saved):
+                for trackable in live.awaiting(parent):
+                    await_child(trackable, label, _Waiting(self, saved))
+
+    def is_bound(self, saved: int, obj: Any) -> bool:
+        """Whether this restore has bound a saved node to this object. An object that cannot be
+        referred to weakly (an nnx.Variable) is known by its place."""
+        return not _has_weakrefs(obj) or any(ref() is obj for ref in self._bound.get(saved, ()))
+
+
+class _Waiting:
+    """A saved node that waits for its object; see `trackable.base.Pending`."""
+
+    def __init__(self, restoration: Restoration, saved: int):
+        self.restoration = restoration
+        self.saved = saved
+
+    def attach(self, parent: Any, label: Label, child: Any) -> Any:
+        return self.restoration.attach(child, self.saved)
+
+    def attached(self) -> None:
+        self.restoration.attached()
+
+    def initial_value(self) -> LeafSpec | None:
+        node = self.restoration.saved.nodes[self.saved]
+        if len(node.attributes) == 1 and not node.children:
+            return node.attributes[0].spec
+        return None
