@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -357,7 +357,7 @@ def _own(obj: Any, name: str) -> dict[Any, Any]:
 
 
 @contextlib.contextmanager
-def no_automatic_dependency_tracking_scope(obj: AutoTrackable) -> Iterator[None]:
+def _untracked(obj: AutoTrackable) -> Iterator[None]:
     """Inside the block, attributes assigned to `obj` are not tracked."""
     before = obj.__dict__.get(_TRACKING, True)
     obj.__dict__[_TRACKING] = False
@@ -367,18 +367,41 @@ def no_automatic_dependency_tracking_scope(obj: AutoTrackable) -> Iterator[None]
         obj.__dict__[_TRACKING] = before
 
 
-def no_automatic_dependency_tracking(method: F) -> F:
-    """Decorator: attributes that the method assigns to `self` are not tracked.
+@overload
+def no_automatic_dependency_tracking(
+    method_or_object: AutoTrackable,
+) -> contextlib.AbstractContextManager[None]: ...
+@overload
+def no_automatic_dependency_tracking(method_or_object: F) -> F: ...
+def no_automatic_dependency_tracking(method_or_object: Any) -> Any:
+    """Decorator or scope in which attributes are assigned without being tracked.
 
-    Source: TensorFlow's decorator of the same name.
+    Args:
+      method_or_object: a method, whose assignments to `self` are not tracked; or an
+        `AutoTrackable`, for a `with` block in which those to it are not.
+
+    Source: TensorFlow's decorator of the same name, and no_automatic_dependency_tracking_scope.
+
+    Example:
+      >>> class Model(AutoTrackable):
+      ...     @no_automatic_dependency_tracking
+      ...     def cache(self, value): self.cached = value
+      >>> model = Model()
+      >>> model.cache(Variable(jnp.zeros(2)))
+      >>> with no_automatic_dependency_tracking(model):
+      ...     model.other = Variable(jnp.zeros(2))
+      >>> model.trackable_children()
+      {}
     """
+    if isinstance(method_or_object, AutoTrackable):
+        return _untracked(method_or_object)
 
-    @functools.wraps(method)
+    @functools.wraps(method_or_object)
     def wrapper(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with no_automatic_dependency_tracking_scope(self):
-            return method(self, *args, **kwargs)
+        with _untracked(self):
+            return method_or_object(self, *args, **kwargs)
 
-    return wrapper  # pyright: ignore[reportReturnType]
+    return wrapper
 
 
 # --- views -----------------------------------------------------------------------------
