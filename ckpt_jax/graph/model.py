@@ -139,9 +139,18 @@ class ObjectGraph:
         return self._slot_nodes.get((optimizer, variable, name))
 
     @cached_property
+    def slot_of(self) -> dict[int, tuple[int, Slot]]:
+        """(optimizer, slot) by slot variable."""
+        return {
+            slot.node: (optimizer, slot)
+            for optimizer, node in enumerate(self.nodes)
+            for slot in node.slots
+        }
+
+    @cached_property
     def slot_nodes(self) -> frozenset[int]:
         """Ids of all slot variables."""
-        return frozenset(self._slot_nodes.values())
+        return frozenset(self.slot_of)
 
     @cached_property
     def _slot_nodes(self) -> dict[tuple[int, int, str], int]:

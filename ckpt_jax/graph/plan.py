@@ -372,10 +372,13 @@ def assign(live: LiveGraph, values: Mapping[int, Mapping[str, Any]]) -> Any:
 
 def pretty_name(graph: ObjectGraph, node: int) -> str:
     """A node's name as TensorFlow prints it: (root).a.b, or an optimizer's state."""
-    for optimizer, owner in enumerate(graph.nodes):
-        for slot in owner.slots:
-            if slot.node == node:
-                of, for_ = (pretty_name(graph, n) for n in (optimizer, slot.variable))
-                return f"{of}'s state '{slot.name}' for {for_}"
+    if node in graph.slot_of:
+        optimizer, slot = graph.slot_of[node]
+        of, for_ = _dotted(graph, optimizer), _dotted(graph, slot.variable)
+        return f"{of}'s state '{slot.name}' for {for_}"
+    return _dotted(graph, node)
+
+
+def _dotted(graph: ObjectGraph, node: int) -> str:
     path = graph.paths[node]
     return ".".join(["(root)", *path.split("/")]) if path else "(root)"

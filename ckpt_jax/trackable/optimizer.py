@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jax
 
 from ckpt_jax.graph.labels import Label
-from ckpt_jax.trackable.pytree import RegisteredView, label_of
+from ckpt_jax.trackable.pytree import RegisteredView, is_registered, label_of
 from ckpt_jax.trackable.view import Below, SlotEntry, View, add_view, view_of
 
 Place = tuple[Label, ...]
@@ -280,7 +280,7 @@ class TrainStateView(RegisteredView):
 
 def train_state_view(obj: Any) -> View | None:
     """The view of a train state, recognised by its fields."""
-    if not dataclasses.is_dataclass(obj) or isinstance(obj, type):
+    if not dataclasses.is_dataclass(obj) or isinstance(obj, type) or not is_registered(obj):
         return None
     names = {field.name for field in dataclasses.fields(obj)}
     return _TRAIN_STATE if {"params", "opt_state", "tx"} <= names else None

@@ -146,7 +146,8 @@ def label_of(key: Any) -> Label:
     return str(key)
 
 
-def _is_registered(obj: Any) -> bool:
+def is_registered(obj: Any) -> bool:
+    """Whether JAX can take an object apart."""
     leaves = jax.tree.leaves(obj, is_leaf=lambda x: x is not obj)
     return not (len(leaves) == 1 and leaves[0] is obj)
 
@@ -170,13 +171,13 @@ def pytree_view(obj: Any) -> View | None:
             return _VALUE  # a description: equal ones are not one array
         case tuple() if hasattr(obj, "_fields"):
             return _NAMED_TUPLE
-        case tuple() if type(obj) is tuple or not _is_registered(obj):
+        case tuple() if type(obj) is tuple or not is_registered(obj):
             return _TUPLE
-        case list() if type(obj) is list or not _is_registered(obj):
+        case list() if type(obj) is list or not is_registered(obj):
             return _LIST
-        case dict() if type(obj) in _DICTS or not _is_registered(obj):
+        case dict() if type(obj) in _DICTS or not is_registered(obj):
             return _DICT
-    if _is_registered(obj):
+    if is_registered(obj):
         return _REGISTERED_DATACLASS if _is_dataclass(obj) else _REGISTERED
     return _DATACLASS if _is_dataclass(obj) else None
 
