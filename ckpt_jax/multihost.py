@@ -197,12 +197,12 @@ class Processes:
     def _run_name(self, timeout_seconds: float) -> str:
         """A name for this run of the program: what process 0 is called in names of staging, and
         something random. The others learn it from process 0 on first use."""
+        if self.service is None:  # of this process alone, which may have been forked since
+            return f"{owner_digits()}{secrets.token_hex(16)}"
         if not self._nonce:
             key = f"{_ROOT}/run"
-            name = f"{owner_digits()}{secrets.token_hex(16)}" if self.index == 0 else ""
-            if self.service is None:
-                pass
-            elif self.index == 0:
+            if self.index == 0:
+                name = f"{owner_digits()}{secrets.token_hex(16)}"
                 if not self.service.set(key, name, timeout_seconds):
                     name = self.service.get(key, timeout_seconds) or name
             else:
