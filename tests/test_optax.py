@@ -317,6 +317,14 @@ def test_two_trees_of_one_structure_are_told_apart_by_which_one_was_given(tmp_pa
     assert same(ckpt.restore(path, tree)["o"].opt_state, state)
 
 
+@pytest.mark.parametrize("tx", [ADAM, optax.scale_by_adam()], ids=["chain", "single"])
+def test_what_is_restored_can_be_updated_like_the_state_that_it_is(tx, tmp_path):
+    state = trained(tx.init(PARAMS))
+    tree = {"params": PARAMS, "o": ckpt.optax_state(state, PARAMS)}
+    found = ckpt.restore(ckpt.save(tmp_path / "a", tree), tree)["o"]
+    assert same(tx.update(PARAMS, found, PARAMS), tx.update(PARAMS, state, PARAMS))
+
+
 def test_an_abstract_target_finds_its_parameters_by_structure(tmp_path):
     """jax.eval_shape takes trees apart: which object the parameters were is lost."""
     state = trained(ADAM.init(PARAMS))

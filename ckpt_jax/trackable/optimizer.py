@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -155,6 +155,8 @@ def _could_be_moment(leaf: Any, shape: tuple[int, ...]) -> bool:
 class OptaxState:
     """An optax state as the optimizer of some parameters; see `optax_state`.
 
+    It reads like the state that it holds: `tx.update` takes it, too.
+
     Attributes:
       opt_state: the optax state itself.
     """
@@ -177,6 +179,20 @@ class OptaxState:
         leaves = [changed.get(i, leaf) for i, leaf in enumerate(self.leaves)]
         treedef = jax.tree.structure(self.opt_state, is_leaf=is_leaf)
         return OptaxState(jax.tree.unflatten(treedef, leaves), self._params, self._parameters)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_") or "opt_state" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.opt_state, name)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.opt_state[at]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.opt_state)
+
+    def __len__(self) -> int:
+        return len(self.opt_state)
 
     def __repr__(self) -> str:
         return f"OptaxState({self.opt_state!r})"
@@ -204,7 +220,7 @@ def optax_state(opt_state: Any, params: Any) -> OptaxState:
 
     Returns:
       An object to put into the tree, or to give to a `Checkpoint`; after a restore its
-      `.opt_state` is the restored state.
+      `.opt_state` is the restored state. It can be read and updated like that state.
 
     Example:
       >>> import jax.numpy as jnp, optax, tempfile
@@ -214,7 +230,7 @@ def optax_state(opt_state: Any, params: Any) -> OptaxState:
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     path = save(f"{directory}/a", tree)
       ...     restored = restore(path, tree)
-      >>> restored["opt"].opt_state[0].mu["w"]
+      >>> restored["opt"][0].mu["w"]
       Array([0., 0.], dtype=float32)
     """
     return OptaxState(opt_state, params)
