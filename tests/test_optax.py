@@ -67,6 +67,7 @@ def exported():
         name
         for name, make in sorted(vars(optax).items())
         if inspect.isfunction(make)
+        and not name.startswith("_")
         and "GradientTransformation" in str(inspect.signature(make).return_annotation)
         and name not in NOT_TRANSFORMS
     ]
