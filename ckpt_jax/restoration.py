@@ -213,7 +213,12 @@ class Restoration:
 
     def _create_slots(self, live: LiveGraph) -> bool:
         """Asks optimizers that can make slot variables for those that they lack."""
-        bound = match(self.saved, live.graph).bound if self._open_slots else {}
+        objects = zip(live.objects, live.views, strict=True)
+        if not self._open_slots or not any(
+            view.mutable and hasattr(obj, "create_slot") for obj, view in objects
+        ):
+            return False
+        bound = match(self.saved, live.graph).bound
         created = False
         for optimizer, slot in self._open_slots:
             if slot.node in bound or not {optimizer, slot.variable} <= bound.keys():

@@ -92,7 +92,9 @@ def begin(
     )
     plan = default.plan_write(snapshot, options.sharding_policy)
     graph, more = seal(codec.encode(live.graph)), extra(live)
-    parts = _digests_of_parts(live.graph) if meeting.count > 1 else {}
+    digest, parts = "", {}
+    if meeting.count > 1:  # one process has nobody to agree with
+        digest, parts = hashlib.sha256(graph).hexdigest(), _digests_of_parts(live.graph)
     staging = Staging.of(path, meeting.token)
     shards = os.path.join(staging.directory, SHARDS)
     mine = f"{process:05d}-"
@@ -118,7 +120,7 @@ def begin(
             watch.wrote(sum([read_index(shard).total_nbytes for shard in registered]))
             report = _Report(
                 os.path.basename(staging.path),
-                hashlib.sha256(graph).hexdigest(),
+                digest,
                 parts,
                 tuple([os.path.relpath(shard, staging.directory) for shard in written]),
             )

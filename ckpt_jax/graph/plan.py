@@ -99,6 +99,7 @@ class _Planner:
         skip_slots: bool,
     ):
         self.saved, self.live, self.match, self.fits = saved, live, match, fits
+        self.sources = match.sources()
         self.saved_paths = saved_paths
         self.skipped_saved = saved.slot_nodes if skip_slots else frozenset()
         self.skipped_live = live.graph.slot_nodes if skip_slots else frozenset()
@@ -110,11 +111,10 @@ class _Planner:
         }
 
     def live_side(self, only: frozenset[int] | None) -> None:
-        sources = self.match.sources()
         for node_id, node in enumerate(self.live.graph.nodes):
             if node_id in self.skipped_live or (only is not None and node_id not in only):
                 continue
-            source = sources.get(node_id)
+            source = self.sources.get(node_id)
             if self.saved.named and node.saver:
                 source = None  # a saver reads only what a saver wrote
             if source is not None and (node.saver or self.saved.nodes[source].saver):
@@ -127,7 +127,6 @@ class _Planner:
 
     def fixed_slots(self, only: frozenset[int] | None) -> None:
         """Slot variables that can neither change nor be replaced."""
-        sources = self.match.sources()
         for optimizer, node in enumerate(self.live.graph.nodes):
             obj = self.live.objects[optimizer]
             if not node.slots or self.live.views[optimizer].replaces_slots(obj):
@@ -139,7 +138,7 @@ class _Planner:
             self.entries["mismatched"] += [
                 ReportEntry(self.live.graph.paths[slot], "a variable", what=what)
                 for slot in (slot.node for slot in node.slots)
-                if slot in sources
+                if slot in self.sources
                 and (only is None or slot in only)
                 and slot not in self.skipped_live
                 and not self.live.views[slot].mutable
@@ -242,10 +241,9 @@ class _Planner:
             for conflict in self.match.conflicts
             if conflict.bound_saved is not None
         ]
-        sources = self.match.sources()
         first: dict[int, int] = {}
         apart = self.live.graph.slot_nodes  # some begin as the very array that they belong to
-        for node, source in sorted(sources.items()):
+        for node, source in sorted(self.sources.items()):
             view = self.live.views[node] if node >= 0 and node not in apart else None
             if view is not None and view.identity and not view.mutable:
                 other = first.setdefault(id(self.live.objects[node]), source)

@@ -178,7 +178,9 @@ class OptaxState:
         """A copy with some leaves replaced, by their index."""
         leaves = [changed.get(i, leaf) for i, leaf in enumerate(self.leaves)]
         treedef = jax.tree.structure(self.opt_state, is_leaf=is_leaf)
-        return OptaxState(jax.tree.unflatten(treedef, leaves), self._params, self._parameters)
+        new = OptaxState(jax.tree.unflatten(treedef, leaves), self._params, self._parameters)
+        new.__dict__["parts"] = self.parts  # of the same structure
+        return new
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_") or "opt_state" not in self.__dict__:
