@@ -9,6 +9,7 @@ default saver uses nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import index
 from typing import Any, Protocol
 
@@ -26,6 +27,7 @@ from ckpt_jax.store.read import ShardedReader
 from ckpt_jax.store.shard import Slice
 
 
+@host.transfers_allowed()
 def write_shard(
     prefix: str,
     values: Mapping[str, Any],
@@ -62,7 +64,7 @@ def write_shard(
       ...     read_slices(path, {"w": ((1, 3), (0, 1))})["w"].tolist()
       [[0.0], [1.0]]
     """
-    parts = {_checked(key): _slices_of(key, value) for key, value in values.items()}
+    parts = _on_host({_checked(key): _slices_of(key, value) for key, value in values.items()})
     _shard.write_shard(
         prefix,
         # Of an array of which this process holds nothing, it writes nothing.
@@ -83,27 +85,48 @@ def _checked(key: str) -> str:
 
 
 def _slices_of(key: str, value: Any) -> Any:
+    """An array or bytes on the host, or a list of slices, whose arrays may be on devices."""
     if isinstance(value, Slice):
-        return _plain(value)
+        return [_plain(value)]
     if isinstance(value, list | tuple):
         if not all([isinstance(part, Slice) for part in value]):
             raise TypeError(f"{key}: a list under one key is a list of ckpt.io.Slice")
         return [_plain(part) for part in value]
     value = encode(value)
     if isinstance(value, jax.Array):
-        return [Slice(data, box, value.shape) for box, _, data in host.host_slices(value)]
+        return [Slice(shard, box, value.shape) for box, _, shard in host.owned_shards(value)]
     return value
 
 
 def _plain(part: Slice) -> Slice:
-    """A slice of a numpy array, its box and shape tuples of Python integers."""
+    """A slice of a numpy or single-device array, its box and shape tuples of Python integers."""
     box, shape = part.box, part.global_shape
     if type(part.array) is np.ndarray and type(box) is type(shape) is tuple:
         bounds = [bound for pair in (shape, *box) if type(pair) is tuple for bound in pair]
         if len(bounds) == 3 * len(shape) and {*map(type, bounds)} <= {int}:
             return part  # as the default saver writes them by the thousand
-    array = np.asarray(encode(part.array))
+    array = encode(part.array)
+    if not isinstance(array, jax.Array) or len(array.sharding.device_set) > 1:
+        array = np.asarray(array)
     return Slice(array, _box(part.box), tuple(map(index, part.global_shape)))
+
+
+def _on_host(parts: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with all arrays on the host, the copies started together."""
+    lists = [value for value in parts.values() if isinstance(value, list)]
+    far = [part.array for value in lists for part in value if isinstance(part.array, jax.Array)]
+    if not far:
+        return dict(parts)
+    near = iter(host.to_host(far))
+    return {
+        key: [
+            replace(part, array=next(near)) if isinstance(part.array, jax.Array) else part
+            for part in value
+        ]
+        if isinstance(value, list)
+        else value
+        for key, value in parts.items()
+    }
 
 
 def _box(box: Iterable[Iterable[int]]) -> Box:
@@ -138,6 +161,7 @@ def merge_shards(
     return _merge.merge_shards(prefixes, destination, extra or {}, durable=options.durable)
 
 
+@host.transfers_allowed()
 def read_slices(
     prefix: str,
     requests: Mapping[str, jax.ShapeDtypeStruct | Box | None],

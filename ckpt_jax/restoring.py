@@ -302,6 +302,7 @@ def nbytes_to_read(plan: ReadPlan, reader: ValueReader) -> int:
     return sum(nbytes.values())
 
 
+@host.transfers_allowed()
 def execute(
     plan: ReadPlan, live: LiveGraph, reader: ValueReader, options: CheckpointOptions
 ) -> tuple[Any, list[Any]]:

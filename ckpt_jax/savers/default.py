@@ -59,6 +59,7 @@ class WritePlan:
     shards: tuple[Mapping[str, Any], ...]
 
 
+@host.transfers_allowed()
 def snapshot(
     values: Mapping[str, jax.Array | np.ndarray | bytes],
     *,
@@ -80,12 +81,19 @@ def snapshot(
     Raises:
       UnsaveableError: arrays that only a process other than 0 can reach.
     """
-    arrays = {key: value for key, value in values.items() if isinstance(value, jax.Array)}
     if count == 1:
-        host.start_transfers(arrays.values())
-        found = {key: host.host_slices(value) for key, value in arrays.items()}
+        parts = [
+            (key, *owned)
+            for key, value in values.items()
+            if isinstance(value, jax.Array)
+            for owned in host.owned_shards(value)
+        ]
     else:
-        found = _assigned_slices(values, process, count)
+        parts = _assigned(values, process, count)
+    found: dict[str, list[tuple[Box, int, np.ndarray]]] = {}
+    on_host = host.to_host([shard for *_, shard in parts])
+    for (key, box, device, _), data in zip(parts, on_host, strict=True):
+        found.setdefault(key, []).append((box, device, data))
     home = jax.local_devices()[0].id
     planned: list[PlannedSlice] = []
     contents: dict[tuple[str, Box], np.ndarray | bytes] = {}
@@ -108,10 +116,10 @@ def snapshot(
     return Snapshot(tuple(planned), contents)
 
 
-def _assigned_slices(
+def _assigned(
     values: Mapping[str, jax.Array | np.ndarray | bytes], process: int, count: int
-) -> dict[str, list[tuple[Box, int, np.ndarray]]]:
-    """(box, device id, contents) by key, of what `spread` gives to this process."""
+) -> list[tuple[str, Box, int, jax.Array | np.ndarray]]:
+    """(key, box, device id, single-device array) of what `spread` gives to this process."""
     held: list[HeldBox] = []
     places: list[tuple[str, dict[int, int]]] = []  # of each held box: key, {process: device id}
     unreachable: list[tuple[str, str]] = []
@@ -138,23 +146,20 @@ def _assigned_slices(
             "them with ckpt.PerProcess.",
             tuple(unreachable),
         )
-    started: list[tuple[str, Box, int, jax.Array | np.ndarray]] = []
-    found: dict[str, list[tuple[Box, int, np.ndarray]]] = {}
+    assigned: list[tuple[str, Box, int, jax.Array | np.ndarray]] = []
     for part in spread(held, count):
         key, devices = places[part.source]
         value = values[key]
         if part.process != process or not isinstance(value, jax.Array):
             continue
         if not devices:
-            found[key] = host.host_slices(value)
+            assigned += [(key, *owned) for owned in host.owned_shards(value)]
             continue
         origin = held[part.source].box
         inner = tuple([(a - o, b - o) for (a, b), (o, _) in zip(part.box, origin, strict=True)])
-        data = host.fetch(value, devices[process], inner)
-        started.append((key, part.box, devices[process], data))
-    for key, box, device, data in started:
-        found.setdefault(key, []).append((box, device, np.asarray(data)))
-    return found
+        shard = host.part_of(value, devices[process], inner)
+        assigned.append((key, part.box, devices[process], shard))
+    return assigned
 
 
 def plan_write(snap: Snapshot, policy: ShardingPolicy) -> WritePlan:
