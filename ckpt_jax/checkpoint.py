@@ -9,8 +9,8 @@ from __future__ import annotations
 import inspect
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -118,7 +118,7 @@ class Checkpoint(AutoTrackable):
         watch = METER.saving()
         with ExitStack() as stack:
             meeting = self._meet(path, options, stack)
-            with self._turn(options) as is_mine:
+            with self._turn(options, meeting) as is_mine:
                 if not is_mine:
                     return None
                 self._write(path, options, watch, meeting, stack)
@@ -137,7 +137,7 @@ class Checkpoint(AutoTrackable):
         watch = METER.saving()
         with ExitStack() as stack:
             meeting = self._meet(os.fsdecode(prefix), options, stack)
-            with self._turn(options) as is_mine:
+            with self._turn(options, meeting) as is_mine:
                 if not is_mine:
                     return None
                 number = self.save_counter + 1
@@ -155,18 +155,23 @@ class Checkpoint(AutoTrackable):
                 self._write(path, options, watch, meeting, stack, committed, failed)
         return path
 
-    def _turn(self, options: CheckpointOptions) -> AbstractContextManager[bool]:
-        """The right to save; see `Background.turn`."""
-        return self._background().turn(options.when_busy)
+    @contextmanager
+    def _turn(self, options: CheckpointOptions, meeting: multihost.Meeting) -> Iterator[bool]:
+        """The right to save; see `Background.turn`. Of several processes, 0 decides on a skip."""
+        background = self._background()
+        with background.turn(options.when_busy) as is_mine:
+            if options.when_busy == "wait" or meeting.led(is_mine) == is_mine:
+                yield is_mine
+            elif is_mine:  # process 0 is not done with a save that this one is done with
+                yield False
+            else:
+                with background.turn() as is_mine:
+                    yield is_mine
 
     def _meet(self, path: str, options: CheckpointOptions, stack: ExitStack) -> multihost.Meeting:
         """Meets the other processes for a save, before anything that could fail here."""
-        processes = multihost.current()
-        if processes.count > 1 and options.when_busy == "skip":
-            raise ValueError(
-                'when_busy="skip" is for one process: several would have to agree on what to skip'
-            )
-        return stack.enter_context(processes.meeting(f"saving {path}", options.timeout_seconds))
+        meeting = multihost.current().meeting(f"saving {path}", options.timeout_seconds)
+        return stack.enter_context(meeting)
 
     def _write(
         self,

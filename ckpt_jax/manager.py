@@ -248,7 +248,7 @@ class CheckpointManager:
         prefix = os.path.join(self._directory, self._name)
         with ExitStack() as stack:
             meeting = self._checkpoint._meet(prefix, options, stack)
-            with self._checkpoint._turn(options) as is_mine:
+            with self._checkpoint._turn(options, meeting) as is_mine:
                 if not is_mine or (step is not None and not self._is_due(step, check_interval)):
                     return None  # another thread saves, or has saved this step meanwhile
                 count = self._checkpoint.save_counter + 1
@@ -377,7 +377,7 @@ class CheckpointManager:
         what = f"collecting in {self._directory}"
         with (
             multihost.current().meeting(what, seconds) as meeting,
-            self._checkpoint._turn(DEFAULT),
+            self._checkpoint._background().turn(),
         ):
             removed = meeting.conclude(None, lambda _: self._collect(dry_run))
             if not meeting.leads:

@@ -2,14 +2,16 @@
 
 A *meeting* is one thing that all processes do together, a save for example. Each process opens
 it, does its part, and *reports*; process 0 hears all reports, acts on them (merges, commits),
-and announces the *outcome*, which all the others hear. These are the only two waits. They go
-through keys and values of the coordination service that `jax.distributed` starts; no device
-takes part, so a meeting may be held on any thread while the devices compute.
+and announces the *outcome*, which all the others hear. These are the only two waits (and where a
+save may be skipped, the others first hear from process 0 whether it is). They go through keys
+and values of the coordination service that `jax.distributed` starts; no device takes part, so a
+meeting may be held on any thread while the devices compute.
 
 Meetings are numbered in the order in which the program opens them, which has to be the same
 order on all processes. The keys of meeting n, below "ckpt_jax/n/":
 
     reports/k   what process k reports, as JSON
+    led         what process 0 says for all beforehand, where a save asks it
     decision    "commit", from process 0 when all have reported, or an error, from whoever
                 failed before that. The first one stays: the service refuses a second.
     outcome     what process 0's act gave, or an error
@@ -249,6 +251,23 @@ class Meeting:
         digest = hashlib.sha256(f"{run}/{self._number}".encode()).hexdigest()
         return run[:_OWNER_DIGITS] + digest[: 32 - _OWNER_DIGITS]
 
+    def led(self, value: Any) -> Any:
+        """What process 0 gives here, on all processes: JSON's kinds of values. At most once.
+
+        Raises:
+          BarrierTimeoutError: process 0 did not come here in time.
+          ProcessError: process 0 failed before.
+        """
+        if self.count == 1:
+            return value
+        if self.leads:
+            self._tell("led", json.dumps({"result": value}))
+            return value
+        said = self._wait_for("led")
+        if said is None:
+            raise self._late([0])
+        return self._result(said)
+
     def conclude(self, report: Any, act: Callable[[list[Any]], Any]) -> Any:
         """Reports, and waits for the outcome.
 
@@ -316,20 +335,21 @@ class Meeting:
         oldest = self._processes._oldest_open()
         said = {"what": self._kind(), "open": oldest, "report": report}
         self._tell(f"reports/{self.index}", json.dumps(said))
-        try:
-            outcome = self._service.get(self._key("outcome"), self._timeout)
-        except (TimeoutError, ConnectionError) as error:
-            raise self._unanswered(error) from error
+        outcome = self._wait_for("outcome")
         if outcome is None:
             found = self._list(_PATIENCE_SECONDS)
             if "decision" in found and found["decision"] != COMMIT:
                 raise self._heard(found["decision"])
             late = [k for k in range(1, self.count) if f"reports/{k}" not in found]
             raise self._late(late or [0], unknown="decision" in found)
-        content = json.loads(outcome)
-        if "error" in content:
-            raise self._heard(outcome)
+        result = self._result(outcome)
         self._is_settled = True
+        return result
+
+    def _result(self, said: str) -> Any:
+        content = json.loads(said)
+        if "error" in content:
+            raise self._heard(said)
         return content["result"]
 
     # --- failing -------------------------------------------------------------------------
@@ -359,6 +379,8 @@ class Meeting:
         text = json.dumps({"error": _described(error, self.index, self.what)})
         patience = min(self._timeout, _PATIENCE_SECONDS)
         try:
+            if self.leads:
+                self._tell("led", text, patience)
             if self._has_decided or self._tell("decision", text, patience):
                 self._tell("outcome", text, patience)
                 return None
@@ -411,6 +433,12 @@ class Meeting:
     def _tell(self, name: str, value: str, timeout_seconds: float | None = None) -> bool:
         try:
             return self._service.set(self._key(name), value, timeout_seconds or self._timeout)
+        except (TimeoutError, ConnectionError) as error:
+            raise self._unanswered(error) from error
+
+    def _wait_for(self, name: str) -> str | None:
+        try:
+            return self._service.get(self._key(name), self._timeout)
         except (TimeoutError, ConnectionError) as error:
             raise self._unanswered(error) from error
 

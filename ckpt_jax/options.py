@@ -173,8 +173,9 @@ class CheckpointOptions:
         None, or a tree of shardings. A sharding in a tree stands for everything below its place,
         None for what the target says.
       when_busy: what a save does while another one of the same `Checkpoint` is in flight, in
-        the background or on another thread: "wait" for it, or "skip" (with one process): return
-        None at once and count nothing. What failed in the background is raised in both cases.
+        the background or on another thread: "wait" for it, or "skip": return None at once and
+        count nothing. What failed in the background is raised in both cases. Of several
+        processes, process 0 says for all whether a save is skipped.
       progress: a function `(done_bytes, total_bytes)`, called from one thread at a time while
         values are written or read, from 0 up to the total; or True for a line on stderr, where
         that is a terminal. What the function raises is logged once, and it is not called again.

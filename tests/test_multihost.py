@@ -114,6 +114,37 @@ def test_who_fails_before_its_report_fails_all_at_once(failing):
         assert error.processes == (failing,)
 
 
+def test_what_process_0_says_beforehand_is_heard_by_all():
+    def program(processes):
+        with processes.meeting("meeting", SECONDS) as meeting:
+            return meeting.led(processes.index), meeting.conclude(None, len)
+
+    assert together(3, program) == [(0, 3)] * 3
+
+
+def test_who_waits_for_process_0_to_say_something_hears_of_its_failure_or_names_it():
+    def failing(processes):
+        with processes.meeting("meeting", SECONDS) as meeting:
+            if meeting.leads:
+                raise ValueError("no")
+            meeting.led(None)
+
+    first, second = together(2, failing)
+    assert isinstance(first, ValueError)
+    assert isinstance(second, ckpt.ProcessError)
+    assert "process 0 failed with ValueError: no" in str(second)
+
+    def late(processes):
+        if processes.index:
+            with processes.meeting("meeting", 0.1) as meeting:
+                meeting.led(None)
+
+    absent, waiting = together(2, late)
+    assert absent is None
+    assert isinstance(waiting, ckpt.BarrierTimeoutError)
+    assert waiting.processes == (0,)
+
+
 def test_where_process_0_fails_to_act_all_fail():
     results = together(3, lambda p: meet(p, None, lambda reports: 1 / 0))
     assert isinstance(results[0], ZeroDivisionError)
@@ -409,6 +440,64 @@ def test_the_next_save_raises_on_each_process_what_failed_in_the_background(tmp_
     for message in together(3, program):
         assert "not today" in message
     assert os.listdir(tmp_path) == ["a"]
+
+
+@pytest.mark.parametrize("busy", [0, 1])
+def test_process_0_says_for_all_whether_a_save_is_skipped(tmp_path, busy):
+    """The callbacks of a save are its end on each process; one of them holds it up."""
+    returned = threading.Event()
+    options = CheckpointOptions(enable_async=True, when_busy="skip")
+
+    def program(processes):
+        checkpoint = ckpt.Checkpoint(w=np.arange(3))
+        manager = ckpt.CheckpointManager(checkpoint, tmp_path / "managed")
+        held = [lambda: returned.wait()] if processes.index == busy else []
+        checkpoint.save(tmp_path / "c", CheckpointOptions(enable_async=True, write_callbacks=held))
+        if processes.index != busy:
+            checkpoint.sync()
+        found = [checkpoint.save(tmp_path / "c", options), checkpoint.save_counter]
+        if processes.index == 0:
+            returned.set()
+        checkpoint.sync()
+        if busy == 0:
+            assert manager.save(options=options) is not None
+            manager.sync()
+        return found
+
+    expected = [None, 1] if busy == 0 else [str(tmp_path / "c-2"), 2]
+    assert together(3, program) == [expected] * 3
+    names = {"c-1", "checkpoint", "managed"} if busy == 0 else {"c-1", "c-2", "checkpoint"}
+    assert names <= set(os.listdir(tmp_path)) <= names | {"managed"}
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_where_a_save_may_be_skipped_what_failed_before_is_raised_all_the_same(tmp_path, failing):
+    options = CheckpointOptions(when_busy="skip")
+
+    def refuse():
+        raise ValueError("not today")
+
+    def program(processes):
+        checkpoint = ckpt.Checkpoint(w=np.arange(3))
+        refusing = [refuse] if processes.index == failing else []
+        checkpoint.write(
+            tmp_path / "a", CheckpointOptions(enable_async=True, write_callbacks=refusing)
+        )
+        checkpoint._background()._thread.join()
+        try:
+            checkpoint.write(tmp_path / "b", options)
+        except (ckpt.AsyncSaveError, ckpt.ProcessError) as error:
+            failed = type(error), "not today" in str(error)
+        else:
+            failed = None
+        return failed, checkpoint.write(tmp_path / "c", options)
+
+    for index, (failed, after) in enumerate(together(2, program)):
+        # What process 0 calls back belongs to the save, which has then failed for all.
+        kind = ckpt.AsyncSaveError if failing in (0, index) else ckpt.ProcessError
+        assert failed == (kind, True)
+        assert after == str(tmp_path / "c")
+    assert sorted(os.listdir(tmp_path)) == ["a", "c"]
 
 
 def test_files_that_go_with_the_failure_of_another_process_are_not_what_is_raised(tmp_path):
