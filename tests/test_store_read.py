@@ -294,6 +294,31 @@ def test_a_flipped_byte_anywhere_is_an_error_or_does_no_harm(small):
     assert outcomes(root, arrays) == (set(arrays), [])
 
 
+def test_a_flipped_bit_anywhere_in_a_value_is_an_error(tmp_path):
+    """Up to its checksum, and without harm in the parts of a frame that are not the value's."""
+    path = str(tmp_path / "shard")
+    value = np.random.default_rng(5).integers(0, 256, 150, np.uint8)
+    write_shard(path, {"x": value}, durable=False)
+    (file,) = Path(path, "d").iterdir()
+    data = file.read_bytes()
+    start = data.index(value[:16].tobytes())
+    frame = data.rindex(b"\x28\xb5\x2f\xfd", 0, start)
+    stop = start + value.nbytes + 4
+    harmless = []
+    for bit in range(8 * frame, 8 * stop):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        try:
+            with ShardedReader(path) as reader:
+                ((_, (found,)),) = reader.read([("x", [((0, 150),)])])
+        except CorruptCheckpointError:
+            continue
+        np.testing.assert_array_equal(found, value)
+        harmless.append(bit // 8)
+    assert all(frame <= at < start for at in harmless)
+
+
 def test_truncated_and_missing_files_are_errors(small):
     root, arrays = small
     for path in data_files(root):
@@ -311,6 +336,17 @@ def test_truncated_and_missing_files_are_errors(small):
         path.write_bytes(data)
 
 
+def test_of_a_checkpoint_a_missing_byte_is_noticed_before_anything_is_read(small):
+    root, _ = small
+    with ShardedReader(root) as reader:
+        reader.check_files()
+    for path in Path(root, "shards").glob("*/d/*"):
+        os.truncate(path, path.stat().st_size - 1)
+        refused = pytest.raises(CorruptCheckpointError, match="truncated or missing")
+        with ShardedReader(root) as reader, refused:
+            reader.check_files()
+
+
 def test_a_shard_of_another_checkpoint_is_an_error(small, tmp_path):
     root, arrays = small
     other = str(tmp_path / "other")
@@ -326,13 +362,14 @@ def test_a_shard_of_another_checkpoint_is_an_error(small, tmp_path):
 
 
 def test_damage_is_blamed_on_the_arrays_in_the_damaged_chunk(tmp_path):
-    values = {f"x{i}": np.full(1 << 20, i, np.uint8) for i in range(8)}
+    chance = np.random.default_rng(0)
+    values = {f"x{i}": chance.integers(0, 256, 1 << 20, np.uint8) for i in range(8)}
     path = tmp_path / "shard"
     write_shard(str(path), values)
     (file,) = (path / "d").iterdir()
     data = file.read_bytes()
-    at = data.index(b"\x05" * 1000)
-    file.write_bytes(data[:at] + b"\0" + data[at + 1 :])
+    at = data.index(values["x5"][:1000].tobytes())
+    file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
     with ShardedReader(str(path)) as reader, pytest.raises(CorruptCheckpointError) as caught:
         list(reader.read(whole_requests(values)))
     assert caught.value.key == "x5"

@@ -33,26 +33,26 @@ class Index(_message.Message):
     def __init__(self, format_version: _Optional[int] = ..., shards: _Optional[_Iterable[_Union[Shard, _Mapping]]] = ..., layouts: _Optional[_Iterable[_Union[Layout, _Mapping]]] = ..., keys: _Optional[_Iterable[str]] = ..., key: _Optional[bytes] = ..., layout: _Optional[bytes] = ..., shard: _Optional[bytes] = ..., stack: _Optional[bytes] = ..., row: _Optional[bytes] = ..., offset: _Optional[bytes] = ..., checksum: _Optional[int] = ...) -> None: ...
 
 class Shard(_message.Message):
-    __slots__ = ("id", "directory", "stacks")
+    __slots__ = ("id", "directory", "stacks", "files_nbytes")
     ID_FIELD_NUMBER: _ClassVar[int]
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     STACKS_FIELD_NUMBER: _ClassVar[int]
+    FILES_NBYTES_FIELD_NUMBER: _ClassVar[int]
     id: str
     directory: str
     stacks: _containers.RepeatedCompositeFieldContainer[Stack]
-    def __init__(self, id: _Optional[str] = ..., directory: _Optional[str] = ..., stacks: _Optional[_Iterable[_Union[Stack, _Mapping]]] = ...) -> None: ...
+    files_nbytes: int
+    def __init__(self, id: _Optional[str] = ..., directory: _Optional[str] = ..., stacks: _Optional[_Iterable[_Union[Stack, _Mapping]]] = ..., files_nbytes: _Optional[int] = ...) -> None: ...
 
 class Stack(_message.Message):
-    __slots__ = ("rows", "row_nbytes", "chunk_nbytes", "compression")
+    __slots__ = ("rows", "row_nbytes", "chunk_nbytes")
     ROWS_FIELD_NUMBER: _ClassVar[int]
     ROW_NBYTES_FIELD_NUMBER: _ClassVar[int]
     CHUNK_NBYTES_FIELD_NUMBER: _ClassVar[int]
-    COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     rows: int
     row_nbytes: int
     chunk_nbytes: int
-    compression: str
-    def __init__(self, rows: _Optional[int] = ..., row_nbytes: _Optional[int] = ..., chunk_nbytes: _Optional[int] = ..., compression: _Optional[str] = ...) -> None: ...
+    def __init__(self, rows: _Optional[int] = ..., row_nbytes: _Optional[int] = ..., chunk_nbytes: _Optional[int] = ...) -> None: ...
 
 class Layout(_message.Message):
     __slots__ = ("dtype", "shape", "start", "stop", "nbytes")

@@ -35,7 +35,6 @@ from ckpt_jax.store.seal import seal, unseal
 FORMAT_VERSION = 1
 INDEX_KEY = "_INDEX"  # of the index in the database that it describes, a shard's or a root's
 BYTES = "bytes"  # the dtype of byte strings
-COMPRESSIONS = ("", "zstd")
 
 _LIMIT = 1 << 62  # sums of two numbers below it fit into an int64
 _MAX_RANK = 64
@@ -117,7 +116,6 @@ class Stack:
     rows: int
     row_nbytes: int
     chunk_nbytes: int
-    compression: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,6 +125,7 @@ class Shard:
     id: str
     directory: str
     stacks: tuple[Stack, ...]
+    files_nbytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,11 +227,11 @@ class Index:
         pattern = self.patterns[self.pattern[self.number[key]]]
         return sum([self.layouts[i].nbytes for i in pattern])
 
-    def moved(self, directory: str) -> Index:
+    def moved(self, directory: str, files_nbytes: int) -> Index:
         """This index of one shard, as seen from a checkpoint that holds it in `directory`."""
         (shard,) = self.shards
         moved = copy.copy(self)  # columns are shared
-        shards = (dataclasses.replace(shard, directory=directory),)
+        shards = (dataclasses.replace(shard, directory=directory, files_nbytes=files_nbytes),)
         object.__setattr__(moved, "shards", shards)
         return moved
 
@@ -244,14 +243,11 @@ class Index:
             **{name: getattr(self, name).astype(kind).tobytes() for name, kind in _COLUMNS.items()},
         )
         for shard in self.shards:
-            added = message.shards.add(id=shard.id, directory=shard.directory)
+            added = message.shards.add(
+                id=shard.id, directory=shard.directory, files_nbytes=shard.files_nbytes
+            )
             for s in shard.stacks:
-                added.stacks.add(
-                    rows=s.rows,
-                    row_nbytes=s.row_nbytes,
-                    chunk_nbytes=s.chunk_nbytes,
-                    compression=s.compression,
-                )
+                added.stacks.add(rows=s.rows, row_nbytes=s.row_nbytes, chunk_nbytes=s.chunk_nbytes)
         for layout in self.layouts:
             message.layouts.add(
                 dtype=layout.dtype,
@@ -327,9 +323,8 @@ def _shard(message: index_pb2.Shard) -> Shard:
     stacks = []
     for s in message.stacks:
         _check(0 < s.rows < _LIMIT and 0 < s.chunk_nbytes <= s.row_nbytes < _LIMIT, "stack size")
-        _check(s.compression in COMPRESSIONS, f"compression {s.compression[:40]!r}")
-        stacks.append(Stack(s.rows, s.row_nbytes, s.chunk_nbytes, s.compression))
-    return Shard(message.id, directory, tuple(stacks))
+        stacks.append(Stack(s.rows, s.row_nbytes, s.chunk_nbytes))
+    return Shard(message.id, directory, tuple(stacks), message.files_nbytes)
 
 
 def _layout(message: index_pb2.Layout) -> Layout:

@@ -18,7 +18,14 @@ from ckpt_jax.errors import CheckpointError
 from ckpt_jax.store.durable import fsync_directory, fsync_file
 from ckpt_jax.store.index import INDEX_KEY, Index, merge_indexes
 from ckpt_jax.store.read import read_index
-from ckpt_jax.store.stack import DATA, MANIFEST, new_context, open_database, storage_error
+from ckpt_jax.store.stack import (
+    DATA,
+    MANIFEST,
+    files_nbytes,
+    new_context,
+    open_database,
+    storage_error,
+)
 
 SHARDS = "shards"  # where shards are put that lie outside of the checkpoint
 
@@ -53,7 +60,7 @@ def merge_shards(
         raise FileExistsError(f"{destination} already is a checkpoint")
     targets = _targets(directories, destination)
     parts = [
-        _shard_index(source).moved(target)
+        _shard_index(source).moved(target, files_nbytes(source))
         for source, target in zip(directories, targets, strict=True)
     ]
     merged = merge_indexes(parts)

@@ -35,8 +35,9 @@ from ckpt_jax.store.gather import (
 from ckpt_jax.store.index import INDEX_KEY, Index, Shard
 from ckpt_jax.store.stack import (
     ALIGNMENT,
-    DATA,
     MANIFEST,
+    MAX_EXPANSION,
+    files_nbytes,
     new_context,
     open_database,
     open_stack,
@@ -258,12 +259,12 @@ class ShardedReader:
         shard = self.index.shards[number]
         if number in self._sound or not shard.stacks:
             return
-        declared = sum(s.rows * s.row_nbytes for s in shard.stacks if not s.compression)
-        data = os.path.join(self._path(shard), DATA)
-        found = sum(file.stat().st_size for file in os.scandir(data)) if os.path.isdir(data) else 0
-        if found < max(declared, 1):
+        declared = sum(s.rows * s.row_nbytes for s in shard.stacks)
+        listed = max(shard.files_nbytes, declared // MAX_EXPANSION, 1)
+        found = files_nbytes(self._path(shard))
+        if found < listed:
             raise ValueError(
-                f"its files have {found} bytes, the index lists {declared}: a file is truncated "
+                f"its files have {found} bytes, the index lists {listed}: a file is truncated "
                 "or missing"
             )
         self._sound.add(number)

@@ -25,7 +25,6 @@ from ckpt_jax.store.box import Box, Shape, inside, shape_of, whole
 from ckpt_jax.store.durable import fsync_directory, fsync_file
 from ckpt_jax.store.index import (
     BYTES,
-    COMPRESSIONS,
     INDEX_KEY,
     Index,
     Layout,
@@ -36,6 +35,7 @@ from ckpt_jax.store.index import (
 from ckpt_jax.store.stack import (
     ALIGNMENT,
     DATA,
+    LEVELS,
     chunk_nbytes,
     new_context,
     open_database,
@@ -101,12 +101,13 @@ def write_shard(
       OSError: the file system refused, for lack of space or permission for example.
       ValueError: an array has a dtype that cannot be stored, or another shape than its box.
     """
-    if (compression or "") not in COMPRESSIONS:
+    if compression not in LEVELS:
         raise ValueError(f"compression is {compression!r}, expected None or 'zstd'")
-    plan = _plan(slices, compression or "", max_inflight_bytes)
+    plan = _plan(slices, max_inflight_bytes)
     os.makedirs(directory, exist_ok=True)
     if os.listdir(directory):
         raise FileExistsError(f"{directory}: a shard is written to a new directory, this has files")
+    level = LEVELS[compression]
     groups = _groups(_transfers(plan, max_inflight_bytes), max_inflight_bytes)
     group: list[_Transfer] | None = next(groups, [])
     context = new_context()
@@ -121,7 +122,7 @@ def write_shard(
             while group is not None:
                 following = next(groups, None)
                 last = following is None
-                _write_group(directory, context, plan.index, group, created, last=last)
+                _write_group(directory, context, plan.index, group, created, level, last=last)
                 written(sum([transfer.payload for transfer in group]))
                 group = following
                 if durable and pool is not None:
@@ -160,7 +161,7 @@ class _Plan:
 _PADDING = [bytes(n) for n in range(ALIGNMENT)]
 
 
-def _plan(slices: Mapping[str, Value], compression: str, max_pack_nbytes: int) -> _Plan:
+def _plan(slices: Mapping[str, Value], max_pack_nbytes: int) -> _Plan:
     max_pack_nbytes = min(PACK_NBYTES, max_pack_nbytes)
     keys = tuple(sorted(slices))
     layouts: dict[Layout, int] = {}
@@ -208,8 +209,7 @@ def _plan(slices: Mapping[str, Value], compression: str, max_pack_nbytes: int) -
                 payloads[pack] += nbytes
                 sizes[pack] = offset + nbytes
     stacks = [
-        Stack(len(rows.get(i, "1")), nbytes, chunk_nbytes(nbytes), compression)
-        for i, nbytes in enumerate(sizes)
+        Stack(len(rows.get(i, "1")), nbytes, chunk_nbytes(nbytes)) for i, nbytes in enumerate(sizes)
     ]
     shard = Shard(secrets.token_hex(8), ".", tuple(stacks))
     return _Plan(_index(shard, keys, list(layouts), places), rows, packs, payloads)
@@ -317,6 +317,7 @@ def _write_group(
     index: Index,
     group: list[_Transfer],
     created: set[int],
+    level: int,
     *,
     last: bool,
 ) -> None:
@@ -333,6 +334,7 @@ def _write_group(
                 t.stack,
                 shard.stacks[t.stack],
                 create=t.stack not in created,
+                level=level,
                 transaction=transaction,
             )
             created.add(t.stack)

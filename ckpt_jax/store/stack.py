@@ -1,7 +1,10 @@
 """Stacks as TensorStore sees them: the one place that knows how bytes are addressed.
 
 A database is an OCDBT key-value store in a directory. A stack is a zarr3 array of bytes in it,
-[rows, row_nbytes] in chunks of [1, chunk_nbytes], each chunk with a CRC-32C.
+[rows, row_nbytes] in chunks of [1, chunk_nbytes], each chunk a zstd frame with a checksum of what
+is in it. At the level for uncompressed values a frame is, but for runs of one byte, the bytes
+themselves: zstd is there for its checksum, which TensorStore computes and verifies several times
+faster than its CRC-32C.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ CHUNK_NBYTES = 1 << 20  # what chunks come close to: small reads stay small, ove
 ALIGNMENT = 64  # of slices in rows and of results in memory; what JAX aliases without a copy
 MANIFEST = "manifest.ocdbt"  # the file whose presence makes a directory a database
 DATA = "d"  # the directory of a database's data files
+LEVELS = {None: -131072, "zstd": 1}  # of zstd, by `compression`; readers need not know
+MAX_EXPANSION = 1 << 15  # of zstd: a block of 128 KiB takes 4 bytes or more
 
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
@@ -48,6 +53,12 @@ def chunk_nbytes(row_nbytes: int) -> int:
     return -(-row_nbytes // pieces)
 
 
+def files_nbytes(directory: str) -> int:
+    """Size of the data files of the database in `directory`; 0 where there are none."""
+    data = os.path.join(directory, DATA)
+    return sum(file.stat().st_size for file in os.scandir(data)) if os.path.isdir(data) else 0
+
+
 def _database(directory: str) -> dict[str, Any]:
     # A path, not a URL: directories may be called "a?b" or "a%20b".
     base = {"driver": "file", "path": f"{os.path.abspath(directory)}/"}
@@ -67,13 +78,11 @@ def open_stack(
     stack: Stack,
     *,
     create: bool = False,
+    level: int = LEVELS[None],
     transaction: ts.Transaction | None = None,
 ) -> ts.TensorStore:
     """Stack `number` of a shard; unless it is created, `stack` is believed unseen."""
-    codecs: list[dict[str, object]] = [{"name": "bytes"}]
-    if stack.compression == "zstd":
-        codecs.append({"name": "zstd", "configuration": {"level": 1}})
-    codecs.append({"name": "crc32c"})
+    zstd = {"name": "zstd", "configuration": {"level": level, "checksum": True}}
     grid = {"chunk_shape": [1, stack.chunk_nbytes]}
     spec = {
         "driver": "zarr3",
@@ -86,7 +95,7 @@ def open_stack(
             "chunk_grid": {"name": "regular", "configuration": grid},
             "chunk_key_encoding": {"name": "default"},
             "fill_value": 0,
-            "codecs": codecs,
+            "codecs": [{"name": "bytes"}, zstd],
         },
         # A chunk of zeros is data like any other, and an absent chunk is damage.
         "store_data_equal_to_fill_value": True,
