@@ -160,11 +160,11 @@ class Checkpoint(AutoTrackable):
                     return None
                 number = self.save_counter + 1
                 path = f"{os.fsdecode(prefix)}-{number}"
+                place = os.path.abspath(path)  # now: a program may change its directory meanwhile
 
                 def committed() -> None:
                     if meeting.leads:
-                        state = CheckpointState(os.path.abspath(path))
-                        update_checkpoint_state(os.path.dirname(path) or ".", state)
+                        update_checkpoint_state(os.path.dirname(place), CheckpointState(place))
 
                 def failed() -> None:  # a save that failed has not happened
                     self._count(number - 1)
