@@ -91,6 +91,14 @@ class Checkpoint(AutoTrackable):
         if private["_self_rooted"]:
             _RootedView(self)  # refuses names that the root uses for something else
 
+    def __repr__(self) -> str:
+        names = [str(name) for name in self.trackable_children() if name != SAVE_COUNTER]
+        if self.__dict__["_self_rooted"]:
+            root = self.__dict__["_self_root"]
+            root = root() if isinstance(root, weakref.ref) else root
+            names.insert(0, f"root {type(root).__qualname__}")
+        return f"<Checkpoint of {', '.join(names) or 'nothing yet'}>"
+
     def _root_object(self) -> Any:
         root = self.__dict__["_self_root"]
         if isinstance(root, weakref.ref):
@@ -128,10 +136,20 @@ class Checkpoint(AutoTrackable):
         """Saves to `f"{prefix}-{n}"` with n one above `save_counter`, which it advances.
 
         The state file `checkpoint` of the directory then names this checkpoint as the latest.
+        What is at that path already is replaced, in one step.
+
+        Args:
+          prefix: the path without its number.
+          options: how; `enable_async=True` returns as soon as the values are safe from changes.
 
         Returns:
           The path of the checkpoint. Pairs with `restore`. None where another save was in
           flight and `when_busy="skip"` says not to wait for it; the counter stays as it is.
+
+        Raises:
+          UnsaveableError: naming every value that cannot be saved; nothing was written.
+          AsyncSaveError: an earlier save in the background failed; this one was not begun.
+          OSError: the file system refused something; the earlier checkpoints are as they were.
         """
         options = options or DEFAULT
         watch = METER.saving()
@@ -142,11 +160,11 @@ class Checkpoint(AutoTrackable):
                     return None
                 number = self.save_counter + 1
                 path = f"{os.fsdecode(prefix)}-{number}"
+                place = os.path.abspath(path)  # now: a program may change its directory meanwhile
 
                 def committed() -> None:
                     if meeting.leads:
-                        state = CheckpointState(os.path.abspath(path))
-                        update_checkpoint_state(os.path.dirname(path) or ".", state)
+                        update_checkpoint_state(os.path.dirname(place), CheckpointState(place))
 
                 def failed() -> None:  # a save that failed has not happened
                     self._count(number - 1)

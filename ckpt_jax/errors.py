@@ -3,7 +3,7 @@
     CheckpointError
     ├── CheckpointNotFoundError   (also FileNotFoundError)  nothing readable at that path
     ├── CorruptCheckpointError    bytes differ from what was written, or are gone
-    ├── UnsupportedFormatError    written by a newer format than this library reads
+    ├── UnsupportedFormatError    written in a newer format than this library reads, or by another
     ├── RestoreMismatchError      (also ValueError)  checkpoint and target disagree; has the report
     ├── UnsaveableError           (also TypeError)  a leaf cannot be saved; names every such path
     ├── ShardError                (also ValueError)  shards that do not make up whole arrays
@@ -51,7 +51,7 @@ class CorruptCheckpointError(CheckpointError):
 
 
 class UnsupportedFormatError(CheckpointError):
-    """The checkpoint was written in a format newer than this library reads."""
+    """The checkpoint was written in a format newer than this library reads, or by another one."""
 
 
 class RestoreMismatchError(CheckpointError, ValueError):

@@ -41,6 +41,11 @@ from ckpt_jax.store.index import dtype_of
 from ckpt_jax.trackable.delegate import delegate_of
 
 T = TypeVar("T")
+_ADVICE = (
+    "Nothing was read or changed. Pass a target that fits, rename=[(saved, target), ...] for "
+    "values that moved, strict=False where only one side has a value, or "
+    "options=CheckpointOptions(cast=True) to convert dtypes."
+)
 Path = str | bytes | os.PathLike[Any]
 
 
@@ -122,6 +127,14 @@ def restore(
       RestoreMismatchError: with every missing, unexpected and mismatched value in its
         `.report`. Nothing was read or changed.
       CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
+
+    Example:
+      >>> import jax, tempfile
+      >>> state = {"w": jax.numpy.arange(3.0), "step": 7}
+      >>> abstract = {"w": jax.ShapeDtypeStruct((3,), "float32"), "step": 0}
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     restore(save(f"{directory}/a", state), abstract)
+      {'w': Array([0., 1., 2.], dtype=float32), 'step': 7}
     """
     options = options or DEFAULT
     with METER.restoring(lambda: CheckpointReader(path)) as reader:
@@ -132,7 +145,7 @@ def restore(
             missing = abstract_only(fatal.missing, live)
             fatal = replace(fatal, unexpected=(), missing=missing)
         if fatal.missing or fatal.unexpected or fatal.mismatched:
-            raise_problems(fatal, reader.path)
+            raise_problems(fatal, reader.path, advice=_ADVICE)
         root, _ = execute(plan, live, source, options)
     return target if root is delegate_of(target) else root
 
@@ -152,6 +165,14 @@ def plan_restore(
 
     Returns:
       The report; `print` shows it as a table.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = save(f"{directory}/a", {"step": 7, "loss": 0.5})
+      ...     report = plan_restore(path, {"step": 0})
+      >>> [entry.path for entry in report.restored], [entry.path for entry in report.unexpected]
+      (['step'], ['loss'])
     """
     with CheckpointReader(path) as reader:
         plan, source = _plan(reader, live_graph(target), rename, options or DEFAULT)
@@ -210,6 +231,13 @@ def load(
       CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
       KeyError: `only` selects nothing.
       RestoreMismatchError: values cannot be placed as `sharding` says; it names all of them.
+
+    Example:
+      >>> import numpy as np, tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = save(f"{directory}/a", {"params": {"w": np.arange(3)}, "step": 7})
+      ...     load(path, only="params/**")
+      {'params': {'w': array([0, 1, 2])}}
     """
     with METER.restoring(lambda: CheckpointReader(path)) as reader:
         saved = reader.object_graph
@@ -220,7 +248,10 @@ def load(
             if chosen(saved.value_path(node, attribute.name))
         }
         if only is not None and not wanted:
-            raise KeyError(f"{reader.path} holds nothing that {only!r} selects")
+            raise KeyError(
+                f"{reader.path} holds nothing that {only!r} selects. "
+                f"It has {', '.join(_tops(saved))}; patterns are of whole paths, as params/**"
+            )
         placements = {} if sharding is None else _placements(saved, wanted, sharding, reader.path)
         requests = {attribute.key: placements.get(at) for at, attribute in wanted.items()}
         data = reader.read(requests)
@@ -229,6 +260,13 @@ def load(
             value = reader.as_saved(attribute.key, data[attribute.key], attribute.spec)
             values.setdefault(node, {})[name] = value
         return build(saved, values, everything=only is None)
+
+
+def _tops(saved: ObjectGraph) -> list[str]:
+    """What the paths of a checkpoint begin with."""
+    paths = [saved.value_path(node, attribute.name) for node, attribute in saved.attributes()]
+    tops = sorted({path.partition("/")[0] for path in paths})
+    return tops if len(tops) <= 10 else [*tops[:10], f"{len(tops) - 10} more"]
 
 
 def _placements(

@@ -410,6 +410,10 @@ class CheckpointManager:
         """The checkpoint whose objects are saved."""
         return self._checkpoint
 
+    def __repr__(self) -> str:
+        count = len(self.checkpoints)
+        return f"<CheckpointManager of {self._directory}: {count} checkpoint{'s'[: count != 1]}>"
+
     @property
     def directory(self) -> str:
         """Where the checkpoints are."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 MIB = 1 << 20
 
@@ -196,14 +196,14 @@ class CheckpointOptions:
     write_callbacks: tuple[Callable[..., Any], ...] = ()
     skip_slot_variables: bool = False
     cast: bool = False
-    compression: str | None = None
+    compression: Literal["zstd"] | None = None
     durable: bool = True
     verify: bool = True
     max_inflight_bytes: int = 64 * MIB
     timeout_seconds: float = 600
     shardings: Any = None
     progress: bool | Callable[[int, int], object] | None = None
-    when_busy: str = "wait"
+    when_busy: Literal["wait", "skip"] = "wait"
     broadcast: bool = False
 
     def __post_init__(self) -> None:

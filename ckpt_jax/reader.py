@@ -24,6 +24,7 @@ from ckpt_jax.graph.names import graph_of
 from ckpt_jax.io import Source, read_values
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.readers import NamedValues, open_foreign
+from ckpt_jax.report import nearest
 from ckpt_jax.store.box import Box
 from ckpt_jax.store.directory import MANIFEST, require_checkpoint
 from ckpt_jax.store.index import dtype_of
@@ -58,6 +59,9 @@ class CheckpointReader:
         except CorruptCheckpointError as error:
             self.check_not_replaced(error)
             raise
+
+    def __repr__(self) -> str:
+        return f"CheckpointReader({self.path!r})"
 
     def __enter__(self) -> CheckpointReader:
         return self
@@ -183,7 +187,10 @@ class CheckpointReader:
           KeyError: there is no such key.
         """
         if not self.has_tensor(key):
-            raise KeyError(f"{self.path} holds nothing under the key {key!r}")
+            keys = self.keys()
+            near = [k for k in keys if k.startswith(f"{key}/.ATTRIBUTES/")] or nearest(key, keys)
+            hint = f" (nearest: {', '.join(near)})" if near else ""
+            raise KeyError(f"{self.path} holds nothing under the key {key!r}{hint}")
         data = read_values(self._source, {key: box})[key]
         if box is not None:
             return data

@@ -42,7 +42,7 @@ class ReportEntry:
         return text
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class RestoreReport:
     """The outcome of matching a checkpoint with a program.
 
@@ -77,6 +77,9 @@ class RestoreReport:
 
     def __str__(self) -> str:
         return self.table()
+
+    def __repr__(self) -> str:
+        return f"<RestoreReport {self.table(limit=_SHOWN)}>"
 
     def table(self, limit: int | None = None) -> str:
         """An aligned table, the problems first.
@@ -126,7 +129,8 @@ _COLORS = {
     "deferred": "#3f8fd2",
     "restored": "#2f9e62",
 }
-_SHOWN = 20  # rows of a kind that HTML does not fold
+_SHOWN = 20  # rows of a kind that HTML does not fold, and that a `repr` has
+_LISTED = 50  # values of a kind that the text of an error names
 
 
 def _remark(entry: ReportEntry) -> str:
@@ -183,11 +187,13 @@ def nearest(path: str, candidates: Iterable[str], count: int = 2) -> tuple[str, 
 
 
 def describe_problems(report: RestoreReport, source: str, advice: str) -> str:
-    """The text of an error: every problem of a report at once."""
+    """The text of an error: the problems of a report at once, the first ones of each kind."""
     lines = []
     for kind in ("mismatched", "missing", "unexpected"):
         entries = getattr(report, kind)
         if entries:
             lines.append(f"  {kind} ({len(entries)}):")
-            lines += [f"    {entry}" for entry in entries]
+            lines += [f"    {entry}" for entry in entries[:_LISTED]]
+            if len(entries) > _LISTED:
+                lines.append(f"    ... and {len(entries) - _LISTED} more, in the error's .report")
     return "\n".join([f"{source} does not fit the target:", *lines, advice])

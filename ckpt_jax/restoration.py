@@ -73,12 +73,23 @@ def _has_weakrefs(obj: Any) -> bool:
 def log_conflicts(saved: ObjectGraph, found: Match) -> None:
     """Says that a checkpoint and a program share objects in different ways."""
     if found.conflicts:
+        first = found.conflicts[0]
+        name = pretty_name(saved, first.saved)
+        if first.bound_saved is not None:
+            name = f"{pretty_name(saved, first.bound_saved)} and {name}, one object in the program"
         _log.warning(
             "Inconsistent references: the program shares objects in another way than the "
             "checkpoint (%d places, the first is %s); the first binding counts",
             len(found.conflicts),
-            pretty_name(saved, found.conflicts[0].saved),
+            name,
         )
+
+
+_ADVICE = (
+    "Nothing was read or changed. Pass objects that fit, rename=[(saved, target), ...] for values "
+    "that moved (or, to a path that the program lacks, for those that it shall not take), or "
+    "options=CheckpointOptions(cast=True) to convert dtypes."
+)
 
 
 class _LeftOver:
@@ -157,10 +168,14 @@ class Restoration:
         trace = self._trace()
         assert trace is not None
         self._identity = reader.identity
-        live = trace()
-        if self._create_slots(live):
+        try:
             live = trace()
-        return self._bind(live, lambda saved: match(saved, live.graph), reader)
+            if self._create_slots(live):
+                live = trace()
+            return self._bind(live, lambda saved: match(saved, live.graph), reader)
+        except BaseException:
+            self.left_over.is_expected = True  # the error says enough
+            raise
 
     def attach(self, child: Any, saved: int) -> Any:
         """Restores into an object that appeared where `saved` was awaited; returns it."""
@@ -278,7 +293,7 @@ class Restoration:
             unexpected=(),
         )
         if fatal.missing or fatal.mismatched:
-            raise_problems(fatal, self.path)
+            raise_problems(fatal, self.path, advice=_ADVICE)
         source = value_reader(reader, saved, settled)
         root, new = execute(plan, live, source, self.options)
         self.nbytes += nbytes_to_read(plan, source)

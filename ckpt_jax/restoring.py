@@ -51,9 +51,8 @@ from ckpt_jax.store.index import dtype_of
 from ckpt_jax.trackable.view import View
 
 ADVICE = (
-    "Nothing was read or changed. Pass a target that fits, rename=[(saved, target), ...] for "
-    "values that moved, strict=False to keep the target's own values, or "
-    "options=CheckpointOptions(cast=True) to convert dtypes."
+    "Nothing was read or changed. Pass objects that fit, or options=CheckpointOptions(cast=True) "
+    "to convert dtypes."
 )
 
 
@@ -167,8 +166,10 @@ def abstract_only(entries: tuple[ReportEntry, ...], live: LiveGraph) -> tuple[Re
     return tuple([entry for entry in entries if entry.path in abstract])
 
 
-def raise_problems(report: RestoreReport, path: str, cause: Exception | None = None) -> None:
-    raise RestoreMismatchError(describe_problems(report, path, ADVICE), report) from cause
+def raise_problems(
+    report: RestoreReport, path: str, cause: Exception | None = None, advice: str = ADVICE
+) -> None:
+    raise RestoreMismatchError(describe_problems(report, path, advice), report) from cause
 
 
 # --- read and assign -------------------------------------------------------------------

@@ -22,6 +22,10 @@ from ckpt_jax.restoration import Restoration
 from ckpt_jax.restoring import plan_restoring
 
 _MAX_LISTED = 10
+_NO_CHECKPOINT = (
+    "No checkpoint specified; nothing was restored (the path was None, which is what "
+    "latest_checkpoint returns where there is none)"
+)
 
 
 class LoadStatus:
@@ -39,6 +43,14 @@ class LoadStatus:
     def __init__(self, restoration: Restoration | None, trace: Callable[[], LiveGraph]):
         self._restoration = restoration
         self._trace = trace
+
+    def __repr__(self) -> str:
+        restoration = self._restoration
+        where = "no checkpoint" if restoration is None else restoration.path
+        return f"<LoadStatus of {where}; its .report lists every value>"
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
 
     @property
     def report(self) -> RestoreReport:
@@ -82,7 +94,7 @@ class LoadStatus:
           AssertionError: naming the objects that did not.
         """
         if self._restoration is None:
-            raise AssertionError("No checkpoint specified; nothing was restored")
+            raise AssertionError(_NO_CHECKPOINT)
         live, found, _ = self._look()
         sources, saved = found.sources(), self._restoration.saved.nodes
         skipped = live.graph.slot_nodes if self._skips_slots() else frozenset()
@@ -109,7 +121,7 @@ class LoadStatus:
           AssertionError: nothing was.
         """
         if self._restoration is None:
-            raise AssertionError("No checkpoint specified; nothing was restored")
+            raise AssertionError(_NO_CHECKPOINT)
         if self._restoration.saved.named:
             return self.assert_consumed()
         live, found, _ = self._look()

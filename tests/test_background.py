@@ -456,3 +456,17 @@ def test_an_exit_does_not_wait_beyond_the_deadline(tmp_path: Path):
     assert done.returncode == 0
     assert "did not end within 0.01 s" in done.stderr and str(tmp_path / "c-1") in done.stderr
     assert ckpt.verify(tmp_path / "c-1").ok
+
+
+def test_a_save_to_a_relative_path_is_recorded_where_it_began(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    moved = threading.Event()
+    options = ckpt.CheckpointOptions(enable_async=True, write_callbacks=(lambda: moved.wait(60),))
+    checkpoint = ckpt.Checkpoint(step=7)
+    path = checkpoint.save("ckpt", options)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    moved.set()
+    checkpoint.sync()
+    assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / path)
+    assert not any((tmp_path / "elsewhere").iterdir())

@@ -114,6 +114,29 @@ def test_an_empty_directory_and_one_of_another_program_are_no_checkpoints(tmp_pa
         assert_refused(tmp_path / name, ckpt.CheckpointNotFoundError, "not a checkpoint")
 
 
+@pytest.mark.parametrize(
+    "file, library",
+    [
+        ("a/_CHECKPOINT_METADATA", "Orbax"),
+        ("a/_METADATA", "Orbax"),
+        ("a/.metadata", "torch.distributed.checkpoint"),
+        ("a.index", "TensorFlow"),
+    ],
+)
+def test_the_checkpoint_of_another_library_is_called_by_its_name(tmp_path, file, library):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).touch()
+    if library == "Orbax":  # some of its directories have a manifest of the same name
+        (tmp_path / "a" / MANIFEST).touch()
+    expected = f"written by {library}, .*docs/migrating.md"
+    assert_refused(tmp_path / "a", ckpt.UnsupportedFormatError, expected)
+
+
+def test_a_checkpoint_beside_one_of_tensorflow_of_the_same_name_is_read(tmp_path):
+    (tmp_path / "a.index").touch()
+    assert ckpt.load(ckpt.save(tmp_path / "a", {"step": 7})) == {"step": 7}
+
+
 def test_a_staging_directory_is_no_checkpoint_whatever_is_in_it(tmp_path):
     path = ckpt.save(tmp_path / "a", tree())
     staging = f"{path}.staging-0123456789abcdef"

@@ -286,6 +286,8 @@ def test_named_values_of_one_object_are_attributes_of_one_node(path):
         "child/.ATTRIBUTES/v2",
     ]
     assert ckpt.load_variable(path, "child/.ATTRIBUTES/v2") == 4.0
+    with pytest.raises(KeyError, match=r"nearest: child/.ATTRIBUTES/v1, child/.ATTRIBUTES/v2"):
+        ckpt.load_variable(path, "child")
     root, child = Pair(), Pair()
     ckpt.Checkpoint(root, child=child).read(path).assert_consumed()
     assert (root.v1, root.v2, child.v1, child.v2) == (1.0, 2.0, 3.0, 4.0)
@@ -635,6 +637,28 @@ def test_assertions_return_the_status_for_chaining(path):
     assert status.assert_nontrivial_match() is status
     assert status.expect_partial() is status
     assert status.initialize_or_restore() is status
+
+
+def test_what_a_prompt_or_a_notebook_shows_says_what_it_is(prefix):
+    checkpoint = ckpt.Checkpoint({"a": 1}, v=var(1.0))
+    assert repr(checkpoint) == "<Checkpoint of root dict, v>"
+    saved = checkpoint.save(prefix)
+    assert repr(checkpoint) == "<Checkpoint of root dict, v>"
+    assert repr(ckpt.Checkpoint()) == "<Checkpoint of nothing yet>"
+    status = checkpoint.restore(saved)
+    assert saved in repr(status)
+    assert status._repr_html_() == status.report._repr_html_()
+    assert repr(checkpoint.restore(None)).startswith("<LoadStatus of no checkpoint")
+    with ckpt.load_checkpoint(saved) as reader:
+        assert repr(reader) == f"CheckpointReader({saved!r})"
+    manager = ckpt.CheckpointManager(checkpoint, os.path.dirname(prefix))
+    manager.save()
+    assert repr(manager) == f"<CheckpointManager of {os.path.dirname(prefix)}: 1 checkpoint>"
+
+
+def test_an_assertion_about_no_checkpoint_says_where_none_comes_from():
+    with pytest.raises(AssertionError, match="latest_checkpoint returns where there is none"):
+        ckpt.Checkpoint(v=var(1.0)).restore(None).assert_consumed()
 
 
 @pytest.mark.behaviour(15)

@@ -2,6 +2,7 @@
 
 import copy
 import enum
+import gc
 import logging
 
 import jax
@@ -328,6 +329,25 @@ def test_values_that_nobody_took_are_logged(path, caplog):
         del fresh
     assert "(root).v1" in caplog.text and "expect_partial()" in caplog.text
     assert "(root).v2" not in caplog.text
+
+
+def test_a_restore_that_raised_logs_nothing_about_its_values(path, caplog):
+    ckpt.Checkpoint(v1=var(1.0), v2=var([2.0, 2.0])).write(path)
+    fresh = ckpt.Checkpoint(v2=var(0.0))
+    with caplog.at_level(logging.WARNING), pytest.raises(ckpt.RestoreMismatchError) as caught:
+        fresh.read(path)
+    assert "strict=" not in str(caught.value), "which is not an argument here"
+    del fresh, caught
+    gc.collect()
+    assert caplog.text == ""
+
+
+def test_two_values_for_one_object_are_logged_by_their_names(path, caplog):
+    ckpt.Checkpoint(v=var(1.0), ema=var(2.0)).write(path)
+    shared = var(0.0)
+    with caplog.at_level(logging.WARNING):
+        ckpt.Checkpoint(v=shared, ema=shared).read(path).expect_partial()
+    assert "(root).ema and (root).v, one object in the program" in caplog.text
 
 
 @pytest.mark.behaviour(108)

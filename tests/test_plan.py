@@ -11,7 +11,7 @@ from ckpt_jax.graph.match import match
 from ckpt_jax.graph.model import LeafSpec
 from ckpt_jax.graph.plan import Read, SaverCall, assign, plan_read, pretty_name, reachable
 from ckpt_jax.graph.trace import trace
-from ckpt_jax.report import ReportEntry, RestoreReport
+from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.trackable.base import PythonState, Trackable, Variable
 
 KINDS = ("missing", "unexpected", "mismatched", "deferred", "restored")
@@ -342,6 +342,21 @@ def test_a_report_prints_its_problems_before_its_successes():
 def test_a_long_table_says_how_much_it_leaves_out():
     report = RestoreReport("p", restored=tuple(ReportEntry(f"v{i}", "int") for i in range(5)))
     assert report.table(limit=2).splitlines()[-1].split() == ["restored", "...", "and", "3", "more"]
+
+
+def test_a_report_in_a_prompt_is_its_table_in_short():
+    report = RestoreReport("p", restored=tuple(ReportEntry(f"v{i}", "int") for i in range(21)))
+    shown = repr(report)
+    assert shown.startswith("<RestoreReport p: 0 mismatched")
+    assert "v19" in shown and "v20" not in shown and "and 1 more" in shown
+
+
+def test_an_error_names_the_first_problems_of_each_kind_and_counts_the_rest():
+    many = tuple(ReportEntry(f"v{i}", "int") for i in range(60))
+    text = describe_problems(RestoreReport("p", missing=many, unexpected=many[:50]), "p", "Do.")
+    assert "missing (60):" in text and text.count("v49: int") == 2
+    assert "v50: int" not in text and text.count("... and 10 more, in the error's .report") == 1
+    assert text.endswith("\nDo.")
 
 
 def test_a_report_is_exact_only_if_nothing_differs():

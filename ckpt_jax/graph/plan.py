@@ -253,6 +253,8 @@ class _Planner:
             here = self.live.graph.paths[node]
             paths = f"{self.saved.paths[one]} and {self.saved.paths[two]}"
             what = f"one object in the program, but two values in the checkpoint: {paths}"
+            if not self.live.views[node].mutable:
+                what += "; a copy or an abstract target (jax.eval_shape) takes both"
             self.entries["mismatched"].append(ReportEntry(here, "", "", what))
             self.used.update((two, name) for name in _value_names(self.saved.nodes[two]))
 

@@ -18,11 +18,18 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from ckpt_jax.errors import CheckpointNotFoundError
+from ckpt_jax.errors import CheckpointNotFoundError, UnsupportedFormatError
 from ckpt_jax.store.durable import fsync_directory, make_directories
 from ckpt_jax.store.staging import claim_name, is_staging, locked, remove_leftovers
 
 MANIFEST = "manifest.ocdbt"
+
+# Files by which the checkpoints of other libraries are known, to name them in an error.
+_OTHERS = {
+    "_CHECKPOINT_METADATA": "Orbax",
+    "_METADATA": "Orbax",
+    ".metadata": "torch.distributed.checkpoint",
+}
 
 
 def is_checkpoint(path: str) -> bool:
@@ -55,7 +62,13 @@ def require_checkpoint(path: str) -> None:
 
     Raises:
       CheckpointNotFoundError: saying what is there instead, and which checkpoints are near.
+      UnsupportedFormatError: another library's checkpoint is there.
     """
+    if (library := _other_library(path)) is not None:
+        raise UnsupportedFormatError(
+            f"{path} was written by {library}, whose format is not read here. Restore it there "
+            "and save it with ckpt_jax: docs/migrating.md shows how."
+        )
     if is_checkpoint(path):
         return
     if is_staging(path):
@@ -81,6 +94,14 @@ def require_checkpoint(path: str) -> None:
     else:
         what += f". There are no checkpoints in {near}"
     raise CheckpointNotFoundError(what)
+
+
+def _other_library(path: str) -> str | None:
+    """Whose checkpoint is at `path`, where it is another library's."""
+    for name, library in _OTHERS.items():
+        if os.path.isfile(os.path.join(path, name)):
+            return library
+    return "TensorFlow" if not os.path.exists(path) and os.path.isfile(f"{path}.index") else None
 
 
 @dataclass(frozen=True, slots=True)
