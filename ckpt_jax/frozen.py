@@ -15,21 +15,16 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 from ckpt_jax import multihost
 from ckpt_jax.arrays.values import describe
-from ckpt_jax.fitting.adapting import ValueReader
-from ckpt_jax.graph.match import Match
 from ckpt_jax.graph.model import Node, ObjectGraph
-from ckpt_jax.graph.plan import plan_read
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.restoration import note_restored
-from ckpt_jax.restoring import execute, fits, raise_problems
+from ckpt_jax.restoration import restore_bound
 from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.trackable.view import Below, view_of
 
@@ -104,14 +99,7 @@ class FrozenSaver:
         options = options or DEFAULT
         live = self._current()
         with CheckpointReader(path) as reader:
-            saved = reader.object_graph
-            found = _by_key(saved, live.graph)
-            plan = plan_read(saved, live, found, path=reader.path, fits=fits(options.cast))
-            fatal = replace(plan.report, unexpected=(), deferred=())
-            if fatal.missing or fatal.mismatched:
-                raise_problems(fatal, reader.path)
-            execute(plan, live, ValueReader(reader), options)
-        note_restored(live.objects)
+            restore_bound(reader, live, _by_key(reader.object_graph, live.graph), options)
 
     def _current(self) -> LiveGraph:
         """The frozen graph with the objects and values of this moment."""
@@ -172,16 +160,15 @@ def _changed(graph: ObjectGraph, values: list[Mapping[str, Any]]) -> list[str]:
     return problems
 
 
-def _by_key(saved: ObjectGraph, live: ObjectGraph) -> Match:
+def _by_key(saved: ObjectGraph, live: ObjectGraph) -> dict[int, int]:
     """Saved nodes and live ones whose values have the same keys."""
     node_of = {key: node for node, entry in enumerate(live.nodes) for key in _keys(entry)}
-    bound = {
+    return {
         node: node_of[key]
         for node, entry in enumerate(saved.nodes)
         for key in _keys(entry)
         if key in node_of
     }
-    return Match(MappingProxyType(bound), MappingProxyType({}))
 
 
 def _keys(node: Node) -> list[str]:

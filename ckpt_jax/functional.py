@@ -11,9 +11,9 @@ import jax
 
 from ckpt_jax import multihost
 from ckpt_jax.arrays.host import without_gc
-from ckpt_jax.errors import RestoreMismatchError
-from ckpt_jax.fitting.adapting import ValueReader, settle
+from ckpt_jax.fitting.adapting import settle
 from ckpt_jax.fitting.placing import Place, Structs, with_shardings
+from ckpt_jax.fitting.reading import FittedReader
 from ckpt_jax.fitting.renaming import Rule
 from ckpt_jax.fitting.renaming import rename as renamed
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
@@ -25,16 +25,14 @@ from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
+from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring import (
     abstract_only,
-    adapted,
     execute,
     live_graph,
     nbytes_to_read,
     plan_restoring,
-    raise_problems,
-    value_reader,
+    require_fit,
 )
 from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.store.index import dtype_of
@@ -131,8 +129,7 @@ def restore(
         if not strict:
             missing = abstract_only(fatal.missing, live)
             fatal = replace(fatal, unexpected=(), missing=missing)
-        if fatal.missing or fatal.unexpected or fatal.mismatched:
-            raise_problems(fatal, reader.path)
+        require_fit(fatal)
         root, _ = execute(plan, live, source, options)
     return target if root is delegate_of(target) else root
 
@@ -160,11 +157,10 @@ def plan_restore(
 
 def _plan(
     reader: CheckpointReader, live: LiveGraph, rules: Iterable[Rule], options: CheckpointOptions
-) -> tuple[ReadPlan, ValueReader]:
+) -> tuple[ReadPlan, FittedReader]:
     saved = renamed(reader.object_graph, rules)
-    settled = settle(saved.graph, live, lambda graph: match(graph, live.graph), reader)
-    saved = adapted(saved, settled)
-    plan, problems = plan_restoring(saved, live, settled.found, reader.path, options)
+    settled = settle(saved, live, lambda graph: match(graph, live.graph), reader)
+    plan, problems = plan_restoring(settled.saved, live, settled.found, reader.path, options)
     # Nothing appears later in a functional restore: what would wait is unexpected.
     report = plan.report
     left_over = [
@@ -176,9 +172,9 @@ def _plan(
         report,
         unexpected=tuple(left_over),
         deferred=(),
-        mismatched=(*problems, *settled.problems, *report.mismatched),
+        mismatched=(*problems, *report.mismatched),
     )
-    return replace(plan, report=report), value_reader(reader, saved, settled)
+    return replace(plan, report=report), FittedReader(reader, saved.derived, settled.inputs)
 
 
 def _is_bookkeeping(saved: ObjectGraph, entry: ReportEntry) -> bool:
@@ -241,12 +237,9 @@ def _placements(
         if attribute.spec.kind in ("array", "numpy")
     }
     placements, problems = with_shardings(saved, structs, sharding)
-    if problems:
-        entries = tuple([ReportEntry(where, what=what) for where, what in problems])
-        report = RestoreReport(path, mismatched=entries)
-        raise RestoreMismatchError(
-            describe_problems(report, path, "Nothing was read. Pass a sharding= that fits."), report
-        )
+    entries = tuple([ReportEntry(where, what=what) for where, what in problems])
+    report = RestoreReport(path, mismatched=entries)
+    require_fit(report, "Nothing was read. Pass a sharding= that fits.")
     return placements
 
 

@@ -182,7 +182,7 @@ def nearest(path: str, candidates: Iterable[str], count: int = 2) -> tuple[str, 
     return tuple(difflib.get_close_matches(path, candidates, count, cutoff=0.6))
 
 
-def describe_problems(report: RestoreReport, source: str, advice: str) -> str:
+def describe_problems(report: RestoreReport, advice: str) -> str:
     """The text of an error: every problem of a report at once."""
     lines = []
     for kind in ("mismatched", "missing", "unexpected"):
@@ -190,4 +190,4 @@ def describe_problems(report: RestoreReport, source: str, advice: str) -> str:
         if entries:
             lines.append(f"  {kind} ({len(entries)}):")
             lines += [f"    {entry}" for entry in entries]
-    return "\n".join([f"{source} does not fit the target:", *lines, advice])
+    return "\n".join([f"{report.path} does not fit the target:", *lines, advice])

@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,23 +19,23 @@ from typing import Any
 from ckpt_jax.arrays import host
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_jax.fitting.adapting import ReshardCallback, settle
+from ckpt_jax.fitting.reading import FittedReader
 from ckpt_jax.fitting.renaming import Renamed
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.match import Match, extend, match
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
-from ckpt_jax.graph.plan import pretty_name, reachable
+from ckpt_jax.graph.plan import plan_read, pretty_name, reachable
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoring import (
     abstract_only,
-    adapted,
     execute,
+    fits,
     live_graph,
     nbytes_to_read,
     plan_restoring,
-    raise_problems,
-    value_reader,
+    require_fit,
 )
 from ckpt_jax.trackable.delegate import delegate_of
 from ckpt_jax.trackable.pending import await_child
@@ -51,13 +51,6 @@ def _note_restored(obj: Any, uid: int) -> None:
     if _has_weakrefs(obj):
         key = id(obj)
         _restored_by[key] = weakref.ref(obj, lambda _: _restored_by.pop(key, None)), uid
-
-
-def note_restored(objects: Iterable[Any]) -> None:
-    """Remembers that objects were restored now, outside of a `Restoration`."""
-    uid = next(_uids)
-    for obj in objects:
-        _note_restored(obj, uid)
 
 
 def _restored_uid(obj: Any) -> int:
@@ -253,8 +246,8 @@ class Restoration:
           among: saved nodes: nothing else is restored. All by default.
           root_key: the escaped path of the root of `live`.
         """
-        settled = settle(self.saved, live, rematch, reader, self._callbacks)
-        saved, found = adapted(self.renamed, settled), settled.found
+        settled = settle(self.renamed, live, rematch, reader, self._callbacks)
+        saved, found = settled.saved, settled.found
         only = None
         if among is not None:
             new = [found.bound[node] for node in among if node in found.bound]
@@ -272,14 +265,12 @@ class Restoration:
             missing=abstract_only(plan.report.missing, live),
             mismatched=(
                 *problems,
-                *settled.problems,
                 *[entry for entry in plan.report.mismatched if entry.expected],
             ),
             unexpected=(),
         )
-        if fatal.missing or fatal.mismatched:
-            raise_problems(fatal, self.path)
-        source = value_reader(reader, saved, settled)
+        require_fit(fatal)
+        source = FittedReader(reader, saved.derived, settled.inputs)
         root, new = execute(plan, live, source, self.options)
         self.nbytes += nbytes_to_read(plan, source)
         self.renamed, self._callbacks = saved, settled.callbacks
@@ -309,6 +300,28 @@ class Restoration:
         """Whether this restore has bound a saved node to this object. An object that cannot be
         referred to weakly (an nnx.Variable) is known by its place."""
         return not _has_weakrefs(obj) or any(ref() is obj for ref in self._bound.get(saved, ()))
+
+
+def restore_bound(
+    reader: CheckpointReader,
+    live: LiveGraph,
+    bound: Mapping[int, int],
+    options: CheckpointOptions,
+) -> None:
+    """Restores what live nodes take from the saved ones that are bound to them, whatever edges
+    lead there; what else the checkpoint has is ignored.
+
+    Raises:
+      RestoreMismatchError: naming all that is missing or differs. Nothing was changed.
+    """
+    found = Match(bound, {})
+    saved = reader.object_graph
+    plan = plan_read(saved, live, found, path=reader.path, fits=fits(options.cast))
+    require_fit(replace(plan.report, unexpected=(), deferred=()))
+    execute(plan, live, reader, options)
+    uid = next(_uids)
+    for obj in live.objects:
+        _note_restored(obj, uid)
 
 
 class _Waiting:

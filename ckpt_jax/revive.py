@@ -36,10 +36,8 @@ from ckpt_jax.errors import (
     CheckpointError,
     CorruptCheckpointError,
     RegistrationError,
-    RestoreMismatchError,
     UnsaveableError,
 )
-from ckpt_jax.fitting.adapting import ValueReader
 from ckpt_jax.graph import objects as codec
 from ckpt_jax.graph.labels import SAVED_OBJECTS_KEY, VARIABLE_VALUE, Label
 from ckpt_jax.graph.match import match
@@ -52,8 +50,8 @@ from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.report import ReportEntry, describe_problems
-from ckpt_jax.restoring import abstract_only, execute, fits, live_graph
+from ckpt_jax.report import ReportEntry
+from ckpt_jax.restoring import abstract_only, execute, fits, live_graph, require_fit
 from ckpt_jax.savers import registry
 from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.store.index import dtype_of
@@ -551,10 +549,8 @@ class _Revival:
             unexpected=tuple(lost),
             deferred=(),
         )
-        if fatal.missing or fatal.mismatched or fatal.unexpected:
-            text = describe_problems(fatal, self.reader.path, _ADVICE)
-            raise RestoreMismatchError(text, fatal)
-        root, _ = execute(plan, live, ValueReader(self.reader), DEFAULT)
+        require_fit(fatal, _ADVICE)
+        root, _ = execute(plan, live, self.reader, DEFAULT)
         self.check_complete(root)
         return root
 

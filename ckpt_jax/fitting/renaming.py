@@ -7,7 +7,7 @@ an optimizer holds for a variable (its slots) follows the variable: as it is whe
 moves, derived in the same way where the variable is.
 
 The outcome is a graph like any other, so that match, plan and assign know nothing of rules; only
-reading does (see `derived`).
+reading does (see `reading`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ckpt_jax.graph.patterns import (
     fill,
     odd_wildcards,
 )
-from ckpt_jax.report import nearest
+from ckpt_jax.report import ReportEntry, nearest
 
 Rule = tuple[Pattern, str, *tuple[Transform, ...]]
 _MAX_LISTED = 6
@@ -44,13 +44,13 @@ class Renamed:
     Attributes:
       graph: the same values, reached by other edges, and derived ones.
       saved_paths: the path in the original graph of every node that moved.
-      problems: (path, what) for rules that cannot be followed.
+      problems: for rules that cannot be followed.
       derived: how values that are not stored as they are come about, by their keys in `graph`.
     """
 
     graph: ObjectGraph
     saved_paths: Mapping[int, str] = field(default_factory=dict)
-    problems: tuple[tuple[str, str], ...] = ()
+    problems: tuple[ReportEntry, ...] = ()
     derived: Mapping[str, Derived] = field(default_factory=dict)
 
 
@@ -429,15 +429,9 @@ class _Renaming:
             if i < len(self.graph.nodes):  # left behind: known by the name that it had
                 keys[i] = self.graph.object_keys[i]
         renamed = ObjectGraph(tuple(nodes), tuple(keys), self.graph.named)
-        for i in range(len(self.graph.nodes)):
-            if self.graph.paths[i] != renamed.paths[i]:
-                has_values = self.graph.nodes[i].attributes
-                self.saved_paths[i] = (
-                    self.graph.value_path(i, "VARIABLE_VALUE")
-                    if has_values
-                    else self.graph.paths[i]
-                )
-        return Renamed(renamed, self.saved_paths, tuple(self.problems), self.derived)
+        paths = {**self.saved_paths, **self.graph.other_paths(renamed)}
+        problems = [ReportEntry(path, what=what) for path, what in self.problems]
+        return Renamed(renamed, paths, tuple(problems), self.derived)
 
     def finished(self, number: int, node: Node) -> Node:
         children, slots = tuple(self.edges[number]), self.slots.get(number, ())

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ckpt_jax.graph.labels import Label, path_of
+from ckpt_jax.graph.labels import ONLY_VALUE, VARIABLE_VALUE, Label, path_of
 
 FORMAT_VERSION = 1
 
@@ -176,6 +176,16 @@ class ObjectGraph:
     def value_path(self, node: int, attribute: str) -> str:
         """The path of a value: that of its node where it is the node's one value."""
         path = self.paths[node]
-        if len(self.nodes[node].attributes) == 1 and attribute in ("VARIABLE_VALUE", "py_state"):
+        if len(self.nodes[node].attributes) == 1 and attribute in ONLY_VALUE:
             return path
         return f"{path}/{attribute}" if path else attribute
+
+    def other_paths(self, changed: ObjectGraph) -> dict[int, str]:
+        """The paths here of nodes, or of their one value, that have others in a changed graph."""
+        if changed is self:
+            return {}
+        return {
+            node: self.value_path(node, VARIABLE_VALUE) if entry.attributes else path
+            for node, (entry, path) in enumerate(zip(self.nodes, self.paths, strict=True))
+            if path != changed.paths[node]
+        }
