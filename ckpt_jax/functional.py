@@ -296,16 +296,15 @@ def _slots_as_children(saved: ObjectGraph) -> ObjectGraph:
                 todo.append(child)
     nodes = list(saved.nodes)
     edges: dict[int, dict[Label, int]] = {}
-    for optimizer, entry in enumerate(saved.nodes):
-        for slot in entry.slots:
-            here, label = optimizer, slot.name
-            for step in places.get(slot.variable, ()):
-                edges.setdefault(here, {})
-                if label not in edges[here]:
-                    edges[here][label] = len(nodes)
-                    nodes.append(Node("dict"))
-                here, label = edges[here][label], step
-            edges.setdefault(here, {})[label] = slot.node
+    for optimizer, slot in saved.slots():
+        here, label = optimizer, slot.name
+        for step in places.get(slot.variable, ()):
+            edges.setdefault(here, {})
+            if label not in edges[here]:
+                edges[here][label] = len(nodes)
+                nodes.append(Node("dict"))
+            here, label = edges[here][label], step
+        edges.setdefault(here, {})[label] = slot.node
     for node, more in edges.items():
         children = (*nodes[node].children, *more.items())
         nodes[node] = replace(nodes[node], children=children)

@@ -134,10 +134,7 @@ class Restoration:
         self._trace = weakref.WeakMethod(trace)
         self._met: set[int] = set()  # saved nodes that have been bound, to whatever
         self._open_slots = [
-            (optimizer, slot)
-            for optimizer, node in enumerate(renamed.graph.nodes)
-            for slot in node.slots
-            if not options.skip_slot_variables
+            slot for slot in renamed.graph.slots() if not options.skip_slot_variables
         ]
 
     @property

@@ -41,7 +41,7 @@ from ckpt_jax.errors import (
 from ckpt_jax.graph import objects as codec
 from ckpt_jax.graph.labels import SAVED_OBJECTS_KEY, VARIABLE_VALUE, Label
 from ckpt_jax.graph.match import match
-from ckpt_jax.graph.model import Attribute, LeafSpec, Node, ObjectGraph
+from ckpt_jax.graph.model import Attribute, LeafSpec, Node, ObjectGraph, descendants
 from ckpt_jax.graph.objects import CONTAINERS, DICT, LIST, NONE, OBJECT, VALUE, VARIABLE
 from ckpt_jax.graph.objects import SavedObject as Saved
 from ckpt_jax.graph.order import CyclicDependencyError, order_by_dependency
@@ -380,14 +380,14 @@ class _Revival:
     def closure(self) -> tuple[set[int], set[int]]:
         """All nodes to make, and those of them that a registered class needs beforehand."""
         every: set[int] = set()
-        todo = reachable_children(self.graph, [0])
-        while todo - every:
+        todo = {*descendants(self.graph.nodes)}
+        while todo:
             every |= todo
             further = [n for node in todo for _, n in self.objects[node].dependencies]
-            todo = reachable_children(self.graph, further) - every
+            todo = {*descendants(self.graph.nodes, further)} - every
         registered = [node for node in every if self.objects[node].registered_name]
         first = [n for node in registered for n in codec.needs(self.graph, self.objects, node)]
-        return every, reachable_children(self.graph, first)
+        return every, {*descendants(self.graph.nodes, first)}
 
     # --- make --------------------------------------------------------------------------
 
@@ -576,18 +576,6 @@ class _Revival:
 
 
 _OURS = (Trackable, Variable, PythonState)
-
-
-def reachable_children(graph: ObjectGraph, roots: Iterable[int]) -> set[int]:
-    """Nodes that can be reached from `roots` along child edges."""
-    seen = set(roots)
-    todo = list(seen)
-    while todo:
-        for _, child in graph.nodes[todo.pop()].children:
-            if child not in seen:
-                seen.add(child)
-                todo.append(child)
-    return seen
 
 
 def _struct(spec: LeafSpec) -> jax.ShapeDtypeStruct:

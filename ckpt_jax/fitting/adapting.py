@@ -24,10 +24,9 @@ import numpy as np
 
 from ckpt_jax.arrays import host
 from ckpt_jax.fitting.renaming import Renamed
-from ckpt_jax.graph.codec import object_keys
 from ckpt_jax.graph.labels import Label, local_name
 from ckpt_jax.graph.match import Match
-from ckpt_jax.graph.model import LeafSpec, ObjectGraph
+from ckpt_jax.graph.model import LeafSpec, ObjectGraph, object_keys
 from ckpt_jax.graph.names import own_values
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.reader import CheckpointReader

@@ -21,9 +21,16 @@ from itertools import pairwise
 from typing import Any
 
 from ckpt_jax.fitting.transforms import Cast, Derived, Stack, Step, Transform, Unstack, derive
-from ckpt_jax.graph.codec import object_keys
 from ckpt_jax.graph.labels import Label, attribute_key, escaped_names, path_of, unescape
-from ckpt_jax.graph.model import Attribute, Node, ObjectGraph, Slot
+from ckpt_jax.graph.model import (
+    Attribute,
+    Node,
+    ObjectGraph,
+    Slot,
+    descendants,
+    object_keys,
+    slots_in,
+)
 from ckpt_jax.graph.patterns import (
     Pattern,
     compile_pattern,
@@ -458,20 +465,9 @@ def slot_groups(
 
 def _unreachable(nodes: Sequence[Node]) -> set[int]:
     """Nodes that no edge leads to; the slot variables of such nodes are among them."""
-    reached = [0]
-    seen = {0}
-    for node in reached:
-        for _, child in nodes[node].children:
-            if child not in seen:
-                seen.add(child)
-                reached.append(child)
-    slots = {
-        slot.node
-        for optimizer, node in enumerate(nodes)
-        for slot in node.slots
-        if optimizer in seen and slot.variable in seen
-    }
-    return {i for i in range(len(nodes)) if i not in seen and i not in slots}
+    seen = {*descendants(nodes)}
+    slots = {slot.node for optimizer, slot in slots_in(nodes) if {optimizer, slot.variable} <= seen}
+    return {*range(len(nodes))} - seen - slots
 
 
 def _child_paths(graph: ObjectGraph, node: int) -> list[str]:
