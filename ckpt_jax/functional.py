@@ -7,10 +7,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import jax
-
 from ckpt_jax import multihost
 from ckpt_jax.arrays.host import without_gc
+from ckpt_jax.arrays.values import struct_of
 from ckpt_jax.fitting.adapting import settle
 from ckpt_jax.fitting.placing import Place, Structs, with_shardings
 from ckpt_jax.fitting.reading import FittedReader
@@ -35,7 +34,6 @@ from ckpt_jax.restoring import (
     require_fit,
 )
 from ckpt_jax.saving import write_checkpoint
-from ckpt_jax.store.index import dtype_of
 from ckpt_jax.trackable.delegate import delegate_of
 
 T = TypeVar("T")
@@ -232,7 +230,7 @@ def _placements(
 ) -> Structs:
     """What `load` places on devices, and where; raises naming all that cannot lie there."""
     structs = {
-        place: jax.ShapeDtypeStruct(attribute.spec.shape, dtype_of(attribute.spec.dtype))
+        place: struct_of(attribute.spec)
         for place, attribute in wanted.items()
         if attribute.spec.kind in ("array", "numpy")
     }

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 
 from ckpt_jax.arrays import host
+from ckpt_jax.arrays.values import struct_of
 from ckpt_jax.fitting.renaming import Renamed
 from ckpt_jax.graph.labels import Label, local_name
 from ckpt_jax.graph.match import Match
@@ -32,7 +33,7 @@ from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry
 from ckpt_jax.store.box import Box
-from ckpt_jax.store.index import BYTES, dtype_of
+from ckpt_jax.store.index import BYTES
 
 
 class ReshardCallback:
@@ -271,13 +272,6 @@ def _reshards(callback: ReshardCallback) -> bool:
         default.reshard,
         default.update_restore_inputs,
     )
-
-
-def struct_of(
-    spec: LeafSpec, sharding: jax.sharding.Sharding | None = None
-) -> jax.ShapeDtypeStruct:
-    """What a value of a spec is, as JAX says it."""
-    return jax.ShapeDtypeStruct(spec.shape, dtype_of(spec.dtype), sharding=sharding)
 
 
 def _problem(

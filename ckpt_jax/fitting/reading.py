@@ -19,9 +19,10 @@ import jax
 import numpy as np
 
 from ckpt_jax.arrays import host
+from ckpt_jax.arrays.values import struct_of
 from ckpt_jax.batches import batches
 from ckpt_jax.errors import RestoreMismatchError
-from ckpt_jax.fitting.adapting import Inputs, struct_of
+from ckpt_jax.fitting.adapting import Inputs
 from ckpt_jax.fitting.transforms import Derived
 from ckpt_jax.graph.labels import object_key_of, path_of
 from ckpt_jax.options import DEFAULT, CheckpointOptions

@@ -14,7 +14,7 @@ Both graphs have the same nodes and edges. A file in which they differ is damage
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from ckpt_jax.graph.codec import (
 )
 from ckpt_jax.graph.labels import VARIABLE_VALUE
 from ckpt_jax.graph.model import LeafSpec, Node, ObjectGraph
+from ckpt_jax.graph.order import order_by_dependency
 
 FORMAT_VERSION = 1
 
@@ -89,6 +90,15 @@ def needs(graph: ObjectGraph, objects: Sequence[SavedObject], node: int) -> list
     saved = objects[node]
     parts = [child for _, child in graph.nodes[node].children] if saved.kind in CONTAINERS else []
     return [*(child for _, child in saved.dependencies), *parts]
+
+
+def in_order(graph: ObjectGraph, objects: Sequence[SavedObject], nodes: Iterable[int]) -> list[int]:
+    """Nodes in an order in which they can be made.
+
+    Raises:
+      CyclicDependencyError: there is none.
+    """
+    return order_by_dependency({node: needs(graph, objects, node) for node in nodes})
 
 
 # --- out -------------------------------------------------------------------------------
