@@ -13,12 +13,13 @@ value is saved.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from ckpt_jax import multihost
 from ckpt_jax.arrays.values import describe
+from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.model import Node, ObjectGraph
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER
@@ -26,7 +27,7 @@ from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import restore_bound
 from ckpt_jax.saving import write_checkpoint
-from ckpt_jax.trackable.view import Below, view_of
+from ckpt_jax.trackable.view import Below, SlotEntry, view_of
 
 Path = str | bytes | os.PathLike[Any]
 
@@ -119,7 +120,8 @@ class FrozenSaver:
                 edges += [(_slot_label(s.name, variables[s.node]), s.node) for s in entry.slots]
             for label, child in edges:
                 if label not in now:
-                    problems.append(f"{graph.paths[child]}: is gone")
+                    why = _absence(label, views[node].slots(objects[node]))
+                    problems.append(f"{graph.paths[child]}: {why}")
                 elif views[child].mutable:
                     if now[label] is not objects[child]:
                         problems.append(f"{graph.paths[child]}: is another object")
@@ -139,6 +141,13 @@ class FrozenSaver:
             lines = "\n".join(f"  {problem}" for problem in problems)
             raise ValueError(f"the objects are not what was frozen:\n{lines}\nFreeze them again.")
         return LiveGraph(graph, tuple(objects), views, tuple(values), self._live.variables)
+
+
+def _absence(label: Label, slots: Iterable[SlotEntry]) -> str:
+    """Why an object has no child of a label that the frozen graph has."""
+    if any(slot.name == label for slot in slots):
+        return "is for parameters outside of what is saved; put them into it"
+    return "is gone"
 
 
 def _slot_label(name: str, variable: Any) -> Any:

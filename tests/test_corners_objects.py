@@ -8,16 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trackables import Model, value, var
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph.match import Match, extend, match
 from ckpt_jax.graph.model import Attribute, Node, ObjectGraph, object_keys
-
-
-class Model(ckpt.AutoTrackable):
-    def __init__(self, **attributes):
-        for name, value in attributes.items():
-            setattr(self, name, value)
 
 
 class Values(ckpt.Trackable):
@@ -37,19 +32,6 @@ class Optimizer(ckpt.AutoTrackable):
 
     def slots(self):
         return self.state
-
-
-def var(value):
-    return ckpt.Variable(np.asarray(value, np.float32))
-
-
-def value(variable):
-    return np.asarray(variable.value).tolist()
-
-
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "written")
 
 
 # --- silent wrong values ----------------------------------------------------------------
