@@ -20,7 +20,7 @@ from ckpt_jax.graph.match import match
 from ckpt_jax.graph.model import Attribute, Node, ObjectGraph
 from ckpt_jax.graph.patterns import Selection, selects
 from ckpt_jax.graph.plan import ReadPlan
-from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.graph.trace import LiveGraph, has_values
 from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
@@ -243,18 +243,9 @@ def _placements(
 
 def build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:
     """Plain containers from a graph, leaves first."""
-    keep = set(values)
     saved = _slots_as_children(saved)
-    parents: dict[int, list[int]] = {}
-    for node, entry in enumerate(saved.nodes):
-        for _, child in entry.children:
-            parents.setdefault(child, []).append(node)
-    todo = list(keep)
-    while todo:
-        for parent in parents.get(todo.pop(), ()):
-            if parent not in keep:
-                keep.add(parent)
-                todo.append(parent)
+    has_own = [node in values for node in range(len(saved.nodes))]
+    keep = has_values(has_own, [entry.children for entry in saved.nodes])
     built: dict[int, Any] = {}
     open_nodes: set[int] = set()
     stack = [0]
@@ -266,7 +257,7 @@ def build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: 
         children = [
             (label, child)
             for label, child in saved.nodes[node].children
-            if everything or child in keep
+            if everything or keep[child]
         ]
         # An edge back to an object that is being built has no plain form, and is left out.
         waiting = [child for _, child in children if child not in built and child not in open_nodes]

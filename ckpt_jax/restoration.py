@@ -144,12 +144,9 @@ class Restoration:
 
     def run(self, reader: CheckpointReader) -> Any:
         """Restores what is there and lets the rest wait; returns the root."""
-        trace = self._trace()
-        assert trace is not None
         self._identity = reader.identity
-        live = trace()
-        if self._create_slots(live):
-            live = trace()
+        live = self._traced()
+        assert live is not None
         return self._bind(live, lambda saved: match(saved, live.graph), reader)
 
     def attach(self, child: Any, saved: int) -> Any:
@@ -169,16 +166,22 @@ class Restoration:
     def attached(self) -> None:
         """Restores slots of which one end has just come. Where the other is, only a walk from
         the root can tell."""
-        trace = self._trace()
         ends = [slot for slot in self._open_slots if {slot[0], slot[1].variable} <= self._met]
-        if not ends or trace is None:
+        live = self._traced() if ends else None
+        if live is None:
             return
-        live = trace()
-        if self._create_slots(live):
-            live = trace()
         slots = frozenset([slot.node for _, slot in ends])
         with self._reopened() as reader:
             self._bind(live, lambda saved: match(saved, live.graph), reader, slots)
+
+    def _traced(self) -> LiveGraph | None:
+        """The objects of the program, with what slot variables its optimizers had to make; None
+        where they are gone."""
+        trace = self._trace()
+        if trace is None:
+            return None
+        live = trace()
+        return trace() if self._create_slots(live) else live
 
     @contextmanager
     def _reopened(self) -> Iterator[CheckpointReader]:
