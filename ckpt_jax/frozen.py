@@ -13,25 +13,21 @@ value is saved.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
 from ckpt_jax import multihost
 from ckpt_jax.arrays.values import describe
-from ckpt_jax.fitting.adapting import ValueReader
-from ckpt_jax.graph.match import Match
+from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.model import Node, ObjectGraph
-from ckpt_jax.graph.plan import plan_read
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.restoration import note_restored
-from ckpt_jax.restoring import execute, fits, raise_problems
+from ckpt_jax.restoration import restore_bound
 from ckpt_jax.saving import write_checkpoint
-from ckpt_jax.trackable.view import Below, view_of
+from ckpt_jax.trackable.view import Below, SlotEntry, view_of
 
 Path = str | bytes | os.PathLike[Any]
 
@@ -104,14 +100,7 @@ class FrozenSaver:
         options = options or DEFAULT
         live = self._current()
         with CheckpointReader(path) as reader:
-            saved = reader.object_graph
-            found = _by_key(saved, live.graph)
-            plan = plan_read(saved, live, found, path=reader.path, fits=fits(options.cast))
-            fatal = replace(plan.report, unexpected=(), deferred=())
-            if fatal.missing or fatal.mismatched:
-                raise_problems(fatal, reader.path)
-            execute(plan, live, ValueReader(reader), options)
-        note_restored(live.objects)
+            restore_bound(reader, live, _by_key(reader.object_graph, live.graph), options)
 
     def _current(self) -> LiveGraph:
         """The frozen graph with the objects and values of this moment."""
@@ -131,7 +120,8 @@ class FrozenSaver:
                 edges += [(_slot_label(s.name, variables[s.node]), s.node) for s in entry.slots]
             for label, child in edges:
                 if label not in now:
-                    problems.append(f"{graph.paths[child]}: is gone")
+                    why = _absence(label, views[node].slots(objects[node]))
+                    problems.append(f"{graph.paths[child]}: {why}")
                 elif views[child].mutable:
                     if now[label] is not objects[child]:
                         problems.append(f"{graph.paths[child]}: is another object")
@@ -153,6 +143,13 @@ class FrozenSaver:
         return LiveGraph(graph, tuple(objects), views, tuple(values), self._live.variables)
 
 
+def _absence(label: Label, slots: Iterable[SlotEntry]) -> str:
+    """Why an object has no child of a label that the frozen graph has."""
+    if any(slot.name == label for slot in slots):
+        return "is for parameters outside of what is saved; put them into it"
+    return "is gone"
+
+
 def _slot_label(name: str, variable: Any) -> Any:
     return name, variable if isinstance(variable, Below) else id(variable)
 
@@ -172,16 +169,15 @@ def _changed(graph: ObjectGraph, values: list[Mapping[str, Any]]) -> list[str]:
     return problems
 
 
-def _by_key(saved: ObjectGraph, live: ObjectGraph) -> Match:
+def _by_key(saved: ObjectGraph, live: ObjectGraph) -> dict[int, int]:
     """Saved nodes and live ones whose values have the same keys."""
     node_of = {key: node for node, entry in enumerate(live.nodes) for key in _keys(entry)}
-    bound = {
+    return {
         node: node_of[key]
         for node, entry in enumerate(saved.nodes)
         for key in _keys(entry)
         if key in node_of
     }
-    return Match(MappingProxyType(bound), MappingProxyType({}))
 
 
 def _keys(node: Node) -> list[str]:

@@ -7,13 +7,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
-import jax
-
 from ckpt_jax import multihost
 from ckpt_jax.arrays.host import without_gc
-from ckpt_jax.errors import RestoreMismatchError
-from ckpt_jax.fitting.adapting import ValueReader, settle
+from ckpt_jax.arrays.values import struct_of
+from ckpt_jax.fitting.adapting import settle
 from ckpt_jax.fitting.placing import Place, Structs, with_shardings
+from ckpt_jax.fitting.reading import FittedReader
 from ckpt_jax.fitting.renaming import Rule
 from ckpt_jax.fitting.renaming import rename as renamed
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
@@ -21,23 +20,20 @@ from ckpt_jax.graph.match import match
 from ckpt_jax.graph.model import Attribute, Node, ObjectGraph
 from ckpt_jax.graph.patterns import Selection, selects
 from ckpt_jax.graph.plan import ReadPlan
-from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.graph.trace import LiveGraph, has_values
 from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
+from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring import (
     abstract_only,
-    adapted,
     execute,
     live_graph,
     nbytes_to_read,
     plan_restoring,
-    raise_problems,
-    value_reader,
+    require_fit,
 )
 from ckpt_jax.saving import write_checkpoint
-from ckpt_jax.store.index import dtype_of
 from ckpt_jax.trackable.delegate import delegate_of
 
 T = TypeVar("T")
@@ -144,8 +140,7 @@ def restore(
         if not strict:
             missing = abstract_only(fatal.missing, live)
             fatal = replace(fatal, unexpected=(), missing=missing)
-        if fatal.missing or fatal.unexpected or fatal.mismatched:
-            raise_problems(fatal, reader.path, advice=_ADVICE)
+        require_fit(fatal, _ADVICE)
         root, _ = execute(plan, live, source, options)
     return target if root is delegate_of(target) else root
 
@@ -181,11 +176,10 @@ def plan_restore(
 
 def _plan(
     reader: CheckpointReader, live: LiveGraph, rules: Iterable[Rule], options: CheckpointOptions
-) -> tuple[ReadPlan, ValueReader]:
+) -> tuple[ReadPlan, FittedReader]:
     saved = renamed(reader.object_graph, rules)
-    settled = settle(saved.graph, live, lambda graph: match(graph, live.graph), reader)
-    saved = adapted(saved, settled)
-    plan, problems = plan_restoring(saved, live, settled.found, reader.path, options)
+    settled = settle(saved, live, lambda graph: match(graph, live.graph), reader)
+    plan, problems = plan_restoring(settled.saved, live, settled.found, reader.path, options)
     # Nothing appears later in a functional restore: what would wait is unexpected.
     report = plan.report
     left_over = [
@@ -197,9 +191,9 @@ def _plan(
         report,
         unexpected=tuple(left_over),
         deferred=(),
-        mismatched=(*problems, *settled.problems, *report.mismatched),
+        mismatched=(*problems, *report.mismatched),
     )
-    return replace(plan, report=report), value_reader(reader, saved, settled)
+    return replace(plan, report=report), FittedReader(reader, saved.derived, settled.inputs)
 
 
 def _is_bookkeeping(saved: ObjectGraph, entry: ReportEntry) -> bool:
@@ -274,34 +268,22 @@ def _placements(
 ) -> Structs:
     """What `load` places on devices, and where; raises naming all that cannot lie there."""
     structs = {
-        place: jax.ShapeDtypeStruct(attribute.spec.shape, dtype_of(attribute.spec.dtype))
+        place: struct_of(attribute.spec)
         for place, attribute in wanted.items()
         if attribute.spec.kind in ("array", "numpy")
     }
     placements, problems = with_shardings(saved, structs, sharding)
-    if problems:
-        entries = tuple([ReportEntry(where, what=what) for where, what in problems])
-        report = RestoreReport(path, mismatched=entries)
-        raise RestoreMismatchError(
-            describe_problems(report, path, "Nothing was read. Pass a sharding= that fits."), report
-        )
+    entries = tuple([ReportEntry(where, what=what) for where, what in problems])
+    report = RestoreReport(path, mismatched=entries)
+    require_fit(report, "Nothing was read. Pass a sharding= that fits.")
     return placements
 
 
 def build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:
     """Plain containers from a graph, leaves first."""
-    keep = set(values)
     saved = _slots_as_children(saved)
-    parents: dict[int, list[int]] = {}
-    for node, entry in enumerate(saved.nodes):
-        for _, child in entry.children:
-            parents.setdefault(child, []).append(node)
-    todo = list(keep)
-    while todo:
-        for parent in parents.get(todo.pop(), ()):
-            if parent not in keep:
-                keep.add(parent)
-                todo.append(parent)
+    has_own = [node in values for node in range(len(saved.nodes))]
+    keep = has_values(has_own, [entry.children for entry in saved.nodes])
     built: dict[int, Any] = {}
     open_nodes: set[int] = set()
     stack = [0]
@@ -313,7 +295,7 @@ def build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: 
         children = [
             (label, child)
             for label, child in saved.nodes[node].children
-            if everything or child in keep
+            if everything or keep[child]
         ]
         # An edge back to an object that is being built has no plain form, and is left out.
         waiting = [child for _, child in children if child not in built and child not in open_nodes]
@@ -341,16 +323,15 @@ def _slots_as_children(saved: ObjectGraph) -> ObjectGraph:
                 todo.append(child)
     nodes = list(saved.nodes)
     edges: dict[int, dict[Label, int]] = {}
-    for optimizer, entry in enumerate(saved.nodes):
-        for slot in entry.slots:
-            here, label = optimizer, slot.name
-            for step in places.get(slot.variable, ()):
-                edges.setdefault(here, {})
-                if label not in edges[here]:
-                    edges[here][label] = len(nodes)
-                    nodes.append(Node("dict"))
-                here, label = edges[here][label], step
-            edges.setdefault(here, {})[label] = slot.node
+    for optimizer, slot in saved.slots():
+        here, label = optimizer, slot.name
+        for step in places.get(slot.variable, ()):
+            edges.setdefault(here, {})
+            if label not in edges[here]:
+                edges[here][label] = len(nodes)
+                nodes.append(Node("dict"))
+            here, label = edges[here][label], step
+        edges.setdefault(here, {})[label] = slot.node
     for node, more in edges.items():
         children = (*nodes[node].children, *more.items())
         nodes[node] = replace(nodes[node], children=children)

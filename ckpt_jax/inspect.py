@@ -9,7 +9,7 @@ from typing import Any
 from ckpt_jax.arrays.values import describe
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.match import match
-from ckpt_jax.graph.model import ObjectGraph
+from ckpt_jax.graph.model import ObjectGraph, descendants
 from ckpt_jax.graph.trace import trace
 from ckpt_jax.latest import latest_checkpoint
 from ckpt_jax.reader import CheckpointReader
@@ -140,14 +140,7 @@ class CheckpointView:
 
     def descendants(self) -> list[int]:
         """The ids of all nodes reachable from the root, breadth first."""
-        order = [0]
-        seen = {0}
-        for node in order:  # grows while it is walked
-            for child in self.children(node).values():
-                if child not in seen:
-                    seen.add(child)
-                    order.append(child)
-        return order
+        return descendants(self.object_graph.nodes)
 
     def match(self, obj: Any) -> dict[int, Any]:
         """The object that each node would be restored into; nodes without one are left out."""

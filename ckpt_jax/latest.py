@@ -22,13 +22,13 @@ from ckpt_jax.errors import CheckpointError
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.state_file import get_checkpoint_state
 from ckpt_jax.store.directory import (
-    MANIFEST,
     checkpoints_in,
     is_checkpoint,
     number_of,
     require_checkpoint,
 )
 from ckpt_jax.store.durable import fsync_directory
+from ckpt_jax.store.stack import MANIFEST
 from ckpt_jax.store.staging import locked, staging_name
 
 _log = logging.getLogger("ckpt_jax")

@@ -15,21 +15,11 @@ decide nothing but `keep_checkpoint_every_n_hours`.
 
 Where there are several processes, process 0 does all of this, and the others read from the state
 file what came of it. Which checkpoint is restored is for process 0 to say.
-
-Metrics lie in a file of their own beside the state file, `checkpoint-metrics.json`:
-
-    {"ckpt-3": {"loss": 0.25}, "ckpt-4": {"loss": "nan"}}
-
-not in the checkpoints, because they are about the choice between checkpoints: one small file
-answers it without opening any of them, and the state file cannot have fields that its other
-readers do not know. It is replaced in one step, before the state file names the checkpoint.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import math
 import operator
 import os
 import re
@@ -50,6 +40,7 @@ from ckpt_jax.latest import (
     problem_with,
     remove_checkpoint,
 )
+from ckpt_jax.ledger import Ledger, read_ledger, recovered, write_ledger
 from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.preflighting import preflight
@@ -61,17 +52,10 @@ from ckpt_jax.retention import (
     Sweep,
     plan_sweep,
 )
-from ckpt_jax.state_file import (
-    CheckpointState,
-    get_checkpoint_state,
-    replace_file,
-    update_checkpoint_state,
-)
 from ckpt_jax.store.directory import number_of
 from ckpt_jax.store.staging import STAGING, is_abandoned, remove_abandoned
 from ckpt_jax.trackable.view import view_of
 
-METRICS_FILE = "checkpoint-metrics.json"
 SECONDS_PER_HOUR = 3600
 
 _log = logging.getLogger("ckpt_jax")
@@ -155,52 +139,7 @@ class CheckpointManager:
         self._init_fn = init_fn
         self._last_step = last_checkpoint_step
         self._clock = clock
-        # Values that are replaced as a whole: the latest, and the managed ones, the latest last.
-        self._latest: str | None = None
-        self._records: tuple[CheckpointRecord, ...] = ()
-        self._last_preserved = clock() - 1
-        self._recover()
-
-    def _recover(self) -> None:
-        """Takes up what the state file says."""
-        state = get_checkpoint_state(self._directory)
-        if state is None:
-            return
-        now = self._clock()
-        self._latest = self._own_path(state.model_checkpoint_path) or state.model_checkpoint_path
-        self._last_preserved = state.last_preserved_timestamp
-        if now < self._last_preserved:
-            _log.warning(
-                "%s: the clock (%s) is behind the last preserved checkpoint timestamp (%s). The "
-                "checkpoints that are there will not be removed",
-                *(self._directory, now, self._last_preserved),
-            )
-            self._last_preserved = now
-            return
-        paths = state.all_model_checkpoint_paths
-        times = state.all_model_checkpoint_timestamps
-        metrics = read_metrics(self._directory)
-        if len(times) != len(paths) or metrics is None:
-            return  # not written by a manager, or without what its policies have to know
-        found: dict[str, CheckpointRecord] = {}
-        for path, then in zip(map(self._own_path, paths), times, strict=True):
-            if path is None or (number := number_of(path)) is None:
-                continue
-            known = metrics.get(os.path.basename(path))
-            # Older than the last preserved one: it may have been preserved, too. But not where
-            # its metrics are still recorded; then a policy has kept it since.
-            if min(then, now) > self._last_preserved or known is not None:
-                found[path] = CheckpointRecord(number, then, known or {}, path)
-        self._records = self._in_order(found.values())
-
-    def _own_path(self, path: str) -> str | None:
-        """`path` as this manager would write it; None where that is in another directory."""
-        directory, name = os.path.split(os.path.abspath(path))
-        own = directory == os.path.abspath(self._directory)
-        return os.path.join(self._directory, name) if own else None
-
-    def _in_order(self, records: Iterable[CheckpointRecord]) -> tuple[CheckpointRecord, ...]:
-        return tuple(sorted(records, key=lambda r: (r.path == self._latest, r.number, r.path)))
+        self._ledger = recovered(self._directory, clock())
 
     # --- verbs -------------------------------------------------------------------------
 
@@ -260,7 +199,7 @@ class CheckpointManager:
 
                 def committed() -> None:
                     if meeting.leads:
-                        self._record(number, path, scores)
+                        self._record(CheckpointRecord(number, self._clock(), scores, path))
                     else:
                         self._follow()
 
@@ -326,9 +265,8 @@ class CheckpointManager:
 
     def _candidates(self) -> list[str]:
         """What there is to restore, best first."""
-        if self._latest is None:
-            return []
-        return [self._latest, *older_checkpoints(self._directory, self._latest)]
+        latest = self._ledger.latest
+        return [latest, *older_checkpoints(self._directory, latest)] if latest else []
 
     def _restore_newest(self, paths: Sequence[str], processes: multihost.Processes) -> str:
         first: Exception | None = None
@@ -430,7 +368,7 @@ class CheckpointManager:
 
         That it is still there is not checked; `ckpt.latest_checkpoint` does that.
         """
-        return self._latest
+        return self._ledger.latest
 
     @property
     def checkpoints(self) -> list[str]:
@@ -438,52 +376,32 @@ class CheckpointManager:
 
         Those that are kept for ever are not among them.
         """
-        return [record.path for record in self._records]
+        return [record.path for record in self._ledger.records]
 
     # --- after the commit --------------------------------------------------------------
 
-    def _record(self, number: int, path: str, metrics: Mapping[str, float]) -> None:
+    def _record(self, record: CheckpointRecord) -> None:
         """Makes a checkpoint that was just committed the latest, and sweeps."""
-        before = self._latest, self._records
-        self._latest = path
-        others = [record for record in self._records if record.path != path]
-        self._records = self._in_order(
-            [*others, CheckpointRecord(number, self._clock(), metrics, path)]
-        )
-        try:
-            self._write_state()
-        except BaseException:  # not recorded, so it is not the latest
-            self._latest, self._records = before
-            raise
+        ledger = self._ledger.with_latest(record)
+        write_ledger(self._directory, ledger)
+        self._ledger = ledger
         sweep = self._plan_sweep()
         if (sweep.preserve or sweep.remove) and self._is_latest_usable():
             self._sweep(sweep)
 
     def _follow(self) -> None:
         """Takes over what process 0 has recorded."""
-        state = get_checkpoint_state(self._directory)
-        if state is None:
-            return
-        self._latest = self._own_path(state.model_checkpoint_path) or state.model_checkpoint_path
-        self._last_preserved = state.last_preserved_timestamp
-        metrics = read_metrics(self._directory) or {}
-        times = state.all_model_checkpoint_timestamps
-        paths = map(self._own_path, state.all_model_checkpoint_paths)
-        self._records = self._in_order(
-            CheckpointRecord(number, then, metrics.get(os.path.basename(path), {}), path)
-            for path, then in zip(paths, times, strict=False)
-            if path is not None and (number := number_of(path)) is not None
-        )
+        self._ledger = read_ledger(self._directory) or self._ledger
 
     def _plan_sweep(self) -> Sweep:
+        records, last_preserved = self._ledger.records, self._ledger.last_preserved
         if self._policy is None:
-            return Sweep(self._records, (), (), self._last_preserved)
-        return plan_sweep(
-            self._records, self._policy, self._preserve_interval_seconds, self._last_preserved
-        )
+            return Sweep(records, (), (), last_preserved)
+        return plan_sweep(records, self._policy, self._preserve_interval_seconds, last_preserved)
 
     def _is_latest_usable(self) -> bool:
-        problem = problem_with(self._latest) if self._latest else "there is none"
+        latest = self._ledger.latest
+        problem = problem_with(latest) if latest else "there is none"
         if problem is not None:
             _log.warning(
                 "%s: nothing is removed, because the latest checkpoint is not usable: %s",
@@ -502,33 +420,17 @@ class CheckpointManager:
                 removed.append(record.path)
             else:
                 stay.append(record)
-        self._records = self._in_order([*sweep.keep, *stay])
-        self._last_preserved = sweep.last_preserved
+        records = (*sweep.keep, *stay)
+        self._ledger = Ledger(self._ledger.latest, records, sweep.last_preserved)
         try:
-            self._write_state()
+            write_ledger(self._directory, self._ledger)
         except OSError as error:  # the file still names the latest, and some that are gone
             _log.warning("%s: what was removed could not be recorded: %s", self._directory, error)
         return removed
 
-    def _write_state(self) -> None:
-        """Records the managed checkpoints: metrics first, since the state file refers to them."""
-        write_metrics(self._directory, {os.path.basename(r.path): r.metrics for r in self._records})
-        assert self._latest is not None
-        paths = [record.path for record in self._records]
-        times = [record.time for record in self._records]
-        if self._latest not in paths:
-            # A state file lists its latest; a time that is not later than the last preserved
-            # one says that it is not managed.
-            paths.append(self._latest)
-            times.append(self._last_preserved)
-        update_checkpoint_state(
-            self._directory,
-            CheckpointState(self._latest, tuple(paths), tuple(times), self._last_preserved),
-        )
-
     def _leftovers(self) -> list[str]:
         """Abandoned staging directories that a later save has made pointless."""
-        latest = number_of(self._latest) if self._latest else None
+        latest = number_of(self._ledger.latest or "")
         if latest is None or not os.path.isdir(self._directory):
             return []
         own = re.compile(rf"{re.escape(self._name)}-(\d+)")
@@ -589,47 +491,3 @@ def _as_number(name: str, value: Any) -> float:
     if not isinstance(name, str) or array.shape != () or array.dtype.kind in "cOSUMm":
         raise ValueError(f"metrics[{name!r}]: expected one real number by name, got {value!r}")
     return float(array)
-
-
-# --- metrics on disk -------------------------------------------------------------------
-
-
-def read_metrics(directory: str) -> dict[str, dict[str, float]] | None:
-    """The recorded metrics by the names of checkpoints; none where there is no file.
-
-    Returns:
-      None where the file cannot be understood; a warning says so. The caller must then remove
-      nothing, since a policy would take the best checkpoints for bad ones.
-    """
-    path = os.path.join(directory, METRICS_FILE)
-    try:
-        with open(path, encoding="utf-8") as file:
-            content = json.load(file)
-        return {
-            name: {metric: float(value) for metric, value in metrics.items()}
-            for name, metrics in content.items()
-        }
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (ValueError, TypeError, AttributeError) as error:
-        _log.warning(
-            "%s is ignored, because it is no file of metrics: %s. The checkpoints that are there "
-            "will not be removed",
-            *(path, error),
-        )
-        return None
-
-
-def write_metrics(directory: str, metrics: Mapping[str, Mapping[str, float]]) -> None:
-    """Replaces the recorded metrics; what is not finite is written as a string.
-
-    Checkpoints without metrics leave no entry, and where there are none at all no file is made.
-    """
-    path = os.path.join(directory, METRICS_FILE)
-    content = {
-        name: {key: value if math.isfinite(value) else str(value) for key, value in own.items()}
-        for name, own in metrics.items()
-        if own
-    }
-    if content or os.path.lexists(path):
-        replace_file(path, json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -9,18 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from types import MappingProxyType
 from typing import Any
 
-from ckpt_jax.fitting.adapting import ValueReader
-from ckpt_jax.graph.match import Match
 from ckpt_jax.graph.model import Node, ObjectGraph
-from ckpt_jax.graph.plan import plan_read
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.restoration import note_restored
-from ckpt_jax.restoring import execute, fits, live_graph, raise_problems
+from ckpt_jax.restoration import restore_bound
+from ckpt_jax.restoring import live_graph
 from ckpt_jax.trackable.view import view_of
 
 
@@ -71,18 +67,7 @@ def restore_nodes(
             raise ValueError(f"{reader.path}: nothing was restored:\n{lines}")
         live = _without_edges(traced, saved)
         bound = {node: number for number, node in enumerate(traced)}
-        plan = plan_read(
-            saved,
-            live,
-            Match(MappingProxyType(bound), MappingProxyType({})),
-            path=reader.path,
-            fits=fits(options.cast),
-        )
-        fatal = replace(plan.report, unexpected=(), deferred=())
-        if fatal.missing or fatal.mismatched:
-            raise_problems(fatal, reader.path)
-        execute(plan, live, ValueReader(reader), options)
-    note_restored(live.objects)
+        restore_bound(reader, live, bound, options)
 
 
 def _is_mutable(obj: Any) -> bool:

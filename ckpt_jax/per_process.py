@@ -16,13 +16,13 @@ is whose, unless a merge function does.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import jax
 
 from ckpt_jax import io, multihost
 from ckpt_jax.errors import ProcessError, UnsaveableError
-from ckpt_jax.fitting.adapting import ValueReader
 from ckpt_jax.functional import build
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.match import match
@@ -30,7 +30,7 @@ from ckpt_jax.graph.model import ObjectGraph
 from ckpt_jax.graph.plan import plan_read
 from ckpt_jax.options import DEFAULT
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.restoring import execute, fits, live_graph, raise_problems
+from ckpt_jax.restoring import execute, fits, live_graph, require_fit
 from ckpt_jax.savers.registry import IsExactly, register_checkpoint_saver
 from ckpt_jax.saving import encoded_values
 from ckpt_jax.store.seal import seal, unseal
@@ -148,10 +148,9 @@ def _own_value(reader: CheckpointReader, saved: ObjectGraph, target: Any, root: 
     live = live_graph(target, root)
     found = match(saved, live.graph)
     plan = plan_read(saved, live, found, path=reader.path, fits=fits(cast=False))
-    report = plan.report
-    if report.missing or report.unexpected or report.mismatched or report.deferred:
-        raise_problems(report, reader.path)
-    return execute(plan, live, ValueReader(reader), DEFAULT)[0]
+    left_over = (*plan.report.unexpected, *plan.report.deferred)  # nothing appears later here
+    require_fit(replace(plan.report, unexpected=left_over, deferred=()))
+    return execute(plan, live, reader, DEFAULT)[0]
 
 
 def _loaded(reader: CheckpointReader, saved: ObjectGraph) -> Any:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from types import TracebackType
 from typing import Any, TypeVar
 
 import numpy as np
@@ -26,10 +25,11 @@ from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.readers import NamedValues, open_foreign
 from ckpt_jax.report import nearest
 from ckpt_jax.store.box import Box
-from ckpt_jax.store.directory import MANIFEST, require_checkpoint
+from ckpt_jax.store.directory import require_checkpoint
 from ckpt_jax.store.index import dtype_of
 from ckpt_jax.store.read import ShardedReader
 from ckpt_jax.store.seal import unseal
+from ckpt_jax.store.stack import MANIFEST
 
 T = TypeVar("T")
 
@@ -66,12 +66,7 @@ class CheckpointReader:
     def __enter__(self) -> CheckpointReader:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         self.close()
         if isinstance(error, CorruptCheckpointError):
             self.check_not_replaced(error)

@@ -186,7 +186,7 @@ def nearest(path: str, candidates: Iterable[str], count: int = 2) -> tuple[str, 
     return tuple(difflib.get_close_matches(path, candidates, count, cutoff=0.6))
 
 
-def describe_problems(report: RestoreReport, source: str, advice: str) -> str:
+def describe_problems(report: RestoreReport, advice: str) -> str:
     """The text of an error: the problems of a report at once, the first ones of each kind."""
     lines = []
     for kind in ("mismatched", "missing", "unexpected"):
@@ -196,4 +196,4 @@ def describe_problems(report: RestoreReport, source: str, advice: str) -> str:
             lines += [f"    {entry}" for entry in entries[:_LISTED]]
             if len(entries) > _LISTED:
                 lines.append(f"    ... and {len(entries) - _LISTED} more, in the error's .report")
-    return "\n".join([f"{source} does not fit the target:", *lines, advice])
+    return "\n".join([f"{report.path} does not fit the target:", *lines, advice])

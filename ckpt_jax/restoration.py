@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -19,23 +19,23 @@ from typing import Any
 from ckpt_jax.arrays import host
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_jax.fitting.adapting import ReshardCallback, settle
+from ckpt_jax.fitting.reading import FittedReader
 from ckpt_jax.fitting.renaming import Renamed
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.match import Match, extend, match
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
-from ckpt_jax.graph.plan import pretty_name, reachable
+from ckpt_jax.graph.plan import plan_read, pretty_name, reachable
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoring import (
     abstract_only,
-    adapted,
     execute,
+    fits,
     live_graph,
     nbytes_to_read,
     plan_restoring,
-    raise_problems,
-    value_reader,
+    require_fit,
 )
 from ckpt_jax.trackable.delegate import delegate_of
 from ckpt_jax.trackable.pending import await_child
@@ -51,13 +51,6 @@ def _note_restored(obj: Any, uid: int) -> None:
     if _has_weakrefs(obj):
         key = id(obj)
         _restored_by[key] = weakref.ref(obj, lambda _: _restored_by.pop(key, None)), uid
-
-
-def note_restored(objects: Iterable[Any]) -> None:
-    """Remembers that objects were restored now, outside of a `Restoration`."""
-    uid = next(_uids)
-    for obj in objects:
-        _note_restored(obj, uid)
 
 
 def _restored_uid(obj: Any) -> int:
@@ -152,10 +145,7 @@ class Restoration:
         self._trace = weakref.WeakMethod(trace)
         self._met: set[int] = set()  # saved nodes that have been bound, to whatever
         self._open_slots = [
-            (optimizer, slot)
-            for optimizer, node in enumerate(renamed.graph.nodes)
-            for slot in node.slots
-            if not options.skip_slot_variables
+            slot for slot in renamed.graph.slots() if not options.skip_slot_variables
         ]
 
     @property
@@ -165,13 +155,10 @@ class Restoration:
 
     def run(self, reader: CheckpointReader) -> Any:
         """Restores what is there and lets the rest wait; returns the root."""
-        trace = self._trace()
-        assert trace is not None
         self._identity = reader.identity
         try:
-            live = trace()
-            if self._create_slots(live):
-                live = trace()
+            live = self._traced()
+            assert live is not None
             return self._bind(live, lambda saved: match(saved, live.graph), reader)
         except BaseException:
             self.left_over.is_expected = True  # the error says enough
@@ -194,16 +181,22 @@ class Restoration:
     def attached(self) -> None:
         """Restores slots of which one end has just come. Where the other is, only a walk from
         the root can tell."""
-        trace = self._trace()
         ends = [slot for slot in self._open_slots if {slot[0], slot[1].variable} <= self._met]
-        if not ends or trace is None:
+        live = self._traced() if ends else None
+        if live is None:
             return
-        live = trace()
-        if self._create_slots(live):
-            live = trace()
         slots = frozenset([slot.node for _, slot in ends])
         with self._reopened() as reader:
             self._bind(live, lambda saved: match(saved, live.graph), reader, slots)
+
+    def _traced(self) -> LiveGraph | None:
+        """The objects of the program, with what slot variables its optimizers had to make; None
+        where they are gone."""
+        trace = self._trace()
+        if trace is None:
+            return None
+        live = trace()
+        return trace() if self._create_slots(live) else live
 
     @contextmanager
     def _reopened(self) -> Iterator[CheckpointReader]:
@@ -268,8 +261,8 @@ class Restoration:
           among: saved nodes: nothing else is restored. All by default.
           root_key: the escaped path of the root of `live`.
         """
-        settled = settle(self.saved, live, rematch, reader, self._callbacks)
-        saved, found = adapted(self.renamed, settled), settled.found
+        settled = settle(self.renamed, live, rematch, reader, self._callbacks)
+        saved, found = settled.saved, settled.found
         only = None
         if among is not None:
             new = [found.bound[node] for node in among if node in found.bound]
@@ -287,14 +280,12 @@ class Restoration:
             missing=abstract_only(plan.report.missing, live),
             mismatched=(
                 *problems,
-                *settled.problems,
                 *[entry for entry in plan.report.mismatched if entry.expected],
             ),
             unexpected=(),
         )
-        if fatal.missing or fatal.mismatched:
-            raise_problems(fatal, self.path, advice=_ADVICE)
-        source = value_reader(reader, saved, settled)
+        require_fit(fatal, _ADVICE)
+        source = FittedReader(reader, saved.derived, settled.inputs)
         root, new = execute(plan, live, source, self.options)
         self.nbytes += nbytes_to_read(plan, source)
         self.renamed, self._callbacks = saved, settled.callbacks
@@ -324,6 +315,28 @@ class Restoration:
         """Whether this restore has bound a saved node to this object. An object that cannot be
         referred to weakly (an nnx.Variable) is known by its place."""
         return not _has_weakrefs(obj) or any(ref() is obj for ref in self._bound.get(saved, ()))
+
+
+def restore_bound(
+    reader: CheckpointReader,
+    live: LiveGraph,
+    bound: Mapping[int, int],
+    options: CheckpointOptions,
+) -> None:
+    """Restores what live nodes take from the saved ones that are bound to them, whatever edges
+    lead there; what else the checkpoint has is ignored.
+
+    Raises:
+      RestoreMismatchError: naming all that is missing or differs. Nothing was changed.
+    """
+    found = Match(bound, {})
+    saved = reader.object_graph
+    plan = plan_read(saved, live, found, path=reader.path, fits=fits(options.cast))
+    require_fit(replace(plan.report, unexpected=(), deferred=()))
+    execute(plan, live, reader, options)
+    uid = next(_uids)
+    for obj in live.objects:
+        _note_restored(obj, uid)
 
 
 class _Waiting:

@@ -22,25 +22,14 @@ from ckpt_jax import multihost
 from ckpt_jax.arrays import host
 from ckpt_jax.arrays.replicas import gather, parted
 from ckpt_jax.arrays.values import ARRAY_KINDS, decode, describe, difference, evaluate
-from ckpt_jax.errors import (
-    ProcessError,
-    RegistrationError,
-    RestoreMismatchError,
-)
-from ckpt_jax.fitting.adapting import Settled, ValueReader
-from ckpt_jax.fitting.derived import DerivedReader
+from ckpt_jax.errors import ProcessError, RegistrationError, RestoreMismatchError
 from ckpt_jax.fitting.placing import placed
+from ckpt_jax.fitting.reading import FittedReader
 from ckpt_jax.fitting.renaming import Renamed
 from ckpt_jax.graph.labels import object_key_of, path_of
 from ckpt_jax.graph.match import Match
 from ckpt_jax.graph.model import LeafSpec
-from ckpt_jax.graph.plan import (
-    Read,
-    ReadPlan,
-    SaverCall,
-    assign,
-    plan_read,
-)
+from ckpt_jax.graph.plan import Read, ReadPlan, SaverCall, assign, plan_read
 from ckpt_jax.graph.trace import LiveGraph, trace
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.progress import Advance, progress
@@ -49,6 +38,8 @@ from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.savers import registry
 from ckpt_jax.store.index import dtype_of
 from ckpt_jax.trackable.view import View
+
+Reader = CheckpointReader | FittedReader
 
 ADVICE = (
     "Nothing was read or changed. Pass objects that fit, or options=CheckpointOptions(cast=True) "
@@ -97,7 +88,7 @@ def plan_restoring(
     only: frozenset[int] | None = None,
     root_key: str = "",
 ) -> tuple[ReadPlan, tuple[ReportEntry, ...]]:
-    """What to read, and what is wrong with rename rules and shardings themselves.
+    """What to read, and what is wrong with rename rules, adapters and shardings themselves.
 
     Args:
       saved, live, found: the two graphs and their match.
@@ -117,8 +108,8 @@ def plan_restoring(
         only=only,
         skip_slots=options.skip_slot_variables,
     )
-    problems = [ReportEntry(where, what=what) for where, what in (*saved.problems, *wrong)]
-    return replace(plan, report=_with_changes(plan, saved, live)), tuple(problems)
+    problems = (*saved.problems, *[ReportEntry(where, what=what) for where, what in wrong])
+    return replace(plan, report=_with_changes(plan, saved, live)), problems
 
 
 def _with_changes(plan: ReadPlan, saved: Renamed, live: LiveGraph) -> RestoreReport:
@@ -166,27 +157,20 @@ def abstract_only(entries: tuple[ReportEntry, ...], live: LiveGraph) -> tuple[Re
     return tuple([entry for entry in entries if entry.path in abstract])
 
 
-def raise_problems(
-    report: RestoreReport, path: str, cause: Exception | None = None, advice: str = ADVICE
-) -> None:
-    raise RestoreMismatchError(describe_problems(report, path, advice), report) from cause
+def require_fit(report: RestoreReport, advice: str = ADVICE) -> None:
+    """Checks that nothing is mismatched, missing or unexpected.
+
+    Raises:
+      RestoreMismatchError: naming all that is.
+    """
+    if report.mismatched or report.missing or report.unexpected:
+        raise RestoreMismatchError(describe_problems(report, advice), report)
 
 
 # --- read and assign -------------------------------------------------------------------
 
 
-def adapted(saved: Renamed, settled: Settled) -> Renamed:
-    """A renamed graph as adapters want it read."""
-    paths = {**settled.saved_paths, **saved.saved_paths}
-    return replace(saved, graph=settled.saved, saved_paths=paths)
-
-
-def value_reader(reader: CheckpointReader, saved: Renamed, settled: Settled) -> ValueReader:
-    """What reads the values of a renamed and adapted graph."""
-    return ValueReader(DerivedReader(reader, saved.derived), settled.inputs)
-
-
-def read(plan: ReadPlan, reader: ValueReader, options: CheckpointOptions) -> list[Any]:
+def read(plan: ReadPlan, reader: Reader, options: CheckpointOptions) -> list[Any]:
     """The value of each `Read` of a plan, each array once per dtype and placement."""
     total = nbytes_to_read(plan, reader) if options.progress else 0
     with progress(options.progress, f"restoring {reader.path}", total) as advance:
@@ -194,7 +178,7 @@ def read(plan: ReadPlan, reader: ValueReader, options: CheckpointOptions) -> lis
 
 
 def _read(
-    plan: ReadPlan, reader: ValueReader, options: CheckpointOptions, advance: Advance
+    plan: ReadPlan, reader: Reader, options: CheckpointOptions, advance: Advance
 ) -> list[Any]:
     requests: dict[tuple[str, Any, Any], int] = {}
     order = [requests.setdefault(_identity(r), len(requests)) for r in plan.reads]
@@ -218,7 +202,7 @@ def _read(
                 entry = ReportEntry(path_of(object_key_of(key)), str(r.target), str(r.saved))
                 problem = replace(entry, what=str(error))
                 report = RestoreReport(reader.path, mismatched=(problem,))
-                raise_problems(report, reader.path, error)
+                raise RestoreMismatchError(describe_problems(report, ADVICE), report) from error
         for number in batch.values():
             del todo[number]
     if shared:
@@ -227,7 +211,7 @@ def _read(
 
 
 def _shared(
-    reads: Mapping[int, Read], reader: ValueReader, options: CheckpointOptions
+    reads: Mapping[int, Read], reader: Reader, options: CheckpointOptions
 ) -> dict[int, jax.sharding.Sharding]:
     """For reads whose bytes several processes need, the layout in which each is read once."""
     if not options.broadcast or multihost.current().count == 1:
@@ -245,7 +229,7 @@ def _shared(
 def _hand_over(
     found: list[Any],
     reads: Mapping[int, Read],
-    reader: ValueReader,
+    reader: Reader,
     options: CheckpointOptions,
 ) -> None:
     """Gathers what was read in parts.
@@ -291,7 +275,7 @@ def _request(
     )
 
 
-def nbytes_to_read(plan: ReadPlan, reader: ValueReader) -> int:
+def nbytes_to_read(plan: ReadPlan, reader: Reader) -> int:
     """Bytes of values that this process needs for a plan, each once."""
     nbytes: dict[str, int] = {}
     for r in plan.reads:
@@ -305,7 +289,7 @@ def nbytes_to_read(plan: ReadPlan, reader: ValueReader) -> int:
 
 @host.transfers_allowed()
 def execute(
-    plan: ReadPlan, live: LiveGraph, reader: ValueReader, options: CheckpointOptions
+    plan: ReadPlan, live: LiveGraph, reader: Reader, options: CheckpointOptions
 ) -> tuple[Any, list[Any]]:
     """Reads what a plan says and puts it into the live objects; returns the root and the values."""
     calls = [_accepted(call, live) for call in plan.calls]

@@ -31,39 +31,39 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 
 from ckpt_jax import multihost
 from ckpt_jax.arrays.host import without_gc
-from ckpt_jax.arrays.values import decode, describe
-from ckpt_jax.errors import (
-    CheckpointError,
-    CorruptCheckpointError,
-    RegistrationError,
-    RestoreMismatchError,
-    UnsaveableError,
-)
-from ckpt_jax.fitting.adapting import ValueReader
-from ckpt_jax.graph import objects as codec
-from ckpt_jax.graph.labels import SAVED_OBJECTS_KEY, VARIABLE_VALUE, Label
+from ckpt_jax.arrays.values import decode, struct_of
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, RegistrationError
+from ckpt_jax.graph.labels import SAVED_OBJECTS_KEY, Label
 from ckpt_jax.graph.match import match
-from ckpt_jax.graph.model import Attribute, LeafSpec, Node, ObjectGraph
-from ckpt_jax.graph.objects import CONTAINERS, DICT, LIST, NONE, OBJECT, VALUE, VARIABLE
+from ckpt_jax.graph.model import Attribute, Node, ObjectGraph, descendants
+from ckpt_jax.graph.objects import (
+    CONTAINERS,
+    DICT,
+    LIST,
+    OBJECT,
+    VALUE,
+    VARIABLE,
+    encode,
+    in_order,
+    needs,
+)
 from ckpt_jax.graph.objects import SavedObject as Saved
-from ckpt_jax.graph.order import CyclicDependencyError, order_by_dependency
+from ckpt_jax.graph.order import CyclicDependencyError
 from ckpt_jax.graph.plan import plan_read
-from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.report import ReportEntry, describe_problems
-from ckpt_jax.restoring import abstract_only, execute, fits, live_graph
+from ckpt_jax.recording import TYPE_NAME, lasting, recorded
+from ckpt_jax.report import ReportEntry
+from ckpt_jax.restoring import abstract_only, execute, fits, live_graph, require_fit
 from ckpt_jax.savers import registry
 from ckpt_jax.saving import write_checkpoint
-from ckpt_jax.store.index import dtype_of
 from ckpt_jax.store.seal import seal
 from ckpt_jax.trackable.base import AutoTrackable, PythonState, Trackable, Variable
 from ckpt_jax.trackable.view import View, view_of
 
 Path = str | bytes | os.PathLike[Any]
 
-_TYPE_NAME = "_self_type_name"  # of the class that an object was of before it was made anew
 _ADVICE = (
     "Nothing was restored. A class that changed since can read what it wrote in "
     "_deserialize_from_proto; ckpt.load reads the values without any class."
@@ -112,13 +112,13 @@ def save_object(
     watch = METER.saving()
     with multihost.current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
         write_checkpoint(
-            lambda: _lasting(live_graph(obj, for_restore=False)),
+            lambda: lasting(live_graph(obj, for_restore=False)),
             path,
             options,
             meeting,
             overwrite=overwrite,
             watch=watch,
-            extra=lambda live: {SAVED_OBJECTS_KEY: seal(codec.encode(live.graph, _describe(live)))},
+            extra=lambda live: {SAVED_OBJECTS_KEY: seal(encode(live.graph, recorded(live)))},
         )
     return path
 
@@ -176,153 +176,6 @@ def load_object(path: Path) -> Any:
         return _Revival(reader, graph, objects).run()
 
 
-# --- save ------------------------------------------------------------------------------
-
-
-def _lasting(live: LiveGraph) -> LiveGraph:
-    """A graph that says nothing that ends when its objects are made anew.
-
-    Arrays lose their weak types then, and classes that are not registered are gone; an object
-    remembers the name of the one that it was of.
-    """
-
-    def strong(attribute: Attribute) -> Attribute:
-        return replace(attribute, spec=replace(attribute.spec, weak_type=False))
-
-    nodes = [
-        replace(
-            node,
-            type_name=getattr(obj, "__dict__", {}).get(_TYPE_NAME, node.type_name),
-            attributes=tuple([strong(a) if a.spec.weak_type else a for a in node.attributes]),
-        )
-        for node, obj in zip(live.graph.nodes, live.objects, strict=True)
-    ]
-    return replace(live, graph=ObjectGraph(tuple(nodes), live.graph.object_keys))
-
-
-def _describe(live: LiveGraph) -> tuple[Saved, ...]:
-    """What each node is made anew as.
-
-    Raises:
-      UnsaveableError: naming every node that nothing could make anew.
-    """
-    node_of = {id(obj): node for node, obj in reversed([*enumerate(live.objects)])}
-    problems: list[tuple[str, str]] = []
-    objects: list[Saved] = []
-    for node in range(len(live.objects)):
-        try:
-            objects.append(_describe_one(live, node, node_of))
-        except TypeError as error:
-            problems.append((live.graph.paths[node], str(error)))
-            objects.append(Saved(NONE))
-    order: list[int] = []
-    if not problems:
-        try:
-            order = _order(live.graph, objects, range(len(objects)))
-        except CyclicDependencyError as error:
-            paths = " -> ".join(live.graph.paths[node] or "(root)" for node in _ids(error.cycle))
-            problems.append((paths, "these depend on each other to be made anew"))
-    for node in order:
-        if objects[node].registered_name and hasattr(live.objects[node], "_serialize_to_proto"):
-            written = live.objects[node]._serialize_to_proto()
-            try:
-                objects[node] = replace(objects[node], message=codec.packed(written))
-            except TypeError as error:
-                problems.append((live.graph.paths[node], f"_serialize_to_proto: {error}"))
-    if problems:
-        lines = "\n".join(f"  {path or '(root)'}: {what}" for path, what in problems)
-        raise UnsaveableError(
-            f"{len(problems)} objects could not be made anew; nothing was written:\n{lines}\n"
-            "ckpt.save and Checkpoint.save need no class to be registered.",
-            tuple(problems),
-        )
-    return tuple(objects)
-
-
-def _ids(cycle: Iterable[Any]) -> list[int]:
-    return [int(node) for node in cycle]
-
-
-def _describe_one(live: LiveGraph, node: int, node_of: Mapping[int, int]) -> Saved:
-    obj, view, entry = live.objects[node], live.views[node], live.graph.nodes[node]
-    kind = _kind_of(view, entry)
-    name = (registry.registered_name(obj) or "") if kind not in (VALUE, NONE) else ""
-    if not name:
-        _check_plain(obj, kind, entry)
-    spec = None
-    if entry.saver is not None and kind in (VALUE, VARIABLE):
-        spec = _spec_for_saver(view.values(obj)[VARIABLE_VALUE], kind, entry.saver.name)
-    return Saved(
-        kind,
-        name,
-        dependencies=_dependencies(live, node, node_of) if name else (),
-        spec=spec,
-    )
-
-
-def _kind_of(view: View, node: Node) -> str:
-    container = view.container
-    if not view.mutable and container == "leaf":
-        return VALUE
-    if container == "leaf" and not node.children:
-        names = [attribute.name for attribute in node.attributes]
-        return VARIABLE if node.saver or names == [VARIABLE_VALUE] else OBJECT
-    if container in (NONE, *CONTAINERS):
-        return container
-    return OBJECT if view.mutable else DICT
-
-
-def _check_plain(obj: Any, kind: str, node: Node) -> None:
-    """Whether an object can do without its class."""
-    what = None
-    if node.attributes and kind not in (VALUE, VARIABLE):
-        what = "values"
-    elif node.slots:
-        what = "slot variables"
-    if what:
-        cls = type(obj)
-        raise TypeError(
-            f"{cls.__module__}.{cls.__qualname__} keeps {what} in its own way; register the class "
-            "with ckpt.register_serializable, so that it can make its objects anew"
-        )
-    if kind == OBJECT and (odd := [x for x, _ in node.children if not isinstance(x, str)]):
-        raise TypeError(f"{odd[0]!r} is no name for an attribute")
-
-
-def _spec_for_saver(value: Any, kind: str, saver: str) -> LeafSpec:
-    spec = describe(value)[0]
-    known = spec.kind == "array" and codec.has_dtype_number(spec.dtype)
-    if not known and (kind == VARIABLE or spec.kind not in ("array", "numpy")):
-        raise TypeError(
-            f"{spec} is held by the checkpoint saver {saver!r}, and cannot be made anew for it"
-        )
-    return replace(spec, weak_type=False)
-
-
-def _dependencies(
-    live: LiveGraph, node: int, node_of: Mapping[int, int]
-) -> tuple[tuple[str, int], ...]:
-    obj = live.objects[node]
-    method = getattr(obj, "_deserialization_dependencies", None)
-    if method is None:
-        return ()
-    children = dict(live.graph.nodes[node].children)
-    named = method({label: live.objects[child] for label, child in children.items()})
-    found: list[tuple[str, int]] = []
-    for name, dependency in named.items():
-        child = children.get(name)
-        if child is None or live.objects[child] is not dependency:
-            child = node_of.get(id(dependency))
-        if child is None or not isinstance(name, str):
-            raise TypeError(f"it depends on {name!r}, which is not in the object graph")
-        found.append((name, child))
-    return tuple(found)
-
-
-def _order(graph: ObjectGraph, objects: Any, nodes: Iterable[int]) -> list[int]:
-    return order_by_dependency({node: codec.needs(graph, objects, node) for node in nodes})
-
-
 # --- load ------------------------------------------------------------------------------
 
 
@@ -361,7 +214,7 @@ class _Revival:
     def run(self) -> Any:
         nodes, early = self.closure()
         try:
-            order = _order(self.graph, self.objects, sorted(nodes))
+            order = in_order(self.graph, self.objects, sorted(nodes))
         except CyclicDependencyError as error:
             raise self.corrupt(error) from error
         self.read(nodes, early)
@@ -382,14 +235,14 @@ class _Revival:
     def closure(self) -> tuple[set[int], set[int]]:
         """All nodes to make, and those of them that a registered class needs beforehand."""
         every: set[int] = set()
-        todo = reachable_children(self.graph, [0])
-        while todo - every:
+        todo = {*descendants(self.graph.nodes)}
+        while todo:
             every |= todo
             further = [n for node in todo for _, n in self.objects[node].dependencies]
-            todo = reachable_children(self.graph, further) - every
+            todo = {*descendants(self.graph.nodes, further)} - every
         registered = [node for node in every if self.objects[node].registered_name]
-        first = [n for node in registered for n in codec.needs(self.graph, self.objects, node)]
-        return every, reachable_children(self.graph, first)
+        first = [n for node in registered for n in needs(self.graph, self.objects, node)]
+        return every, {*descendants(self.graph.nodes, first)}
 
     # --- make --------------------------------------------------------------------------
 
@@ -411,7 +264,7 @@ class _Revival:
                 continue
             wanted[node] = attribute
             placed = spec.kind in ("array", "prng_key")
-            requests[attribute.key] = _struct(spec) if placed else None
+            requests[attribute.key] = struct_of(spec) if placed else None
         data = self.reader.read(requests)
         for node, attribute in wanted.items():
             spec = attribute.spec
@@ -438,7 +291,7 @@ class _Revival:
             case _:
                 self.made[node] = _container(saved.kind, self.parts(node))
         if saved.kind in (VARIABLE, OBJECT) and not _is_own(entry.type_name, self.made[node]):
-            self.made[node].__dict__[_TYPE_NAME] = entry.type_name
+            self.made[node].__dict__[TYPE_NAME] = entry.type_name
 
     def initial(self, node: int) -> Any:
         """The value of a leaf, or what stands for it until it is restored."""
@@ -448,7 +301,7 @@ class _Revival:
         spec = self.objects[node].spec if not attributes else attributes[0].spec
         assert spec is not None
         try:
-            struct = _struct(spec)
+            struct = struct_of(spec)
         except (TypeError, ValueError) as error:
             raise self.corrupt(error) from error
         if spec.kind == "array":
@@ -551,10 +404,8 @@ class _Revival:
             unexpected=tuple(lost),
             deferred=(),
         )
-        if fatal.missing or fatal.mismatched or fatal.unexpected:
-            text = describe_problems(fatal, self.reader.path, _ADVICE)
-            raise RestoreMismatchError(text, fatal)
-        root, _ = execute(plan, live, ValueReader(self.reader), DEFAULT)
+        require_fit(fatal, _ADVICE)
+        root, _ = execute(plan, live, self.reader, DEFAULT)
         self.check_complete(root)
         return root
 
@@ -580,22 +431,6 @@ class _Revival:
 
 
 _OURS = (Trackable, Variable, PythonState)
-
-
-def reachable_children(graph: ObjectGraph, roots: Iterable[int]) -> set[int]:
-    """Nodes that can be reached from `roots` along child edges."""
-    seen = set(roots)
-    todo = list(seen)
-    while todo:
-        for _, child in graph.nodes[todo.pop()].children:
-            if child not in seen:
-                seen.add(child)
-                todo.append(child)
-    return seen
-
-
-def _struct(spec: LeafSpec) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(spec.shape, dtype_of(spec.dtype))
 
 
 def _values_of(node: Node) -> str:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import TracebackType
 
 from ckpt_jax.graph.labels import SAVE_COUNTER
 from ckpt_jax.graph.match import Match, match
@@ -68,12 +67,10 @@ class LoadStatus:
         Raises:
           AssertionError: naming the values that have not.
         """
-        if self._restoration is not None:
-            self._restoration.left_over.is_expected = True  # whoever asserts has been told
+        self._done.left_over.is_expected = True  # whoever asserts has been told
         self.assert_existing_objects_matched(limit=limit)
-        assert self._restoration is not None
         live, found, report = self._look()
-        saved = self._restoration.saved
+        saved = self._done.saved
         if saved.named:
             return self
         unresolved = [
@@ -93,12 +90,10 @@ class LoadStatus:
         Raises:
           AssertionError: naming the objects that did not.
         """
-        if self._restoration is None:
-            raise AssertionError(_NO_CHECKPOINT)
         live, found, _ = self._look()
-        sources, saved = found.sources(), self._restoration.saved.nodes
+        sources, saved = found.sources(), self._done.saved.nodes
         skipped = live.graph.slot_nodes if self._skips_slots() else frozenset()
-        if self._restoration.saved.named:
+        if self._done.saved.named:
             skipped |= {n for label, n in live.graph.nodes[0].children if label == SAVE_COUNTER}
         unmatched = [
             pretty_name(live.graph, node)
@@ -120,9 +115,7 @@ class LoadStatus:
         Raises:
           AssertionError: nothing was.
         """
-        if self._restoration is None:
-            raise AssertionError(_NO_CHECKPOINT)
-        if self._restoration.saved.named:
+        if self._done.saved.named:
             return self.assert_consumed()
         live, found, _ = self._look()
         if len(found.bound) <= 1:
@@ -130,7 +123,7 @@ class LoadStatus:
                 raise AssertionError("Nothing to load: the program tracks no objects")
             raise AssertionError(
                 "Nothing but the root was matched with the checkpoint. It holds "
-                f"{_listed(list(self._restoration.saved.paths[1:]))}; the program has "
+                f"{_listed(list(self._done.saved.paths[1:]))}; the program has "
                 f"{_listed(list(live.graph.paths[1:]))}"
             )
         return self
@@ -148,39 +141,35 @@ class LoadStatus:
     def __enter__(self) -> LoadStatus:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, *rest: object) -> None:
         if kind is None:
             self.assert_consumed(limit=None)
 
+    @property
+    def _done(self) -> Restoration:
+        if self._restoration is None:
+            raise AssertionError(_NO_CHECKPOINT)
+        return self._restoration
+
     def _look(self) -> tuple[LiveGraph, Match, RestoreReport]:
-        assert self._restoration is not None
+        restoration = self._done
         live = self._trace()
-        found = match(self._restoration.saved, live.graph)
-        restoration = self._restoration
+        found = match(restoration.saved, live.graph)
         plan, _ = plan_restoring(
             restoration.renamed, live, found, restoration.path, restoration.options
         )
         return live, found, replace(plan.report, nbytes=restoration.nbytes)
 
     def _skips_slots(self) -> bool:
-        return self._restoration is not None and self._restoration.options.skip_slot_variables
+        return self._done.options.skip_slot_variables
 
     def _holds(self, live: LiveGraph, saved: int, node: int) -> bool:
         """Whether a live node still is the object that the restore bound. Values without an
         identity of their own (leaves of a pytree) are known by their place."""
-        assert self._restoration is not None
-        if not live.views[node].mutable:
-            return True
-        return self._restoration.is_bound(saved, live.objects[node])
+        return not live.views[node].mutable or self._done.is_bound(saved, live.objects[node])
 
     def _unresolved(self, live: LiveGraph, found: Match) -> list[tuple[int, str]]:
-        assert self._restoration is not None
-        saved = self._restoration.saved
+        saved = self._done.saved
         skipped = saved.slot_nodes if self._skips_slots() else frozenset()
         return [
             (node, ", ".join(str(attribute.spec) for attribute in entry.attributes))

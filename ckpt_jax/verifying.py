@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ckpt_jax.batches import batches
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
 from ckpt_jax.reader import CheckpointReader
@@ -83,7 +84,7 @@ def verify(path: str | bytes | os.PathLike[Any]) -> VerifyReport:
         with CheckpointReader(path) as reader:
             problems = [*_graph(reader)]
             keys = reader.keys()
-            for batch in _batches(reader, keys):
+            for batch in batches(keys, reader.stored_nbytes, _BATCH_NBYTES):
                 problems += _values(reader, batch)
             return VerifyReport(path, tuple(problems), len(keys), reader.bytes_read)
     except (CorruptCheckpointError, UnsupportedFormatError) as error:
@@ -107,20 +108,6 @@ def _graph(reader: CheckpointReader) -> Iterator[Damage]:
         _ = reader.saved_objects
     except (CorruptCheckpointError, UnsupportedFormatError) as error:
         yield _damage(reader.path, error, SAVED_OBJECTS_KEY)
-
-
-def _batches(reader: CheckpointReader, keys: Sequence[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    held = 0
-    for key in keys:
-        nbytes = reader.stored_nbytes(key)
-        if batch and held + nbytes > _BATCH_NBYTES:
-            yield batch
-            batch, held = [], 0
-        batch.append(key)
-        held += nbytes
-    if batch:
-        yield batch
 
 
 def _values(reader: CheckpointReader, keys: Sequence[str]) -> list[Damage]:

@@ -1,5 +1,6 @@
 """Fixtures and settings that all tests share."""
 
+import gc
 import os
 
 import jax
@@ -39,3 +40,25 @@ def mesh24() -> Mesh:
 def mesh8() -> Mesh:
     """The same devices in one row, ("data",) = (8,)."""
     return Mesh(np.array(jax.devices()), ("data",))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return str(tmp_path / "written")
+
+
+@pytest.fixture
+def no_gc():
+    """Objects go when nobody refers to them, or not at all."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.fixture(scope="module")
+def no_flushing():
+    """Nobody pulls the plug in these tests, and flushing is most of the time they take."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield

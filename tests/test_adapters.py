@@ -242,6 +242,8 @@ def test_inputs_that_cannot_be_read_are_problems_of_the_plan(tmp_path, inputs, w
     for restore in (ckpt.restore, lambda path, layer: ckpt.Checkpoint(layer).read(path)):
         with pytest.raises(ckpt.RestoreMismatchError, match=f"table: .*{what}"):
             restore(path, layer)
+    (entry,) = ckpt.plan_restore(path, layer).mismatched
+    assert what in entry.what
 
 
 def test_a_result_of_another_shape_or_dtype_changes_nothing(tmp_path):

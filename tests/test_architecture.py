@@ -25,7 +25,7 @@ ROOT = Path(__file__).parent.parent / PACKAGE
 # package above it; it may import from its own layer and from those before.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "options", "report", "metrics", "progress", "version", "_proto", "jax_internals"),
-    ("graph.labels", "graph.model", "store.box"),
+    ("graph.labels", "graph.model", "store.box", "batches"),
     ("trackable",),
     ("graph",),
     ("store",),
@@ -38,8 +38,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("reader",),
     ("fitting",),
     ("saving", "restoring", "restoration", "latest", "verifying", "background", "preflighting"),
-    ("status", "checkpoint", "functional", "revive", "nodes", "frozen", "per_process"),
-    ("retention",),
+    ("status", "checkpoint", "functional", "recording", "revive", "nodes", "frozen", "per_process"),
+    ("retention", "ledger"),
     ("manager", "inspect"),
     ("preemption",),
     ("__init__",),

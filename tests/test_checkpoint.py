@@ -11,17 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from descriptors import open_files
+from trackables import Model, value, var
 
 import ckpt_jax as ckpt
 from ckpt_jax.trackable.pending import pending_names
-
-
-class Model(ckpt.AutoTrackable):
-    """Takes its attributes from a test."""
-
-    def __init__(self, **attributes):
-        for name, value in attributes.items():
-            setattr(self, name, value)
 
 
 class Position(ckpt.PythonState):
@@ -59,31 +52,9 @@ class Optimizer(ckpt.AutoTrackable):
         return self.state
 
 
-def var(value):
-    return ckpt.Variable(np.asarray(value, np.float32))
-
-
-def value(variable):
-    return np.asarray(variable.value).tolist()
-
-
 @pytest.fixture
 def prefix(tmp_path):
     return str(tmp_path / "ckpt")
-
-
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "written")
-
-
-@pytest.fixture
-def no_gc():
-    """Objects go when nobody refers to them, or not at all."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 # --- write and read, save and restore ---------------------------------------------------

@@ -17,30 +17,14 @@ import pytest
 from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
+from trackables import Model, value, var
 
 import ckpt_jax as ckpt
 from ckpt_jax.trackable.containers import DictWrapper, ListWrapper, wrap
 from ckpt_jax.trackable.pending import pending_names
 from ckpt_jax.trackable.view import view_of
 
-
-class Model(ckpt.AutoTrackable):
-    """Takes its attributes from a test."""
-
-    def __init__(self, **attributes):
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-
 Pair = namedtuple("Pair", ["one", "two"])
-
-
-def var(value):
-    return ckpt.Variable(np.asarray(value, np.float32))
-
-
-def value(variable):
-    return np.asarray(variable.value).tolist()
 
 
 def labels(container):
@@ -49,11 +33,6 @@ def labels(container):
 
 def children(container):
     return list(view_of(container).children(container))
-
-
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "written")
 
 
 # --- what is wrapped --------------------------------------------------------------------

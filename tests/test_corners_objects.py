@@ -9,17 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trackables import Model, value, var
 
 import ckpt_jax as ckpt
-from ckpt_jax.graph import codec
 from ckpt_jax.graph.match import Match, extend, match
-from ckpt_jax.graph.model import Attribute, Node, ObjectGraph
-
-
-class Model(ckpt.AutoTrackable):
-    def __init__(self, **attributes):
-        for name, value in attributes.items():
-            setattr(self, name, value)
+from ckpt_jax.graph.model import Attribute, Node, ObjectGraph, object_keys
 
 
 class Values(ckpt.Trackable):
@@ -39,19 +33,6 @@ class Optimizer(ckpt.AutoTrackable):
 
     def slots(self):
         return self.state
-
-
-def var(value):
-    return ckpt.Variable(np.asarray(value, np.float32))
-
-
-def value(variable):
-    return np.asarray(variable.value).tolist()
-
-
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "written")
 
 
 # --- silent wrong values ----------------------------------------------------------------
@@ -216,7 +197,7 @@ def slots(path, when):
 
 
 def test_a_slot_variable_with_children_keeps_its_path_in_the_file(path):
-    """codec.object_keys does not walk on from slot variables: '.N4' instead of '.../f/row'."""
+    """object_keys does not walk on from slot variables: '.N4' instead of '.../f/row'."""
     v = var(1.0)
     optimizer = Optimizer()
     optimizer.state["f", v] = {"row": jnp.ones(2), "col": jnp.ones(3)}
@@ -383,7 +364,7 @@ def test_a_slot_and_a_child_of_a_bad_name_have_different_paths():
 
 def test_a_node_that_nothing_leads_to_has_a_path_of_its_own():
     nodes = (Node(children=((".N2", 1),)), Node(), Node())
-    graph = ObjectGraph(nodes, codec.object_keys(nodes))
+    graph = ObjectGraph(nodes, object_keys(nodes))
     assert len(set(graph.paths)) == 3
 
 
@@ -466,9 +447,9 @@ def test_a_frontier_keeps_both_children_of_combined_objects():
         leaf,
         leaf,
     )
-    saved = ObjectGraph(nodes, codec.object_keys(nodes))
+    saved = ObjectGraph(nodes, object_keys(nodes))
     full = (Node(children=(("a", 1), ("b", 1))), Node(children=(("v", 2),)), leaf)
-    live = ObjectGraph(full, codec.object_keys(full))
+    live = ObjectGraph(full, object_keys(full))
     early = ObjectGraph((full[0], Node(), leaf), live.object_keys)
     before = match(saved, early)
     waiting = [child for child in (3, 4) if child in before.frontier.values()]
@@ -486,9 +467,9 @@ def test_extend_knows_who_came_first_when_objects_were_combined():
     in one go it is the first. Seen in Conflict.bound_saved."""
     leaf = Node("leaf", "", (), (Attribute("x", "x"),))
     nodes = (Node(children=(("a", 1), ("b", 2), ("c", 3))), leaf, leaf, leaf)
-    saved = ObjectGraph(nodes, codec.object_keys(nodes))
+    saved = ObjectGraph(nodes, object_keys(nodes))
     full = (Node(children=(("a", 1), ("b", 1), ("c", 1))), leaf)
-    live = ObjectGraph(full, codec.object_keys(full))
+    live = ObjectGraph(full, object_keys(full))
     early = ObjectGraph((Node(children=(("a", 1), ("b", 1))), leaf), live.object_keys)
     before = match(saved, early)
     late = extend(Match(before.bound, {}, before.conflicts), saved, live, [(3, 1)])

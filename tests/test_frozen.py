@@ -3,17 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from trackables import Model
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph.trace import _Walk
-
-
-class Model(ckpt.AutoTrackable):
-    def __init__(self, **attributes):
-        for name, value in attributes.items():
-            setattr(self, name, value)
 
 
 def program(value=0.0):
@@ -159,6 +155,14 @@ def test_objects_that_are_not_what_was_frozen_are_named(tmp_path, change, what):
     with pytest.raises(ValueError, match=what):
         saver.save(tmp_path / "a")
     assert not list(tmp_path.iterdir())
+
+
+def test_optimizer_state_without_its_parameters_is_told_what_it_lacks(tmp_path):
+    params = {"w": jnp.zeros(2)}
+    state = ckpt.optax_state(optax.adam(0.1).init(params), params)
+    saver = ckpt.Checkpoint(state=state).freeze()
+    with pytest.raises(ValueError, match="state/.*mu: is for parameters outside of what is saved"):
+        saver.save(tmp_path / "a")
 
 
 def test_keys_that_are_missing_or_differ_are_all_named_and_nothing_changes(tmp_path):

@@ -20,13 +20,7 @@ from ckpt_jax.latest import (
 )
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 
-
-@pytest.fixture(autouse=True, scope="module")
-def no_flushing():
-    """Nobody pulls the plug in these tests, and flushing is most of the time they take."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_flushing")
 
 
 @pytest.fixture

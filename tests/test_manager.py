@@ -39,12 +39,7 @@ class Clock:
         return self.now
 
 
-@pytest.fixture(autouse=True, scope="module")
-def no_flushing():
-    """Nobody pulls the plug in these tests, and flushing is most of the time they take."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda descriptor: None)
-        yield
+pytestmark = pytest.mark.usefixtures("no_flushing")
 
 
 @pytest.fixture

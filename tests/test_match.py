@@ -6,9 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_jax.graph.codec import object_keys
 from ckpt_jax.graph.match import Conflict, Match, extend, match
-from ckpt_jax.graph.model import Attribute, Node, ObjectGraph, Slot
+from ckpt_jax.graph.model import Attribute, Node, ObjectGraph, Slot, object_keys
 
 
 def graph(*nodes):

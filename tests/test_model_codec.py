@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from ckpt_jax._proto import trackable_object_graph_pb2 as pb
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
-from ckpt_jax.graph.codec import decode, encode, object_keys
+from ckpt_jax.graph.codec import decode, encode
 from ckpt_jax.graph.labels import VARIABLE_VALUE, attribute_key, local_name
 from ckpt_jax.graph.model import (
     FORMAT_VERSION,
@@ -18,6 +18,7 @@ from ckpt_jax.graph.model import (
     SaverRef,
     ShardingSpec,
     Slot,
+    object_keys,
 )
 
 TEXT = st.text(max_size=4)

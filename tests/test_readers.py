@@ -12,18 +12,13 @@ from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
+from trackables import Model
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph.labels import readable
 from ckpt_jax.graph.model import LeafSpec
 from ckpt_jax.graph.names import graph_of, labels_of
 from ckpt_jax.readers import NPZ, NamedValues
-
-
-class Model(ckpt.AutoTrackable):
-    def __init__(self, **attributes):
-        for name, value in attributes.items():
-            setattr(self, name, value)
 
 
 class Pair(ckpt.Trackable):

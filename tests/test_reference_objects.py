@@ -1,6 +1,5 @@
 """What the reference does with objects, where no other test shows it (docs/behaviours.md)."""
 
-import gc
 import io
 import logging
 import os
@@ -14,39 +13,9 @@ import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trackables import Model, value, var
 
 import ckpt_jax as ckpt
-
-
-class Model(ckpt.AutoTrackable):
-    """Takes its attributes from a test."""
-
-    def __init__(self, **attributes):
-        for name, value in attributes.items():
-            setattr(self, name, value)
-
-
-def var(value):
-    return ckpt.Variable(np.asarray(value, np.float32))
-
-
-def value(variable):
-    return np.asarray(variable.value).tolist()
-
-
-@pytest.fixture
-def path(tmp_path):
-    return str(tmp_path / "written")
-
-
-@pytest.fixture
-def no_gc():
-    """Objects go when nobody refers to them, or not at all."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
 
 # --- variables ----------------------------------------------------------------------------
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-import numpy as np
 import pytest
+from trackables import value, var
 
 import ckpt_jax as ckpt
 
@@ -41,14 +41,6 @@ class Replaceable(ArraySlots):
     def set_slot(self, name, variable, value):
         assert (name, variable) == ("m", self.variable)
         self.momentum = value
-
-
-def var(value):
-    return ckpt.Variable(np.asarray(value, np.float32))
-
-
-def value(variable):
-    return np.asarray(variable.value).tolist()
 
 
 @pytest.fixture

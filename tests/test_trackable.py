@@ -7,17 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trackables import Model
 
 import ckpt_jax as ckpt
 from ckpt_jax.trackable.pending import await_child, pending_names, received
-
-
-class Model(ckpt.AutoTrackable):
-    """Takes its attributes from a test."""
-
-    def __init__(self, **attributes):
-        for name, value in attributes.items():
-            setattr(self, name, value)
 
 
 def names(obj):

@@ -144,6 +144,17 @@ def sharding_spec(sharding: jax.sharding.Sharding) -> ShardingSpec:
     )
 
 
+def struct_of(
+    spec: LeafSpec, sharding: jax.sharding.Sharding | None = None
+) -> jax.ShapeDtypeStruct:
+    """What a spec is to JAX.
+
+    Raises:
+      ValueError: there is no such dtype.
+    """
+    return jax.ShapeDtypeStruct(spec.shape, dtype_of(spec.dtype), sharding=sharding)
+
+
 # --- out -------------------------------------------------------------------------------
 
 

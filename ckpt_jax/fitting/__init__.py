@@ -2,5 +2,6 @@
 
 renaming     under other names, by rules; and in other shapes (transforms, derived)
 adapting     as a class says that its older checkpoints are read
+reading      the values, made of what is stored
 placing      on other devices than the target says
 """

@@ -8,7 +8,7 @@ read in another way: under another name (`object_name`), from other values
 
 `settle` works this into the saved graph before anything is planned. A renamed child is an edge
 with another label; a resharded value has the spec of its target. Match, plan, deferral, report
-and status see an ordinary graph. `ValueReader` then reads such a value by way of its callback.
+and status see an ordinary graph. `reading` then reads such a value by way of its callback.
 
 A slot variable follows its variable: the callback is propagated to the slots.
 """
@@ -17,26 +17,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
 from ckpt_jax.arrays import host
-from ckpt_jax.errors import RestoreMismatchError
-from ckpt_jax.fitting.derived import DerivedReader
-from ckpt_jax.graph.codec import object_keys
-from ckpt_jax.graph.labels import VARIABLE_VALUE, Label, local_name, object_key_of, path_of
+from ckpt_jax.arrays.values import struct_of
+from ckpt_jax.fitting.renaming import Renamed
+from ckpt_jax.graph.labels import Label, local_name
 from ckpt_jax.graph.match import Match
-from ckpt_jax.graph.model import LeafSpec, ObjectGraph
+from ckpt_jax.graph.model import LeafSpec, ObjectGraph, object_keys
 from ckpt_jax.graph.names import own_values
 from ckpt_jax.graph.trace import LiveGraph
-from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.report import ReportEntry, RestoreReport
+from ckpt_jax.report import ReportEntry
 from ckpt_jax.store.box import Box
-from ckpt_jax.store.index import BYTES, dtype_of
+from ckpt_jax.store.index import BYTES
 
 
 class ReshardCallback:
@@ -137,24 +134,21 @@ class Settled:
     """A saved graph as the live objects want it read, and its match with them.
 
     Attributes:
-      saved: the graph, with adapted edges and specs. Node ids and keys are the checkpoint's.
+      saved: the graph, with adapted edges and specs. Node ids and keys are as they were. Its
+        problems are also what adapters asked for in vain.
       found: the match.
       callbacks: by saved node.
       inputs: by checkpoint key, of the values that are resharded.
-      saved_paths: the path in the checkpoint of every node that was renamed.
-      problems: what adapters asked for in vain.
     """
 
-    saved: ObjectGraph
+    saved: Renamed
     found: Match
     callbacks: Mapping[int, ReshardCallback]
     inputs: Mapping[str, Inputs]
-    saved_paths: Mapping[int, str]
-    problems: tuple[ReportEntry, ...]
 
 
 def settle(
-    saved: ObjectGraph,
+    renamed: Renamed,
     live: LiveGraph,
     rematch: Callable[[ObjectGraph], Match],
     reader: CheckpointReader,
@@ -163,12 +157,12 @@ def settle(
     """Matches two graphs, and lets the live objects say how the saved one is read.
 
     Args:
-      saved, live: the graphs.
+      renamed, live: the graphs.
       rematch: matches a version of the saved graph with the live one.
       reader: of the checkpoint; no value is read.
       callbacks: by saved node, from an earlier part of the same restore.
     """
-    original, known = saved, dict(callbacks or {})
+    saved, known = renamed.graph, dict(callbacks or {})
     found = rematch(saved)
     asked: set[int] = set()
     while True:
@@ -190,18 +184,11 @@ def settle(
     if saved.named:
         saved = own_values(saved, live.graph, found)
         found = rematch(saved)
-    renamed = {} if saved is original else _renamed(original, saved)
+    paths = {**renamed.graph.other_paths(saved), **renamed.saved_paths}
     saved, inputs, problems = _with_inputs(saved, live, found, reader, known)
-    return Settled(saved, found, known, inputs, renamed, problems)
-
-
-def _renamed(original: ObjectGraph, saved: ObjectGraph) -> dict[int, str]:
-    """The original paths of nodes that have others now."""
-    return {
-        node: original.value_path(node, VARIABLE_VALUE) if entry.attributes else path
-        for node, (entry, path) in enumerate(zip(original.nodes, original.paths, strict=True))
-        if path != saved.paths[node]
-    }
+    problems = (*renamed.problems, *problems)
+    fitted = replace(renamed, graph=saved, saved_paths=paths, problems=problems)
+    return Settled(fitted, found, known, inputs)
 
 
 def _adapter_of(obj: Any, path: str) -> CheckpointAdapter | None:
@@ -258,13 +245,14 @@ def _with_inputs(
             spec = wanted.get(attribute.name)
             if spec is None or BYTES in (spec.dtype, attribute.spec.dtype):
                 continue
-            struct = _struct(spec, host.placement(live.values[target][attribute.name]))
+            struct = struct_of(spec, host.placement(live.values[target][attribute.name]))
             keys, boxes = callback.update_restore_inputs(attribute.key, struct)
             if problem := _problem(keys, boxes, reader):
                 path = live.graph.value_path(target, attribute.name)
                 what = f"{type(callback).__qualname__}.update_restore_inputs {problem}"
                 problems.append(ReportEntry(path, str(spec), str(attribute.spec), what))
-            inputs[attribute.key] = Inputs(callback, tuple(keys), tuple(boxes), spec)
+            there = tuple([key for key in keys if reader.has_tensor(key)])
+            inputs[attribute.key] = Inputs(callback, there, tuple(boxes), spec)
             attributes = list(nodes[source].attributes)
             attributes[number] = replace(attribute, spec=spec)
             nodes[source] = replace(nodes[source], attributes=tuple(attributes))
@@ -286,10 +274,6 @@ def _reshards(callback: ReshardCallback) -> bool:
     )
 
 
-def _struct(spec: LeafSpec, sharding: jax.sharding.Sharding | None) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(spec.shape, dtype_of(spec.dtype), sharding=sharding)
-
-
 def _problem(
     keys: Sequence[str], boxes: Sequence[Box | None], reader: CheckpointReader
 ) -> str | None:
@@ -297,61 +281,3 @@ def _problem(
         return f"gave {len(keys)} keys and {len(boxes)} boxes"
     unknown = [key for key in keys if not reader.has_tensor(key)]
     return f"asks for keys that the checkpoint lacks: {', '.join(unknown)}" if unknown else None
-
-
-_NONE: Mapping[str, Inputs] = MappingProxyType({})
-
-
-class ValueReader:
-    """A checkpoint's reader, by which resharded values are read through their callbacks.
-
-    Args:
-      reader: of the checkpoint.
-      inputs: by checkpoint key, as `settle` found them.
-    """
-
-    def __init__(
-        self, reader: CheckpointReader | DerivedReader, inputs: Mapping[str, Inputs] = _NONE
-    ):
-        self.path = reader.path
-        self._reader = reader
-        self._inputs = inputs
-
-    def read(
-        self,
-        requests: Mapping[str, Any],
-        options: CheckpointOptions = DEFAULT,
-        arrived: Callable[[int], object] = lambda nbytes: None,
-    ) -> dict[str, Any]:
-        """Several values at once; see `CheckpointReader.read`."""
-        plain = {key: wanted for key, wanted in requests.items() if key not in self._inputs}
-        results = self._reader.read(plain, options, arrived)
-        for key in requests.keys() - plain.keys():
-            results[key] = self._resharded(self._inputs[key], requests[key], options)
-            arrived(self.stored_nbytes(key))
-        return results
-
-    def stored_nbytes(self, key: str) -> int:
-        """The bytes of what a value is made of."""
-        inputs = self._inputs.get(key)
-        return sum(map(self._reader.stored_nbytes, inputs.keys if inputs else [key]))
-
-    def _resharded(
-        self, inputs: Inputs, request: jax.ShapeDtypeStruct | None, options: CheckpointOptions
-    ) -> Any:
-        parts = zip(inputs.keys, inputs.boxes, strict=True)
-        values = [self._reader.read({key: box}, options)[key] for key, box in parts]
-        struct = request or _struct(inputs.target, None)
-        result = np.asarray(inputs.callback.reshard(values, struct))
-        if options.cast:
-            result = result.astype(struct.dtype)
-        if (result.shape, result.dtype) != (struct.shape, struct.dtype):
-            what = (
-                f"expected {struct.dtype}{list(struct.shape)} from "
-                f"{type(inputs.callback).__qualname__}.reshard, got "
-                f"{result.dtype}{list(result.shape)}"
-            )
-            path = path_of(object_key_of(inputs.keys[0]))
-            report = RestoreReport(self.path, mismatched=(ReportEntry(path, what=what),))
-            raise RestoreMismatchError(f"{path}: {what}. Nothing was changed", report)
-        return result if request is None else host.put([result], request.sharding)[0]

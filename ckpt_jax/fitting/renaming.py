@@ -7,7 +7,7 @@ an optimizer holds for a variable (its slots) follows the variable: as it is whe
 moves, derived in the same way where the variable is.
 
 The outcome is a graph like any other, so that match, plan and assign know nothing of rules; only
-reading does (see `derived`).
+reading does (see `reading`).
 """
 
 from __future__ import annotations
@@ -21,9 +21,16 @@ from itertools import pairwise
 from typing import Any
 
 from ckpt_jax.fitting.transforms import Cast, Derived, Stack, Step, Transform, Unstack, derive
-from ckpt_jax.graph.codec import object_keys
 from ckpt_jax.graph.labels import Label, attribute_key, escaped_names, path_of, unescape
-from ckpt_jax.graph.model import Attribute, Node, ObjectGraph, Slot
+from ckpt_jax.graph.model import (
+    Attribute,
+    Node,
+    ObjectGraph,
+    Slot,
+    descendants,
+    object_keys,
+    slots_in,
+)
 from ckpt_jax.graph.patterns import (
     Pattern,
     compile_pattern,
@@ -31,7 +38,7 @@ from ckpt_jax.graph.patterns import (
     fill,
     odd_wildcards,
 )
-from ckpt_jax.report import nearest
+from ckpt_jax.report import ReportEntry, nearest
 
 Rule = tuple[Pattern, str, *tuple[Transform, ...]]
 _MAX_LISTED = 6
@@ -44,13 +51,13 @@ class Renamed:
     Attributes:
       graph: the same values, reached by other edges, and derived ones.
       saved_paths: the path in the original graph of every node that moved.
-      problems: (path, what) for rules that cannot be followed.
+      problems: for rules that cannot be followed.
       derived: how values that are not stored as they are come about, by their keys in `graph`.
     """
 
     graph: ObjectGraph
     saved_paths: Mapping[int, str] = field(default_factory=dict)
-    problems: tuple[tuple[str, str], ...] = ()
+    problems: tuple[ReportEntry, ...] = ()
     derived: Mapping[str, Derived] = field(default_factory=dict)
 
 
@@ -429,15 +436,9 @@ class _Renaming:
             if i < len(self.graph.nodes):  # left behind: known by the name that it had
                 keys[i] = self.graph.object_keys[i]
         renamed = ObjectGraph(tuple(nodes), tuple(keys), self.graph.named)
-        for i in range(len(self.graph.nodes)):
-            if self.graph.paths[i] != renamed.paths[i]:
-                has_values = self.graph.nodes[i].attributes
-                self.saved_paths[i] = (
-                    self.graph.value_path(i, "VARIABLE_VALUE")
-                    if has_values
-                    else self.graph.paths[i]
-                )
-        return Renamed(renamed, self.saved_paths, tuple(self.problems), self.derived)
+        paths = {**self.saved_paths, **self.graph.other_paths(renamed)}
+        problems = [ReportEntry(path, what=what) for path, what in self.problems]
+        return Renamed(renamed, paths, tuple(problems), self.derived)
 
     def finished(self, number: int, node: Node) -> Node:
         children, slots = tuple(self.edges[number]), self.slots.get(number, ())
@@ -464,20 +465,9 @@ def slot_groups(
 
 def _unreachable(nodes: Sequence[Node]) -> set[int]:
     """Nodes that no edge leads to; the slot variables of such nodes are among them."""
-    reached = [0]
-    seen = {0}
-    for node in reached:
-        for _, child in nodes[node].children:
-            if child not in seen:
-                seen.add(child)
-                reached.append(child)
-    slots = {
-        slot.node
-        for optimizer, node in enumerate(nodes)
-        for slot in node.slots
-        if optimizer in seen and slot.variable in seen
-    }
-    return {i for i in range(len(nodes)) if i not in seen and i not in slots}
+    seen = {*descendants(nodes)}
+    slots = {slot.node for optimizer, slot in slots_in(nodes) if {optimizer, slot.variable} <= seen}
+    return {*range(len(nodes))} - seen - slots
 
 
 def _child_paths(graph: ObjectGraph, node: int) -> list[str]:

@@ -85,7 +85,7 @@ class OptimizerView(ModuleView):
 def _state_of(optimizer: nnx.Optimizer[Any]) -> tuple[list[Part], list[Any]]:
     """The parts of an optimizer's state, but for the masked ones, and its leaves."""
     leaves = jax.tree.leaves(optimizer.opt_state, is_leaf=is_leaf)
-    parts = parts_of(optimizer.opt_state, _mirrored)
+    parts = parts_of(optimizer.opt_state, leaves, _mirrored)
     masked = [isinstance(x, nnx.Variable) and is_masked(x.get_raw_value()) for x in leaves]
     return [part for part in parts if not masked[part.leaf]], leaves
 

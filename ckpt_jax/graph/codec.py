@@ -6,8 +6,9 @@ version) before a graph is made of it. Paths are not stored; they follow from th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 from google.protobuf.message import DecodeError
 
@@ -24,10 +25,10 @@ from ckpt_jax.graph.model import (
     SaverRef,
     ShardingSpec,
     Slot,
+    object_keys,
 )
 from ckpt_jax.version import __version__
 
-T = TypeVar("T", bound=Hashable)
 _Reference = pb.TrackableObjectGraph.TrackableObject.ObjectReference
 _KINDS: dict[type, int] = {
     str: _Reference.STRING,
@@ -66,9 +67,8 @@ def encode(graph: ObjectGraph) -> bytes:
     add = message.nodes.add
     for node in graph.nodes:
         out = add(container=node.container, type_name=node.type_name)
-        for label, child in node.children:
-            text, kind = label_text(label)
-            out.children.add(node_id=child, local_name=text, key_kind=kind)
+        if node.children:
+            add_references(out.children, node.children)
         for attribute in node.attributes:
             out.attributes.add(
                 name=attribute.name,
@@ -77,12 +77,8 @@ def encode(graph: ObjectGraph) -> bytes:
                 leaf_spec=specs.number(attribute.spec),
                 sharding=shardings.number(attribute.sharding),
             )
-        for slot in node.slots:
-            out.slot_variables.add(
-                original_variable_node_id=slot.variable,
-                slot_name=slot.name,
-                slot_variable_node_id=slot.node,
-            )
+        if node.slots:
+            add_slots(out.slot_variables, node.slots)
         if node.saver is not None:
             out.registered_saver.name = node.saver.name
             out.registered_saver.object_name = node.saver.object_name
@@ -121,22 +117,33 @@ def decode(data: bytes, *, foreign: bool = False) -> ObjectGraph:
       CorruptCheckpointError: the bytes are no such message or contradict themselves.
       UnsupportedFormatError: they come from a newer format.
     """
-    message = pb.TrackableObjectGraph()
-    try:
-        message.ParseFromString(data)
-    except DecodeError as error:
-        raise CorruptCheckpointError(f"the object graph cannot be parsed: {error}") from error
-    if message.format_version > FORMAT_VERSION:
-        raise UnsupportedFormatError(
-            f"written by format {message.format_version}, this is ckpt_jax {__version__} "
-            f"which reads up to {FORMAT_VERSION}; install a newer ckpt_jax"
-        )
-    if not (message.format_version or foreign):
-        raise CorruptCheckpointError("the object graph has no format version")
-    try:
+    with decoding("object graph"):
+        message = pb.TrackableObjectGraph.FromString(data)
+        if message.format_version or not foreign:
+            check_version(message.format_version, FORMAT_VERSION)
         return _decode(message)
+
+
+@contextmanager
+def decoding(what: str) -> Iterator[None]:
+    """Says of an error that `what` is damaged."""
+    try:
+        yield
+    except DecodeError as error:
+        raise CorruptCheckpointError(f"the {what} cannot be parsed: {error}") from error
     except (ValueError, KeyError, IndexError) as error:
-        raise CorruptCheckpointError(f"the object graph contradicts itself: {error}") from error
+        raise CorruptCheckpointError(f"the {what} contradicts itself: {error}") from error
+
+
+def check_version(found: int, known: int) -> None:
+    """Checks that a message is of a format version that can be read here."""
+    if not found:
+        raise CorruptCheckpointError("there is no format version")
+    if found > known:
+        raise UnsupportedFormatError(
+            f"written by format {found}, this is ckpt_jax {__version__} which reads up to "
+            f"{known}; install a newer ckpt_jax"
+        )
 
 
 def _decode(message: pb.TrackableObjectGraph) -> ObjectGraph:
@@ -159,13 +166,8 @@ def _decode(message: pb.TrackableObjectGraph) -> ObjectGraph:
     ]
     nodes = []
     for entry in message.nodes:
-        slots = tuple(
-            [
-                Slot(s.original_variable_node_id, s.slot_name, s.slot_variable_node_id)
-                for s in entry.slot_variables
-            ]
-        )
-        children = tuple([(label_of(child), child.node_id) for child in entry.children])
+        slots = slots_of(entry.slot_variables)
+        children = references(entry.children)
         if len({(child.key_kind, child.local_name) for child in entry.children}) < len(children):
             raise ValueError(f"node {len(nodes)} has two edges of one label")
         ids = [child for _, child in children]
@@ -226,12 +228,22 @@ def _spec(message: pb.LeafSpec) -> LeafSpec:
     return LeafSpec(kind, dtype, shape, message.weak_type, message.prng_impl)
 
 
-def label_text(label: Label) -> tuple[str, int]:
-    """The text and the `key_kind` of a label."""
-    return labels.local_name(label), _KINDS[type(label)]
+# --- edges -----------------------------------------------------------------------------
 
 
-def label_of(reference: Any) -> Label:
+def add_references(out: Any, edges: Iterable[tuple[Label, int]]) -> None:
+    """Adds an `ObjectReference` for each edge."""
+    for label, child in edges:
+        name, kind = labels.local_name(label), _KINDS[type(label)]
+        out.add(node_id=child, local_name=name, key_kind=kind)
+
+
+def references(entries: Any) -> tuple[tuple[Label, int], ...]:
+    """The inverse of `add_references`."""
+    return tuple([(_label(entry), entry.node_id) for entry in entries])
+
+
+def _label(reference: Any) -> Label:
     """The label of an `ObjectReference`, whose text has to be the label's own."""
     label = _FROM_TEXT[reference.key_kind](reference.local_name)
     if labels.local_name(label) != reference.local_name:
@@ -239,29 +251,21 @@ def label_of(reference: Any) -> Label:
     return label
 
 
-def object_keys(nodes: Sequence[Node]) -> tuple[str, ...]:
-    """The escaped path of each node, along its first breadth-first discovery.
+def add_slots(out: Any, slots: Iterable[Slot]) -> None:
+    """Adds a `SlotVariableReference` for each slot."""
+    for slot in slots:
+        out.add(
+            original_variable_node_id=slot.variable,
+            slot_name=slot.name,
+            slot_variable_node_id=slot.node,
+        )
 
-    A node that cannot be reached has the path of its id, which no escaped name equals.
-    """
-    keys: dict[int, str] = {0: ""}
 
-    def walk(queue: list[int]) -> None:
-        for node in queue:  # grows while it is walked
-            children = nodes[node].children
-            prefix = f"{keys[node]}/" if keys[node] else ""
-            names = labels.escaped_names([label for label, _ in children])
-            for name, (_, child) in zip(names, children, strict=True):
-                if child not in keys:
-                    keys[child] = prefix + name
-                    queue.append(child)
-
-    walk([0])
-    slots: list[int] = []
-    for optimizer, node in enumerate(nodes):
-        for slot in node.slots:
-            if slot.node not in keys and slot.variable in keys and optimizer in keys:
-                keys[slot.node] = labels.slot_key(keys[slot.variable], keys[optimizer], slot.name)
-                slots.append(slot.node)
-    walk(slots)
-    return tuple([keys.get(node, f".N{node}") for node in range(len(nodes))])
+def slots_of(entries: Any) -> tuple[Slot, ...]:
+    """The inverse of `add_slots`."""
+    return tuple(
+        [
+            Slot(entry.original_variable_node_id, entry.slot_name, entry.slot_variable_node_id)
+            for entry in entries
+        ]
+    )

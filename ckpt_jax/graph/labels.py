@@ -27,6 +27,7 @@ LABEL_TYPES = frozenset([str, int, bool, float, bytes, type(None)])
 
 VARIABLE_VALUE = "VARIABLE_VALUE"
 PYTHON_STATE = "py_state"
+ONLY_VALUE = (VARIABLE_VALUE, PYTHON_STATE)  # what an object with one value calls it
 OBJECT_GRAPH_KEY = "_CHECKPOINTABLE_OBJECT_GRAPH"
 SAVED_OBJECTS_KEY = "_SAVED_OBJECT_GRAPH"
 SAVE_COUNTER = "save_counter"

@@ -11,11 +11,18 @@ Nothing here holds arrays, devices or files; a `LeafSpec` and a `ShardingSpec` a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from ckpt_jax.graph.labels import Label, path_of
+from ckpt_jax.graph.labels import (
+    ONLY_VALUE,
+    VARIABLE_VALUE,
+    Label,
+    escaped_names,
+    path_of,
+    slot_key,
+)
 
 FORMAT_VERSION = 1
 
@@ -129,9 +136,8 @@ class ObjectGraph:
     def slots_of_variable(self) -> dict[int, list[tuple[int, Slot]]]:
         """(optimizer, slot) pairs by variable."""
         found: dict[int, list[tuple[int, Slot]]] = {}
-        for optimizer, node in enumerate(self.nodes):
-            for slot in node.slots:
-                found.setdefault(slot.variable, []).append((optimizer, slot))
+        for optimizer, slot in self.slots():
+            found.setdefault(slot.variable, []).append((optimizer, slot))
         return found
 
     def slot(self, optimizer: int, variable: int, name: str) -> int | None:
@@ -141,11 +147,7 @@ class ObjectGraph:
     @cached_property
     def slot_of(self) -> dict[int, tuple[int, Slot]]:
         """(optimizer, slot) by slot variable."""
-        return {
-            slot.node: (optimizer, slot)
-            for optimizer, node in enumerate(self.nodes)
-            for slot in node.slots
-        }
+        return {slot.node: (optimizer, slot) for optimizer, slot in self.slots()}
 
     @cached_property
     def slot_nodes(self) -> frozenset[int]:
@@ -155,9 +157,7 @@ class ObjectGraph:
     @cached_property
     def _slot_nodes(self) -> dict[tuple[int, int, str], int]:
         return {
-            (optimizer, slot.variable, slot.name): slot.node
-            for optimizer, node in enumerate(self.nodes)
-            for slot in node.slots
+            (optimizer, slot.variable, slot.name): slot.node for optimizer, slot in self.slots()
         }
 
     def carries_values(self, node: int) -> bool:
@@ -173,9 +173,68 @@ class ObjectGraph:
             for attribute in node.attributes:
                 yield node_id, attribute
 
+    def slots(self) -> Iterator[tuple[int, Slot]]:
+        return slots_in(self.nodes)
+
     def value_path(self, node: int, attribute: str) -> str:
         """The path of a value: that of its node where it is the node's one value."""
         path = self.paths[node]
-        if len(self.nodes[node].attributes) == 1 and attribute in ("VARIABLE_VALUE", "py_state"):
+        if len(self.nodes[node].attributes) == 1 and attribute in ONLY_VALUE:
             return path
         return f"{path}/{attribute}" if path else attribute
+
+    def other_paths(self, changed: ObjectGraph) -> dict[int, str]:
+        """The paths here of nodes, or of their one value, that have others in a changed graph."""
+        if changed is self:
+            return {}
+        return {
+            node: self.value_path(node, VARIABLE_VALUE) if entry.attributes else path
+            for node, (entry, path) in enumerate(zip(self.nodes, self.paths, strict=True))
+            if path != changed.paths[node]
+        }
+
+
+def slots_in(nodes: Sequence[Node]) -> Iterator[tuple[int, Slot]]:
+    """(optimizer, slot) pairs."""
+    for optimizer, node in enumerate(nodes):
+        for slot in node.slots:
+            yield optimizer, slot
+
+
+def descendants(nodes: Sequence[Node], roots: Iterable[int] = (0,)) -> list[int]:
+    """The roots and all that child edges lead to from them, breadth first."""
+    order = list(dict.fromkeys(roots))
+    seen = set(order)
+    for node in order:  # grows while it is walked
+        for _, child in nodes[node].children:
+            if child not in seen:
+                seen.add(child)
+                order.append(child)
+    return order
+
+
+def object_keys(nodes: Sequence[Node]) -> tuple[str, ...]:
+    """The escaped path of each node, along its first breadth-first discovery.
+
+    A node that cannot be reached has the path of its id, which no escaped name equals.
+    """
+    keys: dict[int, str] = {0: ""}
+
+    def walk(queue: list[int]) -> None:
+        for node in queue:  # grows while it is walked
+            children = nodes[node].children
+            prefix = f"{keys[node]}/" if keys[node] else ""
+            names = escaped_names([label for label, _ in children])
+            for name, (_, child) in zip(names, children, strict=True):
+                if child not in keys:
+                    keys[child] = prefix + name
+                    queue.append(child)
+
+    walk([0])
+    slots: list[int] = []
+    for optimizer, slot in slots_in(nodes):
+        if slot.node not in keys and slot.variable in keys and optimizer in keys:
+            keys[slot.node] = slot_key(keys[slot.variable], keys[optimizer], slot.name)
+            slots.append(slot.node)
+    walk(slots)
+    return tuple([keys.get(node, f".N{node}") for node in range(len(nodes))])

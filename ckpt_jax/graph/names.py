@@ -15,10 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from ckpt_jax.graph.codec import object_keys
 from ckpt_jax.graph.labels import VARIABLE_VALUE, Label, readable, unescape
 from ckpt_jax.graph.match import Match
-from ckpt_jax.graph.model import Attribute, LeafSpec, Node, ObjectGraph
+from ckpt_jax.graph.model import Attribute, LeafSpec, Node, ObjectGraph, object_keys
 
 
 def labels_of(name: str, separator: str = "/") -> tuple[str, ...]:

@@ -14,19 +14,25 @@ Both graphs have the same nodes and edges. A file in which they differ is damage
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from google.protobuf.any_pb2 import Any as AnyMessage
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from ckpt_jax._proto import saved_object_graph_pb2 as pb
-from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
-from ckpt_jax.graph.codec import label_of, label_text
+from ckpt_jax.graph.codec import (
+    add_references,
+    add_slots,
+    check_version,
+    decoding,
+    references,
+    slots_of,
+)
 from ckpt_jax.graph.labels import VARIABLE_VALUE
-from ckpt_jax.graph.model import LeafSpec, Node, ObjectGraph, Slot
-from ckpt_jax.version import __version__
+from ckpt_jax.graph.model import LeafSpec, Node, ObjectGraph
+from ckpt_jax.graph.order import order_by_dependency
 
 FORMAT_VERSION = 1
 
@@ -86,6 +92,15 @@ def needs(graph: ObjectGraph, objects: Sequence[SavedObject], node: int) -> list
     return [*(child for _, child in saved.dependencies), *parts]
 
 
+def in_order(graph: ObjectGraph, objects: Sequence[SavedObject], nodes: Iterable[int]) -> list[int]:
+    """Nodes in an order in which they can be made.
+
+    Raises:
+      CyclicDependencyError: there is none.
+    """
+    return order_by_dependency({node: needs(graph, objects, node) for node in nodes})
+
+
 # --- out -------------------------------------------------------------------------------
 
 
@@ -94,18 +109,9 @@ def encode(graph: ObjectGraph, objects: Sequence[SavedObject]) -> bytes:
     message = pb.SavedObjectGraph(format_version=FORMAT_VERSION)
     for number, (node, saved) in enumerate(zip(graph.nodes, objects, strict=True)):
         out = message.nodes.add(registered_name=saved.registered_name)
-        for label, child in node.children:
-            text, kind = label_text(label)
-            out.children.add(node_id=child, local_name=text, key_kind=kind)
-        for name, child in saved.dependencies:
-            text, kind = label_text(name)
-            out.dependencies.add(node_id=child, local_name=text, key_kind=kind)
-        for slot in node.slots:
-            out.slot_variables.add(
-                original_variable_node_id=slot.variable,
-                slot_name=slot.name,
-                slot_variable_node_id=slot.node,
-            )
+        add_references(out.children, node.children)
+        add_references(out.dependencies, saved.dependencies)
+        add_slots(out.slot_variables, node.slots)
         if saved.message is not None:
             out.serialized_user_proto.CopyFrom(saved.message)
         if node.saver is not None:
@@ -148,39 +154,22 @@ def decode(data: bytes, graph: ObjectGraph) -> tuple[SavedObject, ...]:
       CorruptCheckpointError: the bytes are no such message, or contradict themselves or `graph`.
       UnsupportedFormatError: they come from a newer format.
     """
-    message = pb.SavedObjectGraph()
-    try:
-        message.ParseFromString(data)
-    except DecodeError as error:
-        raise CorruptCheckpointError(f"the saved objects cannot be parsed: {error}") from error
-    if message.format_version > FORMAT_VERSION:
-        raise UnsupportedFormatError(
-            f"saved objects of format {message.format_version}, this is ckpt_jax {__version__} "
-            f"which reads up to {FORMAT_VERSION}; install a newer ckpt_jax"
-        )
-    if not message.format_version:
-        raise CorruptCheckpointError("the saved objects have no format version")
-    try:
+    with decoding("list of saved objects"):
+        message = pb.SavedObjectGraph.FromString(data)
+        check_version(message.format_version, FORMAT_VERSION)
         if len(message.nodes) != len(graph.nodes):
             raise ValueError(f"{len(message.nodes)} for {len(graph.nodes)} nodes")
-        objects = tuple([_object(n, entry, graph) for n, entry in enumerate(message.nodes)])
-    except (ValueError, KeyError, IndexError) as error:
-        raise CorruptCheckpointError(f"the saved objects contradict themselves: {error}") from error
-    return objects
+        return tuple([_object(n, entry, graph) for n, entry in enumerate(message.nodes)])
 
 
 def _object(number: int, entry: Any, graph: ObjectGraph) -> SavedObject:
     node = graph.nodes[number]
     where = graph.paths[number] or "(root)"
-    slots = [
-        Slot(s.original_variable_node_id, s.slot_name, s.slot_variable_node_id)
-        for s in entry.slot_variables
-    ]
-    children = [(label_of(child), child.node_id) for child in entry.children]
     saver = node.saver.name if node.saver else ""
-    if (children, slots, entry.registered_saver) != ([*node.children], [*node.slots], saver):
+    edges = references(entry.children), slots_of(entry.slot_variables), entry.registered_saver
+    if edges != (node.children, node.slots, saver):
         raise ValueError(f"{where}: other edges than the object graph has")
-    dependencies = [(label_of(child), child.node_id) for child in entry.dependencies]
+    dependencies = references(entry.dependencies)
     names = [name for name, _ in dependencies if isinstance(name, str)]
     if len(set(names)) < len(dependencies):
         raise ValueError(f"{where}: dependencies without names of their own")

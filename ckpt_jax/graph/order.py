@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Mapping
 from graphlib import CycleError, TopologicalSorter
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T", bound=Hashable)
 
@@ -16,7 +16,7 @@ class CyclicDependencyError(ValueError):
       cycle: them, the first one once more at the end.
     """
 
-    def __init__(self, cycle: tuple[Hashable, ...]):
+    def __init__(self, cycle: tuple[Any, ...]):
         super().__init__(f"dependencies form a cycle: {' -> '.join(map(str, cycle))}")
         self.cycle = cycle
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ckpt_jax.graph.labels import Label
+from ckpt_jax.graph.labels import ONLY_VALUE, Label
 from ckpt_jax.graph.match import Match
 from ckpt_jax.graph.model import Attribute, LeafSpec, Node, ObjectGraph
 from ckpt_jax.graph.trace import LiveGraph
@@ -309,9 +309,9 @@ def _same_attribute(node: Node, target: Attribute) -> Attribute | None:
     for attribute in node.attributes:
         if attribute.name == target.name:
             return attribute
-    if len(node.attributes) == 1 and target.name in ("VARIABLE_VALUE", "py_state"):
+    if len(node.attributes) == 1 and target.name in ONLY_VALUE:
         only = node.attributes[0]
-        return only if only.name in ("VARIABLE_VALUE", "py_state") else None
+        return only if only.name in ONLY_VALUE else None
     return None
 
 

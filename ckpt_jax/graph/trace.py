@@ -90,32 +90,26 @@ def trace(
     return walk.finish()
 
 
+@dataclass(slots=True, eq=False)
 class _Walk:
     """The growing columns of a trace; one list entry per node."""
 
-    def __init__(
-        self,
-        describe: Describe,
-        saver_of: SaverOf,
-        tie_values: bool,
-        evaluate: Evaluate | None,
-    ):
-        self.describe = describe
-        self.evaluate = evaluate
-        self.tie_values = tie_values
-        self.saver_of = saver_of
-        self.objects: list[Any] = []
-        self.views: list[View] = []
-        self.keys: list[str] = []
-        self.parents: list[int] = []
-        self.values: list[Mapping[str, Any]] = []
-        self.attributes: list[tuple[Attribute, ...]] = []
-        self.savers: list[SaverRef | None] = []
-        self.children: list[tuple[tuple[Label, int], ...]] = []
-        self.slots: dict[int, list[Slot]] = {}
-        self.variables: dict[int, Any] = {}
-        self.node_of: dict[int, int] = {}  # id(object) -> node, for objects with an identity
-        self.problems: list[tuple[str, str]] = []
+    describe: Describe
+    saver_of: SaverOf
+    tie_values: bool
+    evaluate: Evaluate | None
+    objects: list[Any] = field(default_factory=list)
+    views: list[View] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    values: list[Mapping[str, Any]] = field(default_factory=list)
+    attributes: list[tuple[Attribute, ...]] = field(default_factory=list)
+    savers: list[SaverRef | None] = field(default_factory=list)
+    children: list[tuple[tuple[Label, int], ...]] = field(default_factory=list)
+    slots: dict[int, list[Slot]] = field(default_factory=dict)
+    variables: dict[int, Any] = field(default_factory=dict)
+    node_of: dict[int, int] = field(default_factory=dict)  # by id, of objects with an identity
+    problems: list[tuple[str, str]] = field(default_factory=list)
 
     def enter(
         self, obj: Any, key: str, parent: int = -1, view: View | None = None, tie: bool = True

@@ -20,9 +20,8 @@ from dataclasses import dataclass
 
 from ckpt_jax.errors import CheckpointNotFoundError, UnsupportedFormatError
 from ckpt_jax.store.durable import fsync_directory, make_directories
+from ckpt_jax.store.stack import MANIFEST
 from ckpt_jax.store.staging import claim_name, is_staging, locked, remove_leftovers
-
-MANIFEST = "manifest.ocdbt"
 
 # Files by which the checkpoints of other libraries are known, to name them in an error.
 _OTHERS = {

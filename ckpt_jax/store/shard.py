@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
+from ckpt_jax.batches import batches
 from ckpt_jax.store.box import Box, Shape, inside, shape_of, whole
 from ckpt_jax.store.durable import fsync_directory, fsync_file
 from ckpt_jax.store.index import (
@@ -108,7 +109,7 @@ def write_shard(
     if os.listdir(directory):
         raise FileExistsError(f"{directory}: a shard is written to a new directory, this has files")
     level = LEVELS[compression]
-    groups = _groups(_transfers(plan, max_inflight_bytes), max_inflight_bytes)
+    groups = batches(_transfers(plan, max_inflight_bytes), _nbytes_held, max_inflight_bytes)
     group: list[_Transfer] | None = next(groups, [])
     context = new_context()
     flushed: set[str] = set()
@@ -295,20 +296,9 @@ def _transfers(plan: _Plan, max_nbytes: int) -> Iterator[_Transfer]:
         yield _Transfer(number, 0, 0, nbytes, parts, plan.payloads[number])
 
 
-def _groups(transfers: Iterator[_Transfer], max_nbytes: int) -> Iterator[list[_Transfer]]:
-    group: list[_Transfer] = []
-    held = 0
-    for transfer in transfers:
-        nbytes = transfer.stop - transfer.start
-        if isinstance(transfer.source, list):
-            nbytes *= 2  # a pack is a copy itself
-        if group and held + nbytes > max_nbytes:
-            yield group
-            group, held = [], 0
-        group.append(transfer)
-        held += nbytes
-    if group:
-        yield group
+def _nbytes_held(transfer: _Transfer) -> int:
+    nbytes = transfer.stop - transfer.start
+    return 2 * nbytes if isinstance(transfer.source, list) else nbytes  # a pack is a copy itself
 
 
 def _write_group(

@@ -76,50 +76,40 @@ class DelegateView(View):
     mutable = True
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
-        inner, view = _seen(obj)
-        return view.children(inner)
+        return _view(obj).children(delegate_of(obj))
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
-        inner, view = _seen(obj)
-        view.rebuild(inner, changed)
+        _view(obj).rebuild(delegate_of(obj), changed)
         return obj
 
     def values(self, obj: Any) -> Mapping[str, Any]:
-        inner, view = _seen(obj)
-        return view.values(inner)
+        return _view(obj).values(delegate_of(obj))
 
     def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
-        inner, view = _seen(obj)
-        view.assign(inner, values)
+        _view(obj).assign(delegate_of(obj), values)
         return obj
 
     def awaiting(self, obj: Any) -> tuple[Any, ...]:
-        inner, view = _seen(obj)
-        return view.awaiting(inner)
+        return _view(obj).awaiting(delegate_of(obj))
 
     def slots(self, obj: Any) -> Iterable[SlotEntry]:
-        inner, view = _seen(obj)
-        return view.slots(inner)
+        return _view(obj).slots(delegate_of(obj))
 
     def parameters(self, obj: Any) -> Any | None:
-        inner, view = _seen(obj)
-        return view.parameters(inner)
+        return _view(obj).parameters(delegate_of(obj))
 
     def replaces_slots(self, obj: Any) -> bool:
-        inner, view = _seen(obj)
-        return view.replaces_slots(inner)
+        return _view(obj).replaces_slots(delegate_of(obj))
 
     def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
-        inner, view = _seen(obj)
-        view.with_slots(inner, changed)
+        _view(obj).with_slots(delegate_of(obj), changed)
         return obj
 
 
-def _seen(obj: Any) -> tuple[Any, View]:
-    inner = delegate_of(obj)
-    view = view_of(inner)
+def _view(obj: Any) -> View:
+    view = view_of(delegate_of(obj))
     assert view is not None  # checked when the wrapper was made
-    return inner, view
+    return view
 
 
 DELEGATE = DelegateView()

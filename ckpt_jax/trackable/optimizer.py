@@ -60,11 +60,14 @@ def flatten(state: Any) -> tuple[list[tuple[Place, Any]], Any]:
     return [(tuple([label_of(key) for key in path]), leaf) for path, leaf in leaves], treedef
 
 
-def parts_of(state: Any, mirrored: Callable[[Any], Sequence[Place] | None]) -> tuple[Part, ...]:
+def parts_of(
+    state: Any, leaves: Sequence[Any], mirrored: Callable[[Any], Sequence[Place] | None]
+) -> tuple[Part, ...]:
     """The leaves of an optimizer state, masked ones left out.
 
     Args:
       state: a tree of optax states.
+      leaves: of the state, taken apart as far as `is_leaf` says.
       mirrored: says of a subtree in which parameter's place each of its leaves stands, or None
         where it does not mirror the parameters.
     """
@@ -77,9 +80,8 @@ def parts_of(state: Any, mirrored: Callable[[Any], Sequence[Place] | None]) -> t
             return
         places = mirrored(node)
         if places is not None:
-            leaves = jax.tree.leaves(node, is_leaf=is_leaf)
-            for place, leaf in zip(places, leaves, strict=True):
-                if not is_masked(leaf):
+            for place in places:
+                if not is_masked(leaves[index]):
                     found.append(Part(name, place, index))
                 index += 1
             return
@@ -168,7 +170,7 @@ class OptaxState:
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
-        return parts_of(self.opt_state, self._parameters.mirrored)
+        return parts_of(self.opt_state, self.leaves, self._parameters.mirrored)
 
     @cached_property
     def leaves(self) -> list[Any]:
