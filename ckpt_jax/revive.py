@@ -43,11 +43,11 @@ from ckpt_jax.graph.objects import (
     OBJECT,
     VALUE,
     VARIABLE,
+    SavedObject,
     encode,
     in_order,
     needs,
 )
-from ckpt_jax.graph.objects import SavedObject as Saved
 from ckpt_jax.graph.order import CyclicDependencyError
 from ckpt_jax.graph.plan import plan_read
 from ckpt_jax.metrics import METER
@@ -176,10 +176,7 @@ def load_object(path: Path) -> Any:
         return _Revival(reader, graph, objects).run()
 
 
-# --- load ------------------------------------------------------------------------------
-
-
-def _check_registered(graph: ObjectGraph, objects: Iterable[Saved], path: str) -> None:
+def _check_registered(graph: ObjectGraph, objects: Iterable[SavedObject], path: str) -> None:
     """Names every class and saver that the program lacks."""
     missing: dict[str, list[str]] = {}
     for node, (entry, saved) in enumerate(zip(graph.nodes, objects, strict=True)):
@@ -204,7 +201,9 @@ def _check_registered(graph: ObjectGraph, objects: Iterable[Saved], path: str) -
 class _Revival:
     """One load. `made` is the object of each node as far as there is one."""
 
-    def __init__(self, reader: CheckpointReader, graph: ObjectGraph, objects: tuple[Saved, ...]):
+    def __init__(
+        self, reader: CheckpointReader, graph: ObjectGraph, objects: tuple[SavedObject, ...]
+    ):
         self.reader, self.graph, self.objects = reader, graph, objects
         self.made: dict[int, Any] = {}
         self.values: dict[int, Any] = {}
