@@ -58,3 +58,69 @@ def test_a_view_of_anything_but_functions_is_refused_at_once(name: str):
     kind = given.pop("type_or_predicate")
     with pytest.raises(TypeError, match=f"{name} must be callable, got 3"):
         ckpt.register_view(kind, **given)
+
+
+# --- arrays that hold nothing --------------------------------------------------------------
+
+
+def donated() -> jax.Array:
+    array = jnp.ones(3)
+    array.delete()
+    return array
+
+
+def test_a_donated_array_cannot_stand_in_for_what_the_checkpoint_lacks(tmp_path: Path):
+    path = ckpt.save(tmp_path / "a", {"w": jnp.ones(3)})
+    restored = ckpt.restore(path, {"w": donated()})  # it says shape, dtype and sharding
+    assert restored["w"].tolist() == [1, 1, 1]
+    with pytest.raises(ckpt.RestoreMismatchError) as caught:
+        ckpt.restore(path, {"w": donated(), "new": donated()}, strict=False)
+    assert [entry.path for entry in caught.value.report.missing] == ["new"]
+    with pytest.raises(ckpt.RestoreMismatchError, match="new"):
+        ckpt.Checkpoint(w=jnp.zeros(3), new=donated()).restore(path)
+
+
+def test_a_saver_that_restores_no_value_leaves_no_placeholder_behind(tmp_path: Path):
+    with ckpt.registration_scope():
+        ckpt.register_checkpoint_saver(
+            name="Forgetful",
+            predicate=lambda obj: isinstance(obj, jax.Array | jax.ShapeDtypeStruct),
+            save_fn=lambda objects, prefix: None,
+            restore_fn=lambda objects, prefix: None,
+        )
+        path = ckpt.save(tmp_path / "a", {"w": jnp.ones(2)})
+        with pytest.raises(ckpt.RegistrationError, match="returned no values for w"):
+            ckpt.restore(path, {"w": jax.ShapeDtypeStruct((2,), jnp.float32)})
+        assert ckpt.restore(path, {"w": jnp.full(2, 5.0)})["w"].tolist() == [5, 5]
+
+
+# --- tracing -----------------------------------------------------------------------------
+
+
+def test_values_outside_of_a_traced_function_are_saved_and_restored_inside_of_it(tmp_path: Path):
+    values = {
+        "array": jnp.arange(4.0),
+        "int4": jnp.ones(2, jnp.int4),
+        "key": jax.random.key(3),
+        "weak": jnp.asarray(2.0),
+        "step": 3,
+    }
+    checkpoint = ckpt.Checkpoint(values=values, box=ckpt.Variable(jnp.ones(2)))
+
+    @jax.jit
+    def function(x: jax.Array) -> jax.Array:
+        path = checkpoint.save(tmp_path / "ckpt")
+        checkpoint.save(tmp_path / "ckpt", ckpt.CheckpointOptions(enable_async=True))
+        checkpoint.restore(path).assert_consumed()
+        return x + 1
+
+    function(jnp.ones(()))
+    checkpoint.sync()
+    assert checkpoint.save_counter == 1
+    leaves = [*jax.tree.leaves(checkpoint.values), checkpoint.box.value]
+    assert not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves)
+    assert checkpoint.values["array"].tolist() == [0, 1, 2, 3]
+    assert jnp.array_equal(
+        jax.random.key_data(checkpoint.values["key"]), jax.random.key_data(values["key"])
+    )
+    assert ckpt.verify(tmp_path / "ckpt-2").ok
