@@ -28,6 +28,7 @@ from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import Restoration
 from ckpt_jax.restoring import live_graph
 from ckpt_jax.saving import begin
+from ckpt_jax.savers.registry import saver_name
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 from ckpt_jax.status import LoadStatus
 from ckpt_jax.trackable.base import AutoTrackable, TrackableView, Variable
@@ -56,7 +57,9 @@ class Checkpoint(AutoTrackable):
     pytree where it is not. Assigning `checkpoint.name` replaces it.
 
     Raises:
-      ValueError: a value has no view, or a name that `root` uses for something else.
+      ValueError: a value has no view, or a name that `root` uses for something else; later, that
+        such a value is assigned to a name that has state.
+      AttributeError: a name that is a method of every Checkpoint.
 
     Source: `tf.train.Checkpoint`.
 
@@ -80,13 +83,10 @@ class Checkpoint(AutoTrackable):
             raise ValueError(f"root of type {type(root).__qualname__} has no view")
         for name in sorted(named):
             value = named[name]
-            if name == SAVE_COUNTER:
-                raise AttributeError("save_counter is the checkpoint's own; it cannot be given")
-            if view_of(value) is None:
-                raise ValueError(
-                    f"{name}={type(value).__qualname__}: nothing is known about how to save it; "
-                    "ckpt.register_view teaches the library new kinds"
-                )
+            if hasattr(Checkpoint, name):
+                raise AttributeError(f"{name} is the checkpoint's own; it cannot be given")
+            if not self._is_state(value):
+                raise ValueError(_unknown(name, value))
             setattr(self, name, value)
         if private["_self_rooted"]:
             _RootedView(self)  # refuses names that the root uses for something else
@@ -102,7 +102,11 @@ class Checkpoint(AutoTrackable):
     _plain_data_is_state = True
 
     def _is_state(self, value: Any) -> bool:
-        return view_of(value) is not None
+        return view_of(value) is not None or saver_name(value) is not None
+
+    def _before_dropping(self, name: str, value: Any) -> None:
+        # A new name may be given to anything; what was saved so far must not go without a word.
+        raise ValueError(_unknown(name, value))
 
     # --- verbs -------------------------------------------------------------------------
 
@@ -387,6 +391,13 @@ class _RootedView(View):
 
     def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
         return self.view.with_slots(obj, changed)
+
+
+def _unknown(name: str, value: Any) -> str:
+    return (
+        f"{name}={type(value).__qualname__}: nothing is known about how to save it; "
+        "ckpt.register_view teaches the library new kinds"
+    )
 
 
 def _is_empty_container(root: Any) -> bool:

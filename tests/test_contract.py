@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import ckpt_jax as ckpt
 
@@ -124,3 +125,120 @@ def test_values_outside_of_a_traced_function_are_saved_and_restored_inside_of_it
         jax.random.key_data(checkpoint.values["key"]), jax.random.key_data(values["key"])
     )
     assert ckpt.verify(tmp_path / "ckpt-2").ok
+
+
+# --- objects that are not the library's ----------------------------------------------------
+
+
+class Table:
+    """An object of which nobody knows anything but a registered saver."""
+
+    def __init__(self, rows: Any):
+        self.rows = rows
+
+
+@pytest.fixture
+def table_saver():
+    def save_fn(trackables: dict[str, Any], file_prefix: str) -> str:
+        return ckpt.io.write_shard(file_prefix, {k: t.rows for k, t in trackables.items()})
+
+    def restore_fn(trackables: dict[str, Any], merged_prefix: str) -> None:
+        rows = ckpt.io.read_slices(merged_prefix, dict.fromkeys(trackables))
+        for name, table in trackables.items():
+            table.rows = rows[name]
+
+    with ckpt.registration_scope():
+        ckpt.register_checkpoint_saver(
+            name="Table",
+            predicate=lambda obj: isinstance(obj, Table),
+            save_fn=save_fn,
+            restore_fn=restore_fn,
+        )
+        yield
+
+
+@pytest.mark.usefixtures("table_saver")
+def test_a_registered_saver_takes_objects_of_any_class(tmp_path: Path):
+    class Model(nnx.Module):
+        def __init__(self, value: float):
+            self.tables = nnx.List([Table(np.full(1, value)), Table(np.full(2, value))])
+
+    def objects(value: float) -> ckpt.Checkpoint:
+        return ckpt.Checkpoint(
+            table=Table(np.full(3, value)),
+            tree={"x": jnp.full(2, value), "tables": [Table(np.full(4, value))]},
+            model=Model(value),
+        )
+
+    options = ckpt.CheckpointOptions(enable_async=True)
+    saved = objects(7.0)
+    path = saved.save(tmp_path / "ckpt", options)
+    saved.sync()
+    fresh = objects(0.0)
+    tables = [fresh.table, fresh.tree["tables"][0], *fresh.model.tables]
+    fresh.restore(path).assert_consumed()
+    assert [table.rows.tolist() for table in tables] == [[7.0] * n for n in (3, 4, 1, 2)]
+
+    late = ckpt.Checkpoint()
+    status = late.restore(path)
+    late.table = table = Table(None)
+    assert table.rows.tolist() == [7, 7, 7]
+    late.tree, late.model = objects(0.0).tree, Model(0.0)
+    status.assert_consumed()
+
+
+def test_an_object_that_neither_view_nor_saver_knows_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="table=Table: nothing is known"):
+        ckpt.Checkpoint(table=Table(1))
+    with pytest.raises(ckpt.UnsaveableError, match=r"tree/0: .*Table has no view"):
+        ckpt.save(tmp_path / "a", {"tree": [Table(1)]})
+
+
+def test_variables_in_attributes_of_an_nnx_module_are_state(tmp_path: Path):
+    class Position(ckpt.PythonState):
+        index = 0
+
+        def serialize(self) -> str:
+            return str(self.index)
+
+        def deserialize(self, value: bytes) -> None:
+            self.index = int(value)
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+            self.scale = ckpt.Variable(jnp.zeros(2))
+            self.position = Position()
+            self.width = 2
+
+    model = Model()
+    model.scale.assign(jnp.ones(2))
+    model.position.index = 5
+    path = ckpt.save(tmp_path / "a", model)
+    assert {entry.path for entry in ckpt.plan_restore(path, Model()).restored} == {
+        "linear/kernel",
+        "linear/bias",
+        "scale",
+        "position",
+    }
+    fresh = ckpt.restore(path, Model())
+    assert fresh.scale.value.tolist() == [1, 1] and fresh.position.index == 5
+
+
+def test_state_of_a_checkpoint_is_not_replaced_by_what_cannot_be_saved(tmp_path: Path):
+    checkpoint = ckpt.Checkpoint(state={"w": jnp.ones(2)})
+    with pytest.raises(ValueError, match="state=Table: nothing is known"):
+        checkpoint.state = Table(1)
+    assert checkpoint.state["w"].tolist() == [1, 1]
+    assert "state/w/.ATTRIBUTES/VARIABLE_VALUE" in dict(
+        ckpt.list_variables(checkpoint.save(tmp_path / "ckpt"))
+    )
+    checkpoint.state = ckpt.NoDependency(Table(1))  # said in so many words
+    checkpoint.other = Table(1)  # never was state
+    assert set(checkpoint.trackable_children()) == {"save_counter"}
+
+
+@pytest.mark.parametrize("name", ["save", "restore", "sync", "track", "save_counter"])
+def test_no_object_takes_the_name_of_a_method(name: str):
+    with pytest.raises(AttributeError, match=f"{name} is the checkpoint's own"):
+        ckpt.Checkpoint(**{name: jnp.ones(1)})

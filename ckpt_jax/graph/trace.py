@@ -126,7 +126,9 @@ class _Walk:
         if view is DELEGATE:
             obj = delegate_of(obj)
             view = view_of(obj)
-        if view is None:
+        if view is None and self.saver_of(obj) is not None:
+            view = _OPAQUE
+        elif view is None:
             self.problems.append((labels.path_of(key), _no_view(obj)))
             view = _NOTHING
         node = len(self.objects)
@@ -385,4 +387,12 @@ def _no_view(obj: Any) -> str:
     return f"{_dotted(type(obj))} has no view, so its state is unknown"
 
 
+class _OpaqueView(View):
+    """An object of no known kind, of which a registered saver knows all that there is to know."""
+
+    identity = True
+    mutable = True
+
+
 _NOTHING = View()
+_OPAQUE = _OpaqueView()
