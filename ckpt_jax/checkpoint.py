@@ -23,12 +23,12 @@ from ckpt_jax.frozen import FrozenSaver
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER, SaveWatch
-from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.options import CheckpointOptions, given
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import Restoration
 from ckpt_jax.restoring import live_graph
-from ckpt_jax.saving import begin
 from ckpt_jax.savers.registry import saver_name
+from ckpt_jax.saving import begin
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 from ckpt_jax.status import LoadStatus
 from ckpt_jax.trackable.base import AutoTrackable, TrackableView, Variable
@@ -117,7 +117,7 @@ class Checkpoint(AutoTrackable):
           The path of the checkpoint. Pairs with `read`. None where another save was in flight
           and `when_busy="skip"` says not to wait for it.
         """
-        options = options or DEFAULT
+        options = given(options)
         path = os.fsdecode(path)
         watch = METER.saving()
         with ExitStack() as stack:
@@ -137,7 +137,7 @@ class Checkpoint(AutoTrackable):
           The path of the checkpoint. Pairs with `restore`. None where another save was in
           flight and `when_busy="skip"` says not to wait for it; the counter stays as it is.
         """
-        options = options or DEFAULT
+        options = given(options)
         watch = METER.saving()
         with ExitStack() as stack:
             meeting = self._meet(os.fsdecode(prefix), options, stack)
@@ -215,7 +215,7 @@ class Checkpoint(AutoTrackable):
         rename: Iterable[Rule] = (),
     ) -> LoadStatus:
         """Restores what `write` saved, without touching the save counter; see `restore`."""
-        options = options or DEFAULT
+        options = given(options)
         with self._background().turn():
             return self._read(path, options, rename)
 
@@ -260,7 +260,7 @@ class Checkpoint(AutoTrackable):
         """
         with self._background().turn():
             self._counter()
-            return self._read(path, options or DEFAULT, rename)
+            return self._read(path, given(options), rename)
 
     def freeze(self) -> FrozenSaver:
         """A saver of the objects that are here now, which need not be traced again.
@@ -298,6 +298,10 @@ class Checkpoint(AutoTrackable):
     def root(self) -> Any:
         """The root object, where one was given."""
         return self._root_object()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy in another process saves on its own, as a deep copy does.
+        return {k: value for k, value in self.__dict__.items() if k != "_self_background"}
 
     # --- the graph ---------------------------------------------------------------------
 

@@ -23,9 +23,9 @@ from ckpt_jax.graph.patterns import Selection, selects
 from ckpt_jax.graph.plan import ReadPlan
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER
-from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.options import CheckpointOptions, given
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
+from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems, nearest
 from ckpt_jax.restoring import (
     abstract_only,
     adapted,
@@ -70,7 +70,7 @@ def save(
       {'w': array([0, 1, 2]), 'step': 7}
     """
     path = os.fsdecode(path)
-    options = options or DEFAULT
+    options = given(options)
     watch = METER.saving()
     with multihost.current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
         write_checkpoint(
@@ -123,7 +123,7 @@ def restore(
         `.report`. Nothing was read or changed.
       CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
     """
-    options = options or DEFAULT
+    options = given(options)
     with METER.restoring(lambda: CheckpointReader(path)) as reader:
         live = live_graph(target)
         plan, source = _plan(reader, live, rename, options)
@@ -154,7 +154,7 @@ def plan_restore(
       The report; `print` shows it as a table.
     """
     with CheckpointReader(path) as reader:
-        plan, source = _plan(reader, live_graph(target), rename, options or DEFAULT)
+        plan, source = _plan(reader, live_graph(target), rename, given(options))
         return replace(plan.report, nbytes=nbytes_to_read(plan, source))
 
 
@@ -204,7 +204,9 @@ def load(
         one stands for everything below its place. What gets none becomes a numpy array.
 
     Returns:
-      Dicts, lists, tuples and scalars as they were saved; objects of other kinds as dicts.
+      Dicts, lists, tuples and scalars as they were saved; objects of other kinds as dicts. What a
+      registered saver wrote only that saver can read: its object is an empty dict here, and
+      `load_checkpoint` has the values by key.
 
     Raises:
       CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
@@ -220,7 +222,10 @@ def load(
             if chosen(saved.value_path(node, attribute.name))
         }
         if only is not None and not wanted:
-            raise KeyError(f"{reader.path} holds nothing that {only!r} selects")
+            paths = [
+                saved.value_path(node, attribute.name) for node, attribute in saved.attributes()
+            ]
+            raise KeyError(f"{reader.path} holds nothing that {only!r} selects{_hint(only, paths)}")
         placements = {} if sharding is None else _placements(saved, wanted, sharding, reader.path)
         requests = {attribute.key: placements.get(at) for at, attribute in wanted.items()}
         data = reader.read(requests)
@@ -229,6 +234,21 @@ def load(
             value = reader.as_saved(attribute.key, data[attribute.key], attribute.spec)
             values.setdefault(node, {})[name] = value
         return build(saved, values, everything=only is None)
+
+
+def _hint(only: Selection, paths: list[str]) -> str:
+    """What may have been meant by patterns that select nothing."""
+    patterns = [only] if isinstance(only, str) else only if isinstance(only, list | tuple) else []
+    subtrees = [
+        f"{pattern.rstrip('/')}/**"
+        for pattern in patterns
+        if isinstance(pattern, str)
+        and any([path.startswith(f"{pattern.rstrip('/')}/") for path in paths])
+    ]
+    if subtrees:
+        return f"; for all below it say {', '.join(map(repr, subtrees))}"
+    near = [found for pattern in patterns for found in nearest(str(pattern), paths)]
+    return f" (nearest: {', '.join(near)})" if near else ""
 
 
 def _placements(

@@ -51,7 +51,7 @@ from ckpt_jax.latest import (
     remove_checkpoint,
 )
 from ckpt_jax.metrics import METER
-from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.options import DEFAULT, CheckpointOptions, given
 from ckpt_jax.preflighting import preflight
 from ckpt_jax.retention import (
     CheckpointRecord,
@@ -103,9 +103,9 @@ class CheckpointManager:
         `keep_checkpoint_every_n_hours`.
 
     Raises:
-      ValueError: `max_to_keep` is not positive, an interval without a step counter, a name
-        with directories, or a state file that names no checkpoint.
-      TypeError: a policy that is none.
+      ValueError: `max_to_keep` is not positive, a negative interval or one without a step
+        counter, a name with directories, or a state file that names no checkpoint.
+      TypeError: a checkpoint, policy, number or function that is none.
 
     Source: `tf.train.CheckpointManager`.
 
@@ -135,10 +135,19 @@ class CheckpointManager:
         last_checkpoint_step: int | None = None,
         clock: Callable[[], float] = time.time,
     ):
-        if max_to_keep is not None and max_to_keep <= 0:
+        if not isinstance(checkpoint, Checkpoint):
+            raise TypeError(
+                f"a manager saves a ckpt.Checkpoint, got {type(checkpoint).__qualname__}: "
+                "give it Checkpoint(name=value)"
+            )
+        if max_to_keep is not None and as_integer(max_to_keep) <= 0:
             raise ValueError(f"expected a positive max_to_keep or None, got {max_to_keep}")
         if checkpoint_interval is not None and step_counter is None:
             raise ValueError("checkpoint_interval needs a step_counter, got none")
+        if checkpoint_interval is not None and as_integer(checkpoint_interval) < 0:
+            raise ValueError(f"expected a checkpoint_interval of 0 or more: {checkpoint_interval}")
+        if init_fn is not None and not callable(init_fn):
+            raise TypeError(f"init_fn must be a function of no argument, got {init_fn!r}")
         if os.path.basename(checkpoint_name) != checkpoint_name:
             raise ValueError(f"expected a name without directories, got {checkpoint_name!r}")
         given = KeepAny(tuple(policies))
@@ -148,6 +157,8 @@ class CheckpointManager:
             None if max_to_keep is None else KeepAny((KeepLatest(max_to_keep), *given.policies))
         )
         hours = keep_checkpoint_every_n_hours
+        if hours is not None and hours < 0:
+            raise ValueError(f"expected keep_checkpoint_every_n_hours of 0 or more, got {hours}")
         self._preserve_interval_seconds = hours * SECONDS_PER_HOUR if hours else None
         self._name = checkpoint_name
         self._step_counter = step_counter
@@ -242,8 +253,10 @@ class CheckpointManager:
         step = None if self._interval is None else as_integer(self._step_counter)
         if step is not None and not self._is_due(step, check_interval):
             return None
+        if metrics is not None and not isinstance(metrics, Mapping):
+            raise TypeError(f"metrics must be numbers by name, got {metrics!r}")
         scores = {name: _as_number(name, value) for name, value in (metrics or {}).items()}
-        options = options or DEFAULT
+        options = given(options)
         watch = METER.saving()
         prefix = os.path.join(self._directory, self._name)
         with ExitStack() as stack:

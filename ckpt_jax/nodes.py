@@ -17,7 +17,7 @@ from ckpt_jax.graph.match import Match
 from ckpt_jax.graph.model import Node, ObjectGraph
 from ckpt_jax.graph.plan import plan_read
 from ckpt_jax.graph.trace import LiveGraph
-from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.options import CheckpointOptions, given
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import note_restored
 from ckpt_jax.restoring import execute, fits, live_graph, raise_problems
@@ -56,7 +56,7 @@ def restore_nodes(
       ...     kernel.value
       Array([1., 1.], dtype=float32)
     """
-    options = options or DEFAULT
+    options = given(options)
     if path is None:
         raise ValueError("restore_nodes needs the path of a checkpoint, got None")
     if not isinstance(nodes, Mapping):

@@ -50,7 +50,7 @@ from ckpt_jax.graph.order import CyclicDependencyError, order_by_dependency
 from ckpt_jax.graph.plan import plan_read
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER
-from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.options import DEFAULT, CheckpointOptions, given
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.report import ReportEntry, describe_problems
 from ckpt_jax.restoring import abstract_only, execute, fits, live_graph
@@ -108,7 +108,7 @@ def save_object(
       (Array([0., 1.], dtype=float32), 3.0)
     """
     path = os.fsdecode(path)
-    options = options or DEFAULT
+    options = given(options)
     watch = METER.saving()
     with multihost.current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
         write_checkpoint(

@@ -3,6 +3,7 @@ seldom seen, and what they are told where they do not."""
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +243,173 @@ def test_state_of_a_checkpoint_is_not_replaced_by_what_cannot_be_saved(tmp_path:
 def test_no_object_takes_the_name_of_a_method(name: str):
     with pytest.raises(AttributeError, match=f"{name} is the checkpoint's own"):
         ckpt.Checkpoint(**{name: jnp.ones(1)})
+
+
+# --- arguments of the wrong kind, refused where they are given -----------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"cast": "yes"},
+        {"durable": None},
+        {"enable_async": 1},
+        {"timeout_seconds": -1},
+        {"timeout_seconds": "600"},
+        {"timeout_seconds": float("nan")},
+        {"max_inflight_bytes": "1"},
+        {"max_inflight_bytes": 1.5},
+        {"write_callbacks": print},
+        {"write_callbacks": ["print"]},
+    ],
+    ids=str,
+)
+def test_an_option_of_the_wrong_kind_is_named_where_it_is_given(wrong: dict[str, Any]):
+    (name,) = wrong
+    with pytest.raises((TypeError, ValueError), match=name):
+        ckpt.CheckpointOptions(**wrong)
+
+
+def test_options_take_the_numbers_of_numpy():
+    options = ckpt.CheckpointOptions(
+        max_inflight_bytes=np.int64(1 << 20), timeout_seconds=np.float32(2)
+    )
+    assert options.max_inflight_bytes == 1 << 20 and options.timeout_seconds == 2
+
+
+def test_options_of_another_class_are_named(tmp_path: Path):
+    wrong: Any = {"cast": True}
+    checkpoint = ckpt.Checkpoint(x=1)
+    path = checkpoint.save(tmp_path / "ckpt")
+    manager = ckpt.CheckpointManager(checkpoint, tmp_path / "managed")
+    for call in (
+        lambda: ckpt.save(tmp_path / "a", {"x": 1}, options=wrong),
+        lambda: ckpt.restore(path, {"x": 1}, options=wrong),
+        lambda: checkpoint.save(tmp_path / "ckpt", wrong),
+        lambda: checkpoint.write(tmp_path / "a", wrong),
+        lambda: checkpoint.restore(path, wrong),
+        lambda: checkpoint.read(path, wrong),
+        lambda: manager.save(options=wrong),
+    ):
+        with pytest.raises(TypeError, match=r"options must be ckpt\.CheckpointOptions, got \{"):
+            call()
+    assert checkpoint.save_counter == 1
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"checkpoint": {"x": 1}}, r"a manager saves a ckpt\.Checkpoint, got dict"),
+        ({"max_to_keep": 1.5}, "expected an integer"),
+        ({"max_to_keep": "3"}, "expected an integer"),
+        ({"step_counter": 5, "checkpoint_interval": -2}, "checkpoint_interval of 0 or more"),
+        ({"keep_checkpoint_every_n_hours": -1}, "keep_checkpoint_every_n_hours of 0 or more"),
+        ({"init_fn": 3}, "init_fn must be a function"),
+    ],
+)
+def test_a_manager_refuses_what_it_could_not_work_with(
+    tmp_path: Path, wrong: dict[str, Any], message: str
+):
+    given = {"checkpoint": ckpt.Checkpoint(x=1), "directory": tmp_path, **wrong}
+    with pytest.raises((TypeError, ValueError), match=message):
+        ckpt.CheckpointManager(**given)
+
+
+def test_metrics_without_names_are_refused(tmp_path: Path):
+    manager = ckpt.CheckpointManager(ckpt.Checkpoint(x=1), tmp_path)
+    wrong: Any = 0.5
+    with pytest.raises(TypeError, match=r"metrics must be numbers by name, got 0\.5"):
+        manager.save(metrics=wrong)
+    assert manager.checkpoints == []
+
+
+@pytest.mark.parametrize(
+    "only, hint",
+    [
+        ("params", r"say 'params/\*\*'"),
+        (["params/", "nothing"], r"say 'params/\*\*'"),
+        ("params/kernl", "nearest: params/kernel"),
+    ],
+)
+def test_a_selection_of_nothing_says_what_may_have_been_meant(tmp_path: Path, only: Any, hint: str):
+    path = ckpt.save(tmp_path / "a", {"params": {"kernel": jnp.ones(2)}})
+    with pytest.raises(KeyError, match=hint):
+        ckpt.load(path, only=only)
+
+
+@pytest.mark.parametrize("only", [3, [3], ["params/**", None]])
+def test_a_selection_that_is_no_pattern_is_refused(tmp_path: Path, only: Any):
+    path = ckpt.save(tmp_path / "a", {"params": {"kernel": jnp.ones(2)}})
+    with pytest.raises(TypeError, match="only= is a pattern"):
+        ckpt.load(path, only=only)
+
+
+# --- copies and views of a program ---------------------------------------------------------
+
+
+def test_a_checkpoint_can_be_pickled_after_it_was_saved(tmp_path: Path):
+    checkpoint = ckpt.Checkpoint(params={"w": jnp.ones(2)}, step=3)
+    checkpoint.save(tmp_path / "ckpt", ckpt.CheckpointOptions(enable_async=True))
+    copy = pickle.loads(pickle.dumps(checkpoint))
+    checkpoint.sync()
+    copy.step = 4
+    assert copy.save(tmp_path / "copy") == str(tmp_path / "copy-2")
+    assert (checkpoint.step, checkpoint.save_counter) == (3, 1)
+    assert ckpt.load(tmp_path / "copy-2", only="step") == {"step": 4}
+
+
+def test_a_mismatch_comes_whole_from_another_process(tmp_path: Path):
+    path = ckpt.save(tmp_path / "a", {"w": jnp.ones(2)})
+    with pytest.raises(ckpt.RestoreMismatchError) as caught:
+        ckpt.restore(path, {"w": jnp.ones(3)})
+    copy = pickle.loads(pickle.dumps(caught.value))
+    assert type(copy) is ckpt.RestoreMismatchError
+    assert (str(copy), copy.report) == (str(caught.value), caught.value.report)
+
+
+def test_a_tree_can_be_viewed_though_it_cannot_be_referred_to_weakly():
+    tree = {"a": jnp.ones(2)}
+    view = ckpt.TrackableView(tree)
+    assert view.root is tree
+    assert [type(obj) for obj in view.descendants()] == [dict, type(tree["a"])]
+
+
+def test_a_problem_that_verify_finds_is_file_key_and_what(tmp_path: Path):
+    path = ckpt.save(tmp_path / "a", {"w": np.arange(1000)})
+    largest = max(Path(path).rglob("*"), key=lambda file: file.is_file() and file.stat().st_size)
+    damaged = bytearray(largest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    largest.write_bytes(damaged)
+    problems = ckpt.verify(path).problems
+    assert problems
+    for problem in problems:
+        file, key, what = problem
+        assert (file, key, what) == (problem.file, problem.key, problem.what)
+        assert file.startswith(path) and what
+
+
+# --- paths -----------------------------------------------------------------------------------
+
+
+def test_the_primitives_take_paths_of_pathlib(tmp_path: Path):
+    shard = ckpt.io.write_shard(tmp_path / "shard", {"w": np.arange(3)})
+    assert shard == str(tmp_path / "shard")
+    merged = ckpt.io.merge_shards([tmp_path / "shard"], tmp_path / "merged")
+    assert merged == str(tmp_path / "merged")
+    assert ckpt.io.read_slices(tmp_path / "merged", {"w": None})["w"].tolist() == [0, 1, 2]
+    with pytest.raises(TypeError, match="takes a list of shards"):
+        ckpt.io.merge_shards(shard, tmp_path / "other")
+
+
+def test_a_path_with_a_backslash_is_refused_and_leaves_nothing(tmp_path: Path):
+    with pytest.raises(ckpt.CheckpointError, match="backslash"):
+        ckpt.save(tmp_path / "a\\b", {"w": jnp.ones(2)})
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_file_above_a_path_is_said_to_be_one(tmp_path: Path):
+    (tmp_path / "file").write_text("text")
+    with pytest.raises(NotADirectoryError, match="file"):
+        ckpt.save(tmp_path / "file" / "a", {"w": jnp.ones(2)})
+    with pytest.raises(ckpt.CheckpointNotFoundError, match="file is a file"):
+        ckpt.load(tmp_path / "file" / "a")

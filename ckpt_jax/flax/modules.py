@@ -21,7 +21,7 @@ from ckpt_jax.trackable.view import Below, SlotEntry, View, add_view, view_of
 
 
 class ModuleView(View):
-    """An nnx object: the attributes that hold data, or an object that is state without being nnx's."""
+    """An nnx object: the attributes that hold data, or an object of state that is not nnx's."""
 
     identity = True
     mutable = True
