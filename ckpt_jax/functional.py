@@ -22,6 +22,7 @@ from ckpt_jax.graph.model import Attribute, Node, ObjectGraph
 from ckpt_jax.graph.patterns import Selection, selects
 from ckpt_jax.graph.plan import ReadPlan
 from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.graph.tree import as_tree, is_tree
 from ckpt_jax.metrics import METER
 from ckpt_jax.options import CheckpointOptions, given
 from ckpt_jax.reader import CheckpointReader
@@ -215,6 +216,8 @@ def load(
     """
     with METER.restoring(lambda: CheckpointReader(path)) as reader:
         saved = reader.object_graph
+        if only is not None and not is_tree(saved):
+            saved = as_tree(_slots_as_children(saved))
         chosen = selects(only)
         wanted = {
             (node, attribute.name): attribute
@@ -227,7 +230,9 @@ def load(
             ]
             raise KeyError(f"{reader.path} holds nothing that {only!r} selects{_hint(only, paths)}")
         placements = {} if sharding is None else _placements(saved, wanted, sharding, reader.path)
-        requests = {attribute.key: placements.get(at) for at, attribute in wanted.items()}
+        requests: dict[str, jax.ShapeDtypeStruct | None] = {}
+        for at, attribute in wanted.items():  # at several places, where it is shared
+            requests[attribute.key] = requests.get(attribute.key) or placements.get(at)
         data = reader.read(requests)
         values: dict[int, dict[str, Any]] = {}
         for (node, name), attribute in wanted.items():

@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -413,3 +414,40 @@ def test_a_file_above_a_path_is_said_to_be_one(tmp_path: Path):
         ckpt.save(tmp_path / "file" / "a", {"w": jnp.ones(2)})
     with pytest.raises(ckpt.CheckpointNotFoundError, match="file is a file"):
         ckpt.load(tmp_path / "file" / "a")
+
+
+# --- what is shared ----------------------------------------------------------------------------
+
+
+def test_a_selection_finds_what_is_shared_at_each_of_its_places_and_nothing_else(tmp_path: Path):
+    params = {"dense": {"kernel": jnp.ones((2, 3)), "bias": jnp.zeros(3)}}
+    state = {"ema": params, "params": params, "tied": [params["dense"]["bias"], jnp.ones(1)]}
+    path = ckpt.save(tmp_path / "a", state)
+    for name in ("ema", "params"):
+        found = ckpt.load(path, only=f"{name}/**")
+        assert jax.tree.map(np.shape, found) == {name: {"dense": {"kernel": (2, 3), "bias": (3,)}}}
+    assert jax.tree.map(np.shape, ckpt.load(path, only="tied/0")) == {"tied": {0: (3,)}}
+    assert list(ckpt.load(path, only=["ema/**/bias", "params/**/bias"])) == ["ema", "params"]
+
+
+def test_a_selection_finds_the_slots_of_an_optimizer_beside_what_is_shared(tmp_path: Path):
+    params = {"w": jnp.ones(2)}
+    opt_state = optax.adam(0.1).init(params)
+    checkpoint = ckpt.Checkpoint(
+        ema=params, params=params, opt=ckpt.optax_state(opt_state, params), n=3
+    )
+    path = checkpoint.save(tmp_path / "ckpt")
+    (mu,) = ckpt.load(path, only="opt/ScaleByAdamState.mu/**").values()
+    assert [leaf.tolist() for leaf in jax.tree.leaves(mu)] == [[0, 0]]
+    assert jax.tree.map(np.shape, ckpt.load(path, only="params/**")) == {"params": {"w": (2,)}}
+
+
+def test_a_selection_ends_where_objects_refer_to_each_other(tmp_path: Path):
+    parent, child = ckpt.AutoTrackable(), ckpt.AutoTrackable()
+    parent.child, child.parent = child, parent
+    child.w = ckpt.Variable(jnp.ones(2))
+    parent.again = child
+    path = ckpt.Checkpoint(parent).write(tmp_path / "a")
+    for name in ("child", "again"):
+        (found,) = ckpt.load(path, only=f"{name}/w").values()
+        assert found["w"].tolist() == [1, 1]
