@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import equinox as eqx
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -451,3 +452,46 @@ def test_a_selection_ends_where_objects_refer_to_each_other(tmp_path: Path):
     for name in ("child", "again"):
         (found,) = ckpt.load(path, only=f"{name}/w").values()
         assert found["w"].tolist() == [1, 1]
+
+
+# --- Equinox ---------------------------------------------------------------------------------
+
+
+class Convolutional(eqx.Module):
+    """A model as Equinox's users write it: functions lie between the layers."""
+
+    layers: list[Any]
+    norm: eqx.nn.BatchNorm
+
+    def __init__(self, key: jax.Array):
+        self.layers = [
+            eqx.nn.Linear(2, 4, key=key),
+            jax.nn.relu,
+            lambda x: 2 * x,
+            eqx.nn.MLP(4, 2, 8, depth=1, key=key),
+            eqx.nn.Lambda(jnp.ravel),
+        ]
+        self.norm = eqx.nn.BatchNorm(4, axis_name="batch", mode="batch")
+
+
+@pytest.mark.parametrize("abstract", [True, False])
+def test_an_equinox_module_keeps_its_functions_and_gets_its_arrays(tmp_path: Path, abstract: bool):
+    def make(key: jax.Array) -> tuple[Convolutional, eqx.nn.State]:
+        return eqx.nn.make_with_state(Convolutional)(key)
+
+    model, state = make(jax.random.key(0))
+    path = ckpt.save(tmp_path / "a", {"model": model, "state": state})
+    maker = eqx.filter_eval_shape if abstract else lambda function, key: function(key)
+    target, target_state = maker(make, jax.random.key(1))
+    restored = ckpt.restore(path, {"model": target, "state": target_state})
+    arrays, functions = eqx.partition(restored["model"], eqx.is_array)
+    assert eqx.tree_equal(arrays, eqx.filter(model, eqx.is_array))
+    assert functions.layers[2] is target.layers[2] and functions.layers[1] is jax.nn.relu
+    checkpoint = ckpt.Checkpoint(model=target, state=target_state)
+    checkpoint.read(path).assert_consumed()
+    assert jnp.array_equal(checkpoint.model.layers[0].weight, model.layers[0].weight)
+
+
+def test_a_function_in_any_other_tree_is_named(tmp_path: Path):
+    with pytest.raises(ckpt.UnsaveableError, match=r"layers/1: .*function has no view"):
+        ckpt.save(tmp_path / "a", {"layers": [jnp.ones(2), lambda x: x]})

@@ -128,6 +128,8 @@ class _Walk:
             view = view_of(obj)
         if view is None and self.saver_of(obj) is not None:
             view = _OPAQUE
+        elif view is None and callable(obj) and self.is_program(parent):
+            view = _PROGRAM
         elif view is None:
             self.problems.append((labels.path_of(key), _no_view(obj)))
             view = _NOTHING
@@ -171,6 +173,14 @@ class _Walk:
     def is_inside_itself(self, obj: Any, parent: int) -> bool:
         while parent >= 0:
             if self.objects[parent] is obj:
+                return True
+            parent = self.parents[parent]
+        return False
+
+    def is_program(self, parent: int) -> bool:
+        """Whether a function below `parent` belongs to an object that has such."""
+        while parent >= 0:
+            if self.views[parent].has_functions:
                 return True
             parent = self.parents[parent]
         return False
@@ -394,5 +404,12 @@ class _OpaqueView(View):
     mutable = True
 
 
+class _ProgramView(View):
+    """A function that stays what it is in the program; it keeps its place in the graph."""
+
+    container = "none"
+
+
 _NOTHING = View()
+_PROGRAM = _ProgramView()
 _OPAQUE = _OpaqueView()

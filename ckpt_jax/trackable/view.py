@@ -54,11 +54,13 @@ class View:
       identity: whether two edges to one object mean one node. True for mutable objects and
         arrays; False for immutable containers and scalars, whose identity means nothing.
       mutable: whether `rebuild` and `assign` change the object in place.
+      has_functions: whether functions in it, at any depth, are a part of the program and no state.
     """
 
     container: str = ""
     identity: bool = False
     mutable: bool = False
+    has_functions: bool = False
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
         """Labelled children in a stable order. Must not create objects with an identity."""
