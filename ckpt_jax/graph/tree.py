@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import replace
 
 from ckpt_jax.graph.labels import Label, escaped_names
-from ckpt_jax.graph.model import Node, ObjectGraph
+from ckpt_jax.graph.model import ObjectGraph
 
 _MAX_DETOURS = 3
 
@@ -23,6 +23,7 @@ _MAX_DETOURS = 3
 def is_tree(graph: ObjectGraph) -> bool:
     """Whether no two edges lead to one node.
 
+    >>> from ckpt_jax.graph.model import Node
     >>> is_tree(ObjectGraph((Node("dict", children=(("a", 1), ("b", 1))), Node("leaf")), ("", "a")))
     False
     """
@@ -32,6 +33,7 @@ def is_tree(graph: ObjectGraph) -> bool:
 def as_tree(graph: ObjectGraph) -> ObjectGraph:
     """The same graph with a node for each path; optimizers' slots are left out.
 
+    >>> from ckpt_jax.graph.model import Node
     >>> graph = ObjectGraph(
     ...     (Node("dict", children=(("a", 1), ("b", 1))), Node("leaf")), ("", "a")
     ... )
