@@ -147,10 +147,13 @@ class Checkpoint(AutoTrackable):
                 number = self.save_counter + 1
                 path = f"{os.fsdecode(prefix)}-{number}"
 
+                # Of now: the program may have gone elsewhere when it is committed.
+                directory = os.path.realpath(os.path.dirname(path))
+
                 def committed() -> None:
                     if meeting.leads:
-                        state = CheckpointState(os.path.abspath(path))
-                        update_checkpoint_state(os.path.dirname(path) or ".", state)
+                        state = CheckpointState(os.path.join(directory, os.path.basename(path)))
+                        update_checkpoint_state(directory, state)
 
                 def failed() -> None:  # a save that failed has not happened
                     self._count(number - 1)

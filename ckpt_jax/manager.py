@@ -87,7 +87,8 @@ class CheckpointManager:
 
     Args:
       checkpoint: the `Checkpoint` whose objects are saved.
-      directory: where the checkpoints go; it is made by the first save.
+      directory: where the checkpoints go; it is made by the first save. A relative one means
+        the same as long as the manager lives, wherever the program goes.
       max_to_keep: how many of the latest to keep; None keeps all.
       keep_checkpoint_every_n_hours: of those that would be removed, one is kept for ever if
         it was saved this many hours after the last such one. None or 0 keeps none.
@@ -153,6 +154,8 @@ class CheckpointManager:
         given = KeepAny(tuple(policies))
         self._checkpoint = checkpoint
         self._directory = os.fsdecode(directory)
+        # What a relative path starts from, also when the program has gone elsewhere since.
+        self._base = "" if os.path.isabs(self._directory) else os.getcwd()
         self._policy = (
             None if max_to_keep is None else KeepAny((KeepLatest(max_to_keep), *given.policies))
         )
@@ -174,7 +177,7 @@ class CheckpointManager:
 
     def _recover(self) -> None:
         """Takes up what the state file says."""
-        state = get_checkpoint_state(self._directory)
+        state = get_checkpoint_state(self._at(self._directory))
         if state is None:
             return
         now = self._clock()
@@ -190,7 +193,7 @@ class CheckpointManager:
             return
         paths = state.all_model_checkpoint_paths
         times = state.all_model_checkpoint_timestamps
-        metrics = read_metrics(self._directory)
+        metrics = read_metrics(self._at(self._directory))
         if len(times) != len(paths) or metrics is None:
             return  # not written by a manager, or without what its policies have to know
         found: dict[str, CheckpointRecord] = {}
@@ -207,8 +210,12 @@ class CheckpointManager:
     def _own_path(self, path: str) -> str | None:
         """`path` as this manager would write it; None where that is in another directory."""
         directory, name = os.path.split(os.path.abspath(path))
-        own = directory == os.path.abspath(self._directory)
+        own = directory == self._at(self._directory)
         return os.path.join(self._directory, name) if own else None
+
+    def _at(self, path: str) -> str:
+        """Where a path of this manager is, whatever the current directory is now."""
+        return os.path.abspath(os.path.join(self._base, path))
 
     def _in_order(self, records: Iterable[CheckpointRecord]) -> tuple[CheckpointRecord, ...]:
         return tuple(sorted(records, key=lambda r: (r.path == self._latest, r.number, r.path)))
@@ -283,7 +290,9 @@ class CheckpointManager:
 
                 self._checkpoint._count(count)
                 self._last_step = step
-                self._checkpoint._write(path, options, watch, meeting, stack, committed, failed)
+                self._checkpoint._write(
+                    self._at(path), options, watch, meeting, stack, committed, failed
+                )
         return path
 
     def _is_due(self, step: int, check_interval: bool) -> bool:
@@ -323,7 +332,7 @@ class CheckpointManager:
         """
         processes = multihost.current()
         if processes.count > 1:
-            preflight(self._directory)
+            preflight(self._at(self._directory))
         seconds = DEFAULT.timeout_seconds
         with processes.meeting(f"restoring from {self._directory}", seconds) as meeting:
             self.sync()
@@ -341,7 +350,8 @@ class CheckpointManager:
         """What there is to restore, best first."""
         if self._latest is None:
             return []
-        return [self._latest, *older_checkpoints(self._directory, self._latest)]
+        older = older_checkpoints(self._at(self._directory), self._latest)
+        return [self._latest, *[self._own_path(path) or path for path in older]]
 
     def _restore_newest(self, paths: Sequence[str], processes: multihost.Processes) -> str:
         first: Exception | None = None
@@ -350,7 +360,7 @@ class CheckpointManager:
             # One that some process cannot use is not used by any.
             with processes.meeting(f"restoring {path}", DEFAULT.timeout_seconds) as meeting:
                 try:
-                    self._checkpoint.restore(path)
+                    self._checkpoint.restore(self._at(path))
                 except (CorruptCheckpointError, CheckpointNotFoundError) as found:
                     error = found
                 problem = meeting.conclude(error and str(error), _first_problem)
@@ -404,7 +414,10 @@ class CheckpointManager:
             return []
         if dry_run:
             return [*(record.path for record in sweep.remove), *leftovers]
-        return [*self._sweep(sweep), *(p for p in leftovers if _attempt(remove_abandoned, p))]
+        return [
+            *self._sweep(sweep),
+            *[p for p in leftovers if _attempt(remove_abandoned, self._at(p))],
+        ]
 
     def sync(self) -> None:
         """Waits for a save in the background.
@@ -470,12 +483,12 @@ class CheckpointManager:
 
     def _follow(self) -> None:
         """Takes over what process 0 has recorded."""
-        state = get_checkpoint_state(self._directory)
+        state = get_checkpoint_state(self._at(self._directory))
         if state is None:
             return
         self._latest = self._own_path(state.model_checkpoint_path) or state.model_checkpoint_path
         self._last_preserved = state.last_preserved_timestamp
-        metrics = read_metrics(self._directory) or {}
+        metrics = read_metrics(self._at(self._directory)) or {}
         times = state.all_model_checkpoint_timestamps
         paths = map(self._own_path, state.all_model_checkpoint_paths)
         self._records = self._in_order(
@@ -492,7 +505,7 @@ class CheckpointManager:
         )
 
     def _is_latest_usable(self) -> bool:
-        problem = problem_with(self._latest) if self._latest else "there is none"
+        problem = problem_with(self._at(self._latest)) if self._latest else "there is none"
         if problem is not None:
             _log.warning(
                 "%s: nothing is removed, because the latest checkpoint is not usable: %s",
@@ -505,9 +518,10 @@ class CheckpointManager:
         removed: list[str] = []
         stay: list[CheckpointRecord] = []
         for record in sweep.remove:
-            if not checkpoint_exists(record.path):
+            path = self._at(record.path)
+            if not checkpoint_exists(path):
                 _log.warning("%s was to be removed, but is there no longer", record.path)
-            elif _attempt(remove_checkpoint, record.path) or not checkpoint_exists(record.path):
+            elif _attempt(remove_checkpoint, path) or not checkpoint_exists(path):
                 removed.append(record.path)
             else:
                 stay.append(record)
@@ -521,7 +535,8 @@ class CheckpointManager:
 
     def _write_state(self) -> None:
         """Records the managed checkpoints: metrics first, since the state file refers to them."""
-        write_metrics(self._directory, {os.path.basename(r.path): r.metrics for r in self._records})
+        directory = self._at(self._directory)
+        write_metrics(directory, {os.path.basename(r.path): r.metrics for r in self._records})
         assert self._latest is not None
         paths = [record.path for record in self._records]
         times = [record.time for record in self._records]
@@ -530,22 +545,22 @@ class CheckpointManager:
             # one says that it is not managed.
             paths.append(self._latest)
             times.append(self._last_preserved)
-        update_checkpoint_state(
-            self._directory,
-            CheckpointState(self._latest, tuple(paths), tuple(times), self._last_preserved),
-        )
+        latest, *paths = map(self._at, [self._latest, *paths])
+        state = CheckpointState(latest, tuple(paths), tuple(times), self._last_preserved)
+        update_checkpoint_state(directory, state)
 
     def _leftovers(self) -> list[str]:
         """Abandoned staging directories that a later save has made pointless."""
         latest = number_of(self._latest) if self._latest else None
-        if latest is None or not os.path.isdir(self._directory):
+        directory = self._at(self._directory)
+        if latest is None or not os.path.isdir(directory):
             return []
         own = re.compile(rf"{re.escape(self._name)}-(\d+)")
         return [
-            path
-            for name in sorted(os.listdir(self._directory))
+            os.path.join(self._directory, name)
+            for name in sorted(os.listdir(directory))
             if (staging := STAGING.match(name)) and (of := own.fullmatch(staging["name"]))
-            if int(of[1]) <= latest and is_abandoned(path := os.path.join(self._directory, name))
+            if int(of[1]) <= latest and is_abandoned(os.path.join(directory, name))
         ]
 
 
