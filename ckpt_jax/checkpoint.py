@@ -23,10 +23,11 @@ from ckpt_jax.frozen import FrozenSaver
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER, SaveWatch
-from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.options import CheckpointOptions, given
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import Restoration
 from ckpt_jax.restoring import live_graph
+from ckpt_jax.savers.registry import saver_name
 from ckpt_jax.saving import begin
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 from ckpt_jax.status import LoadStatus
@@ -56,7 +57,9 @@ class Checkpoint(AutoTrackable):
     pytree where it is not. Assigning `checkpoint.name` replaces it.
 
     Raises:
-      ValueError: a value has no view, or a name that `root` uses for something else.
+      ValueError: a value has no view, or a name that `root` uses for something else; later, that
+        such a value is assigned to a name that has state.
+      AttributeError: a name that is a method of every Checkpoint.
 
     Source: `tf.train.Checkpoint`.
 
@@ -80,13 +83,10 @@ class Checkpoint(AutoTrackable):
             raise ValueError(f"root of type {type(root).__qualname__} has no view")
         for name in sorted(named):
             value = named[name]
-            if name == SAVE_COUNTER:
-                raise AttributeError("save_counter is the checkpoint's own; it cannot be given")
-            if view_of(value) is None:
-                raise ValueError(
-                    f"{name}={type(value).__qualname__}: nothing is known about how to save it; "
-                    "ckpt.register_view teaches the library new kinds"
-                )
+            if hasattr(Checkpoint, name):
+                raise AttributeError(f"{name} is the checkpoint's own; it cannot be given")
+            if not self._is_state(value):
+                raise ValueError(_unknown(name, value))
             setattr(self, name, value)
         if private["_self_rooted"]:
             _RootedView(self)  # refuses names that the root uses for something else
@@ -110,7 +110,11 @@ class Checkpoint(AutoTrackable):
     _plain_data_is_state = True
 
     def _is_state(self, value: Any) -> bool:
-        return view_of(value) is not None
+        return view_of(value) is not None or saver_name(value) is not None
+
+    def _before_dropping(self, name: str, value: Any) -> None:
+        # A new name may be given to anything; what was saved so far must not go without a word.
+        raise ValueError(_unknown(name, value))
 
     # --- verbs -------------------------------------------------------------------------
 
@@ -121,7 +125,7 @@ class Checkpoint(AutoTrackable):
           The path of the checkpoint. Pairs with `read`. None where another save was in flight
           and `when_busy="skip"` says not to wait for it.
         """
-        options = options or DEFAULT
+        options = given(options)
         path = os.fsdecode(path)
         watch = METER.saving()
         with ExitStack() as stack:
@@ -151,7 +155,7 @@ class Checkpoint(AutoTrackable):
           AsyncSaveError: an earlier save in the background failed; this one was not begun.
           OSError: the file system refused something; the earlier checkpoints are as they were.
         """
-        options = options or DEFAULT
+        options = given(options)
         watch = METER.saving()
         with ExitStack() as stack:
             meeting = self._meet(os.fsdecode(prefix), options, stack)
@@ -160,11 +164,13 @@ class Checkpoint(AutoTrackable):
                     return None
                 number = self.save_counter + 1
                 path = f"{os.fsdecode(prefix)}-{number}"
-                place = os.path.abspath(path)  # now: a program may change its directory meanwhile
+                # Of now: the program may have gone elsewhere when it is committed.
+                directory = os.path.realpath(os.path.dirname(path))
 
                 def committed() -> None:
                     if meeting.leads:
-                        update_checkpoint_state(os.path.dirname(place), CheckpointState(place))
+                        state = CheckpointState(os.path.join(directory, os.path.basename(path)))
+                        update_checkpoint_state(directory, state)
 
                 def failed() -> None:  # a save that failed has not happened
                     self._count(number - 1)
@@ -234,7 +240,7 @@ class Checkpoint(AutoTrackable):
         rename: Iterable[Rule] = (),
     ) -> LoadStatus:
         """Restores what `write` saved, without touching the save counter; see `restore`."""
-        options = options or DEFAULT
+        options = given(options)
         with self._background().turn():
             return self._read(path, options, rename)
 
@@ -279,7 +285,7 @@ class Checkpoint(AutoTrackable):
         """
         with self._background().turn():
             self._counter()
-            return self._read(path, options or DEFAULT, rename)
+            return self._read(path, given(options), rename)
 
     def freeze(self) -> FrozenSaver:
         """A saver of the objects that are here now, which need not be traced again.
@@ -317,6 +323,10 @@ class Checkpoint(AutoTrackable):
     def root(self) -> Any:
         """The root object, where one was given."""
         return self._root_object()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy in another process saves on its own, as a deep copy does.
+        return {k: value for k, value in self.__dict__.items() if k != "_self_background"}
 
     # --- the graph ---------------------------------------------------------------------
 
@@ -410,6 +420,13 @@ class _RootedView(View):
 
     def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
         return self.view.with_slots(obj, changed)
+
+
+def _unknown(name: str, value: Any) -> str:
+    return (
+        f"{name}={type(value).__qualname__}: nothing is known about how to save it; "
+        "ckpt.register_view teaches the library new kinds"
+    )
 
 
 def _is_empty_container(root: Any) -> bool:

@@ -22,7 +22,7 @@ The assertions of `LoadStatus` raise plain `AssertionError`s, as TensorFlow's do
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ckpt_jax.report import RestoreReport
@@ -64,6 +64,9 @@ class RestoreMismatchError(CheckpointError, ValueError):
     def __init__(self, message: str, report: RestoreReport):
         super().__init__(message)
         self.report = report
+
+    def __reduce__(self) -> tuple[Any, ...]:  # else it could not come from another process
+        return type(self), (*self.args, self.report)
 
 
 class UnsaveableError(CheckpointError, TypeError):

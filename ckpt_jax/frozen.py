@@ -23,7 +23,7 @@ from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.model import Node, ObjectGraph
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER
-from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.options import CheckpointOptions, given
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import restore_bound
 from ckpt_jax.saving import write_checkpoint
@@ -78,7 +78,7 @@ class FrozenSaver:
             All of them are named; nothing was written.
         """
         path = os.fsdecode(path)
-        options = options or DEFAULT
+        options = given(options)
         watch = METER.saving()
         with multihost.current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
             write_checkpoint(self._current, path, options, meeting, overwrite=True, watch=watch)
@@ -97,7 +97,7 @@ class FrozenSaver:
           ValueError: the objects are not what was frozen.
           CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
         """
-        options = options or DEFAULT
+        options = given(options)
         live = self._current()
         with CheckpointReader(path) as reader:
             restore_bound(reader, live, _by_key(reader.object_graph, live.graph), options)

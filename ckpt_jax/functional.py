@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
+import jax
+
 from ckpt_jax import multihost
 from ckpt_jax.arrays.host import without_gc
 from ckpt_jax.arrays.values import struct_of
@@ -21,10 +23,11 @@ from ckpt_jax.graph.model import Attribute, Node, ObjectGraph
 from ckpt_jax.graph.patterns import Selection, selects
 from ckpt_jax.graph.plan import ReadPlan
 from ckpt_jax.graph.trace import LiveGraph, has_values
+from ckpt_jax.graph.tree import as_tree, is_tree
 from ckpt_jax.metrics import METER
-from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.options import CheckpointOptions, given
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.report import ReportEntry, RestoreReport
+from ckpt_jax.report import ReportEntry, RestoreReport, nearest
 from ckpt_jax.restoring import (
     abstract_only,
     execute,
@@ -71,7 +74,7 @@ def save(
       {'w': array([0, 1, 2]), 'step': 7}
     """
     path = os.fsdecode(path)
-    options = options or DEFAULT
+    options = given(options)
     watch = METER.saving()
     with multihost.current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
         write_checkpoint(
@@ -132,7 +135,7 @@ def restore(
       ...     restore(save(f"{directory}/a", state), abstract)
       {'w': Array([0., 1., 2.], dtype=float32), 'step': 7}
     """
-    options = options or DEFAULT
+    options = given(options)
     with METER.restoring(lambda: CheckpointReader(path)) as reader:
         live = live_graph(target)
         plan, source = _plan(reader, live, rename, options)
@@ -170,7 +173,7 @@ def plan_restore(
       (['step'], ['loss'])
     """
     with CheckpointReader(path) as reader:
-        plan, source = _plan(reader, live_graph(target), rename, options or DEFAULT)
+        plan, source = _plan(reader, live_graph(target), rename, given(options))
         return replace(plan.report, nbytes=nbytes_to_read(plan, source))
 
 
@@ -219,7 +222,9 @@ def load(
         one stands for everything below its place. What gets none becomes a numpy array.
 
     Returns:
-      Dicts, lists, tuples and scalars as they were saved; objects of other kinds as dicts.
+      Dicts, lists, tuples and scalars as they were saved; objects of other kinds as dicts. What a
+      registered saver wrote only that saver can read: its object is an empty dict here, and
+      `load_checkpoint` has the values by key.
 
     Raises:
       CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
@@ -235,6 +240,8 @@ def load(
     """
     with METER.restoring(lambda: CheckpointReader(path)) as reader:
         saved = reader.object_graph
+        if only is not None and not is_tree(saved):
+            saved = as_tree(_slots_as_children(saved))
         chosen = selects(only)
         wanted = {
             (node, attribute.name): attribute
@@ -242,12 +249,14 @@ def load(
             if chosen(saved.value_path(node, attribute.name))
         }
         if only is not None and not wanted:
-            raise KeyError(
-                f"{reader.path} holds nothing that {only!r} selects. "
-                f"It has {', '.join(_tops(saved))}; patterns are of whole paths, as params/**"
-            )
+            paths = [
+                saved.value_path(node, attribute.name) for node, attribute in saved.attributes()
+            ]
+            raise KeyError(f"{reader.path} holds nothing that {only!r} selects{_hint(only, paths)}")
         placements = {} if sharding is None else _placements(saved, wanted, sharding, reader.path)
-        requests = {attribute.key: placements.get(at) for at, attribute in wanted.items()}
+        requests: dict[str, jax.ShapeDtypeStruct | None] = {}
+        for at, attribute in wanted.items():  # at several places, where it is shared
+            requests[attribute.key] = requests.get(attribute.key) or placements.get(at)
         data = reader.read(requests)
         values: dict[int, dict[str, Any]] = {}
         for (node, name), attribute in wanted.items():
@@ -256,11 +265,23 @@ def load(
         return build(saved, values, everything=only is None)
 
 
-def _tops(saved: ObjectGraph) -> list[str]:
-    """What the paths of a checkpoint begin with."""
-    paths = [saved.value_path(node, attribute.name) for node, attribute in saved.attributes()]
+def _hint(only: Selection, paths: list[str]) -> str:
+    """What may have been meant by patterns that select nothing."""
+    patterns = [only] if isinstance(only, str) else only if isinstance(only, list | tuple) else []
+    subtrees = [
+        f"{pattern.rstrip('/')}/**"
+        for pattern in patterns
+        if isinstance(pattern, str)
+        and any([path.startswith(f"{pattern.rstrip('/')}/") for path in paths])
+    ]
+    if subtrees:
+        return f"; for all below it say {', '.join(map(repr, subtrees))}"
+    near = [found for pattern in patterns for found in nearest(str(pattern), paths)]
+    if near:
+        return f" (nearest: {', '.join(near)})"
     tops = sorted({path.partition("/")[0] for path in paths})
-    return tops if len(tops) <= 10 else [*tops[:10], f"{len(tops) - 10} more"]
+    listed = tops if len(tops) <= 10 else [*tops[:10], f"{len(tops) - 10} more"]
+    return f". It has {', '.join(listed)}; patterns are of whole paths, as params/**"
 
 
 def _placements(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ckpt_jax.arrays.values import describe
@@ -85,17 +87,24 @@ def list_objects(root: Any) -> list[Any]:
     return list(trace(root, describe, saver_of()).objects)
 
 
+def _same(obj: Any) -> Any:
+    return obj
+
+
 class TrackableView:
     """A program's object graph, seen from a root that it does not keep alive.
 
     Args:
-      root: an object with a view, or a weak reference to one.
+      root: an object with a view, or a weak reference to one. What cannot be referred to weakly,
+        such as a dict, is kept.
 
     Source: `tf.train.TrackableView`.
     """
 
     def __init__(self, root: Any):
-        self._root = root if isinstance(root, weakref.ref) else weakref.ref(root)
+        if not isinstance(root, weakref.ref):
+            root = weakref.ref(root) if type(root).__weakrefoffset__ else partial(_same, root)
+        self._root: Callable[[], Any] = root
 
     @property
     def root(self) -> Any:

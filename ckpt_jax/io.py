@@ -8,6 +8,7 @@ default saver uses nothing else.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import index
@@ -26,10 +27,12 @@ from ckpt_jax.store.index import Layout
 from ckpt_jax.store.read import ShardedReader
 from ckpt_jax.store.shard import Slice
 
+Path = str | bytes | os.PathLike[Any]
+
 
 @host.transfers_allowed()
 def write_shard(
-    prefix: str,
+    prefix: Path,
     values: Mapping[str, Any],
     *,
     options: CheckpointOptions = DEFAULT,
@@ -64,6 +67,7 @@ def write_shard(
       ...     read_slices(path, {"w": ((1, 3), (0, 1))})["w"].tolist()
       [[0.0], [1.0]]
     """
+    prefix = os.fsdecode(prefix)
     parts = _on_host({_checked(key): _slices_of(key, value) for key, value in values.items()})
     _shard.write_shard(
         prefix,
@@ -135,8 +139,8 @@ def _box(box: Iterable[Iterable[int]]) -> Box:
 
 
 def merge_shards(
-    prefixes: Sequence[str],
-    destination: str,
+    prefixes: Sequence[Path],
+    destination: Path,
     *,
     extra: Mapping[str, bytes] | None = None,
     options: CheckpointOptions = DEFAULT,
@@ -158,12 +162,15 @@ def merge_shards(
 
     Source: TensorFlow's MergeV2Checkpoints.
     """
-    return _merge.merge_shards(prefixes, destination, extra or {}, durable=options.durable)
+    if isinstance(prefixes, str | bytes | os.PathLike):
+        raise TypeError(f"merge_shards takes a list of shards, got the path {prefixes!r}")
+    shards, destination = [*map(os.fsdecode, prefixes)], os.fsdecode(destination)
+    return _merge.merge_shards(shards, destination, extra or {}, durable=options.durable)
 
 
 @host.transfers_allowed()
 def read_slices(
-    prefix: str,
+    prefix: Path,
     requests: Mapping[str, jax.ShapeDtypeStruct | Box | None],
     *,
     options: CheckpointOptions = DEFAULT,
@@ -184,7 +191,7 @@ def read_slices(
 
     Source: TensorFlow's RestoreV2.
     """
-    with ShardedReader(prefix) as reader:
+    with ShardedReader(os.fsdecode(prefix)) as reader:
         return read_values(reader, requests, options)
 
 

@@ -42,7 +42,7 @@ from ckpt_jax.latest import (
 )
 from ckpt_jax.ledger import Ledger, read_ledger, recovered, write_ledger
 from ckpt_jax.metrics import METER
-from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.options import DEFAULT, CheckpointOptions, given
 from ckpt_jax.preflighting import preflight
 from ckpt_jax.retention import (
     CheckpointRecord,
@@ -71,7 +71,8 @@ class CheckpointManager:
 
     Args:
       checkpoint: the `Checkpoint` whose objects are saved.
-      directory: where the checkpoints go; it is made by the first save.
+      directory: where the checkpoints go; it is made by the first save. A relative one means
+        the same as long as the manager lives, wherever the program goes.
       max_to_keep: how many of the latest to keep; None keeps all.
       keep_checkpoint_every_n_hours: of those that would be removed, one is kept for ever if
         it was saved this many hours after the last such one. None or 0 keeps none.
@@ -87,9 +88,9 @@ class CheckpointManager:
         `keep_checkpoint_every_n_hours`.
 
     Raises:
-      ValueError: `max_to_keep` is not positive, an interval without a step counter, a name
-        with directories, or a state file that names no checkpoint.
-      TypeError: a policy that is none.
+      ValueError: `max_to_keep` is not positive, a negative interval or one without a step
+        counter, a name with directories, or a state file that names no checkpoint.
+      TypeError: a checkpoint, policy, number or function that is none.
 
     Source: `tf.train.CheckpointManager`.
 
@@ -119,19 +120,32 @@ class CheckpointManager:
         last_checkpoint_step: int | None = None,
         clock: Callable[[], float] = time.time,
     ):
-        if max_to_keep is not None and max_to_keep <= 0:
+        if not isinstance(checkpoint, Checkpoint):
+            raise TypeError(
+                f"a manager saves a ckpt.Checkpoint, got {type(checkpoint).__qualname__}: "
+                "give it Checkpoint(name=value)"
+            )
+        if max_to_keep is not None and as_integer(max_to_keep) <= 0:
             raise ValueError(f"expected a positive max_to_keep or None, got {max_to_keep}")
         if checkpoint_interval is not None and step_counter is None:
             raise ValueError("checkpoint_interval needs a step_counter, got none")
+        if checkpoint_interval is not None and as_integer(checkpoint_interval) < 0:
+            raise ValueError(f"expected a checkpoint_interval of 0 or more: {checkpoint_interval}")
+        if init_fn is not None and not callable(init_fn):
+            raise TypeError(f"init_fn must be a function of no argument, got {init_fn!r}")
         if os.path.basename(checkpoint_name) != checkpoint_name:
             raise ValueError(f"expected a name without directories, got {checkpoint_name!r}")
         given = KeepAny(tuple(policies))
         self._checkpoint = checkpoint
-        self._directory = os.fsdecode(directory)
+        self._given = os.fsdecode(directory)
+        # What that means now, also when the program has gone elsewhere since.
+        self._directory = os.path.abspath(self._given)
         self._policy = (
             None if max_to_keep is None else KeepAny((KeepLatest(max_to_keep), *given.policies))
         )
         hours = keep_checkpoint_every_n_hours
+        if hours is not None and hours < 0:
+            raise ValueError(f"expected keep_checkpoint_every_n_hours of 0 or more, got {hours}")
         self._preserve_interval_seconds = hours * SECONDS_PER_HOUR if hours else None
         self._name = checkpoint_name
         self._step_counter = step_counter
@@ -181,8 +195,10 @@ class CheckpointManager:
         step = None if self._interval is None else as_integer(self._step_counter)
         if step is not None and not self._is_due(step, check_interval):
             return None
+        if metrics is not None and not isinstance(metrics, Mapping):
+            raise TypeError(f"metrics must be numbers by name, got {metrics!r}")
         scores = {name: _as_number(name, value) for name, value in (metrics or {}).items()}
-        options = options or DEFAULT
+        options = given(options)
         watch = METER.saving()
         prefix = os.path.join(self._directory, self._name)
         with ExitStack() as stack:
@@ -210,7 +226,7 @@ class CheckpointManager:
                 self._checkpoint._count(count)
                 self._last_step = step
                 self._checkpoint._write(path, options, watch, meeting, stack, committed, failed)
-        return path
+        return self._shown(path)
 
     def _is_due(self, step: int, check_interval: bool) -> bool:
         if self._last_step is None:
@@ -261,7 +277,7 @@ class CheckpointManager:
         path = self._restore_newest(paths, processes)
         if self._interval is not None:
             self._last_step = as_integer(self._step_counter)
-        return path
+        return self._shown(path)
 
     def _candidates(self) -> list[str]:
         """What there is to restore, best first."""
@@ -320,7 +336,7 @@ class CheckpointManager:
             removed = meeting.conclude(None, lambda _: self._collect(dry_run))
             if not meeting.leads:
                 self._follow()
-        return removed
+        return [self._shown(path) for path in removed]
 
     def _collect(self, dry_run: bool) -> list[str]:
         sweep = self._plan_sweep()
@@ -350,12 +366,12 @@ class CheckpointManager:
 
     def __repr__(self) -> str:
         count = len(self.checkpoints)
-        return f"<CheckpointManager of {self._directory}: {count} checkpoint{'s'[: count != 1]}>"
+        return f"<CheckpointManager of {self._given}: {count} checkpoint{'s'[: count != 1]}>"
 
     @property
     def directory(self) -> str:
-        """Where the checkpoints are."""
-        return self._directory
+        """Where the checkpoints are, as it was given."""
+        return self._given
 
     @property
     def checkpoint_interval(self) -> int | None:
@@ -368,7 +384,8 @@ class CheckpointManager:
 
         That it is still there is not checked; `ckpt.latest_checkpoint` does that.
         """
-        return self._ledger.latest
+        latest = self._ledger.latest
+        return latest and self._shown(latest)
 
     @property
     def checkpoints(self) -> list[str]:
@@ -376,7 +393,12 @@ class CheckpointManager:
 
         Those that are kept for ever are not among them.
         """
-        return [record.path for record in self._ledger.records]
+        return [self._shown(record.path) for record in self._ledger.records]
+
+    def _shown(self, path: str) -> str:
+        """A path of this manager as it begins with the directory that was given."""
+        directory, name = os.path.split(path)
+        return os.path.join(self._given, name) if directory == self._directory else path
 
     # --- after the commit --------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ckpt_jax.graph.model import Node, ObjectGraph
 from ckpt_jax.graph.trace import LiveGraph
-from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.options import CheckpointOptions, given
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import restore_bound
 from ckpt_jax.restoring import live_graph
@@ -52,7 +52,7 @@ def restore_nodes(
       ...     kernel.value
       Array([1., 1.], dtype=float32)
     """
-    options = options or DEFAULT
+    options = given(options)
     if path is None:
         raise ValueError("restore_nodes needs the path of a checkpoint, got None")
     if not isinstance(nodes, Mapping):

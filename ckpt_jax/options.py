@@ -7,8 +7,9 @@ is about to write and returns them in groups, one group per shard.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 MIB = 1 << 20
@@ -81,6 +82,8 @@ class MaxShardSize:
     nbytes: int
 
     def __post_init__(self) -> None:
+        if not isinstance(self.nbytes, Integral):
+            raise TypeError(f"MaxShardSize needs a number of bytes, got {self.nbytes!r}")
         if self.nbytes < 1:
             raise ValueError(f"MaxShardSize needs at least 1 byte, got {self.nbytes}")
 
@@ -207,19 +210,43 @@ class CheckpointOptions:
     broadcast: bool = False
 
     def __post_init__(self) -> None:
+        for name in _SWITCHES:
+            if not isinstance(value := getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {value!r}")
         if not callable(self.sharding_policy):
             raise ValueError(f"sharding_policy must be callable, got {self.sharding_policy!r}")
         if self.compression not in (None, "zstd"):
             raise ValueError(f"compression must be None or 'zstd', got {self.compression!r}")
+        if not isinstance(self.max_inflight_bytes, Integral):
+            raise TypeError(f"max_inflight_bytes must be an int, got {self.max_inflight_bytes!r}")
         if self.max_inflight_bytes < 1:
             raise ValueError("max_inflight_bytes must be positive")
+        if not isinstance(self.timeout_seconds, Real) or not self.timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds must be positive, got {self.timeout_seconds!r}")
         if self.when_busy not in ("wait", "skip"):
             raise ValueError(f"when_busy must be 'wait' or 'skip', got {self.when_busy!r}")
         if not (
             self.progress is None or isinstance(self.progress, bool) or callable(self.progress)
         ):
             raise ValueError(f"progress must be None, True or a function, got {self.progress!r}")
-        object.__setattr__(self, "write_callbacks", tuple(self.write_callbacks))
+        callbacks = self.write_callbacks
+        if not isinstance(callbacks, Iterable) or not all(map(callable, found := [*callbacks])):
+            raise TypeError(f"write_callbacks must be a sequence of functions, got {callbacks!r}")
+        object.__setattr__(self, "write_callbacks", tuple(found))
 
 
+_SWITCHES = ("enable_async", "skip_slot_variables", "cast", "durable", "verify", "broadcast")
 DEFAULT = CheckpointOptions()
+
+
+def given(options: CheckpointOptions | None) -> CheckpointOptions:
+    """The options that a caller gave, or the default ones.
+
+    Raises:
+      TypeError: they are something else.
+    """
+    if options is None:
+        return DEFAULT
+    if not isinstance(options, CheckpointOptions):
+        raise TypeError(f"options must be ckpt.CheckpointOptions, got {options!r}")
+    return options

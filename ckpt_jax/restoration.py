@@ -131,6 +131,7 @@ class Restoration:
     ):
         """`trace` is a method of the object that is restored; it is not kept alive."""
         self.path = path
+        self._location = os.path.abspath(path)  # the program may go elsewhere
         self.renamed = renamed
         self.options = options
         self.uid = next(_uids)
@@ -202,7 +203,7 @@ class Restoration:
     def _reopened(self) -> Iterator[CheckpointReader]:
         """The checkpoint again, if it still is the one that the restore began with. The reader of
         a directory holds no files: it is kept, with its index."""
-        reader = self._reader or CheckpointReader(self.path)
+        reader = self._reader or CheckpointReader(self._location)
         if reader.identity != self._identity:
             raise CheckpointNotFoundError(
                 f"{self.path} was replaced since it was restored; what still waits for values of "
@@ -214,7 +215,7 @@ class Restoration:
             reader.check_not_replaced(error)
             raise
         finally:
-            if os.path.isdir(self.path):
+            if os.path.isdir(self._location):
                 self._reader = reader
             else:
                 reader.close()

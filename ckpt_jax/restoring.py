@@ -17,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from ckpt_jax import multihost
 from ckpt_jax.arrays import host
@@ -145,16 +146,24 @@ def _with_changes(plan: ReadPlan, saved: Renamed, live: LiveGraph) -> RestoreRep
 
 
 def abstract_only(entries: tuple[ReportEntry, ...], live: LiveGraph) -> tuple[ReportEntry, ...]:
-    """The entries whose value in the program is abstract, so that nothing can stand in for it."""
+    """The entries whose value in the program is abstract, or an array that was deleted or donated,
+    so that nothing can stand in for it."""
     if not entries:
         return ()
-    abstract = {
+    empty = {
         live.graph.value_path(node, name)
         for node, values in enumerate(live.values)
         for name, value in values.items()
-        if isinstance(value, jax.ShapeDtypeStruct)
+        if _is_empty(value)
     }
-    return tuple([entry for entry in entries if entry.path in abstract])
+    return tuple([entry for entry in entries if entry.path in empty])
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether what describes an array holds none."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return True
+    return isinstance(value, jax.Array) and not isinstance(value, Tracer) and value.is_deleted()
 
 
 def require_fit(report: RestoreReport, advice: str = ADVICE) -> None:
@@ -302,7 +311,13 @@ def execute(
         values.setdefault(r.node, {})[r.name] = value
     for saver, nodes in calls:
         objects = {name: live.objects[node] for name, node in nodes.items()}
-        for name, value in _restored(saver, objects, reader.path).items():
+        new = _restored(saver, objects, reader.path)
+        if lost := [name for name, obj in objects.items() if name not in new and _is_empty(obj)]:
+            raise RegistrationError(
+                f"restore_fn of the checkpoint saver {saver.name!r} returned no values for "
+                f"{', '.join(lost)}, and there are none in the target that could stay"
+            )
+        for name, value in new.items():
             values.setdefault(nodes[name], {})[""] = value
     return assign(live, values), [v for of_node in values.values() for v in of_node.values()]
 

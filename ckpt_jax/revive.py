@@ -51,7 +51,7 @@ from ckpt_jax.graph.objects import (
 from ckpt_jax.graph.order import CyclicDependencyError
 from ckpt_jax.graph.plan import plan_read
 from ckpt_jax.metrics import METER
-from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.options import DEFAULT, CheckpointOptions, given
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.recording import TYPE_NAME, lasting, recorded
 from ckpt_jax.report import ReportEntry
@@ -108,7 +108,7 @@ def save_object(
       (Array([0., 1.], dtype=float32), 3.0)
     """
     path = os.fsdecode(path)
-    options = options or DEFAULT
+    options = given(options)
     watch = METER.saving()
     with multihost.current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
         write_checkpoint(

@@ -242,8 +242,8 @@ def _registered_shards(live: LiveGraph, prefix: str) -> list[str]:
 def _prefixes(saver: str, result: Any) -> list[str]:
     if result is None:
         return []
-    if isinstance(result, str):
-        return [result]
+    if isinstance(result, str | os.PathLike):
+        return [os.fsdecode(result)]
     if isinstance(result, list | tuple):
         return [prefix for part in result for prefix in _prefixes(saver, part)]
     raise ShardError(

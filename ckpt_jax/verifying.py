@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ckpt_jax.batches import batches
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
@@ -15,8 +15,7 @@ from ckpt_jax.reader import CheckpointReader
 _BATCH_NBYTES = 64 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Damage:
+class Damage(NamedTuple):
     """One thing that is wrong with a checkpoint.
 
     Attributes:

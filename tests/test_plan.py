@@ -353,7 +353,7 @@ def test_a_report_in_a_prompt_is_its_table_in_short():
 
 def test_an_error_names_the_first_problems_of_each_kind_and_counts_the_rest():
     many = tuple(ReportEntry(f"v{i}", "int") for i in range(60))
-    text = describe_problems(RestoreReport("p", missing=many, unexpected=many[:50]), "p", "Do.")
+    text = describe_problems(RestoreReport("p", missing=many, unexpected=many[:50]), "Do.")
     assert "missing (60):" in text and text.count("v49: int") == 2
     assert "v50: int" not in text and text.count("... and 10 more, in the error's .report") == 1
     assert text.endswith("\nDo.")

@@ -258,8 +258,11 @@ def _aval(shape: Shape, dtype: np.dtype) -> Any:
 
 @contextlib.contextmanager
 def transfers_allowed() -> Iterator[None]:
-    """Saves and restores are transfers that the program asks for, whatever `jax.transfer_guard`."""
-    with jax.transfer_guard("allow"):
+    """Saves and restores are transfers that the program asks for, whatever `jax.transfer_guard`.
+
+    They happen now, while a function is being traced, too: what is restored must not be a tracer.
+    """
+    with jax.transfer_guard("allow"), jax.ensure_compile_time_eval():
         yield
 
 

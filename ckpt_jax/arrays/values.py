@@ -166,7 +166,8 @@ def encode(value: Any) -> jax.Array | np.ndarray | bytes:
         if value.is_deleted():
             raise ValueError("the array has been deleted or donated")
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            return jax.random.key_data(value)
+            with jax.ensure_compile_time_eval():  # a key that is no tracer has data that is none
+                return jax.random.key_data(value)
         return value
     if isinstance(value, np.ndarray):
         return value

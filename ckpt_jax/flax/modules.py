@@ -1,7 +1,8 @@
 """nnx: modules, optimizers and everything else that is built on its Pytree.
 
 Such an object is mutable; its children are the attributes that nnx itself calls data, the
-static ones are the program's own. An `nnx.Variable` is a mutable box for one value.
+static ones are the program's own, but for mutable objects that nnx does not know and this library
+does, such as a `ckpt.Variable`. An `nnx.Variable` is a mutable box for one value.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ckpt_jax.trackable.view import Below, SlotEntry, View, add_view, view_of
 
 
 class ModuleView(View):
-    """An nnx object: the attributes that hold data."""
+    """An nnx object: the attributes that hold data, or an object of state that is not nnx's."""
 
     identity = True
     mutable = True
@@ -30,7 +31,8 @@ class ModuleView(View):
         return [
             (name, value)
             for name, value in vars(obj).items()
-            if nodes.get(name, False) and not name.startswith("_pytree__")
+            if nodes.get(name, False) or _is_foreign(value)
+            if not name.startswith("_pytree__")
         ]
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
@@ -128,6 +130,12 @@ class StateView(DictView):
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         return type(obj)({label: changed.get(label, child) for label, child in obj.items()})
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether a static attribute is one only because nnx does not know what it is."""
+    view = view_of(value)
+    return view is not None and view.mutable
 
 
 def _is_leaf(value: Any) -> bool:

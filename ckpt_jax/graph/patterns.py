@@ -8,7 +8,7 @@ whole path. In a template the wildcards stand for what those of the pattern matc
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 Pattern = str | re.Pattern[str]
 Selection = Pattern | Sequence[Pattern] | Callable[[str], bool]
@@ -43,6 +43,10 @@ def selects(selection: Selection | None) -> Callable[[str], bool]:
     if callable(selection):
         return selection
     patterns = [selection] if isinstance(selection, str | re.Pattern) else selection
+    if not isinstance(patterns, Iterable) or not all(
+        [isinstance(pattern, str | re.Pattern) for pattern in patterns]
+    ):
+        raise TypeError(f"only= is a pattern, a list of patterns or a function, got {selection!r}")
     compiled = [compile_pattern(pattern) for pattern in patterns]
     return lambda path: any(pattern.fullmatch(path) for pattern in compiled)
 

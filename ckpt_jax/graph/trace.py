@@ -120,7 +120,11 @@ class _Walk:
         if view is DELEGATE:
             obj = delegate_of(obj)
             view = view_of(obj)
-        if view is None:
+        if view is None and self.saver_of(obj) is not None:
+            view = _OPAQUE
+        elif view is None and callable(obj) and self.is_program(parent):
+            view = _PROGRAM
+        elif view is None:
             self.problems.append((labels.path_of(key), _no_view(obj)))
             view = _NOTHING
         node = len(self.objects)
@@ -163,6 +167,14 @@ class _Walk:
     def is_inside_itself(self, obj: Any, parent: int) -> bool:
         while parent >= 0:
             if self.objects[parent] is obj:
+                return True
+            parent = self.parents[parent]
+        return False
+
+    def is_program(self, parent: int) -> bool:
+        """Whether a function below `parent` belongs to an object that has such."""
+        while parent >= 0:
+            if self.views[parent].has_functions:
                 return True
             parent = self.parents[parent]
         return False
@@ -379,4 +391,19 @@ def _no_view(obj: Any) -> str:
     return f"{_dotted(type(obj))} has no view, so its state is unknown"
 
 
+class _OpaqueView(View):
+    """An object of no known kind, of which a registered saver knows all that there is to know."""
+
+    identity = True
+    mutable = True
+
+
+class _ProgramView(View):
+    """A function that stays what it is in the program; it keeps its place in the graph."""
+
+    container = "none"
+
+
 _NOTHING = View()
+_PROGRAM = _ProgramView()
+_OPAQUE = _OpaqueView()

@@ -48,7 +48,8 @@ def register_checkpoint_saver(
 
     Args:
       package, name: the saver is known as "package.name", in checkpoints too.
-      predicate: sees every object of the graph: trackables, Flax objects, containers, leaves.
+      predicate: sees every object of the graph: trackables, Flax objects, containers, leaves,
+        and objects of no known kind that are elements of containers or named in a Checkpoint.
       save_fn: `(objects by name, file_prefix)`; writes shards with `ckpt.io.write_shard` at
         paths that begin with `file_prefix`, and returns None, a shard or a list of shards. Where
         there are several processes it is called on each, with a prefix of its own; what it

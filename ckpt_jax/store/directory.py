@@ -89,7 +89,8 @@ def require_checkpoint(path: str) -> None:
     if names:
         what += f". Checkpoints in {near}: {', '.join(names[-20:])}"
     elif not os.path.isdir(near):
-        what += f". The directory {near} does not exist"
+        is_file = os.path.lexists(near)
+        what += f". {near} is a file" if is_file else f". The directory {near} does not exist"
     else:
         what += f". There are no checkpoints in {near}"
     raise CheckpointNotFoundError(what)

@@ -60,6 +60,11 @@ def files_nbytes(directory: str) -> int:
 
 
 def _database(directory: str) -> dict[str, Any]:
+    if "\\" in directory and os.sep == "/":
+        raise CheckpointError(
+            f"{directory}: TensorStore takes a backslash for what separates directories; "
+            "use a path without one"
+        )
     # A path, not a URL: directories may be called "a?b" or "a%20b".
     base = {"driver": "file", "path": f"{os.path.abspath(directory)}/"}
     return {"driver": "ocdbt", "base": base}

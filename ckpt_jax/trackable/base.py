@@ -212,6 +212,9 @@ class AutoTrackable(Trackable):
     def _is_state(self, value: Any) -> bool:
         return holds_state(value)
 
+    def _before_dropping(self, name: str, value: Any) -> None:
+        """Called where `value`, which is no state, takes the place of a child."""
+
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, NoDependency):
             self.__dict__.get(_CHILDREN, {}).pop(name, None)
@@ -228,6 +231,8 @@ class AutoTrackable(Trackable):
                 super().__setattr__(name, unmarked(value))
                 children[name] = value
             return
+        if not is_state and name in children:
+            self._before_dropping(name, value)
         super().__setattr__(name, unmarked(value))
         if is_state:
             children[name] = value

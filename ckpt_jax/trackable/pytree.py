@@ -122,8 +122,9 @@ class DataclassView(View):
 class RegisteredView(View):
     """Any other type registered with JAX, one level of it."""
 
-    def __init__(self, container: str):
+    def __init__(self, container: str, has_functions: bool = False):
         self.container = container
+        self.has_functions = has_functions
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
         leaves, _ = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda x: x is not obj)
@@ -156,6 +157,14 @@ def _is_dataclass(obj: Any) -> bool:
     return dataclasses.is_dataclass(obj) and not isinstance(obj, type)
 
 
+def _is_equinox(kind: type) -> bool:
+    """Whether a type is a module of Equinox, whose activation functions are leaves."""
+    return any(
+        base.__name__ == "Module" and base.__module__.partition(".")[0] == "equinox"
+        for base in kind.__mro__
+    )
+
+
 def pytree_view(obj: Any) -> View | None:
     """The view of an object by what kind of value or pytree its type is."""
     match obj:
@@ -178,6 +187,8 @@ def pytree_view(obj: Any) -> View | None:
         case dict() if type(obj) in _DICTS or not is_registered(obj):
             return _DICT
     if is_registered(obj):
+        if _is_equinox(type(obj)):
+            return _EQUINOX
         return _REGISTERED_DATACLASS if _is_dataclass(obj) else _REGISTERED
     return _DATACLASS if _is_dataclass(obj) else None
 
@@ -194,3 +205,4 @@ _DICTS = (dict, OrderedDict, defaultdict)
 _DATACLASS = DataclassView()
 _REGISTERED = RegisteredView("dict")
 _REGISTERED_DATACLASS = RegisteredView("dataclass")
+_EQUINOX = RegisteredView("dataclass", has_functions=True)

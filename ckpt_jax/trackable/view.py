@@ -54,11 +54,13 @@ class View:
       identity: whether two edges to one object mean one node. True for mutable objects and
         arrays; False for immutable containers and scalars, whose identity means nothing.
       mutable: whether `rebuild` and `assign` change the object in place.
+      has_functions: whether functions in it, at any depth, are a part of the program and no state.
     """
 
     container: str = ""
     identity: bool = False
     mutable: bool = False
+    has_functions: bool = False
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
         """Labelled children in a stable order. Must not create objects with an identity."""
@@ -152,16 +154,16 @@ def mark_views() -> tuple[int, dict[type, View]]:
 def view_of(obj: Any) -> View | None:
     """The view of `obj`, or None where nothing is known about its kind."""
     kind = type(obj)
+    if kind not in _cache and any([load(kind) for load in _loaders]):
+        return view_of(obj)
+    if _by_predicate and kind not in _by_type:
+        for predicate, candidate in reversed(_by_predicate):
+            if predicate(obj):
+                return candidate  # a predicate may look at the instance: not cached
     try:
         return _cache[kind]
     except KeyError:
         pass
-    if any([load(kind) for load in _loaders]):
-        return view_of(obj)
-    if kind not in _by_type:
-        for predicate, candidate in reversed(_by_predicate):
-            if predicate(obj):
-                return candidate  # a predicate may look at the instance: not cached
     view = next((_by_type[base] for base in kind.__mro__ if base in _by_type), None)
     if view is None:
         view = next((found for f in _by_kind if (found := f(obj)) is not None), None)
@@ -200,6 +202,9 @@ def register_view(
       rebuild: `(object, children) -> object`, called with all children, new ones included.
         It may change the object in place and return it.
 
+    Raises:
+      TypeError: an argument that is no class or function.
+
     Example:
       >>> import numpy as np
       >>> class Point:
@@ -209,4 +214,8 @@ def register_view(
       >>> [label for label, _ in view_of(Point(np.zeros(2))).children(Point(np.zeros(2)))]
       ['xy']
     """
+    given = {"type_or_predicate": type_or_predicate, "children": children, "rebuild": rebuild}
+    for name, value in given.items():
+        if not callable(value):
+            raise TypeError(f"register_view: {name} must be callable, got {value!r}")
     add_view(type_or_predicate, _FunctionView(children, rebuild))
