@@ -26,7 +26,7 @@ from ckpt_jax.metrics import METER, SaveWatch
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import Restoration
-from ckpt_jax.restoring import live_graph
+from ckpt_jax.restoring import live_graph, together
 from ckpt_jax.saving import begin
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 from ckpt_jax.status import LoadStatus
@@ -132,6 +132,10 @@ class Checkpoint(AutoTrackable):
         Returns:
           The path of the checkpoint. Pairs with `restore`. None where another save was in
           flight and `when_busy="skip"` says not to wait for it; the counter stays as it is.
+
+        Raises:
+          AsyncSaveError: an earlier save failed in the background. With one process this one has
+            not begun; with several it has, because those that know of no error take part.
         """
         options = options or DEFAULT
         watch = METER.saving()
@@ -157,7 +161,9 @@ class Checkpoint(AutoTrackable):
 
     def _turn(self, options: CheckpointOptions) -> AbstractContextManager[bool]:
         """The right to save; see `Background.turn`."""
-        return self._background().turn(options.when_busy)
+        # Where one of several processes would not take part, the others would wait for it.
+        is_alone = multihost.current().count == 1
+        return self._background().turn(options.when_busy, is_refused=is_alone)
 
     def _meet(self, path: str, options: CheckpointOptions, stack: ExitStack) -> multihost.Meeting:
         """Meets the other processes for a save, before anything that could fail here."""
@@ -186,20 +192,25 @@ class Checkpoint(AutoTrackable):
         undo.callback(failed)
         finish = begin(self._trace, path, options, meeting, overwrite=True, watch=watch)
 
-        def then() -> None:
+        def kept() -> None:
             undo.pop_all()
+            if not meeting.leads:  # whatever becomes of the callbacks
+                committed()
+
+        def then() -> None:
             _call_back(options.write_callbacks, path)
-            committed()
+            if meeting.leads:
+                committed()
 
         if not options.enable_async:
-            finish(then)
+            finish(kept, then)
             return
         watch.unblocked()
         later = stack.pop_all()
 
         def work() -> None:
             with later:
-                finish(then)
+                finish(kept, then)
 
         self._background().start(work, f"saving {path}", options.timeout_seconds)
 
@@ -220,10 +231,13 @@ class Checkpoint(AutoTrackable):
     ) -> LoadStatus:
         if path is None:
             return LoadStatus(None, self._trace_for_restore)
-        with METER.restoring(lambda: CheckpointReader(path)) as reader:
+        with (
+            together(path, options) as meeting,
+            METER.restoring(lambda: CheckpointReader(path)) as reader,
+        ):
             saved = renamed(reader.object_graph, rename)
             restoration = Restoration(reader.path, saved, options, self._trace_for_restore)
-            root = restoration.run(reader)
+            root = restoration.run(reader, meeting)
         if self.__dict__["_self_rooted"] and root is not self._root_object():
             self.__dict__["_self_root"] = root
         return LoadStatus(restoration, self._trace_for_restore)

@@ -29,7 +29,7 @@ from ckpt_jax.metrics import METER
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import note_restored
-from ckpt_jax.restoring import execute, fits, raise_problems
+from ckpt_jax.restoring import execute, fits, raise_problems, together
 from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.trackable.view import Below, view_of
 
@@ -102,15 +102,15 @@ class FrozenSaver:
           CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
         """
         options = options or DEFAULT
-        live = self._current()
-        with CheckpointReader(path) as reader:
+        with together(path, options) as meeting, CheckpointReader(path) as reader:
+            live = self._current()
             saved = reader.object_graph
             found = _by_key(saved, live.graph)
             plan = plan_read(saved, live, found, path=reader.path, fits=fits(options.cast))
             fatal = replace(plan.report, unexpected=(), deferred=())
             if fatal.missing or fatal.mismatched:
                 raise_problems(fatal, reader.path)
-            execute(plan, live, ValueReader(reader), options)
+            execute(plan, live, ValueReader(reader), options, meeting)
         note_restored(live.objects)
 
     def _current(self) -> LiveGraph:

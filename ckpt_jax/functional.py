@@ -34,6 +34,7 @@ from ckpt_jax.restoring import (
     nbytes_to_read,
     plan_restoring,
     raise_problems,
+    together,
     value_reader,
 )
 from ckpt_jax.saving import write_checkpoint
@@ -124,7 +125,10 @@ def restore(
       CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
     """
     options = options or DEFAULT
-    with METER.restoring(lambda: CheckpointReader(path)) as reader:
+    with (
+        together(path, options) as meeting,
+        METER.restoring(lambda: CheckpointReader(path)) as reader,
+    ):
         live = live_graph(target)
         plan, source = _plan(reader, live, rename, options)
         fatal = plan.report
@@ -133,7 +137,7 @@ def restore(
             fatal = replace(fatal, unexpected=(), missing=missing)
         if fatal.missing or fatal.unexpected or fatal.mismatched:
             raise_problems(fatal, reader.path)
-        root, _ = execute(plan, live, source, options)
+        root, _ = execute(plan, live, source, options, meeting)
     return target if root is delegate_of(target) else root
 
 

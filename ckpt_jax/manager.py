@@ -235,19 +235,20 @@ class CheckpointManager:
           ValueError: a negative number, or a metric that is not one number.
           TypeError: a number or step that is no integer.
           UnsaveableError: values that cannot be saved; nothing was written.
-          AsyncSaveError: an earlier save failed in the background; this one has not begun.
+          AsyncSaveError: an earlier save failed in the background; this one has not begun. Where
+            there are several processes it has, because those that know of no error take part.
 
         Source: `tf.train.CheckpointManager.save`, where a failed save advances the counter.
         """
         step = None if self._interval is None else as_integer(self._step_counter)
         if step is not None and not self._is_due(step, check_interval):
             return None
-        scores = {name: _as_number(name, value) for name, value in (metrics or {}).items()}
         options = options or DEFAULT
         watch = METER.saving()
         prefix = os.path.join(self._directory, self._name)
         with ExitStack() as stack:
             meeting = self._checkpoint._meet(prefix, options, stack)
+            scores = {name: _as_number(name, value) for name, value in (metrics or {}).items()}
             with self._checkpoint._turn(options) as is_mine:
                 if not is_mine or (step is not None and not self._is_due(step, check_interval)):
                     return None  # another thread saves, or has saved this step meanwhile

@@ -9,7 +9,7 @@ takes part, so a meeting may be held on any thread while the devices compute.
 Meetings are numbered in the order in which the program opens them, which has to be the same
 order on all processes. The keys of meeting n, below "ckpt_jax/n/":
 
-    reports/k   what process k reports, as JSON
+    reports/k   what process k reports, as JSON; process 0, only that it is there
     decision    "commit", from process 0 when all have reported, or an error, from whoever
                 failed before that. The first one stays: the service refuses a second.
     outcome     what process 0's act gave, or an error
@@ -46,11 +46,13 @@ import jax
 from ckpt_jax.errors import BarrierTimeoutError, CheckpointError, ProcessError
 from ckpt_jax.jax_internals import service_client
 from ckpt_jax.store.staging import owner_digits
+from ckpt_jax.store.workers import started
 
 COMMIT = "commit"
 _ROOT = "ckpt_jax"
 _POLL_SECONDS = (0.001, 0.05)  # between two looks at the reports: at first, and at most
 _PATIENCE_SECONDS = 5.0  # with the service, beyond the wait for other processes
+_LONGEST_SECONDS = 1e9  # what every clock that is asked to wait understands
 _MAX_MESSAGE = 4000
 _OWNER_DIGITS = 24
 
@@ -132,8 +134,10 @@ class CoordinationService:
                 failed.append(error)
 
         thread = threading.Thread(target=work, name="ckpt-service", daemon=True)
-        thread.start()
-        thread.join(timeout_seconds)
+        if started(thread):
+            thread.join(timeout_seconds)
+        else:
+            work()
         if failed:
             raise failed[0]
         if not found:
@@ -166,6 +170,7 @@ class Processes:
     _open: set[int] = field(default_factory=set, repr=False)
     _swept: int = 0
     _nonce: str = ""
+    _afterwards: threading.local = field(default_factory=threading.local, repr=False)
 
     def meeting(self, what: str, timeout_seconds: float) -> Meeting:
         """Opens the next meeting. To be called in the program's order, outside of any `try`.
@@ -173,11 +178,20 @@ class Processes:
         Args:
           what: names it in errors: "saving runs/a/ckpt-3".
           timeout_seconds: the longest wait for other processes.
+
+        Raises:
+          RuntimeError: this is the end of another meeting, of which others may not know yet.
         """
+        ending = getattr(self._afterwards, "what", None)
+        if ending is not None:
+            raise RuntimeError(
+                f"{what} cannot begin at the end of {ending}, before all processes know of it: "
+                "where there are several, a write callback must not save or collect"
+            )
         with self._lock:
             number, self._next = self._next, self._next + 1
             self._open.add(number)
-        return Meeting(self, number, what, timeout_seconds)
+        return Meeting(self, number, what, min(timeout_seconds, _LONGEST_SECONDS))
 
     def _close(self, number: int) -> None:
         with self._lock:
@@ -249,6 +263,17 @@ class Meeting:
         digest = hashlib.sha256(f"{run}/{self._number}".encode()).hexdigest()
         return run[:_OWNER_DIGITS] + digest[: 32 - _OWNER_DIGITS]
 
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """While the block runs, this thread cannot open another meeting: it is for what each
+        process does at the end, process 0 before the others have heard of the outcome."""
+        here = self._processes._afterwards
+        here.what = self.what if self.count > 1 else None
+        try:
+            yield
+        finally:
+            here.what = None
+
     def conclude(self, report: Any, act: Callable[[list[Any]], Any]) -> Any:
         """Reports, and waits for the outcome.
 
@@ -276,6 +301,7 @@ class Meeting:
     # --- process 0 -----------------------------------------------------------------------
 
     def _gathered(self, own: Any) -> list[Any]:
+        self._tell("reports/0", "")
         deadline = time.monotonic() + self._timeout
         pause, longest = _POLL_SECONDS
         while True:
@@ -324,7 +350,7 @@ class Meeting:
             found = self._list(_PATIENCE_SECONDS)
             if "decision" in found and found["decision"] != COMMIT:
                 raise self._heard(found["decision"])
-            late = [k for k in range(1, self.count) if f"reports/{k}" not in found]
+            late = [k for k in range(self.count) if f"reports/{k}" not in found]
             raise self._late(late or [0], unknown="decision" in found)
         content = json.loads(outcome)
         if "error" in content:
@@ -356,7 +382,7 @@ class Meeting:
 
     def _announce(self, error: BaseException) -> CheckpointError | None:
         """Tells the others; returns the error of one that failed before."""
-        text = json.dumps({"error": _described(error, self.index, self.what)})
+        text = json.dumps({"error": described(error, self.index, self.what)})
         patience = min(self._timeout, _PATIENCE_SECONDS)
         try:
             if self._has_decided or self._tell("decision", text, patience):
@@ -423,7 +449,7 @@ class Meeting:
         return {key.removeprefix(prefix): value for key, value in found.items()}
 
 
-def _described(error: BaseException, index: int, what: str) -> dict[str, Any]:
+def described(error: BaseException, index: int, what: str) -> dict[str, Any]:
     """An error as the other processes hear of it."""
     text = str(error).removeprefix(f"{what}: ")[:_MAX_MESSAGE]
     processes = (index,)

@@ -20,7 +20,7 @@ from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import note_restored
-from ckpt_jax.restoring import execute, fits, live_graph, raise_problems
+from ckpt_jax.restoring import execute, fits, live_graph, raise_problems, together
 from ckpt_jax.trackable.view import view_of
 
 
@@ -61,7 +61,7 @@ def restore_nodes(
         raise ValueError("restore_nodes needs the path of a checkpoint, got None")
     if not isinstance(nodes, Mapping):
         raise ValueError(f"expected a dict of objects by node id, got {type(nodes).__qualname__}")
-    with CheckpointReader(path) as reader:
+    with together(path, options) as meeting, CheckpointReader(path) as reader:
         saved = reader.object_graph
         traced = {node: live_graph(obj) for node, obj in nodes.items() if _is_mutable(obj)}
         if problems := [
@@ -81,7 +81,7 @@ def restore_nodes(
         fatal = replace(plan.report, unexpected=(), deferred=())
         if fatal.missing or fatal.mismatched:
             raise_problems(fatal, reader.path)
-        execute(plan, live, ValueReader(reader), options)
+        execute(plan, live, ValueReader(reader), options, meeting)
     note_restored(live.objects)
 
 

@@ -212,6 +212,8 @@ class CheckpointOptions:
             raise ValueError(f"compression must be None or 'zstd', got {self.compression!r}")
         if self.max_inflight_bytes < 1:
             raise ValueError("max_inflight_bytes must be positive")
+        if not self.timeout_seconds > 0:
+            raise ValueError(f"timeout_seconds must be positive, got {self.timeout_seconds!r}")
         if self.when_busy not in ("wait", "skip"):
             raise ValueError(f"when_busy must be 'wait' or 'skip', got {self.when_busy!r}")
         if not (

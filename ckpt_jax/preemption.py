@@ -251,10 +251,10 @@ class PreemptionHandler:
 
     def _save_now(self, step: int | None) -> None:
         try:
-            path = self._save(step)
-        except AsyncSaveError as error:  # of an earlier save; that of now has not begun
+            self._manager.sync()
+        except AsyncSaveError as error:  # of an earlier save, which must not prevent this one
             _log.error("%s", error, exc_info=error.__cause__)
-            path = self._save(step)
+        path = self._save(step)
         self._manager.sync()
         # A manager does not save one step twice: then what is there is what was wanted.
         self._saved = path or self._manager.latest_checkpoint

@@ -25,6 +25,7 @@ from ckpt_jax.graph.match import Match, extend, match
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
 from ckpt_jax.graph.plan import pretty_name, reachable
 from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.multihost import Meeting
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoring import (
@@ -35,6 +36,7 @@ from ckpt_jax.restoring import (
     nbytes_to_read,
     plan_restoring,
     raise_problems,
+    together,
     value_reader,
 )
 from ckpt_jax.trackable.delegate import delegate_of
@@ -152,7 +154,7 @@ class Restoration:
         """The saved object graph."""
         return self.renamed.graph
 
-    def run(self, reader: CheckpointReader) -> Any:
+    def run(self, reader: CheckpointReader, meeting: Meeting | None = None) -> Any:
         """Restores what is there and lets the rest wait; returns the root."""
         trace = self._trace()
         assert trace is not None
@@ -160,18 +162,19 @@ class Restoration:
         live = trace()
         if self._create_slots(live):
             live = trace()
-        return self._bind(live, lambda saved: match(saved, live.graph), reader)
+        return self._bind(live, lambda saved: match(saved, live.graph), reader, meeting)
 
     def attach(self, child: Any, saved: int) -> Any:
         """Restores into an object that appeared where `saved` was awaited; returns it."""
         key = self.saved.object_keys[saved]
         live = live_graph(child, key)
         before = Match(self._bound_in(live), {})
-        with self._reopened() as reader:
+        with together(self.path, self.options) as meeting, self._reopened() as reader:
             root = self._bind(
                 live,
                 lambda graph: extend(before, graph, live.graph, [(saved, 0)]),
                 reader,
+                meeting,
                 root_key=key,
             )
         return child if root is delegate_of(child) else root
@@ -187,8 +190,8 @@ class Restoration:
         if self._create_slots(live):
             live = trace()
         slots = frozenset([slot.node for _, slot in ends])
-        with self._reopened() as reader:
-            self._bind(live, lambda saved: match(saved, live.graph), reader, slots)
+        with together(self.path, self.options) as meeting, self._reopened() as reader:
+            self._bind(live, lambda saved: match(saved, live.graph), reader, meeting, slots)
 
     @contextmanager
     def _reopened(self) -> Iterator[CheckpointReader]:
@@ -244,6 +247,7 @@ class Restoration:
         live: LiveGraph,
         rematch: Callable[[ObjectGraph], Match],
         reader: CheckpointReader,
+        meeting: Meeting | None,
         among: frozenset[int] | None = None,
         root_key: str = "",
     ) -> Any:
@@ -280,7 +284,7 @@ class Restoration:
         if fatal.missing or fatal.mismatched:
             raise_problems(fatal, self.path)
         source = value_reader(reader, saved, settled)
-        root, new = execute(plan, live, source, self.options)
+        root, new = execute(plan, live, source, self.options, meeting)
         self.nbytes += nbytes_to_read(plan, source)
         self.renamed, self._callbacks = saved, settled.callbacks
         for value in new:

@@ -252,6 +252,8 @@ def remove_leftovers(path: str, but: str = "") -> None:
             continue
         try:
             remove_abandoned(staging)
+        except FileNotFoundError:
+            pass  # somebody else removes it in this moment
         except OSError as error:  # no reason not to go on
             _log.warning("%s, which was abandoned, could not be removed: %s", staging, error)
 
