@@ -170,6 +170,7 @@ class Processes:
     _open: set[int] = field(default_factory=set, repr=False)
     _swept: int = 0
     _nonce: str = ""
+    _agreements: int = 0
     _afterwards: threading.local = field(default_factory=threading.local, repr=False)
 
     def meeting(self, what: str, timeout_seconds: float) -> Meeting:
@@ -192,6 +193,12 @@ class Processes:
             number, self._next = self._next, self._next + 1
             self._open.add(number)
         return Meeting(self, number, what, min(timeout_seconds, _LONGEST_SECONDS))
+
+    def next_agreement(self) -> int:
+        """A number for an agreement outside of meetings, in the program's order."""
+        with self._lock:
+            self._agreements += 1
+            return self._agreements
 
     def _close(self, number: int) -> None:
         with self._lock:

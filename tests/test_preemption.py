@@ -398,30 +398,26 @@ def test_with_jaxs_service_all_processes_save_at_one_step(
     assert ckpt.verify(tmp_path / "ckpt-1").ok
 
 
+WITHOUT_SERVICE = WORKER.replace(
+    "    import ckpt_jax as ckpt\n",
+    "    import ckpt_jax as ckpt\n    jax.config.update('jax_enable_preemption_service', False)\n",
+)
+
+
 @pytest.mark.skipif(
     not hasattr(jax.config, "jax_enable_preemption_service"), reason="it cannot be turned off"
 )
-def test_where_the_service_is_off_somebody_has_to_agree(tmp_path: Path, programs):
-    child = programs(
-        """
-        import sys
-        import jax
-        import ckpt_jax as ckpt
-
-        jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 1, 0)
-        manager = ckpt.CheckpointManager(ckpt.Checkpoint(step=0), sys.argv[1])
-        try:
-            with ckpt.PreemptionHandler(manager):
-                pass
-        except ValueError as error:
-            print(error, flush=True)
-        with ckpt.PreemptionHandler(manager, agree=lambda step, noticed: True) as handler:
-            print(handler.reached(0), flush=True)
-        """,
-        tmp_path,
-        free_port(),
-    )
-    assert "pass agree=" in child.stdout.readline()
-    assert child.stdout.readline() == "True\n"
-    assert child.wait() == 0
+@pytest.mark.parametrize("count", [1, 3])
+def test_where_the_service_is_off_all_processes_save_at_one_step(
+    tmp_path: Path, programs, count: int
+):
+    port, number = free_port(), signal.SIGTERM
+    children = [programs(WITHOUT_SERVICE, tmp_path, port, count, i, number) for i in range(count)]
+    for child in children:
+        assert child.stdout.readline() == "ready\n"
+    children[-1].send_signal(number)
+    lines = [child.stdout.readline().split() for child in children]
+    assert [child.wait() for child in children] == [0] * count
+    assert len({line[0] for line in lines}) == 1
+    assert [line[1:] for line in lines] == [["True", "ckpt-1"]] * count
+    assert ckpt.verify(tmp_path / "ckpt-1").ok
