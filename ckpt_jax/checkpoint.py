@@ -144,6 +144,7 @@ class Checkpoint(AutoTrackable):
             with self._turn(options) as is_mine:
                 if not is_mine:
                     return None
+                self._settle(options)
                 number = self.save_counter + 1
                 path = f"{os.fsdecode(prefix)}-{number}"
 
@@ -152,11 +153,14 @@ class Checkpoint(AutoTrackable):
                         state = CheckpointState(os.path.abspath(path))
                         update_checkpoint_state(os.path.dirname(path) or ".", state)
 
+                def counted() -> None:
+                    self._count(number)
+
                 def failed() -> None:  # a save that failed has not happened
                     self._count(number - 1)
 
-                self._count(number)
-                self._write(path, options, watch, meeting, stack, committed, failed)
+                counted()
+                self._write(path, options, watch, meeting, stack, committed, counted, failed)
         return path
 
     def _turn(self, options: CheckpointOptions) -> AbstractContextManager[bool]:
@@ -164,6 +168,18 @@ class Checkpoint(AutoTrackable):
         # Where one of several processes would not take part, the others would wait for it.
         is_alone = multihost.current().count == 1
         return self._background().turn(options.when_busy, is_refused=is_alone)
+
+    def _settle(self, options: CheckpointOptions) -> None:
+        """Counts saves that had failed here, in doubt, but not on process 0."""
+        doubts, seconds = self._doubts(), options.timeout_seconds
+        while doubts and (is_done := doubts[0][0].done_after_all(seconds)) is not None:
+            _, counted, committed = doubts.pop(0)
+            if is_done:
+                counted()
+                committed()
+
+    def _doubts(self) -> list[tuple[multihost.Meeting, Callable[[], None], Callable[[], None]]]:
+        return self.__dict__.setdefault("_self_doubts", [])
 
     def _meet(self, path: str, options: CheckpointOptions, stack: ExitStack) -> multihost.Meeting:
         """Meets the other processes for a save, before anything that could fail here."""
@@ -182,14 +198,23 @@ class Checkpoint(AutoTrackable):
         meeting: multihost.Meeting,
         stack: ExitStack,
         committed: Callable[[], None] = lambda: None,
+        counted: Callable[[], None] = lambda: None,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
         """Writes to `path` and calls back, here or in the background.
 
-        `stack` holds the meeting. It is taken over where the work goes to the background.
+        `stack` holds the meeting. It is taken over where the work goes to the background. `failed`
+        takes back what `counted` has done.
         """
+
+        def undone() -> None:
+            failed()
+            if meeting.is_in_doubt:
+                meeting.stays_open = True
+                self._doubts().append((meeting, counted, committed))
+
         undo = stack.enter_context(ExitStack())
-        undo.callback(failed)
+        undo.callback(undone)
         finish = begin(self._trace, path, options, meeting, overwrite=True, watch=watch)
 
         def kept() -> None:

@@ -252,6 +252,7 @@ class CheckpointManager:
             with self._checkpoint._turn(options) as is_mine:
                 if not is_mine or (step is not None and not self._is_due(step, check_interval)):
                     return None  # another thread saves, or has saved this step meanwhile
+                self._checkpoint._settle(options)
                 count = self._checkpoint.save_counter + 1
                 number = count if checkpoint_number is None else as_integer(checkpoint_number)
                 if number < 0:
@@ -265,13 +266,18 @@ class CheckpointManager:
                     else:
                         self._follow()
 
+                def counted() -> None:
+                    self._checkpoint._count(count)
+                    self._last_step = step
+
                 def failed() -> None:  # a save that failed has not happened
                     self._checkpoint._count(count - 1)
                     self._last_step = last_step
 
-                self._checkpoint._count(count)
-                self._last_step = step
-                self._checkpoint._write(path, options, watch, meeting, stack, committed, failed)
+                counted()
+                self._checkpoint._write(
+                    path, options, watch, meeting, stack, committed, counted, failed
+                )
         return path
 
     def _is_due(self, step: int, check_interval: bool) -> bool:

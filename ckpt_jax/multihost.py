@@ -18,7 +18,8 @@ A process that fails before the decision makes its error the decision and the ou
 the others fail at once with it. Every wait has a deadline. A process whose wait ends without an
 outcome decides so too, naming the processes that have not reported; only where process 0 had
 already decided to commit, and is not heard of any more, does it not know how the save ended.
-Success is heard from the outcome only, and that is written after the commit.
+Success is heard from the outcome only, and that is written after the commit. A process in doubt
+may keep the meeting open and look for the outcome later, so as to go on from where the others are.
 
 Each report says which meetings the process still has open. What lies below all of these is
 removed by process 0, so that the service holds the keys of a few meetings at any time.
@@ -241,6 +242,8 @@ class Meeting:
     Attributes:
       index, count: of the processes.
       what: names it in errors.
+      is_in_doubt: whether this process has reported, and does not know what came of it.
+      stays_open: whether it wants to look for that later, with `done_after_all`.
     """
 
     def __init__(self, processes: Processes, number: int, what: str, timeout_seconds: float):
@@ -250,6 +253,8 @@ class Meeting:
         self._processes = processes
         self._number = number
         self._timeout = timeout_seconds
+        self.is_in_doubt = False
+        self.stays_open = False
         self._has_decided = False  # process 0: the decision is to commit
         self._is_settled = processes.count == 1  # the outcome is known, or is nobody's business
 
@@ -305,6 +310,21 @@ class Meeting:
         self._is_settled = True
         return result
 
+    def done_after_all(self, timeout_seconds: float) -> bool | None:
+        """Of a meeting that stayed open in doubt: whether process 0 has acted; None where that
+        does not become known in time."""
+        if not self.is_in_doubt:
+            return False
+        try:
+            found = self._service.get(self._key("outcome"), min(timeout_seconds, _LONGEST_SECONDS))
+        except (TimeoutError, ConnectionError):
+            return None
+        if found is None:
+            return None
+        self.is_in_doubt = False
+        self._processes._close(self._number)
+        return "result" in json.loads(found)
+
     # --- process 0 -----------------------------------------------------------------------
 
     def _gathered(self, own: Any) -> list[Any]:
@@ -348,6 +368,7 @@ class Meeting:
     def _hear_after(self, report: Any) -> Any:
         oldest = self._processes._oldest_open()
         said = {"what": self._kind(), "open": oldest, "report": report}
+        self.is_in_doubt = True
         self._tell(f"reports/{self.index}", json.dumps(said))
         try:
             outcome = self._service.get(self._key("outcome"), self._timeout)
@@ -362,7 +383,7 @@ class Meeting:
         content = json.loads(outcome)
         if "error" in content:
             raise self._heard(outcome)
-        self._is_settled = True
+        self._is_settled, self.is_in_doubt = True, False
         return content["result"]
 
     # --- failing -------------------------------------------------------------------------
@@ -380,7 +401,8 @@ class Meeting:
         if error is not None and not self._is_settled:
             self._is_settled = True
             heard = self._announce(error)
-        self._processes._close(self._number)
+        if not (self.is_in_doubt and self.stays_open):
+            self._processes._close(self._number)
         if heard is None or error is None:
             return
         if isinstance(error, OSError) and not isinstance(error, CheckpointError):
@@ -393,6 +415,7 @@ class Meeting:
         patience = min(self._timeout, _PATIENCE_SECONDS)
         try:
             if self._has_decided or self._tell("decision", text, patience):
+                self.is_in_doubt = False
                 self._tell("outcome", text, patience)
                 return None
             decision = self._list(patience)["decision"]
@@ -404,7 +427,7 @@ class Meeting:
         return None if decision == COMMIT else self._heard(decision)
 
     def _heard(self, text: str) -> CheckpointError:
-        self._is_settled = True
+        self._is_settled, self.is_in_doubt = True, False
         said = json.loads(text)["error"]
         processes = tuple(said["processes"])
         message = f"{self.what}: {said['message']}"

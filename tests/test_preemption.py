@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_multihost import together
 
 import ckpt_jax as ckpt
 
@@ -396,6 +397,22 @@ def test_with_jaxs_service_all_processes_save_at_one_step(
     assert len(steps) == 1
     assert [line[1:] for line in lines] == [["True", "ckpt-1"]] * count
     assert ckpt.verify(tmp_path / "ckpt-1").ok
+
+
+def test_an_error_that_one_process_alone_has_does_not_keep_the_others_from_the_last_save(tmp_path):
+    def program(processes):
+        def refuse():
+            raise ValueError("not today")
+
+        checkpoint = ckpt.Checkpoint(step=0)
+        manager = ckpt.CheckpointManager(checkpoint, tmp_path)
+        callbacks = [refuse] if processes.index == 1 else []
+        manager.save(options=ckpt.CheckpointOptions(enable_async=True, write_callbacks=callbacks))
+        handler = ckpt.PreemptionHandler(manager, agree=lambda step, noticed: True)
+        assert handler.reached(7)
+        return os.path.basename(handler.saved)
+
+    assert together(3, program) == ["ckpt-2"] * 3
 
 
 WITHOUT_SERVICE = WORKER.replace(
