@@ -9,8 +9,8 @@ waits for the work, as long as its deadline allows, and logs what nobody was the
 first when the main thread has ended, then when all others have, too. What is handed over later,
 or where no thread can be started any more, is done at once by whoever hands it over.
 
-The threads are daemons, so that neither a callback nor a write that hangs can hold the program
-for ever.
+The thread is a daemon, so that a callback that hangs cannot hold the program for ever; a write
+that the operating system does not return from still may.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ class FrozenSaver:
 
         Args:
           path: of a checkpoint that this saver wrote, or one of an identical graph.
-          options: `cast` and `max_inflight_bytes` apply.
+          options: `cast`, `broadcast` and `max_inflight_bytes` apply.
 
         Raises:
           RestoreMismatchError: naming all keys that are not there, and values of another kind,

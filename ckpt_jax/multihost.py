@@ -514,8 +514,8 @@ def current() -> Processes:
     client = service_client() if count > 1 else None
     if count > 1 and client is None:
         raise RuntimeError(
-            f"there are {count} processes, but no coordination service to agree on a save: call "
-            "jax.distributed.initialize() first"
+            f"there are {count} processes, but no coordination service to agree on a save: "
+            "jax.distributed.initialize() was not called, or jax.distributed.shutdown() was"
         )
     with _present_lock:
         if _present is None or _present[0] is not client:

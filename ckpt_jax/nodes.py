@@ -37,7 +37,7 @@ def restore_nodes(
       nodes: by node id, a position in `object_metadata(path).nodes`, the object to restore it
         into, in place: a trackable, a variable, or another mutable object. Its children stay
         as they are.
-      options: `cast` applies.
+      options: `cast` and `broadcast` apply.
 
     Raises:
       ValueError: no dict of nodes that the checkpoint has and of mutable objects; or an object
