@@ -5,10 +5,12 @@ running in the background. Whoever has the turn may hand work to the background;
 thread of its own, and the turn may be given back meanwhile.
 
 An error of the work is raised by the next turn or `wait`, once. A normal exit of the interpreter
-waits for the work, as long as its deadline allows, and logs what nobody was there to be told.
+waits for the work, as long as its deadline allows, and logs what nobody was there to be told:
+first when the main thread has ended, then when all others have, too. What is handed over later,
+or where no thread can be started any more, is done at once by whoever hands it over.
+
 The thread is a daemon, so that a callback that hangs cannot hold the program for ever; a write
-that the operating system does not return from still can, since the interpreter waits for the
-threads of every pool.
+that the operating system does not return from still may.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ckpt_jax.errors import AsyncSaveError
+from ckpt_jax.store.workers import started
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -32,8 +35,9 @@ class Background:
     def __init__(self) -> None:
         self._turn = threading.RLock()  # a write callback in the foreground may save again
         self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+        self._errors: list[AsyncSaveError] = []  # not raised yet
         self._what = ""
+        self._is_abandoned = False  # at exit
         self._timeout_seconds = 0.0
         _all.add(self)
 
@@ -41,11 +45,12 @@ class Background:
         return Background()  # a copied checkpoint saves on its own
 
     @contextmanager
-    def turn(self, when_busy: str = "wait") -> Iterator[bool]:
+    def turn(self, when_busy: str = "wait", *, is_refused: bool = True) -> Iterator[bool]:
         """The right to save, for as long as the block lasts.
 
         Args:
           when_busy: "wait" until no other thread has the turn and nothing is running, or "skip".
+          is_refused: whether an error of what ran before comes instead of the block, or after it.
 
         Returns:
           A context manager; its value says whether the turn is the caller's.
@@ -67,9 +72,16 @@ class Background:
             return
         try:
             is_free = when_busy != "skip" or self._thread is None or not self._thread.is_alive()
-            if is_free:
-                self._finish()
-            yield is_free
+            earlier = self._ended() if is_free else None
+            if earlier is not None and is_refused:
+                raise earlier
+            try:
+                yield is_free
+            except BaseException:
+                self._keep(earlier)
+                raise
+            if earlier is not None:
+                raise earlier
         finally:
             self._turn.release()
 
@@ -86,15 +98,25 @@ class Background:
         """
         with self.turn():
             self._what, self._timeout_seconds = what, timeout_seconds
-            name = "ckpt-save"
-            self._thread = threading.Thread(target=self._run, args=[work], name=name, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._run, args=[work], name="ckpt-save", daemon=True)
+            if not _is_over:
+                self._thread = thread  # before it starts, which may be interrupted
+                if started(thread):
+                    return
+                self._thread = None
+        work()
 
     def _run(self, work: Callable[[], None]) -> None:
         try:
             work()
         except BaseException as error:  # raised by the next turn
-            self._error = error
+            failed = AsyncSaveError(f"{self._what} failed in the background: {error}")
+            failed.__cause__ = error
+            self._keep(failed)
+
+    def _keep(self, error: AsyncSaveError | None) -> None:
+        if error is not None:
+            self._errors.append(error)
             _failed.add(self)
 
     def wait(self) -> None:
@@ -106,26 +128,28 @@ class Background:
         with self.turn():
             pass
 
-    def _finish(self, timeout_seconds: float | None = None) -> None:
+    def _ended(self, timeout_seconds: float | None = None) -> AsyncSaveError | None:
+        """Waits until nothing is running; an error that nobody was told yet."""
         if self._thread is not None:
             bounded = timeout_seconds is not None and timeout_seconds < threading.TIMEOUT_MAX
             self._thread.join(timeout_seconds if bounded else None)
             if self._thread.is_alive():
-                raise AsyncSaveError(
+                self._is_abandoned = True
+                return AsyncSaveError(
                     f"{self._what} did not end within {timeout_seconds} s of the program's exit "
                     "(CheckpointOptions.timeout_seconds) and was abandoned; nothing is at its path"
                     ", unless it had been committed"
                 )
             self._thread = None
-        error, self._error = self._error, None
-        _failed.discard(self)
-        if error is not None:
-            raise AsyncSaveError(f"{self._what} failed in the background: {error}") from error
+        if not self._errors:
+            return None
+        error = self._errors.pop(0)
+        if not self._errors:
+            _failed.discard(self)
+        return error
 
     def _report_at_exit(self) -> None:
-        try:
-            self._finish(self._timeout_seconds)
-        except AsyncSaveError as error:
+        while not self._is_abandoned and (error := self._ended(self._timeout_seconds)) is not None:
             _log.error("%s", error, exc_info=error.__cause__)
 
 
@@ -133,10 +157,16 @@ _all: weakref.WeakSet[Background] = weakref.WeakSet()
 _failed: set[Background] = set()  # whose errors are not raised yet, though all else forgets them
 
 
+_is_over = False  # whether nobody may be waiting for work that begins now
+
+
 def _report_all_at_exit() -> None:
+    global _is_over
+    _is_over = True
     for background in [*_all]:
         background._report_at_exit()
 
 
-# Before the thread pools that the work uses are shut down, which is earlier than `atexit`.
+# When the main thread has ended, but others may go on; and when all have ended.
 getattr(threading, "_register_atexit", atexit.register)(_report_all_at_exit)
+atexit.register(_report_all_at_exit)

@@ -26,7 +26,7 @@ from ckpt_jax.metrics import METER, SaveWatch
 from ckpt_jax.options import CheckpointOptions, given
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import Restoration
-from ckpt_jax.restoring import live_graph
+from ckpt_jax.restoring import live_graph, together
 from ckpt_jax.savers.registry import saver_name
 from ckpt_jax.saving import begin
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
@@ -152,7 +152,8 @@ class Checkpoint(AutoTrackable):
 
         Raises:
           UnsaveableError: naming every value that cannot be saved; nothing was written.
-          AsyncSaveError: an earlier save in the background failed; this one was not begun.
+          AsyncSaveError: an earlier save failed in the background. With one process this one has
+            not begun; with several it has, because those that know of no error take part.
           OSError: the file system refused something; the earlier checkpoints are as they were.
         """
         options = given(options)
@@ -162,6 +163,7 @@ class Checkpoint(AutoTrackable):
             with self._turn(options, meeting) as is_mine:
                 if not is_mine:
                     return None
+                self._settle(options)
                 number = self.save_counter + 1
                 path = f"{os.fsdecode(prefix)}-{number}"
                 # Of now: the program may have gone elsewhere when it is committed.
@@ -172,25 +174,42 @@ class Checkpoint(AutoTrackable):
                         state = CheckpointState(os.path.join(directory, os.path.basename(path)))
                         update_checkpoint_state(directory, state)
 
+                def counted() -> None:
+                    self._count(number)
+
                 def failed() -> None:  # a save that failed has not happened
                     self._count(number - 1)
 
-                self._count(number)
-                self._write(path, options, watch, meeting, stack, committed, failed)
+                counted()
+                self._write(path, options, watch, meeting, stack, committed, counted, failed)
         return path
 
     @contextmanager
     def _turn(self, options: CheckpointOptions, meeting: multihost.Meeting) -> Iterator[bool]:
         """The right to save; see `Background.turn`. Of several processes, 0 decides on a skip."""
         background = self._background()
-        with background.turn(options.when_busy) as is_mine:
+        # Where one of several processes would not take part, the others would wait for it.
+        is_alone = meeting.count == 1
+        with background.turn(options.when_busy, is_refused=is_alone) as is_mine:
             if options.when_busy == "wait" or meeting.led(is_mine) == is_mine:
                 yield is_mine
             elif is_mine:  # process 0 is not done with a save that this one is done with
                 yield False
             else:
-                with background.turn() as is_mine:
+                with background.turn(is_refused=is_alone) as is_mine:
                     yield is_mine
+
+    def _settle(self, options: CheckpointOptions) -> None:
+        """Counts saves that had failed here, in doubt, but not on process 0."""
+        doubts, seconds = self._doubts(), options.timeout_seconds
+        while doubts and (is_done := doubts[0][0].done_after_all(seconds)) is not None:
+            _, counted, committed = doubts.pop(0)
+            if is_done:
+                counted()
+                committed()
+
+    def _doubts(self) -> list[tuple[multihost.Meeting, Callable[[], None], Callable[[], None]]]:
+        return self.__dict__.setdefault("_self_doubts", [])
 
     def _meet(self, path: str, options: CheckpointOptions, stack: ExitStack) -> multihost.Meeting:
         """Meets the other processes for a save, before anything that could fail here."""
@@ -205,30 +224,44 @@ class Checkpoint(AutoTrackable):
         meeting: multihost.Meeting,
         stack: ExitStack,
         committed: Callable[[], None] = lambda: None,
+        counted: Callable[[], None] = lambda: None,
         failed: Callable[[], None] = lambda: None,
     ) -> None:
         """Writes to `path` and calls back, here or in the background.
 
-        `stack` holds the meeting. It is taken over where the work goes to the background.
+        `stack` holds the meeting. It is taken over where the work goes to the background. `failed`
+        takes back what `counted` has done.
         """
+
+        def undone() -> None:
+            failed()
+            if meeting.is_in_doubt:
+                meeting.stays_open = True
+                self._doubts().append((meeting, counted, committed))
+
         undo = stack.enter_context(ExitStack())
-        undo.callback(failed)
+        undo.callback(undone)
         finish = begin(self._trace, path, options, meeting, overwrite=True, watch=watch)
 
-        def then() -> None:
+        def kept() -> None:
             undo.pop_all()
+            if not meeting.leads:  # whatever becomes of the callbacks
+                committed()
+
+        def then() -> None:
             _call_back(options.write_callbacks, path)
-            committed()
+            if meeting.leads:
+                committed()
 
         if not options.enable_async:
-            finish(then)
+            finish(kept, then)
             return
         watch.unblocked()
         later = stack.pop_all()
 
         def work() -> None:
             with later:
-                finish(then)
+                finish(kept, then)
 
         self._background().start(work, f"saving {path}", options.timeout_seconds)
 
@@ -249,10 +282,13 @@ class Checkpoint(AutoTrackable):
     ) -> LoadStatus:
         if path is None:
             return LoadStatus(None, self._trace_for_restore)
-        with METER.restoring(lambda: CheckpointReader(path)) as reader:
+        with (
+            together(path, options) as meeting,
+            METER.restoring(lambda: CheckpointReader(path)) as reader,
+        ):
             saved = renamed(reader.object_graph, rename)
             restoration = Restoration(reader.path, saved, options, self._trace_for_restore)
-            root = restoration.run(reader)
+            root = restoration.run(reader, meeting)
         if self.__dict__["_self_rooted"] and root is not self._root_object():
             self.__dict__["_self_root"] = root
         return LoadStatus(restoration, self._trace_for_restore)

@@ -26,6 +26,7 @@ from ckpt_jax.metrics import METER
 from ckpt_jax.options import CheckpointOptions, given
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import restore_bound
+from ckpt_jax.restoring import together
 from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.trackable.view import Below, SlotEntry, view_of
 
@@ -89,7 +90,7 @@ class FrozenSaver:
 
         Args:
           path: of a checkpoint that this saver wrote, or one of an identical graph.
-          options: `cast` and `max_inflight_bytes` apply.
+          options: `cast`, `broadcast` and `max_inflight_bytes` apply.
 
         Raises:
           RestoreMismatchError: naming all keys that are not there, and values of another kind,
@@ -98,9 +99,10 @@ class FrozenSaver:
           CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
         """
         options = given(options)
-        live = self._current()
-        with CheckpointReader(path) as reader:
-            restore_bound(reader, live, _by_key(reader.object_graph, live.graph), options)
+        with together(path, options) as meeting, CheckpointReader(path) as reader:
+            live = self._current()
+            bound = _by_key(reader.object_graph, live.graph)
+            restore_bound(reader, live, bound, options, meeting)
 
     def _current(self) -> LiveGraph:
         """The frozen graph with the objects and values of this moment."""

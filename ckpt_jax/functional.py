@@ -35,6 +35,7 @@ from ckpt_jax.restoring import (
     nbytes_to_read,
     plan_restoring,
     require_fit,
+    together,
 )
 from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.trackable.delegate import delegate_of
@@ -136,7 +137,10 @@ def restore(
       {'w': Array([0., 1., 2.], dtype=float32), 'step': 7}
     """
     options = given(options)
-    with METER.restoring(lambda: CheckpointReader(path)) as reader:
+    with (
+        together(path, options) as meeting,
+        METER.restoring(lambda: CheckpointReader(path)) as reader,
+    ):
         live = live_graph(target)
         plan, source = _plan(reader, live, rename, options)
         fatal = plan.report
@@ -144,7 +148,7 @@ def restore(
             missing = abstract_only(fatal.missing, live)
             fatal = replace(fatal, unexpected=(), missing=missing)
         require_fit(fatal, _ADVICE)
-        root, _ = execute(plan, live, source, options)
+        root, _ = execute(plan, live, source, options, meeting)
     return target if root is delegate_of(target) else root
 
 

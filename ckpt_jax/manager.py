@@ -188,7 +188,8 @@ class CheckpointManager:
           ValueError: a negative number, or a metric that is not one number.
           TypeError: a number or step that is no integer.
           UnsaveableError: values that cannot be saved; nothing was written.
-          AsyncSaveError: an earlier save failed in the background; this one has not begun.
+          AsyncSaveError: an earlier save failed in the background; this one has not begun. Where
+            there are several processes it has, because those that know of no error take part.
 
         Source: `tf.train.CheckpointManager.save`, where a failed save advances the counter.
         """
@@ -197,15 +198,16 @@ class CheckpointManager:
             return None
         if metrics is not None and not isinstance(metrics, Mapping):
             raise TypeError(f"metrics must be numbers by name, got {metrics!r}")
-        scores = {name: _as_number(name, value) for name, value in (metrics or {}).items()}
         options = given(options)
         watch = METER.saving()
         prefix = os.path.join(self._directory, self._name)
         with ExitStack() as stack:
             meeting = self._checkpoint._meet(prefix, options, stack)
+            scores = {name: _as_number(name, value) for name, value in (metrics or {}).items()}
             with self._checkpoint._turn(options, meeting) as is_mine:
                 if not is_mine or (step is not None and not self._is_due(step, check_interval)):
                     return None  # another thread saves, or has saved this step meanwhile
+                self._checkpoint._settle(options)
                 count = self._checkpoint.save_counter + 1
                 number = count if checkpoint_number is None else as_integer(checkpoint_number)
                 if number < 0:
@@ -219,13 +221,18 @@ class CheckpointManager:
                     else:
                         self._follow()
 
+                def counted() -> None:
+                    self._checkpoint._count(count)
+                    self._last_step = step
+
                 def failed() -> None:  # a save that failed has not happened
                     self._checkpoint._count(count - 1)
                     self._last_step = last_step
 
-                self._checkpoint._count(count)
-                self._last_step = step
-                self._checkpoint._write(path, options, watch, meeting, stack, committed, failed)
+                counted()
+                self._checkpoint._write(
+                    path, options, watch, meeting, stack, committed, counted, failed
+                )
         return self._shown(path)
 
     def _is_due(self, step: int, check_interval: bool) -> bool:

@@ -10,7 +10,7 @@ meeting may be held on any thread while the devices compute.
 Meetings are numbered in the order in which the program opens them, which has to be the same
 order on all processes. The keys of meeting n, below "ckpt_jax/n/":
 
-    reports/k   what process k reports, as JSON
+    reports/k   what process k reports, as JSON; process 0, only that it is there
     led         what process 0 says for all beforehand, where a save asks it
     decision    "commit", from process 0 when all have reported, or an error, from whoever
                 failed before that. The first one stays: the service refuses a second.
@@ -20,7 +20,8 @@ A process that fails before the decision makes its error the decision and the ou
 the others fail at once with it. Every wait has a deadline. A process whose wait ends without an
 outcome decides so too, naming the processes that have not reported; only where process 0 had
 already decided to commit, and is not heard of any more, does it not know how the save ended.
-Success is heard from the outcome only, and that is written after the commit.
+Success is heard from the outcome only, and that is written after the commit. A process in doubt
+may keep the meeting open and look for the outcome later, so as to go on from where the others are.
 
 Each report says which meetings the process still has open. What lies below all of these is
 removed by process 0, so that the service holds the keys of a few meetings at any time.
@@ -48,11 +49,13 @@ import jax
 from ckpt_jax.errors import BarrierTimeoutError, CheckpointError, ProcessError
 from ckpt_jax.jax_internals import service_client
 from ckpt_jax.store.staging import owner_digits
+from ckpt_jax.store.workers import started
 
 COMMIT = "commit"
 _ROOT = "ckpt_jax"
 _POLL_SECONDS = (0.001, 0.05)  # between two looks at the reports: at first, and at most
 _PATIENCE_SECONDS = 5.0  # with the service, beyond the wait for other processes
+_LONGEST_SECONDS = 1e9  # what every clock that is asked to wait understands
 _MAX_MESSAGE = 4000
 _OWNER_DIGITS = 24
 
@@ -134,8 +137,10 @@ class CoordinationService:
                 failed.append(error)
 
         thread = threading.Thread(target=work, name="ckpt-service", daemon=True)
-        thread.start()
-        thread.join(timeout_seconds)
+        if started(thread):
+            thread.join(timeout_seconds)
+        else:
+            work()
         if failed:
             raise failed[0]
         if not found:
@@ -168,6 +173,8 @@ class Processes:
     _open: set[int] = field(default_factory=set, repr=False)
     _swept: int = 0
     _nonce: str = ""
+    _agreements: int = 0
+    _afterwards: threading.local = field(default_factory=threading.local, repr=False)
 
     def meeting(self, what: str, timeout_seconds: float) -> Meeting:
         """Opens the next meeting. To be called in the program's order, outside of any `try`.
@@ -175,11 +182,26 @@ class Processes:
         Args:
           what: names it in errors: "saving runs/a/ckpt-3".
           timeout_seconds: the longest wait for other processes.
+
+        Raises:
+          RuntimeError: this is the end of another meeting, of which others may not know yet.
         """
+        ending = getattr(self._afterwards, "what", None)
+        if ending is not None:
+            raise RuntimeError(
+                f"{what} cannot begin at the end of {ending}, before all processes know of it: "
+                "where there are several, a write callback must not save or collect"
+            )
         with self._lock:
             number, self._next = self._next, self._next + 1
             self._open.add(number)
-        return Meeting(self, number, what, timeout_seconds)
+        return Meeting(self, number, what, min(timeout_seconds, _LONGEST_SECONDS))
+
+    def next_agreement(self) -> int:
+        """A number for an agreement outside of meetings, in the program's order."""
+        with self._lock:
+            self._agreements += 1
+            return self._agreements
 
     def _close(self, number: int) -> None:
         with self._lock:
@@ -222,6 +244,8 @@ class Meeting:
     Attributes:
       index, count: of the processes.
       what: names it in errors.
+      is_in_doubt: whether this process has reported, and does not know what came of it.
+      stays_open: whether it wants to look for that later, with `done_after_all`.
     """
 
     def __init__(self, processes: Processes, number: int, what: str, timeout_seconds: float):
@@ -231,6 +255,8 @@ class Meeting:
         self._processes = processes
         self._number = number
         self._timeout = timeout_seconds
+        self.is_in_doubt = False
+        self.stays_open = False
         self._has_decided = False  # process 0: the decision is to commit
         self._is_settled = processes.count == 1  # the outcome is known, or is nobody's business
 
@@ -268,6 +294,17 @@ class Meeting:
             raise self._late([0])
         return self._result(said)
 
+    @contextlib.contextmanager
+    def ending(self) -> Iterator[None]:
+        """While the block runs, this thread cannot open another meeting: it is for what each
+        process does at the end, process 0 before the others have heard of the outcome."""
+        here = self._processes._afterwards
+        here.what = self.what if self.count > 1 else None
+        try:
+            yield
+        finally:
+            here.what = None
+
     def conclude(self, report: Any, act: Callable[[list[Any]], Any]) -> Any:
         """Reports, and waits for the outcome.
 
@@ -292,9 +329,25 @@ class Meeting:
         self._is_settled = True
         return result
 
+    def done_after_all(self, timeout_seconds: float) -> bool | None:
+        """Of a meeting that stayed open in doubt: whether process 0 has acted; None where that
+        does not become known in time."""
+        if not self.is_in_doubt:
+            return False
+        try:
+            found = self._service.get(self._key("outcome"), min(timeout_seconds, _LONGEST_SECONDS))
+        except (TimeoutError, ConnectionError):
+            return None
+        if found is None:
+            return None
+        self.is_in_doubt = False
+        self._processes._close(self._number)
+        return "result" in json.loads(found)
+
     # --- process 0 -----------------------------------------------------------------------
 
     def _gathered(self, own: Any) -> list[Any]:
+        self._tell("reports/0", "")
         deadline = time.monotonic() + self._timeout
         pause, longest = _POLL_SECONDS
         while True:
@@ -334,16 +387,17 @@ class Meeting:
     def _hear_after(self, report: Any) -> Any:
         oldest = self._processes._oldest_open()
         said = {"what": self._kind(), "open": oldest, "report": report}
+        self.is_in_doubt = True
         self._tell(f"reports/{self.index}", json.dumps(said))
         outcome = self._wait_for("outcome")
         if outcome is None:
             found = self._list(_PATIENCE_SECONDS)
             if "decision" in found and found["decision"] != COMMIT:
                 raise self._heard(found["decision"])
-            late = [k for k in range(1, self.count) if f"reports/{k}" not in found]
+            late = [k for k in range(self.count) if f"reports/{k}" not in found]
             raise self._late(late or [0], unknown="decision" in found)
         result = self._result(outcome)
-        self._is_settled = True
+        self._is_settled, self.is_in_doubt = True, False
         return result
 
     def _result(self, said: str) -> Any:
@@ -367,7 +421,8 @@ class Meeting:
         if error is not None and not self._is_settled:
             self._is_settled = True
             heard = self._announce(error)
-        self._processes._close(self._number)
+        if not (self.is_in_doubt and self.stays_open):
+            self._processes._close(self._number)
         if heard is None or error is None:
             return
         if isinstance(error, OSError) and not isinstance(error, CheckpointError):
@@ -376,12 +431,13 @@ class Meeting:
 
     def _announce(self, error: BaseException) -> CheckpointError | None:
         """Tells the others; returns the error of one that failed before."""
-        text = json.dumps({"error": _described(error, self.index, self.what)})
+        text = json.dumps({"error": described(error, self.index, self.what)})
         patience = min(self._timeout, _PATIENCE_SECONDS)
         try:
             if self.leads:
                 self._tell("led", text, patience)
             if self._has_decided or self._tell("decision", text, patience):
+                self.is_in_doubt = False
                 self._tell("outcome", text, patience)
                 return None
             decision = self._list(patience)["decision"]
@@ -393,7 +449,7 @@ class Meeting:
         return None if decision == COMMIT else self._heard(decision)
 
     def _heard(self, text: str) -> CheckpointError:
-        self._is_settled = True
+        self._is_settled, self.is_in_doubt = True, False
         said = json.loads(text)["error"]
         processes = tuple(said["processes"])
         message = f"{self.what}: {said['message']}"
@@ -451,7 +507,7 @@ class Meeting:
         return {key.removeprefix(prefix): value for key, value in found.items()}
 
 
-def _described(error: BaseException, index: int, what: str) -> dict[str, Any]:
+def described(error: BaseException, index: int, what: str) -> dict[str, Any]:
     """An error as the other processes hear of it."""
     text = str(error).removeprefix(f"{what}: ")[:_MAX_MESSAGE]
     processes = (index,)
@@ -486,8 +542,8 @@ def current() -> Processes:
     client = service_client() if count > 1 else None
     if count > 1 and client is None:
         raise RuntimeError(
-            f"there are {count} processes, but no coordination service to agree on a save: call "
-            "jax.distributed.initialize() first"
+            f"there are {count} processes, but no coordination service to agree on a save: "
+            "jax.distributed.initialize() was not called, or jax.distributed.shutdown() was"
         )
     with _present_lock:
         if _present is None or _present[0] is not client:

@@ -16,7 +16,7 @@ from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.options import CheckpointOptions, given
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import restore_bound
-from ckpt_jax.restoring import live_graph
+from ckpt_jax.restoring import live_graph, together
 from ckpt_jax.trackable.view import view_of
 
 
@@ -33,7 +33,7 @@ def restore_nodes(
       nodes: by node id, a position in `object_metadata(path).nodes`, the object to restore it
         into, in place: a trackable, a variable, or another mutable object. Its children stay
         as they are.
-      options: `cast` applies.
+      options: `cast` and `broadcast` apply.
 
     Raises:
       ValueError: no dict of nodes that the checkpoint has and of mutable objects; or an object
@@ -57,7 +57,7 @@ def restore_nodes(
         raise ValueError("restore_nodes needs the path of a checkpoint, got None")
     if not isinstance(nodes, Mapping):
         raise ValueError(f"expected a dict of objects by node id, got {type(nodes).__qualname__}")
-    with CheckpointReader(path) as reader:
+    with together(path, options) as meeting, CheckpointReader(path) as reader:
         saved = reader.object_graph
         traced = {node: live_graph(obj) for node, obj in nodes.items() if _is_mutable(obj)}
         if problems := [
@@ -67,7 +67,7 @@ def restore_nodes(
             raise ValueError(f"{reader.path}: nothing was restored:\n{lines}")
         live = _without_edges(traced, saved)
         bound = {node: number for number, node in enumerate(traced)}
-        restore_bound(reader, live, bound, options)
+        restore_bound(reader, live, bound, options, meeting)
 
 
 def _is_mutable(obj: Any) -> bool:

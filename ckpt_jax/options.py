@@ -160,7 +160,8 @@ class CheckpointOptions:
         that the program does can change what is written; errors come with the next `save`,
         with `sync`, or are logged at exit.
       sharding_policy: which slices go into which shard.
-      write_callbacks: functions of no argument, or of the path, called after the commit.
+      write_callbacks: functions of no argument, or of the path, called after the commit. Where
+        there are several processes, they must not save.
       skip_slot_variables: leave optimizer slots out of a restore and its assertions.
       cast: allow a restore to change a value's dtype; otherwise a difference is a mismatch.
       compression: None, or "zstd".

@@ -9,10 +9,11 @@ the objects are whole; the training loop says when it is there. Who decides at w
   hold parameters of one step and optimizer state of another, and a save may fail because a
   step has donated its arrays. It is for programs whose steps are longer than the notice; the
   next boundary, if there is one, saves again.
-* Where `jax.distributed` is initialized, JAX's preemption service spreads SIGTERM to all
-  processes and agrees on a step that all of them will reach. JAX has a handler of its own for
-  SIGTERM then, which stays; other signals are passed on to it. Nobody saves in the middle of a
-  step there, because processes have to save together.
+* Where there are several processes, JAX's preemption service spreads SIGTERM to all of them and
+  agrees on a step that all will reach. JAX has a handler of its own for SIGTERM then, which
+  stays; other signals are passed on to it. Where that service is off, the handler here takes
+  SIGTERM, too, and `agreeing` does the same. Nobody saves in the middle of a step there, because
+  processes have to save together.
 
 Python runs signal handlers on the main thread, between two of its instructions, which may be long
 after the signal where that thread waits for a device. The thread that watches the clock is
@@ -35,6 +36,8 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
+from ckpt_jax import multihost
+from ckpt_jax.agreeing import CommonStep
 from ckpt_jax.errors import AsyncSaveError
 from ckpt_jax.manager import CheckpointManager
 
@@ -65,9 +68,7 @@ class PreemptionHandler:
         By default as the module describes; JAX's service is used where it is on.
 
     Raises:
-      ValueError: a negative time; on entering, where another thread than the main one does so,
-        or where there may be several processes but JAX's preemption service is off and `agree`
-        is not given.
+      ValueError: a negative time; on entering, where another thread than the main one does so.
 
     Source: `tf.distribute.experimental.PreemptionCheckpointHandler`, which wraps the step.
 
@@ -102,6 +103,7 @@ class PreemptionHandler:
         self._save = save or (lambda step: manager.save(check_interval=False))
         self._given_agree = agree
         self._agree: Agree = agree or _on_my_own
+        self._ask: Callable[[], None] = lambda: None  # the other processes to stop
         self._forwards = False  # to JAX, which has its own handler of SIGTERM
         self._noticed = False
         self._step: int | None = None
@@ -135,17 +137,18 @@ class PreemptionHandler:
     def _install(self, undo: ExitStack) -> None:
         """Takes the signals; `undo` gives them back."""
         signals = self._signals
-        if self._given_agree is None and jax.distributed.is_initialized():
+        if self._given_agree is None:
             # Releases of JAX without this setting have the service always.
-            if not getattr(jax.config, "jax_enable_preemption_service", True):
-                raise ValueError(
-                    "jax.distributed is initialized, but jax_enable_preemption_service is off: "
-                    "turn it on, or pass agree=, a function that all processes answer alike"
-                )
-            self._agree, self._forwards = _agreed_by_jax, True
-            signals = tuple([number for number in signals if number != signal.SIGTERM])
-        elif self._given_agree is None:
-            self._start_watching(undo)
+            has_service = getattr(jax.config, "jax_enable_preemption_service", True)
+            if jax.distributed.is_initialized() and has_service:
+                self._agree, self._forwards = _agreed_by_jax, True
+                signals = tuple([number for number in signals if number != signal.SIGTERM])
+            elif (processes := multihost.current()).count > 1:
+                common = CommonStep(processes)
+                undo.callback(common.close)
+                self._agree, self._ask = lambda step, noticed: common.is_passed(), common.ask
+            else:
+                self._start_watching(undo)
         for number in signals:
             previous = signal.signal(number, self._notice)
             # A handler that no Python code installed cannot be put back.
@@ -181,6 +184,7 @@ class PreemptionHandler:
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
         self._noticed = True
+        self._ask()
         if self._forwards:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -246,10 +250,10 @@ class PreemptionHandler:
 
     def _save_now(self, step: int | None) -> None:
         try:
-            path = self._save(step)
-        except AsyncSaveError as error:  # of an earlier save; that of now has not begun
+            self._manager.sync()
+        except AsyncSaveError as error:  # of an earlier save, which must not prevent this one
             _log.error("%s", error, exc_info=error.__cause__)
-            path = self._save(step)
+        path = self._save(step)
         self._manager.sync()
         # A manager does not save one step twice: then what is there is what was wanted.
         self._saved = path or self._manager.latest_checkpoint

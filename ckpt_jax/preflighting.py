@@ -40,19 +40,17 @@ def preflight(
     """
     directory = os.path.abspath(os.fsdecode(directory))
     processes = multihost.current()
-    with processes.meeting(f"checking {directory}", timeout_seconds) as meeting:
-        token = meeting.token
-        names = [f".preflight-{token}-{k}" for k in range(meeting.count)]
-        own = os.path.join(directory, names[meeting.index])
-        problem = _written(own, token)
-        hosts = meeting.conclude([socket.gethostname(), problem], lambda reports: reports)
-    try:
+    with contextlib.ExitStack() as stack:
+        with processes.meeting(f"checking {directory}", timeout_seconds) as meeting:
+            token = meeting.token
+            names = [f".preflight-{token}-{k}" for k in range(meeting.count)]
+            own = os.path.join(directory, names[meeting.index])
+            stack.callback(_remove, own)
+            problem = _written(own, token)
+            hosts = meeting.conclude([socket.gethostname(), problem], lambda reports: reports)
         with processes.meeting(f"checking {directory}", timeout_seconds) as meeting:
             unseen = [k for k, name in enumerate(names) if not _holds(directory, name, token)]
             seen_by_all = meeting.conclude(unseen, lambda reports: reports)
-    finally:
-        with contextlib.suppress(OSError):  # it could not be written, and `problem` says so
-            os.unlink(own)
     problems = [(k, f"({host}) {problem}") for k, (host, problem) in enumerate(hosts) if problem]
     failed = {k for k, _ in problems}
     for k, unseen in enumerate(seen_by_all):
@@ -77,6 +75,11 @@ def _written(path: str, content: str) -> str | None:
     except OSError as error:
         return f"cannot write: {error}"
     return None
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(OSError):  # it could not be written, and that is said already
+        os.unlink(path)
 
 
 def _holds(directory: str, name: str, content: str) -> bool:

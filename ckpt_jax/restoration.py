@@ -26,6 +26,7 @@ from ckpt_jax.graph.match import Match, extend, match
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
 from ckpt_jax.graph.plan import plan_read, pretty_name, reachable
 from ckpt_jax.graph.trace import LiveGraph
+from ckpt_jax.multihost import Meeting
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoring import (
@@ -36,6 +37,7 @@ from ckpt_jax.restoring import (
     nbytes_to_read,
     plan_restoring,
     require_fit,
+    together,
 )
 from ckpt_jax.trackable.delegate import delegate_of
 from ckpt_jax.trackable.pending import await_child
@@ -154,13 +156,13 @@ class Restoration:
         """The saved object graph."""
         return self.renamed.graph
 
-    def run(self, reader: CheckpointReader) -> Any:
+    def run(self, reader: CheckpointReader, meeting: Meeting | None = None) -> Any:
         """Restores what is there and lets the rest wait; returns the root."""
         self._identity = reader.identity
         try:
             live = self._traced()
             assert live is not None
-            return self._bind(live, lambda saved: match(saved, live.graph), reader)
+            return self._bind(live, lambda saved: match(saved, live.graph), reader, meeting)
         except BaseException:
             self.left_over.is_expected = True  # the error says enough
             raise
@@ -170,11 +172,12 @@ class Restoration:
         key = self.saved.object_keys[saved]
         live = live_graph(child, key)
         before = Match(self._bound_in(live), {})
-        with self._reopened() as reader:
+        with together(self.path, self.options) as meeting, self._reopened() as reader:
             root = self._bind(
                 live,
                 lambda graph: extend(before, graph, live.graph, [(saved, 0)]),
                 reader,
+                meeting,
                 root_key=key,
             )
         return child if root is delegate_of(child) else root
@@ -187,8 +190,8 @@ class Restoration:
         if live is None:
             return
         slots = frozenset([slot.node for _, slot in ends])
-        with self._reopened() as reader:
-            self._bind(live, lambda saved: match(saved, live.graph), reader, slots)
+        with together(self.path, self.options) as meeting, self._reopened() as reader:
+            self._bind(live, lambda saved: match(saved, live.graph), reader, meeting, slots)
 
     def _traced(self) -> LiveGraph | None:
         """The objects of the program, with what slot variables its optimizers had to make; None
@@ -253,6 +256,7 @@ class Restoration:
         live: LiveGraph,
         rematch: Callable[[ObjectGraph], Match],
         reader: CheckpointReader,
+        meeting: Meeting | None,
         among: frozenset[int] | None = None,
         root_key: str = "",
     ) -> Any:
@@ -287,7 +291,7 @@ class Restoration:
         )
         require_fit(fatal, _ADVICE)
         source = FittedReader(reader, saved.derived, settled.inputs)
-        root, new = execute(plan, live, source, self.options)
+        root, new = execute(plan, live, source, self.options, meeting)
         self.nbytes += nbytes_to_read(plan, source)
         self.renamed, self._callbacks = saved, settled.callbacks
         for value in new:
@@ -323,6 +327,7 @@ def restore_bound(
     live: LiveGraph,
     bound: Mapping[int, int],
     options: CheckpointOptions,
+    meeting: Meeting | None,
 ) -> None:
     """Restores what live nodes take from the saved ones that are bound to them, whatever edges
     lead there; what else the checkpoint has is ignored.
@@ -334,7 +339,7 @@ def restore_bound(
     saved = reader.object_graph
     plan = plan_read(saved, live, found, path=reader.path, fits=fits(options.cast))
     require_fit(replace(plan.report, unexpected=(), deferred=()))
-    execute(plan, live, reader, options)
+    execute(plan, live, reader, options, meeting)
     uid = next(_uids)
     for obj in live.objects:
         _note_restored(obj, uid)

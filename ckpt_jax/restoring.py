@@ -10,7 +10,9 @@ assign  in place where objects are mutable, by rebuilding where they are not
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -32,6 +34,7 @@ from ckpt_jax.graph.match import Match
 from ckpt_jax.graph.model import LeafSpec
 from ckpt_jax.graph.plan import Read, ReadPlan, SaverCall, assign, plan_read
 from ckpt_jax.graph.trace import LiveGraph, trace
+from ckpt_jax.multihost import Meeting
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.progress import Advance, progress
 from ckpt_jax.reader import CheckpointReader
@@ -179,15 +182,37 @@ def require_fit(report: RestoreReport, advice: str = ADVICE) -> None:
 # --- read and assign -------------------------------------------------------------------
 
 
-def read(plan: ReadPlan, reader: Reader, options: CheckpointOptions) -> list[Any]:
+@contextmanager
+def together(path: Any, options: CheckpointOptions) -> Iterator[Meeting | None]:
+    """A meeting for a restore in which processes hand values to each other; else None.
+
+    It has to begin before anything that can fail on one process alone, because the others would
+    wait for what that process reads.
+    """
+    processes = multihost.current()
+    if not options.broadcast or processes.count == 1:
+        yield None
+        return
+    what = f"restoring {os.fsdecode(path)}"
+    with processes.meeting(what, options.timeout_seconds) as meeting:
+        yield meeting
+
+
+def read(
+    plan: ReadPlan, reader: Reader, options: CheckpointOptions, meeting: Meeting | None
+) -> list[Any]:
     """The value of each `Read` of a plan, each array once per dtype and placement."""
     total = nbytes_to_read(plan, reader) if options.progress else 0
     with progress(options.progress, f"restoring {reader.path}", total) as advance:
-        return _read(plan, reader, options, advance)
+        return _read(plan, reader, options, meeting, advance)
 
 
 def _read(
-    plan: ReadPlan, reader: Reader, options: CheckpointOptions, advance: Advance
+    plan: ReadPlan,
+    reader: Reader,
+    options: CheckpointOptions,
+    meeting: Meeting | None,
+    advance: Advance,
 ) -> list[Any]:
     requests: dict[tuple[str, Any, Any], int] = {}
     order = [requests.setdefault(_identity(r), len(requests)) for r in plan.reads]
@@ -195,7 +220,7 @@ def _read(
     for number, r in zip(order, plan.reads, strict=True):
         first.setdefault(number, r)
     found: list[Any] = [None] * len(first)
-    shared = _shared(first, reader, options)
+    shared = _shared(first) if meeting is not None else {}
     # One pass serves each key once; a key that is wanted in several ways takes further passes.
     todo = dict(first)
     while todo:
@@ -214,17 +239,13 @@ def _read(
                 raise RestoreMismatchError(describe_problems(report, ADVICE), report) from error
         for number in batch.values():
             del todo[number]
-    if shared:
-        _hand_over(found, {number: first[number] for number in shared}, reader, options)
+    if meeting is not None:
+        _hand_over(found, {number: first[number] for number in shared}, meeting)
     return [found[number] for number in order]
 
 
-def _shared(
-    reads: Mapping[int, Read], reader: Reader, options: CheckpointOptions
-) -> dict[int, jax.sharding.Sharding]:
+def _shared(reads: Mapping[int, Read]) -> dict[int, jax.sharding.Sharding]:
     """For reads whose bytes several processes need, the layout in which each is read once."""
-    if not options.broadcast or multihost.current().count == 1:
-        return {}
     shared: dict[int, jax.sharding.Sharding] = {}
     for number, r in reads.items():
         if r.target.kind == "array" and r.saved.kind in ARRAY_KINDS:
@@ -235,12 +256,7 @@ def _shared(
     return shared
 
 
-def _hand_over(
-    found: list[Any],
-    reads: Mapping[int, Read],
-    reader: Reader,
-    options: CheckpointOptions,
-) -> None:
+def _hand_over(found: list[Any], reads: Mapping[int, Read], meeting: Meeting) -> None:
     """Gathers what was read in parts.
 
     Devices wait for each other without a deadline: so that nobody is missing, all processes say
@@ -248,9 +264,9 @@ def _hand_over(
     """
     shardings = [host.placement(r.value) for r in reads.values()]
     names = [f"{r.key} {r.target} {to}" for r, to in zip(reads.values(), shardings, strict=True)]
-    what = f"restoring {reader.path}"
-    with multihost.current().meeting(what, options.timeout_seconds) as meeting:
-        meeting.conclude(hashlib.sha256("\n".join(names).encode()).hexdigest(), _check_same_reads)
+    meeting.conclude(hashlib.sha256("\n".join(names).encode()).hexdigest(), _check_same_reads)
+    if not reads:
+        return
     arrays = gather([found[number] for number in reads], [to for to in shardings if to is not None])
     for number, array in zip(reads, arrays, strict=True):
         found[number] = array
@@ -298,12 +314,19 @@ def nbytes_to_read(plan: ReadPlan, reader: Reader) -> int:
 
 @host.transfers_allowed()
 def execute(
-    plan: ReadPlan, live: LiveGraph, reader: Reader, options: CheckpointOptions
+    plan: ReadPlan,
+    live: LiveGraph,
+    reader: Reader,
+    options: CheckpointOptions,
+    meeting: Meeting | None = None,
 ) -> tuple[Any, list[Any]]:
-    """Reads what a plan says and puts it into the live objects; returns the root and the values."""
+    """Reads what a plan says and puts it into the live objects; returns the root and the values.
+
+    `meeting` is that of `together`: without it, each process reads all that it needs.
+    """
     calls = [_accepted(call, live) for call in plan.calls]
     values: dict[int, dict[str, Any]] = {}
-    for r, value in zip(plan.reads, read(plan, reader, options), strict=True):
+    for r, value in zip(plan.reads, read(plan, reader, options, meeting), strict=True):
         if r.target.kind == "array" and not isinstance(value, jax.Array):
             value = host.put([np.asarray(value)], host.placement(r.value))[0]
         if r.target.weak_type:  # or the same program would be compiled anew, and promote otherwise

@@ -28,7 +28,7 @@ from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, path_of
 from ckpt_jax.graph.model import ObjectGraph
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import SaveWatch
-from ckpt_jax.multihost import Meeting
+from ckpt_jax.multihost import Meeting, described
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.progress import progress
 from ckpt_jax.savers import default
@@ -80,9 +80,10 @@ def begin(
 
     Returns:
       The rest, to be called once, on any thread: it writes and commits. Nothing that the
-      program does meanwhile can change what is written. It takes a function of no argument,
-      which is called on each process when the checkpoint is there: on process 0 before the
-      others know of it.
+      program does meanwhile can change what is written. It takes two functions of no argument,
+      which are called on each process when the checkpoint is there: `kept`, and then `then`, on
+      process 0 before the others know of it. What `then` raises takes nothing back. Where it
+      does so on process 0, the others call `kept` alone, and fail, too.
     """
     live = trace()
     process = meeting.index
@@ -109,7 +110,10 @@ def begin(
         registered = _registered_shards(live, prefix)
         later = stack.pop_all()
 
-    def finish(then: Callable[[], None] = lambda: None) -> None:
+    def finish(
+        kept: Callable[[], None] = lambda: None, then: Callable[[], None] = lambda: None
+    ) -> None:
+        failures: list[BaseException] = []
         with later, progress(options.progress, f"saving {path}", snapshot.nbytes) as advance:
 
             def wrote(nbytes: int) -> None:
@@ -125,9 +129,10 @@ def begin(
                 tuple([os.path.relpath(shard, staging.directory) for shard in written]),
             )
 
-            def commit(reports: list[Any]) -> None:
+            def commit(reports: list[Any]) -> str | None:
                 found = [_Report(*said) for said in reports]
                 _check_agreement(found, meeting.what)
+                _check_shared(found, staging.directory, meeting.what)
                 directories = [
                     os.path.normpath(os.path.join(staging.directory, shard))
                     for each in found
@@ -138,11 +143,26 @@ def begin(
                 staging.publish(overwrite=overwrite, durable=options.durable)
                 later.close()
                 watch.committed(path)
-                then()
+                kept()
+                try:
+                    with meeting.ending():
+                        then()
+                except BaseException as error:  # raised when the others know of the checkpoint
+                    failures.append(error)
+                    return described(error, process, meeting.what)["message"]
+                return None
 
-            meeting.conclude(astuple(report), commit)
-            if not meeting.leads:
-                watch.committed(path)
+            failed = meeting.conclude(astuple(report), commit)
+            if failures:
+                raise failures[0]
+            if meeting.leads:
+                return
+            watch.committed(path)
+            kept()
+            if failed is not None:
+                what = f"{meeting.what}: the checkpoint was committed, but then {failed}"
+                raise ProcessError(what, (0,))
+            with meeting.ending():
                 then()
 
     return finish
@@ -200,6 +220,22 @@ def _check_agreement(reports: Sequence[_Report], what: str) -> None:
             f"shardings differ{below}. All processes have to save the same object graph; state "
             "that each has for itself goes into ckpt.PerProcess.",
             others,
+        )
+
+
+def _check_shared(reports: Sequence[_Report], staging: str, what: str) -> None:
+    """Checks that process 0 finds the directories that the others have written."""
+    unseen = tuple(
+        k
+        for k, report in enumerate(reports)
+        if not all(os.path.isdir(os.path.join(staging, shard)) for shard in report.shards)
+    )
+    if unseen:
+        raise ProcessError(
+            f"{what}: process 0 does not find what was written by "
+            f"{', '.join(map(str, unseen))}. All processes have to share the directory "
+            f"{os.path.dirname(staging)}; ckpt.preflight tells whether they do.",
+            unseen,
         )
 
 

@@ -37,7 +37,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("readers", "multihost"),
     ("reader",),
     ("fitting",),
-    ("saving", "restoring", "restoration", "latest", "verifying", "background", "preflighting"),
+    (
+        *("saving", "restoring", "restoration", "latest", "verifying", "background"),
+        *("preflighting", "agreeing"),
+    ),
     ("status", "checkpoint", "functional", "recording", "revive", "nodes", "frozen", "per_process"),
     ("retention", "ledger"),
     ("manager", "inspect"),

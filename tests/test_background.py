@@ -432,6 +432,60 @@ def test_an_error_that_was_raised_is_not_told_again_at_exit(tmp_path: Path):
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.parametrize("enable_async", [False, True])
+@pytest.mark.parametrize(
+    "when",
+    [
+        "atexit.register(save)",
+        "threading.Thread(target=lambda: (over.wait(), save())).start()",
+    ],
+)
+def test_a_save_that_begins_while_the_program_ends_is_there(
+    tmp_path: Path, when: str, enable_async: bool
+):
+    """In an exit handler, and on a thread that goes on when the main one has ended."""
+    done = run_program(
+        f"""
+        import atexit, sys, threading
+        import numpy as np
+        import ckpt_jax as ckpt
+
+        over = threading.Event()
+        # What is registered first is called last: then no pool takes work any more.
+        threading._threading_atexits.insert(0, over.set)
+        checkpoint = ckpt.Checkpoint(w=np.arange(300_000), x=1)
+
+        def save():
+            checkpoint.save(sys.argv[1], ckpt.CheckpointOptions(enable_async={enable_async}))
+
+        {when}
+        """,
+        tmp_path / "c",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "c-1")
+    assert ckpt.verify(tmp_path / "c-1").ok
+
+
+def test_a_save_in_flight_at_the_end_of_the_program_needs_no_more_threads(tmp_path: Path):
+    done = run_program(
+        """
+        import sys, threading
+        import numpy as np
+        import ckpt_jax as ckpt
+
+        def wait_for_the_end(done, total):
+            threading.main_thread().join(0.5)
+
+        options = ckpt.CheckpointOptions(enable_async=True, progress=wait_for_the_end)
+        ckpt.Checkpoint(w=np.arange(300_000), x=1).save(sys.argv[1], options)
+        """,
+        tmp_path / "c",
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ckpt.verify(tmp_path / "c-1").ok
+
+
 def test_an_exit_does_not_wait_beyond_the_deadline(tmp_path: Path):
     """A callback that never ends cannot hold the program; what was committed is there."""
     done = run_program(

@@ -168,7 +168,7 @@ def test_an_interrupted_process_is_interrupted_and_the_others_hear_of_it():
     assert "process 1 failed with KeyboardInterrupt" in str(error)
 
 
-@pytest.mark.parametrize("late", [(1,), (2, 3), (0,)])
+@pytest.mark.parametrize("late", [(1,), (2, 3), (0,), (0, 2)])
 def test_who_is_late_is_named_by_all_the_others(late):
     over = threading.Barrier(4)
 
@@ -435,11 +435,13 @@ def test_the_next_save_raises_on_each_process_what_failed_in_the_background(tmp_
         try:
             checkpoint.write(tmp_path / "b", options)
         except ckpt.AsyncSaveError as error:
+            checkpoint.sync()
             return str(error)
 
     for message in together(3, program):
         assert "not today" in message
-    assert os.listdir(tmp_path) == ["a"]
+    # It has begun all the same: had one of them no error, it would have waited for the others.
+    assert sorted(os.listdir(tmp_path)) == ["a", "b"]
 
 
 @pytest.mark.parametrize("busy", [0, 1])
@@ -543,6 +545,186 @@ def test_a_late_process_leaves_nothing_behind(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
+ASYNC = CheckpointOptions(enable_async=True, timeout_seconds=SECONDS)
+
+
+def attempts(save, count):
+    """What each of several calls gave: the name of a checkpoint, or the type of an error."""
+    found = []
+    for number in range(count):
+        try:
+            found.append(os.path.basename(save(number)))
+        except Exception as error:
+            found.append(type(error))
+    return found
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("enable_async", [False, True])
+def test_what_fails_after_the_commit_takes_nothing_back_on_any_process(
+    tmp_path, failing, enable_async
+):
+    def program(processes):
+        def refuse():
+            raise ValueError("not today")
+
+        manager = ckpt.CheckpointManager(ckpt.Checkpoint(w=np.arange(3)), tmp_path)
+
+        def save(number):
+            refuses = number == 1 and processes.index == failing
+            callbacks = (refuse,) if refuses else ()
+            return manager.save(options=CheckpointOptions(enable_async, write_callbacks=callbacks))
+
+        found = attempts(save, 4)
+        manager.sync()
+        return found, manager.latest_checkpoint, [os.path.basename(p) for p in manager.checkpoints]
+
+    results = together(3, program)
+    for index, (found, latest, known) in enumerate(results):
+        expected = ["ckpt-1", "ckpt-2", "ckpt-3", "ckpt-4"]
+        # What fails on process 0 keeps the checkpoint from being recorded: all are told.
+        if failing in (0, index):
+            error = ValueError if index == failing else ckpt.ProcessError
+            expected[1 + enable_async] = ckpt.AsyncSaveError if enable_async else error
+        assert found == expected
+        assert latest == str(tmp_path / "ckpt-4")
+        assert known == ["ckpt-1", *["ckpt-2"][failing == 0 :], "ckpt-3", "ckpt-4"]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_background_save_is_raised_once_and_fails_no_other(tmp_path, failing):
+    class Fragile(ckpt.PythonState):
+        is_broken = False
+
+        def serialize(self):
+            if self.is_broken:
+                raise OSError("iterator lost")
+            return "fine"
+
+        def deserialize(self, value): ...
+
+    def program(processes):
+        fragile = Fragile()
+        checkpoint = ckpt.Checkpoint(w=np.arange(3), fragile=fragile)
+
+        def save(number):
+            fragile.is_broken = number == 1 and processes.index == failing
+            return checkpoint.save(tmp_path / "ckpt", ASYNC)
+
+        found = attempts(save, 6)
+        checkpoint.sync()
+        return [type(each) is str for each in found], checkpoint.save_counter
+
+    for index, (worked, count) in enumerate(together(3, program)):
+        # At once where it failed; some hear of it in time for that, others with the next save.
+        assert worked.count(False) == 1
+        assert not worked[1] if index == failing else not (worked[1] and worked[2])
+        assert count == 5
+    assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-5")
+
+
+def test_a_metric_that_is_none_fails_the_save_on_all_processes(tmp_path):
+    def program(processes):
+        manager = ckpt.CheckpointManager(ckpt.Checkpoint(w=np.arange(3)), tmp_path)
+        loss = "low" if processes.index == 1 else 0.5
+        return attempts(lambda number: manager.save(metrics={"loss": loss if not number else 1}), 2)
+
+    heard = [ckpt.ProcessError, "ckpt-1"]
+    assert together(3, program) == [heard, [ValueError, "ckpt-1"], heard]
+
+
+def test_a_write_callback_that_saves_is_refused_where_others_would_wait(tmp_path):
+    def program(processes):
+        checkpoint, other = ckpt.Checkpoint(w=np.arange(3)), ckpt.Checkpoint(v=np.arange(3))
+        errors = []
+
+        def save_other():
+            try:
+                other.save(tmp_path / "other")
+            except RuntimeError as error:
+                errors.append(str(error))
+
+        checkpoint.save(tmp_path / "ckpt", CheckpointOptions(write_callbacks=[save_other]))
+        return errors, os.path.basename(other.save(tmp_path / "other"))
+
+    for errors, name in together(2, program):
+        (error,) = errors
+        assert "other cannot begin at the end of saving" in error
+        assert name == "other-1"
+
+
+def test_who_does_not_know_whether_its_save_was_committed_goes_on_from_where_the_others_are(
+    tmp_path,
+):
+    heard = threading.Event()
+
+    def program(processes):
+        def linger():
+            assert heard.wait(SECONDS)
+
+        manager = ckpt.CheckpointManager(ckpt.Checkpoint(w=np.arange(3)), tmp_path)
+        options = CheckpointOptions(
+            timeout_seconds=SHORT if processes.index else SECONDS,
+            write_callbacks=[linger] if not processes.index else [],
+        )
+        try:
+            manager.save(options=options)
+        except ckpt.BarrierTimeoutError as error:
+            assert "is not known" in str(error)
+            assert manager.checkpoint.save_counter == 0
+        finally:
+            if processes.index:
+                heard.set()
+        names = attempts(lambda number: manager.save(), 2)
+        return names, [os.path.basename(path) for path in manager.checkpoints]
+
+    for names, known in together(2, program):
+        assert names == ["ckpt-2", "ckpt-3"]
+        assert known == ["ckpt-1", "ckpt-2", "ckpt-3"]
+
+
+def test_a_save_to_a_directory_that_is_not_shared_says_so(tmp_path):
+    def program(processes):
+        ckpt.save(tmp_path / str(processes.index) / "a", state_of(processes.index))
+
+    results = together(3, program)
+    for error in results:
+        assert isinstance(error, ckpt.ProcessError)
+        assert error.processes == (1, 2)
+        assert "does not find what was written by 1, 2" in str(error)
+        assert "ckpt.preflight" in str(error)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_with_broadcast_a_process_that_cannot_restore_fails_all_and_none_falls_behind(
+    tmp_path, failing
+):
+    path = ckpt.save(tmp_path / "a", {"w": np.arange(3)})
+    options = CheckpointOptions(broadcast=True)
+
+    def program(processes):
+        checkpoint = ckpt.Checkpoint(w=np.zeros(3, int))
+        fails = processes.index == failing
+        gone = tmp_path / "gone" if fails else path
+        other = {"v": np.zeros(3, int)} if fails else {"w": np.zeros(3, int)}
+        found = []
+        for restore in (
+            lambda: checkpoint.read(gone, options),
+            lambda: ckpt.restore(path, other, options=options),
+        ):
+            try:
+                restore()
+            except ckpt.CheckpointError as error:
+                found.append(type(error))
+        ckpt.restore(path, {"w": np.zeros(3, int)}, options=options)
+        return found, checkpoint.save(tmp_path / "ckpt")
+
+    for index, (found, saved) in enumerate(together(2, program)):
+        own = [ckpt.CheckpointNotFoundError, ckpt.RestoreMismatchError]
+        assert found == (own if index == failing else [ckpt.ProcessError] * 2)
+        assert saved == str(tmp_path / "ckpt-1")
+
+
 # --- managers --------------------------------------------------------------------------
 
 
@@ -619,6 +801,22 @@ def test_who_cannot_write_is_named(tmp_path):
         assert isinstance(error, ckpt.PreflightError)
         assert [k for k, _ in error.problems] == [1]
         assert "cannot write" in str(error)
+
+
+def test_a_preflight_that_is_given_up_leaves_no_file(tmp_path):
+    over = threading.Event()
+
+    def program(processes):
+        try:
+            if processes.index == 1:
+                over.wait()
+            ckpt.preflight(tmp_path, SHORT)
+        finally:
+            over.set()
+
+    for error in together(2, program):
+        assert isinstance(error, ckpt.BarrierTimeoutError)
+    assert os.listdir(tmp_path) == []
 
 
 def test_who_does_not_share_the_directory_is_named(tmp_path):

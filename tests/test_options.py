@@ -29,6 +29,8 @@ def test_every_option_of_the_contract_is_accepted_with_its_default():
     [
         {"compression": "gzip"},
         {"max_inflight_bytes": 0},
+        {"timeout_seconds": 0},
+        {"timeout_seconds": float("nan")},
         {"sharding_policy": "by device"},
         {"when_busy": "never"},
         {"progress": "a bar"},

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_multihost import together
 
 import ckpt_jax as ckpt
 
@@ -398,30 +399,42 @@ def test_with_jaxs_service_all_processes_save_at_one_step(
     assert ckpt.verify(tmp_path / "ckpt-1").ok
 
 
+def test_an_error_that_one_process_alone_has_does_not_keep_the_others_from_the_last_save(tmp_path):
+    def program(processes):
+        def refuse():
+            raise ValueError("not today")
+
+        checkpoint = ckpt.Checkpoint(step=0)
+        manager = ckpt.CheckpointManager(checkpoint, tmp_path)
+        callbacks = [refuse] if processes.index == 1 else []
+        manager.save(options=ckpt.CheckpointOptions(enable_async=True, write_callbacks=callbacks))
+        handler = ckpt.PreemptionHandler(manager, agree=lambda step, noticed: True)
+        assert handler.reached(7)
+        return os.path.basename(handler.saved)
+
+    assert together(3, program) == ["ckpt-2"] * 3
+
+
+WITHOUT_SERVICE = WORKER.replace(
+    "    import ckpt_jax as ckpt\n",
+    "    import ckpt_jax as ckpt\n    jax.config.update('jax_enable_preemption_service', False)\n",
+)
+
+
 @pytest.mark.skipif(
     not hasattr(jax.config, "jax_enable_preemption_service"), reason="it cannot be turned off"
 )
-def test_where_the_service_is_off_somebody_has_to_agree(tmp_path: Path, programs):
-    child = programs(
-        """
-        import sys
-        import jax
-        import ckpt_jax as ckpt
-
-        jax.config.update("jax_enable_preemption_service", False)
-        jax.distributed.initialize(f"127.0.0.1:{sys.argv[2]}", 1, 0)
-        manager = ckpt.CheckpointManager(ckpt.Checkpoint(step=0), sys.argv[1])
-        try:
-            with ckpt.PreemptionHandler(manager):
-                pass
-        except ValueError as error:
-            print(error, flush=True)
-        with ckpt.PreemptionHandler(manager, agree=lambda step, noticed: True) as handler:
-            print(handler.reached(0), flush=True)
-        """,
-        tmp_path,
-        free_port(),
-    )
-    assert "pass agree=" in child.stdout.readline()
-    assert child.stdout.readline() == "True\n"
-    assert child.wait() == 0
+@pytest.mark.parametrize("count", [1, 3])
+def test_where_the_service_is_off_all_processes_save_at_one_step(
+    tmp_path: Path, programs, count: int
+):
+    port, number = free_port(), signal.SIGTERM
+    children = [programs(WITHOUT_SERVICE, tmp_path, port, count, i, number) for i in range(count)]
+    for child in children:
+        assert child.stdout.readline() == "ready\n"
+    children[-1].send_signal(number)
+    lines = [child.stdout.readline().split() for child in children]
+    assert [child.wait() for child in children] == [0] * count
+    assert len({line[0] for line in lines}) == 1
+    assert [line[1:] for line in lines] == [["True", "ckpt-1"]] * count
+    assert ckpt.verify(tmp_path / "ckpt-1").ok

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +34,7 @@ from ckpt_jax.options import (
 from ckpt_jax.savers.spread import HeldBox, spread
 from ckpt_jax.store.box import Box, inside, shape_of, size_of, slices, tiling_problem, whole
 from ckpt_jax.store.index import dtype_name
+from ckpt_jax.store.workers import Workers
 
 _BUILT_IN = (ShardByDevice, ShardByProcess, MaxShardSize)
 
@@ -284,6 +284,6 @@ def write(
     """
     prefix = os.path.join(directory, f"{process:05d}-")
     jobs = [(f"{prefix}{number:05d}", shard) for number, shard in enumerate(plan.shards)]
-    with ThreadPoolExecutor(min(2, len(jobs)) or 1) as pool:
+    with Workers(min(2, len(jobs)), "ckpt-write") as pool:
         write_one = functools.partial(io.write_shard, options=options, written=written)
         return list(pool.map(lambda job: write_one(*job), jobs))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -44,6 +44,7 @@ from ckpt_jax.store.stack import (
     round_up,
     storage_error,
 )
+from ckpt_jax.store.workers import Workers
 
 BIG_NBYTES = 256 << 10  # from here on a slice is a row of its own
 PACK_NBYTES = 16 << 20  # what a pack may grow to; the reader takes a pack in one go
@@ -117,7 +118,7 @@ def write_shard(
     data = os.path.join(directory, DATA)
     with ExitStack() as stack:
         if pool is None and durable:
-            pool = stack.enter_context(ThreadPoolExecutor(1, "ckpt-flush"))
+            pool = stack.enter_context(Workers(1, "ckpt-flush"))
         created: set[int] = set()
         try:
             while group is not None:
