@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -35,6 +36,8 @@ class Background:
     def __init__(self) -> None:
         self._turn = threading.RLock()  # a write callback in the foreground may save again
         self._thread: threading.Thread | None = None
+        self._is_done = threading.Event()  # `Thread.join`, once interrupted, takes it for ended
+        self._pid = 0  # of the process where the thread is; a forked one has none
         self._errors: list[AsyncSaveError] = []  # not raised yet
         self._what = ""
         self._is_abandoned = False  # at exit
@@ -71,7 +74,7 @@ class Background:
             yield False
             return
         try:
-            is_free = when_busy != "skip" or self._thread is None or not self._thread.is_alive()
+            is_free = when_busy != "skip" or not self._is_running()
             earlier = self._ended() if is_free else None
             if earlier is not None and is_refused:
                 raise earlier
@@ -100,6 +103,8 @@ class Background:
             self._what, self._timeout_seconds = what, timeout_seconds
             thread = threading.Thread(target=self._run, args=[work], name="ckpt-save", daemon=True)
             if not _is_over:
+                self._is_done.clear()
+                self._pid = os.getpid()
                 self._thread = thread  # before it starts, which may be interrupted
                 if started(thread):
                     return
@@ -113,6 +118,11 @@ class Background:
             failed = AsyncSaveError(f"{self._what} failed in the background: {error}")
             failed.__cause__ = error
             self._keep(failed)
+        finally:
+            self._is_done.set()
+
+    def _is_running(self) -> bool:
+        return self._thread is not None and not self._is_done.is_set() and self._pid == os.getpid()
 
     def _keep(self, error: AsyncSaveError | None) -> None:
         if error is not None:
@@ -130,17 +140,16 @@ class Background:
 
     def _ended(self, timeout_seconds: float | None = None) -> AsyncSaveError | None:
         """Waits until nothing is running; an error that nobody was told yet."""
-        if self._thread is not None:
+        if self._is_running():
             bounded = timeout_seconds is not None and timeout_seconds < threading.TIMEOUT_MAX
-            self._thread.join(timeout_seconds if bounded else None)
-            if self._thread.is_alive():
+            if not self._is_done.wait(timeout_seconds if bounded else None):
                 self._is_abandoned = True
                 return AsyncSaveError(
                     f"{self._what} did not end within {timeout_seconds} s of the program's exit "
                     "(CheckpointOptions.timeout_seconds) and was abandoned; nothing is at its path"
                     ", unless it had been committed"
                 )
-            self._thread = None
+        self._thread = None
         if not self._errors:
             return None
         error = self._errors.pop(0)

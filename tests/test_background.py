@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import signal
 import subprocess
 import sys
 import textwrap
@@ -524,3 +525,50 @@ def test_a_save_to_a_relative_path_is_recorded_where_it_began(tmp_path, monkeypa
     checkpoint.sync()
     assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / path)
     assert not any((tmp_path / "elsewhere").iterdir())
+
+
+# --- Ctrl-C ----------------------------------------------------------------------------
+
+
+def interrupt_main_thread():
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+
+def test_after_an_interrupted_wait_a_save_is_still_known_to_be_running(tmp_path):
+    checkpoint = ckpt.Checkpoint(x=np.arange(3))
+    waiting, opened = threading.Event(), threading.Event()
+
+    def interrupt_and_hold():
+        waiting.wait()
+        interrupt_main_thread()
+        opened.wait()
+
+    path = checkpoint.save(
+        tmp_path / "c",
+        ckpt.CheckpointOptions(enable_async=True, write_callbacks=[interrupt_and_hold]),
+    )
+    with pytest.raises(KeyboardInterrupt):
+        waiting.set()
+        checkpoint.sync()
+    assert checkpoint.save(tmp_path / "c", SKIP) is None
+    opened.set()
+    checkpoint.sync()
+    assert ckpt.latest_checkpoint(tmp_path) == path
+    assert ckpt.verify(path).ok
+
+
+def test_an_interrupted_save_gives_up_what_it_has_not_written(tmp_path):
+    values = {f"v{i}": np.zeros(1 << 18) for i in range(32)}
+    seen = []
+
+    def interrupt(done, total):
+        seen.append((done, total))
+        if len(seen) == 2:
+            interrupt_main_thread()
+
+    options = ckpt.CheckpointOptions(progress=interrupt, max_inflight_bytes=1 << 18, durable=False)
+    with pytest.raises(KeyboardInterrupt):
+        ckpt.save(tmp_path / "c", values, options=options)
+    done, total = seen[-1]
+    assert done < total / 2
+    assert not any(tmp_path.iterdir())

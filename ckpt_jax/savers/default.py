@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -281,9 +282,21 @@ def write(
     """Writes the shards into new directories below `directory`; returns those.
 
     `written` is called with numbers of bytes while the work goes on, on several threads.
+    If one shard fails, or the program is interrupted, the others are given up.
     """
     prefix = os.path.join(directory, f"{process:05d}-")
     jobs = [(f"{prefix}{number:05d}", shard) for number, shard in enumerate(plan.shards)]
+    given_up = threading.Event()
+
+    def go_on(nbytes: int) -> None:
+        if given_up.is_set():
+            raise ShardError("given up, because another shard failed or the save was interrupted")
+        written(nbytes)
+
     with Workers(min(2, len(jobs)), "ckpt-write") as pool:
-        write_one = functools.partial(io.write_shard, options=options, written=written)
-        return list(pool.map(lambda job: write_one(*job), jobs))
+        write_one = functools.partial(io.write_shard, options=options, written=go_on)
+        try:
+            return list(pool.map(lambda job: write_one(*job), jobs))
+        except BaseException:
+            given_up.set()
+            raise
