@@ -573,15 +573,18 @@ def test_a_saver_restores_arrays_and_variables_that_need_no_class(tmp_path):
     assert isinstance(back[2][0], jax.Array) and back[2][0].tolist() == [[0, 0], [0, 0]]
 
 
-def test_a_saver_that_leaves_an_array_without_a_value_is_named(tmp_path):
+@pytest.mark.parametrize(
+    ("wrap", "what"), [(lambda x: x, "returned no values for x"), (ckpt.Variable, "a value: x")]
+)
+def test_a_saver_that_leaves_an_array_without_a_value_is_named(tmp_path, wrap, what):
     ckpt.register_checkpoint_saver(
         name="Lazy",
-        predicate=lambda obj: isinstance(obj, jax.Array | jax.ShapeDtypeStruct),
+        predicate=lambda obj: isinstance(obj, ckpt.Variable | jax.Array | jax.ShapeDtypeStruct),
         save_fn=lambda objects, prefix: None,
         restore_fn=lambda objects, prefix: None,
     )
-    path = ckpt.save_object({"x": jnp.ones(2)}, tmp_path / "a")
-    with pytest.raises(ckpt.RegistrationError, match="without a value: x"):
+    path = ckpt.save_object({"x": wrap(jnp.ones(2))}, tmp_path / "a")
+    with pytest.raises(ckpt.RegistrationError, match=what):
         ckpt.load_object(path)
 
 
