@@ -75,8 +75,8 @@ def write_shard(
         {key: value for key, value in parts.items() if not isinstance(value, list) or value},
         compression=options.compression,
         durable=options.durable,
-        # Two shards are written at a time, and TensorStore holds what it encodes twice.
-        max_inflight_bytes=max(options.max_inflight_bytes // 4, 1),
+        # Two shards are written at a time, each held three times on its way through TensorStore.
+        max_inflight_bytes=max(options.max_inflight_bytes // 6, 1),
         written=written,
     )
     return prefix
