@@ -362,7 +362,8 @@ class Checkpoint(AutoTrackable):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy in another process saves on its own, as a deep copy does.
-        return {k: value for k, value in self.__dict__.items() if k != "_self_background"}
+        own = ("_self_background", "_self_doubts")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     # --- the graph ---------------------------------------------------------------------
 
