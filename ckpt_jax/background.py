@@ -22,7 +22,6 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from ckpt_jax.errors import AsyncSaveError
 from ckpt_jax.store.workers import started
@@ -43,9 +42,6 @@ class Background:
         self._is_abandoned = False  # at exit
         self._timeout_seconds = 0.0
         _all.add(self)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Background:
-        return Background()  # a copied checkpoint saves on its own
 
     @contextmanager
     def turn(self, when_busy: str = "wait", *, is_refused: bool = True) -> Iterator[bool]:

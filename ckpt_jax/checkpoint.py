@@ -23,7 +23,7 @@ from ckpt_jax.frozen import FrozenSaver
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER, SaveWatch
-from ckpt_jax.options import CheckpointOptions, given
+from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import Restoration
 from ckpt_jax.restoring import live_graph, together
@@ -35,7 +35,6 @@ from ckpt_jax.trackable.base import AutoTrackable, TrackableView, Variable
 from ckpt_jax.trackable.delegate import delegate_of
 from ckpt_jax.trackable.view import SlotEntry, View, view_of
 
-Path = str | bytes | os.PathLike[Any]
 # A path; None with `when_busy="skip"` alone, so that nobody else has to rule None out.
 SavedPath = str | Any
 
@@ -361,7 +360,7 @@ class Checkpoint(AutoTrackable):
         return self._root_object()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A copy in another process saves on its own, as a deep copy does.
+        # A copy, here or in another process, saves on its own.
         own = ("_self_background", "_self_doubts")
         return {name: value for name, value in self.__dict__.items() if name not in own}
 

@@ -23,14 +23,12 @@ from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.model import Node, ObjectGraph
 from ckpt_jax.graph.trace import LiveGraph
 from ckpt_jax.metrics import METER
-from ckpt_jax.options import CheckpointOptions, given
+from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import restore_bound
 from ckpt_jax.restoring import together
 from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.trackable.view import Below, SlotEntry, view_of
-
-Path = str | bytes | os.PathLike[Any]
 
 
 class FrozenSaver:

@@ -25,9 +25,9 @@ from ckpt_jax.graph.plan import ReadPlan
 from ckpt_jax.graph.trace import LiveGraph, has_values
 from ckpt_jax.graph.tree import as_tree, is_tree
 from ckpt_jax.metrics import METER
-from ckpt_jax.options import CheckpointOptions, given
+from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.report import ReportEntry, RestoreReport, nearest
+from ckpt_jax.report import ReportEntry, RestoreReport, near_miss, nearest
 from ckpt_jax.restoring import (
     abstract_only,
     execute,
@@ -46,7 +46,6 @@ _ADVICE = (
     "values that moved, strict=False where only one side has a value, or "
     "options=CheckpointOptions(cast=True) to convert dtypes."
 )
-Path = str | bytes | os.PathLike[Any]
 
 
 def save(
@@ -280,9 +279,8 @@ def _hint(only: Selection, paths: list[str]) -> str:
     ]
     if subtrees:
         return f"; for all below it say {', '.join(map(repr, subtrees))}"
-    near = [found for pattern in patterns for found in nearest(str(pattern), paths)]
-    if near:
-        return f" (nearest: {', '.join(near)})"
+    if near := [found for pattern in patterns for found in nearest(str(pattern), paths)]:
+        return near_miss(near)
     tops = sorted({path.partition("/")[0] for path in paths})
     listed = tops if len(tops) <= 10 else [*tops[:10], f"{len(tops) - 10} more"]
     return f". It has {', '.join(listed)}; patterns are of whole paths, as params/**"

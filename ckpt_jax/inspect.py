@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from ckpt_jax.arrays.values import describe
@@ -14,14 +13,13 @@ from ckpt_jax.graph.match import match
 from ckpt_jax.graph.model import ObjectGraph, descendants
 from ckpt_jax.graph.trace import trace
 from ckpt_jax.latest import latest_checkpoint
+from ckpt_jax.options import Path
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import log_conflicts
 from ckpt_jax.restoring import live_graph
 from ckpt_jax.savers.registry import saver_of
 from ckpt_jax.store.directory import is_checkpoint
 from ckpt_jax.trackable.view import view_of
-
-Path = str | bytes | os.PathLike[Any]
 
 
 def load_checkpoint(path: Path) -> CheckpointReader:
@@ -87,10 +85,6 @@ def list_objects(root: Any) -> list[Any]:
     return list(trace(root, describe, saver_of()).objects)
 
 
-def _same(obj: Any) -> Any:
-    return obj
-
-
 class TrackableView:
     """A program's object graph, seen from a root that it does not keep alive.
 
@@ -102,9 +96,13 @@ class TrackableView:
     """
 
     def __init__(self, root: Any):
-        if not isinstance(root, weakref.ref):
-            root = weakref.ref(root) if type(root).__weakrefoffset__ else partial(_same, root)
-        self._root: Callable[[], Any] = root
+        self._root: Callable[[], Any]
+        if isinstance(root, weakref.ref):
+            self._root = root
+        elif type(root).__weakrefoffset__:
+            self._root = weakref.ref(root)
+        else:
+            self._root = lambda: root
 
     @property
     def root(self) -> Any:

@@ -19,15 +19,13 @@ import numpy as np
 
 from ckpt_jax.arrays import host
 from ckpt_jax.arrays.values import encode
-from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
 from ckpt_jax.store import merge as _merge
 from ckpt_jax.store import shard as _shard
 from ckpt_jax.store.box import Box, whole
 from ckpt_jax.store.index import Layout
 from ckpt_jax.store.read import ShardedReader
 from ckpt_jax.store.shard import Slice
-
-Path = str | bytes | os.PathLike[Any]
 
 
 @host.transfers_allowed()
@@ -122,13 +120,12 @@ def _on_host(parts: Mapping[str, Any]) -> dict[str, Any]:
     if not far:
         return dict(parts)
     near = iter(host.to_host(far))
+
+    def moved(part: Slice) -> Slice:
+        return replace(part, array=next(near)) if isinstance(part.array, jax.Array) else part
+
     return {
-        key: [
-            replace(part, array=next(near)) if isinstance(part.array, jax.Array) else part
-            for part in value
-        ]
-        if isinstance(value, list)
-        else value
+        key: [*map(moved, value)] if isinstance(value, list) else value
         for key, value in parts.items()
     }
 

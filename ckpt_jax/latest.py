@@ -16,9 +16,9 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from typing import Any
 
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.options import Path
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.state_file import get_checkpoint_state
 from ckpt_jax.store.directory import (
@@ -32,8 +32,6 @@ from ckpt_jax.store.stack import MANIFEST
 from ckpt_jax.store.staging import locked, staging_name
 
 _log = logging.getLogger("ckpt_jax")
-
-Path = str | bytes | os.PathLike[Any]
 
 
 def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> str | None:

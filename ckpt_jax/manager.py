@@ -42,7 +42,7 @@ from ckpt_jax.latest import (
 )
 from ckpt_jax.ledger import Ledger, read_ledger, recovered, write_ledger
 from ckpt_jax.metrics import METER
-from ckpt_jax.options import DEFAULT, CheckpointOptions, given
+from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.preflighting import preflight
 from ckpt_jax.retention import (
     CheckpointRecord,
@@ -109,7 +109,7 @@ class CheckpointManager:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        directory: str | bytes | os.PathLike[Any],
+        directory: Path,
         max_to_keep: int | None = 5,
         keep_checkpoint_every_n_hours: float | None = None,
         checkpoint_name: str = "ckpt",

@@ -6,14 +6,13 @@ itself are restored, none of its children's.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ckpt_jax.graph.model import Node, ObjectGraph
 from ckpt_jax.graph.trace import LiveGraph
-from ckpt_jax.options import CheckpointOptions, given
+from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.restoration import restore_bound
 from ckpt_jax.restoring import live_graph, together
@@ -21,7 +20,7 @@ from ckpt_jax.trackable.view import view_of
 
 
 def restore_nodes(
-    path: str | bytes | os.PathLike[Any],
+    path: Path,
     nodes: Mapping[int, Any],
     *,
     options: CheckpointOptions | None = None,

@@ -7,11 +7,13 @@ is about to write and returns them in groups, one group per shard.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
+Path = str | bytes | os.PathLike[Any]  # as programs give it
 MIB = 1 << 20
 
 Box = tuple[tuple[int, int], ...]

@@ -10,15 +10,14 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from typing import Any
 
 from ckpt_jax import multihost
 from ckpt_jax.errors import PreflightError
-from ckpt_jax.options import DEFAULT
+from ckpt_jax.options import DEFAULT, Path
 
 
 def preflight(
-    directory: str | bytes | os.PathLike[Any],
+    directory: Path,
     timeout_seconds: float = DEFAULT.timeout_seconds,
 ) -> None:
     """Checks that all processes can write to a directory, and that it is one for all of them.

@@ -21,9 +21,9 @@ from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
 from ckpt_jax.graph.model import LeafSpec, ObjectGraph
 from ckpt_jax.graph.names import graph_of
 from ckpt_jax.io import Source, read_values
-from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
 from ckpt_jax.readers import NamedValues, open_foreign
-from ckpt_jax.report import nearest
+from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.store.box import Box
 from ckpt_jax.store.directory import require_checkpoint
 from ckpt_jax.store.index import dtype_of
@@ -48,7 +48,7 @@ class CheckpointReader:
     Source: `tf.train.load_checkpoint`, `tf.train.CheckpointReader`.
     """
 
-    def __init__(self, path: str | bytes | os.PathLike[Any]):
+    def __init__(self, path: Path):
         self.path = os.fsdecode(path)
         self.identity = _identity(self.path)
         try:
@@ -184,8 +184,7 @@ class CheckpointReader:
         if not self.has_tensor(key):
             keys = self.keys()
             near = [k for k in keys if k.startswith(f"{key}/.ATTRIBUTES/")] or nearest(key, keys)
-            hint = f" (nearest: {', '.join(near)})" if near else ""
-            raise KeyError(f"{self.path} holds nothing under the key {key!r}{hint}")
+            raise KeyError(f"{self.path} holds nothing under the key {key!r}{near_miss(near)}")
         data = read_values(self._source, {key: box})[key]
         if box is not None:
             return data

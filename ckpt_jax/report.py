@@ -37,9 +37,7 @@ class ReportEntry:
         text = f"{self.path or '(root)'}: {self.what or self.expected or self.found}"
         if self.saved_path not in ("", self.path):
             text += f" <- {self.saved_path}"
-        if self.nearest:
-            text += f" (nearest: {', '.join(self.nearest)})"
-        return text
+        return text + near_miss(self.nearest)
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -184,6 +182,15 @@ def _html_rows(entries: Sequence[ReportEntry]) -> str:
 def nearest(path: str, candidates: Iterable[str], count: int = 2) -> tuple[str, ...]:
     """The candidates that look most like `path`."""
     return tuple(difflib.get_close_matches(path, candidates, count, cutoff=0.6))
+
+
+def near_miss(paths: Sequence[str]) -> str:
+    """What an error adds about the paths that may have been meant, if there are any.
+
+    >>> near_miss(["a", "b"])
+    ' (nearest: a, b)'
+    """
+    return f" (nearest: {', '.join(paths)})" if paths else ""
 
 
 def describe_problems(report: RestoreReport, advice: str) -> str:

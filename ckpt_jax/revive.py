@@ -51,7 +51,7 @@ from ckpt_jax.graph.objects import (
 from ckpt_jax.graph.order import CyclicDependencyError
 from ckpt_jax.graph.plan import plan_read
 from ckpt_jax.metrics import METER
-from ckpt_jax.options import DEFAULT, CheckpointOptions, given
+from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.reader import CheckpointReader
 from ckpt_jax.recording import TYPE_NAME, lasting, recorded
 from ckpt_jax.report import ReportEntry
@@ -61,8 +61,6 @@ from ckpt_jax.saving import write_checkpoint
 from ckpt_jax.store.seal import seal
 from ckpt_jax.trackable.base import AutoTrackable, PythonState, Trackable, Variable
 from ckpt_jax.trackable.view import View, view_of
-
-Path = str | bytes | os.PathLike[Any]
 
 _ADVICE = (
     "Nothing was restored. A class that changed since can read what it wrote in "

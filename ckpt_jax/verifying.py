@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ckpt_jax.batches import batches
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
+from ckpt_jax.options import Path
 from ckpt_jax.reader import CheckpointReader
 
 _BATCH_NBYTES = 64 << 20
@@ -60,7 +61,7 @@ class VerifyReport:
         return "\n".join([f"{head}{len(self.problems)} problems", *map(str, self.problems)])
 
 
-def verify(path: str | bytes | os.PathLike[Any]) -> VerifyReport:
+def verify(path: Path) -> VerifyReport:
     """Reads a whole checkpoint and checks every checksum.
 
     Args:

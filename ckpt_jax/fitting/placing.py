@@ -19,7 +19,7 @@ from ckpt_jax.graph.labels import Label, local_name, readable, unescape
 from ckpt_jax.graph.model import ObjectGraph
 from ckpt_jax.graph.plan import reachable
 from ckpt_jax.graph.trace import LiveGraph
-from ckpt_jax.report import nearest
+from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.trackable.view import view_of
 
 Place = tuple[int, str]  # node and attribute
@@ -114,8 +114,7 @@ def _by_tree(
             below = reachable(graph, [node])
             wishes.update({(n, name): wish for n in below for name in names_of.get(n, ())})
         elif not root and all(other.walk(labels) is None for other in others):
-            near = nearest(path, graph.paths)
-            hint = f" (nearest: {', '.join(near)})" if near else ""
+            hint = near_miss(nearest(path, graph.paths))
             problems.append((path, f"shardings names it, but there is no such value{hint}"))
     return wishes, problems
 

@@ -38,7 +38,7 @@ from ckpt_jax.graph.patterns import (
     fill,
     odd_wildcards,
 )
-from ckpt_jax.report import ReportEntry, nearest
+from ckpt_jax.report import ReportEntry, near_miss, nearest
 
 Rule = tuple[Pattern, str, *tuple[Transform, ...]]
 _MAX_LISTED = 6
@@ -502,6 +502,6 @@ def _unmatched(rule: _Rule, container: str | None, paths: Sequence[str]) -> tupl
     what = f"the rename rule {rule} matches nothing saved"
     if container is not None:
         what += f" that holds values; to rename those in {container} write {source}/**"
-    elif near := nearest(source, paths):
-        what += f" (nearest: {', '.join(near)})"
+    else:
+        what += near_miss(nearest(source, paths))
     return source, what

@@ -12,7 +12,7 @@ passes on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -165,19 +165,17 @@ class _Walk:
         return result
 
     def is_inside_itself(self, obj: Any, parent: int) -> bool:
-        while parent >= 0:
-            if self.objects[parent] is obj:
-                return True
-            parent = self.parents[parent]
-        return False
+        return any(self.objects[node] is obj for node in self.upwards(parent))
 
     def is_program(self, parent: int) -> bool:
         """Whether a function below `parent` belongs to an object that has such."""
-        while parent >= 0:
-            if self.views[parent].has_functions:
-                return True
-            parent = self.parents[parent]
-        return False
+        return any(self.views[node].has_functions for node in self.upwards(parent))
+
+    def upwards(self, node: int) -> Iterator[int]:
+        """A node and those above it, along the first way to each."""
+        while node >= 0:
+            yield node
+            node = self.parents[node]
 
     def attribute(self, key: str, name: str, value: Any) -> Attribute:
         try:
