@@ -29,7 +29,7 @@ from ckpt_jax.store.directory import (
 )
 from ckpt_jax.store.durable import fsync_directory
 from ckpt_jax.store.stack import MANIFEST
-from ckpt_jax.store.staging import locked, staging_name
+from ckpt_jax.store.staging import held, staging_name
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -265,7 +265,7 @@ def remove_checkpoint(path: Path) -> None:
         if os.path.islink(path):
             os.unlink(path)
             return
-        with locked(path):
+        with held(path):
             aside = staging_name(path)
             os.rename(path, aside)
             try:

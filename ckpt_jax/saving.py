@@ -103,8 +103,7 @@ def begin(
         if meeting.leads:
             stack.enter_context(staging.claimed(overwrite=overwrite, durable=options.durable))
         else:
-            staging.make_parents(options.durable)
-            stack.enter_context(staging.removed_where_failed(shards, mine))
+            stack.enter_context(staging.joined(shards, mine, durable=options.durable))
         os.makedirs(shards, exist_ok=True)
         prefix = os.path.join(shards, mine if meeting.count > 1 else "")
         registered = _registered_shards(live, prefix)

@@ -621,6 +621,63 @@ def test_an_error_of_one_background_save_is_raised_once_and_fails_no_other(tmp_p
     assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-5")
 
 
+def test_what_a_process_stages_for_its_next_save_is_safe_from_one_that_is_late(tmp_path):
+    # Process 1 fails at once in the second save, and has staged the third when process 0 begins
+    # with the second.
+    is_staged, is_begun = threading.Event(), threading.Event()
+    saves, kept = [], []
+
+    class Late(ckpt.PythonState):
+        def __init__(self, index):
+            self.index, self.saves = index, 0
+
+        def serialize(self):
+            self.saves += 1
+            if self.saves == 2:
+                if self.index == 1:
+                    raise OSError("iterator lost")
+                assert is_staged.wait(SECONDS)
+            return "fine"
+
+        def deserialize(self, value): ...
+
+    class Table:
+        def __init__(self, index):
+            self.index = index
+
+    def save_table(objects, prefix):  # the staging is there
+        (table,) = objects.values()
+        if table.index == 1:
+            saves.append(prefix)
+            if len(saves) == 2:
+                is_staged.set()
+                assert is_begun.wait(SECONDS)
+            kept.append(os.path.isdir(os.path.dirname(prefix)))
+        elif is_staged.is_set():
+            is_begun.set()
+
+    def program(processes):
+        state, table = Late(processes.index), Table(processes.index)
+        checkpoint = ckpt.Checkpoint(state=state, table=table)
+        found = attempts(lambda number: checkpoint.save(tmp_path / "ckpt", ASYNC), 4)
+        checkpoint.sync()
+        return found
+
+    with ckpt.registration_scope():
+        ckpt.register_checkpoint_saver(
+            name="Table",
+            predicate=lambda obj: isinstance(obj, Table),
+            save_fn=save_table,
+            restore_fn=lambda objects, prefix: None,
+        )
+        results = together(2, program)
+    assert kept == [True, True, True]
+    # Process 0 hears of the error in the background, and tells with its next save.
+    assert results[0] == ["ckpt-1", "ckpt-2", ckpt.AsyncSaveError, "ckpt-3"]
+    assert results[1] == ["ckpt-1", ckpt.UnsaveableError, "ckpt-2", "ckpt-3"]
+    assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-3")
+
+
 def test_a_metric_that_is_none_fails_the_save_on_all_processes(tmp_path):
     def program(processes):
         manager = ckpt.CheckpointManager(ckpt.Checkpoint(w=np.arange(3)), tmp_path)

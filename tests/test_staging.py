@@ -22,10 +22,12 @@ from ckpt_jax.store.staging import (
     claim,
     is_abandoned,
     is_staging,
+    joined,
     locked,
     new_directory,
     new_file,
     remove_abandoned,
+    remove_leftovers,
     staging_name,
     staging_of,
 )
@@ -106,6 +108,19 @@ def test_staging_of_this_process_is_held_until_it_is_done(tmp_path):
         assert not remove_abandoned(staging)
         assert os.path.isdir(staging)
     assert staging_of(path) == []
+
+
+def test_staging_is_held_as_long_as_one_of_several_is_at_work_on_it(tmp_path):
+    staging = str(tmp_path / f"a.staging-{store.owner_digits()}00000000")
+    with joined(staging):
+        with joined(staging), store.removed(staging):
+            remove_leftovers(str(tmp_path / "a"))
+            assert os.path.isdir(staging)
+        assert not os.path.exists(staging)
+    os.mkdir(staging)
+    with joined(staging):
+        assert not remove_abandoned(staging)
+    assert remove_abandoned(staging)
 
 
 def test_a_save_in_the_background_holds_its_staging_until_it_is_committed(tmp_path, monkeypatch):
@@ -212,10 +227,12 @@ def test_on_a_shared_file_system_only_names_of_this_system_prove_anything(tmp_pa
     assert is_abandoned(abandoned(tmp_path / "a", owner_of(ended_process(), 1)))
     assert not is_abandoned(abandoned(tmp_path / "b"))
     assert not is_abandoned(abandoned(tmp_path / "c", "0123456789abcdef"))
+    # A process on another machine may be at work under the name of this one.
+    assert not is_abandoned(abandoned(tmp_path / "d", owner_of(os.getpid())))
 
 
 def test_without_locks_the_process_must_have_ended(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_lock", lambda descriptor: Lock.NONE)
+    monkeypatch.setattr(store, "_lock", lambda descriptor, operation: Lock.NONE)
     own = os.getpid()
     assert not is_abandoned(abandoned(tmp_path / "a", owner_of(own)))
     assert is_abandoned(abandoned(tmp_path / "b", owner_of(own, 1)))  # a later process, same number

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from ckpt_jax.errors import CheckpointNotFoundError, UnsupportedFormatError
 from ckpt_jax.store.durable import fsync_directory, make_directories
 from ckpt_jax.store.stack import MANIFEST
-from ckpt_jax.store.staging import claim_name, is_staging, locked, remove_leftovers
+from ckpt_jax.store.staging import held, is_staging, joined, remove_leftovers, removed
 
 # Files by which the checkpoints of other libraries are known, to name them in an error.
 _OTHERS = {
@@ -135,8 +135,8 @@ class Staging:
         """
         check_replaceable(self.path, overwrite)
         self.make_parents(durable)
-        remove_leftovers(self.path, but=self.directory)
-        with claim_name(self.directory):
+        remove_leftovers(self.path)
+        with joined(self.directory), removed(self.directory):
             yield
 
     def make_parents(self, durable: bool) -> None:
@@ -156,25 +156,29 @@ class Staging:
         _publish(self.directory, self.path, overwrite=overwrite, durable=durable)
 
     @contextlib.contextmanager
-    def removed_where_failed(self, shards: str, prefix: str) -> Iterator[None]:
-        """Leaves nothing of what this process wrote, where it is not the one to remove all.
+    def joined(self, shards: str, prefix: str, *, durable: bool) -> Iterator[None]:
+        """Holds the directory for a process that is not the one to remove it. Where the block
+        fails, nothing of what this process wrote stays.
 
         It may be late: then the others are through, and it has made the directories anew.
 
         Args:
           shards: directory below the staging directory.
           prefix: what the names in it of this process begin with.
+          durable: whether the directories above survive a crash of the machine.
         """
-        try:
-            yield
-        except BaseException:
-            with contextlib.suppress(OSError):
-                for name in os.listdir(shards):
-                    if name.startswith(prefix):
-                        shutil.rmtree(os.path.join(shards, name), ignore_errors=True)
-                os.rmdir(shards)  # refused as long as there is something of another process
-                os.rmdir(self.directory)
-            raise
+        self.make_parents(durable)
+        with joined(self.directory):
+            try:
+                yield
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    for name in os.listdir(shards):
+                        if name.startswith(prefix):
+                            shutil.rmtree(os.path.join(shards, name), ignore_errors=True)
+                    os.rmdir(shards)  # refused as long as there is something of another process
+                    os.rmdir(self.directory)
+                raise
 
 
 def check_replaceable(path: str, overwrite: bool) -> None:
@@ -198,7 +202,7 @@ def _publish(staging: str, path: str, *, overwrite: bool, durable: bool) -> None
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(FileNotFoundError):
             # While it may have to come back, nobody may take it for abandoned.
-            stack.enter_context(locked(path))
+            stack.enter_context(held(path))
         undo = _take_name(staging, path, overwrite)
         if not durable:
             return

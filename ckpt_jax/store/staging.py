@@ -7,22 +7,22 @@ path that it is about. Mostly it is a directory; of a state file, it is a file:
 
 The name says who made it: the running system (its boot and its process namespace, hashed), the
 process in it, and when that started, so that no later process of the same number is taken for
-it. Besides, the owner holds a lock (flock) on it while it is at work.
+it. Besides, everybody who is at work on it holds it (a shared flock); who wants to remove it
+needs a lock of its own.
 
-Staging is *abandoned* where its owner is provably gone: the lock is free although
-the owner would have to hold it, or the process that the name tells of runs no longer.
+Staging is *abandoned* where its owner is provably gone: nobody holds it, or the process that the
+name tells of runs no longer.
 
-* A free lock is proof on a file system that only this machine can have mounted, whatever the
-  name says (the owner may have run before a reboot, or in a container that is gone), and on any
-  other one for names of this system.
-* Where it cannot be locked, as directories on NFS, only the name is left, and only names of this
-  system prove anything.
+* That nobody holds it is proof on a file system that only this machine can have mounted, whatever
+  the name says (the owner may have run before a reboot, or in a container that is gone).
+* On any other one, and where it cannot be locked (directories on NFS), only the name is left, and
+  only names of this system prove anything.
 
-All else is left alone. To make something and to lock it are two steps, between which somebody
-else may find it and hold or remove it; then it is made again.
+All else is left alone. To make something and to hold it are two steps, between which somebody
+else may find and remove it; then it is made again.
 
-Where several processes write a checkpoint, the name is of process 0, which holds the lock; any of
-them may be the first to make the directory.
+Where several processes write a checkpoint, the name is of process 0. Any of them may be the first
+to make the directory, also while process 0 is not yet through with an earlier save.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 
@@ -63,8 +63,8 @@ _LOCAL = frozenset(
 class Lock(Enum):
     """What came of the attempt to lock something."""
 
-    OURS = "we hold it"
-    THEIRS = "somebody else holds it"
+    OURS = "we have it"
+    THEIRS = "somebody else has it"
     NONE = "it cannot be locked there"
 
 
@@ -118,39 +118,41 @@ def claim(path: str, make: Callable[[str], None] = new_directory) -> Iterator[st
     """
     while True:
         make(staging := staging_name(path))
-        if (lock := _lock_on_new(staging)) is not None:
+        if (lock := _hold_on_new(staging)) is not None:
             break
-    with _held(staging, lock):
+    with lock, removed(staging):
         yield staging
 
 
 @contextmanager
-def claim_name(staging: str) -> Iterator[None]:
-    """As `claim`, for a directory that has its name, and may be there."""
+def joined(staging: str) -> Iterator[None]:
+    """A staging directory of a given name, made by whoever comes first, held until the block
+    ends."""
     while True:
-        os.makedirs(staging, exist_ok=True)
-        if (lock := _lock_on_new(staging)) is not None:
+        with suppress(FileExistsError):  # os.makedirs trips over what goes in this moment
+            os.mkdir(staging)
+        if (lock := _hold_on_new(staging)) is not None:
             break
-    with _held(staging, lock):
+    with lock:
         yield
 
 
 @contextmanager
-def _held(staging: str, lock: ExitStack) -> Iterator[None]:
-    with lock:
-        try:
-            yield
-        finally:
-            # What failed has already said why; what stays is abandoned from now on.
-            with suppress(OSError):
-                _remove(staging)
+def removed(staging: str) -> Iterator[None]:
+    """Removes what is under the name at the end of the block, as far as that is possible."""
+    try:
+        yield
+    finally:
+        # What failed has already said why; what stays is abandoned from now on.
+        with suppress(OSError):
+            _remove(staging)
 
 
-def _lock_on_new(staging: str) -> ExitStack | None:
-    """The lock on new staging; None where it was taken for abandoned before that."""
+def _hold_on_new(staging: str) -> ExitStack | None:
+    """Holds new staging; None where it was taken for abandoned before that."""
     with ExitStack() as stack:
         try:
-            lock = stack.enter_context(locked(staging))
+            lock = stack.enter_context(held(staging))
         except FileNotFoundError:
             return None
         if lock is Lock.THEIRS or not os.path.exists(staging):
@@ -165,19 +167,28 @@ def _remove(staging: str) -> None:
         os.unlink(staging)
 
 
-@contextmanager
-def locked(path: str) -> Iterator[Lock]:
-    """Tries to lock a directory or a file, without waiting, until the block ends.
+def held(path: str) -> AbstractContextManager[Lock]:
+    """Tries to hold a directory or a file, as others may, too, until the block ends.
 
     Raises:
       FileNotFoundError: there is none of this name.
       OSError: it is a link, or may not be opened.
     """
+    return _locked(path, fcntl.LOCK_SH)
+
+
+def locked(path: str) -> AbstractContextManager[Lock]:
+    """Tries to have a directory or a file alone until the block ends; raises as `held`."""
+    return _locked(path, fcntl.LOCK_EX)
+
+
+@contextmanager
+def _locked(path: str, operation: int) -> Iterator[Lock]:
     # Not to wait for the other end of what may be a pipe.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(path, flags)
     try:
-        lock = _lock(descriptor)
+        lock = _lock(descriptor, operation)
         try:
             yield lock
         finally:
@@ -188,9 +199,9 @@ def locked(path: str) -> Iterator[Lock]:
         os.close(descriptor)
 
 
-def _lock(descriptor: int) -> Lock:
+def _lock(descriptor: int, operation: int) -> Lock:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
     except BlockingIOError:
         return Lock.THEIRS
     except OSError as error:
@@ -242,14 +253,9 @@ def remove_abandoned(staging: str) -> bool:
         return True
 
 
-def remove_leftovers(path: str, but: str = "") -> None:
-    """Removes what abandoned work on `path` has left, before new work on it begins.
-
-    `but` is the staging of that new work, which another process may have made already.
-    """
+def remove_leftovers(path: str) -> None:
+    """Removes what abandoned work on `path` has left, before new work on it begins."""
     for staging in staging_of(path):
-        if staging == but:
-            continue
         try:
             remove_abandoned(staging)
         except FileNotFoundError:  # somebody else is removing it
@@ -262,12 +268,13 @@ def _is_abandoned(staging: str, lock: Lock) -> bool:
     match = STAGING.match(os.path.basename(os.path.abspath(staging)))
     if match is None or lock is Lock.THEIRS:
         return False
+    if lock is Lock.OURS and _is_local(staging):
+        return True
     digits = match["owner"]
-    owner = Owner(*(int(digits[i : i + 8], 16) for i in (0, 8, 16))) if len(digits) == 32 else None
-    here = owner is not None and owner.system == _system() != 0
-    if lock is Lock.OURS:
-        return here or _is_local(staging)
-    return owner is not None and here and _is_gone(owner)
+    if len(digits) != 32:
+        return False
+    owner = Owner(*(int(digits[i : i + 8], 16) for i in (0, 8, 16)))
+    return owner.system == _system() != 0 and _is_gone(owner)
 
 
 def _system() -> int:
