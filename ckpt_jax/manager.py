@@ -170,7 +170,8 @@ class CheckpointManager:
         that fails changes nothing: not the counter, the state file, or any checkpoint. If a
         write callback fails, or the state file cannot be written, the new checkpoint is there,
         but is not recorded. A save in the background is recorded, and the others are removed,
-        when it has finished.
+        when it has finished; where it fails and there are several processes, which hear of that
+        at different times, the interval still counts from its step.
 
         Args:
           checkpoint_number: the number in its name; an integer, or what else `step_counter`
@@ -193,12 +194,14 @@ class CheckpointManager:
 
         Source: `tf.train.CheckpointManager.save`, where a failed save advances the counter.
         """
+        options = given(options)
         step = None if self._interval is None else as_integer(self._step_counter)
-        if step is not None and not self._is_due(step, check_interval):
-            return None
+        if step is not None:
+            self._checkpoint._settle(options)  # a save in doubt decides what is due
+            if not self._is_due(step, check_interval):
+                return None
         if metrics is not None and not isinstance(metrics, Mapping):
             raise TypeError(f"metrics must be numbers by name, got {metrics!r}")
-        options = given(options)
         watch = METER.saving()
         prefix = os.path.join(self._directory, self._name)
         with ExitStack() as stack:
@@ -227,7 +230,9 @@ class CheckpointManager:
 
                 def failed() -> None:  # a save that failed has not happened
                     self._checkpoint._count(count - 1)
-                    self._last_step = last_step
+                    # Unless others may hear of it at another step, and would not be due with us.
+                    if meeting.count == 1 or not options.enable_async:
+                        self._last_step = last_step
 
                 counted()
                 self._checkpoint._write(

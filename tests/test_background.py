@@ -530,10 +530,19 @@ def test_a_save_to_a_relative_path_is_recorded_where_it_began(tmp_path, monkeypa
 # --- Ctrl-C ----------------------------------------------------------------------------
 
 
+@pytest.fixture
+def interruptible():
+    # Where the tests run in the background of a shell, the signal is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupt_main_thread():
     signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_after_an_interrupted_wait_a_save_is_still_known_to_be_running(tmp_path):
     checkpoint = ckpt.Checkpoint(x=np.arange(3))
     waiting, opened = threading.Event(), threading.Event()
@@ -557,6 +566,7 @@ def test_after_an_interrupted_wait_a_save_is_still_known_to_be_running(tmp_path)
     assert ckpt.verify(path).ok
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_save_gives_up_what_it_has_not_written(tmp_path):
     values = {f"v{i}": np.zeros(1 << 18) for i in range(32)}
     seen = []

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -546,6 +547,17 @@ def test_a_late_process_leaves_nothing_behind(tmp_path):
 ASYNC = CheckpointOptions(enable_async=True, timeout_seconds=SECONDS)
 
 
+class Fragile(ckpt.PythonState):
+    is_broken = False
+
+    def serialize(self):
+        if self.is_broken:
+            raise OSError("iterator lost")
+        return "fine"
+
+    def deserialize(self, value): ...
+
+
 def attempts(save, count):
     """What each of several calls gave: the name of a checkpoint, or the type of an error."""
     found = []
@@ -591,16 +603,6 @@ def test_what_fails_after_the_commit_takes_nothing_back_on_any_process(
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_an_error_of_one_background_save_is_raised_once_and_fails_no_other(tmp_path, failing):
-    class Fragile(ckpt.PythonState):
-        is_broken = False
-
-        def serialize(self):
-            if self.is_broken:
-                raise OSError("iterator lost")
-            return "fine"
-
-        def deserialize(self, value): ...
-
     def program(processes):
         fragile = Fragile()
         checkpoint = ckpt.Checkpoint(w=np.arange(3), fragile=fragile)
@@ -678,6 +680,42 @@ def test_what_a_process_stages_for_its_next_save_is_safe_from_one_that_is_late(t
     assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-3")
 
 
+def test_all_processes_are_due_at_the_same_steps_whenever_they_hear_of_an_error(tmp_path):
+    is_past = threading.Event()
+
+    def program(processes):
+        def hold(done, total):  # process 0 does not hear of the error before the next step
+            assert is_past.wait(SECONDS)
+
+        fragile = Fragile()
+        manager = ckpt.CheckpointManager(
+            ckpt.Checkpoint(fragile=fragile),
+            tmp_path,
+            step_counter=lambda: step,
+            checkpoint_interval=3,
+        )
+
+        def save(_):
+            progress = hold if (processes.index, step) == (0, 4) else None
+            fragile.is_broken = (processes.index, step) == (1, 4)
+            return str(manager.save(step, options=replace(ASYNC, progress=progress)))
+
+        found = []
+        for step in range(1, 10):
+            found += attempts(save, 1)
+            if processes.index == 0 and step == 5:
+                is_past.set()
+        manager.sync()
+        return found
+
+    def steps(found):
+        return [step for step, each in enumerate(found, 1) if each != "None"]
+
+    found = together(2, program)
+    assert [*map(steps, found)] == [[1, 4, 7], [1, 4, 7]]
+    assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-7")
+
+
 def test_a_metric_that_is_none_fails_the_save_on_all_processes(tmp_path):
     def program(processes):
         manager = ckpt.CheckpointManager(ckpt.Checkpoint(w=np.arange(3)), tmp_path)
@@ -717,7 +755,13 @@ def test_who_does_not_know_whether_its_save_was_committed_goes_on_from_where_the
         def linger():
             assert heard.wait(SECONDS)
 
-        manager = ckpt.CheckpointManager(ckpt.Checkpoint(w=np.arange(3)), tmp_path)
+        step = 1
+        manager = ckpt.CheckpointManager(
+            ckpt.Checkpoint(w=np.arange(3)),
+            tmp_path,
+            step_counter=lambda: step,
+            checkpoint_interval=2,
+        )
         options = CheckpointOptions(
             timeout_seconds=SHORT if processes.index else SECONDS,
             write_callbacks=[linger] if not processes.index else [],
@@ -730,11 +774,14 @@ def test_who_does_not_know_whether_its_save_was_committed_goes_on_from_where_the
         finally:
             if processes.index:
                 heard.set()
-        names = attempts(lambda number: manager.save(), 2)
+        names = []
+        while step < 5:
+            step += 1
+            names += attempts(lambda _: manager.save() or "not due", 1)
         return names, [os.path.basename(path) for path in manager.checkpoints]
 
     for names, known in together(2, program):
-        assert names == ["ckpt-2", "ckpt-3"]
+        assert names == ["not due", "ckpt-2", "not due", "ckpt-3"]
         assert known == ["ckpt-1", "ckpt-2", "ckpt-3"]
 
 
