@@ -272,22 +272,25 @@ class Checkpoint(AutoTrackable):
         rename: Iterable[Rule] = (),
     ) -> LoadStatus:
         """Restores what `write` saved, without touching the save counter; see `restore`."""
-        options = given(options)
-        with self._background().turn():
-            return self._read(path, options, rename)
+        return self._read(path, options, rename, prepare=lambda: None)
 
     def _read(
-        self, path: Path | None, options: CheckpointOptions, rename: Iterable[Rule]
+        self,
+        path: Path | None,
+        options: CheckpointOptions | None,
+        rename: Iterable[Rule],
+        prepare: Callable[[], object],
     ) -> LoadStatus:
-        if path is None:
-            return LoadStatus(None, self._trace_for_restore)
-        with (
-            together(path, options) as meeting,
-            METER.restoring(lambda: CheckpointReader(path)) as reader,
-        ):
-            saved = renamed(reader.object_graph, rename)
-            restoration = Restoration(reader.path, saved, options, self._trace_for_restore)
-            root = restoration.run(reader, meeting)
+        options = given(options)
+        # An earlier error, which keeps this process from restoring, is for all to hear.
+        with together(path, options) as meeting, self._background().turn():
+            prepare()
+            if path is None:
+                return LoadStatus(None, self._trace_for_restore)
+            with METER.restoring(lambda: CheckpointReader(path)) as reader:
+                saved = renamed(reader.object_graph, rename)
+                restoration = Restoration(reader.path, saved, options, self._trace_for_restore)
+                root = restoration.run(reader, meeting)
         if self.__dict__["_self_rooted"] and root is not self._root_object():
             self.__dict__["_self_root"] = root
         return LoadStatus(restoration, self._trace_for_restore)
@@ -318,9 +321,7 @@ class Checkpoint(AutoTrackable):
             abstractly is not in the checkpoint. Nothing was read or changed.
           CorruptCheckpointError: bytes are damaged.
         """
-        with self._background().turn():
-            self._counter()
-            return self._read(path, given(options), rename)
+        return self._read(path, options, rename, prepare=self._counter)
 
     def freeze(self) -> FrozenSaver:
         """A saver of the objects that are here now, which need not be traced again.

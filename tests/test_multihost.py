@@ -827,6 +827,32 @@ def test_with_broadcast_a_process_that_cannot_restore_fails_all_and_none_falls_b
         assert saved == str(tmp_path / "ckpt-1")
 
 
+def test_with_broadcast_an_error_of_an_earlier_save_fails_the_restore_of_all(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"w": np.arange(3)})
+    restore_options = CheckpointOptions(broadcast=True)
+
+    def program(processes):
+        fragile = Fragile()
+        checkpoint = ckpt.Checkpoint(w=np.zeros(3, int), fragile=fragile)
+        fragile.is_broken = processes.index == 1
+        found = attempts(lambda _: checkpoint.save(tmp_path / "ckpt", ASYNC), 1)
+        fragile.is_broken = False
+        for _ in range(2):
+            try:
+                checkpoint.restore(path, restore_options)
+                found.append(checkpoint.w.tolist())
+            except Exception as error:
+                found.append(type(error))
+        return [*found, *attempts(lambda _: checkpoint.save(tmp_path / "ckpt"), 1)]
+
+    # Process 1 knows at once, the other when it restores.
+    restored = [[0, 1, 2], "ckpt-1"]
+    assert together(2, program) == [
+        ["ckpt-1", ckpt.AsyncSaveError, *restored],
+        [ckpt.UnsaveableError, ckpt.ProcessError, *restored],
+    ]
+
+
 # --- managers --------------------------------------------------------------------------
 
 
