@@ -20,6 +20,30 @@ from flax import nnx
 
 import ckpt_jax as ckpt
 
+# --- values of an object's own ------------------------------------------------------------
+
+
+class Named(ckpt.Trackable):
+    """An object that saves one value under a name of its choice."""
+
+    def __init__(self, name: str, value: jax.Array):
+        self.name, self.value = name, value
+
+    def serialize_to_arrays(self) -> dict[str, Any]:
+        return {self.name: self.value}
+
+    def restore_from_arrays(self, arrays: dict[str, Any]) -> None:
+        self.value = arrays[self.name]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a.b", ".E", "VARIABLE_VALUE", "py_state"])
+def test_an_object_may_call_its_values_anything(tmp_path: Path, name: str):
+    path = ckpt.save(tmp_path / "a", {"x": Named(name, jnp.ones(2))})
+    target = Named(name, jnp.zeros(2))
+    assert ckpt.restore(path, {"x": target})["x"] is target
+    assert target.value.tolist() == [1, 1]
+
+
 # --- views ------------------------------------------------------------------------------
 
 
