@@ -500,7 +500,9 @@ def _listed(names: Sequence[str]) -> str:
 def _unmatched(rule: _Rule, container: str | None, paths: Sequence[str]) -> tuple[str, str]:
     source = rule.source if isinstance(rule.source, str) else rule.source.pattern
     what = f"the rename rule {rule} matches nothing saved"
-    if container is not None:
+    if container is None and any(map(rule.pattern.fullmatch, paths)):
+        what += " that no earlier rule matches"
+    elif container is not None:
         what += f" that holds values; to rename those in {container} write {source}/**"
     else:
         what += near_miss(nearest(source, paths))
