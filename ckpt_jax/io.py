@@ -255,7 +255,8 @@ def read_values(
             results[key] = contents[0]
             continue
         dtype = np.dtype(request.dtype)
-        contents = tuple([x if x.dtype == dtype else x.astype(dtype) for x in contents])
+        with np.errstate(over="ignore", invalid="ignore"):  # a cast was asked for
+            contents = tuple([x if x.dtype == dtype else x.astype(dtype) for x in contents])
         if request.sharding is None:
             unplaced[key] = contents[0]
         else:

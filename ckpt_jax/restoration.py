@@ -142,6 +142,7 @@ class Restoration:
         finalizer = weakref.finalize(self, self.left_over.log)
         finalizer.atexit = False  # at interpreter exit nobody is waiting any more
         self._bound: dict[int, list[weakref.ref[Any]]] = {}  # saved node -> its mutable objects
+        self._source_of: dict[int, int] = {}  # id of an object -> the saved node it was bound to
         self._callbacks: Mapping[int, ReshardCallback] = {}  # by saved node
         self._reader: CheckpointReader | None = None  # for what is attached later
         self._identity: Any = None  # of the checkpoint
@@ -171,7 +172,7 @@ class Restoration:
         """Restores into an object that appeared where `saved` was awaited; returns it."""
         key = self.saved.object_keys[saved]
         live = live_graph(child, key)
-        before = Match(self._bound_in(live), {})
+        before = Match(self._bound_near(live, saved), {})
         with together(self.path, self.options) as meeting, self._reopened() as reader:
             root = self._bind(
                 live,
@@ -241,13 +242,17 @@ class Restoration:
                 created = create(slot.name, variable) is not None or created
         return created
 
-    def _bound_in(self, live: LiveGraph) -> dict[int, int]:
-        """What is bound already, in the node ids of `live`; -1 for objects outside of it."""
+    def _bound_near(self, live: LiveGraph, root: int) -> dict[int, int]:
+        """What is bound already of the saved nodes below `root`, and of the objects in `live`; in
+        the node ids of `live`, -1 for objects outside of it. The rest does not matter, and is not
+        looked at: what is attached part by part would take quadratic time."""
         node_of = {id(obj): i for i, obj in enumerate(live.objects)}
+        near = reachable(self.saved, [root])
+        near.update([self._source_of[i] for i in node_of if i in self._source_of])
         return {
             saved: node_of.get(id(obj), -1)
-            for saved, (first, *_) in self._bound.items()
-            if (obj := first()) is not None
+            for saved in sorted(near & self._bound.keys())
+            if (obj := self._bound[saved][0]()) is not None
         }
 
     @host.without_gc()
@@ -311,6 +316,7 @@ class Restoration:
                 _note_restored(obj, max(self.uid, _restored_uid(obj)))
                 if _has_weakrefs(obj):
                     self._bound.setdefault(saved, []).append(weakref.ref(obj))
+                    self._source_of[id(obj)] = saved
         for (parent, label), saved in found.frontier.items():
             if (only is None or parent in only) and self.saved.carries_values(saved):
                 for trackable in live.awaiting(parent):

@@ -332,6 +332,7 @@ def execute(
         if r.target.weak_type:  # or the same program would be compiled anew, and promote otherwise
             value = host.weakly_typed(value)
         values.setdefault(r.node, {})[r.name] = value
+    replaced: dict[int, Any] = {}
     for saver, nodes in calls:
         objects = {name: live.objects[node] for name, node in nodes.items()}
         new = _restored(saver, objects, reader.path)
@@ -340,9 +341,9 @@ def execute(
                 f"restore_fn of the checkpoint saver {saver.name!r} returned no values for "
                 f"{', '.join(lost)}, and there are none in the target that could stay"
             )
-        for name, value in new.items():
-            values.setdefault(nodes[name], {})[""] = value
-    return assign(live, values), [v for of_node in values.values() for v in of_node.values()]
+        replaced.update({nodes[name]: value for name, value in new.items()})
+    root = assign(live, values, replaced)
+    return root, [*replaced.values(), *(v for of_node in values.values() for v in of_node.values())]
 
 
 def _accepted(call: SaverCall, live: LiveGraph) -> tuple[registry.RegisteredSaver, dict[str, int]]:

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from google.protobuf import text_format
 
@@ -56,7 +57,7 @@ class CheckpointState:
 
 
 def get_checkpoint_state(
-    directory: str | os.PathLike[str], latest_filename: str | None = None
+    directory: str | bytes | os.PathLike[Any], latest_filename: str | None = None
 ) -> CheckpointState | None:
     """Reads the state file of a directory (`tf.train.get_checkpoint_state`).
 
@@ -80,7 +81,7 @@ def get_checkpoint_state(
     >>> os.path.relpath(state.model_checkpoint_path, directory)
     'ckpt-1'
     """
-    directory = os.fspath(directory)
+    directory = os.fsdecode(directory)
     path = os.path.join(directory, latest_filename or STATE_FILE)
     try:
         with open(path, encoding="utf-8") as file:

@@ -20,6 +20,51 @@ from flax import nnx
 
 import ckpt_jax as ckpt
 
+# --- values of an object's own ------------------------------------------------------------
+
+
+class Named(ckpt.Trackable):
+    """An object that saves one value under a name of its choice."""
+
+    def __init__(self, name: str, value: jax.Array):
+        self.name, self.value = name, value
+
+    def serialize_to_arrays(self) -> dict[str, Any]:
+        return {self.name: self.value}
+
+    def restore_from_arrays(self, arrays: dict[str, Any]) -> None:
+        self.value = arrays[self.name]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a.b", ".E", "VARIABLE_VALUE", "py_state"])
+def test_an_object_may_call_its_values_anything(tmp_path: Path, name: str):
+    path = ckpt.save(tmp_path / "a", {"x": Named(name, jnp.ones(2))})
+    target = Named(name, jnp.zeros(2))
+    assert ckpt.restore(path, {"x": target})["x"] is target
+    assert target.value.tolist() == [1, 1]
+
+
+class Careless(ckpt.Trackable):
+    """An object that saves whatever it was given."""
+
+    def __init__(self, values: Any):
+        self.values = values
+
+    def serialize_to_arrays(self) -> dict[str, Any]:
+        return self.values
+
+
+@pytest.mark.parametrize("values", [None, [1], {3: 1}])
+def test_values_that_have_no_names_are_refused_with_the_path(tmp_path: Path, values: Any):
+    with pytest.raises(ckpt.UnsaveableError, match=r"Careless\.serialize_to_arrays\(\) must"):
+        ckpt.save(tmp_path / "a", {"x": Careless(values), "y": 1})
+
+
+def test_of_several_values_the_one_that_cannot_be_saved_is_named(tmp_path: Path):
+    with pytest.raises(ckpt.UnsaveableError, match="x: second: builtins.list is not an array"):
+        ckpt.save(tmp_path / "a", {"x": Careless({"first": 1, "second": [2]})})
+
+
 # --- views ------------------------------------------------------------------------------
 
 

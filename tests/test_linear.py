@@ -104,3 +104,37 @@ def test_four_times_the_nodes_take_four_times_the_calls(width):
     small, large = program(200, width), program(800, width)
     work(small)  # what is made once for each type is made here
     assert calls(lambda: work(large)) <= 4.2 * calls(lambda: work(small))
+
+
+def many_variables(count):
+    program = ckpt.Trackable()
+    for number in range(count):
+        program.track(f"v{number}", ckpt.Variable(ZERO))
+    return program
+
+
+def test_four_times_the_values_that_are_attached_late_take_four_times_the_calls(tmp_path):
+    def late(count):
+        path = ckpt.Checkpoint(program=many_variables(count)).write(tmp_path / str(count))
+        program = ckpt.Trackable()
+        status = ckpt.Checkpoint(program=program).read(path)
+
+        def attach():
+            for label, variable in many_variables(count).trackable_children().items():
+                program.track(label, variable)
+            assert not status.report.deferred
+
+        return attach
+
+    late(10)()  # what is made once is made here
+    assert calls(late(200)) <= 4.2 * calls(late(50))
+
+
+def test_four_times_the_values_that_are_renamed_take_four_times_the_calls(tmp_path):
+    def renamed(count):
+        values = dict.fromkeys(map(str, range(count)), 1)
+        path = ckpt.save(tmp_path / str(count), {"a": values})
+        return lambda: ckpt.plan_restore(path, {"b": values}, rename=[("a/*", "b/*")])
+
+    renamed(10)()
+    assert calls(renamed(800)) <= 4.2 * calls(renamed(200))

@@ -374,6 +374,13 @@ def test_a_train_state_keeps_its_moments_when_its_optimizer_changes(tmp_path):
     assert int(found.step) == 1
 
 
+@pytest.mark.parametrize("tx", [optax.sgd(0.1), optax.set_to_zero()])
+def test_a_train_state_without_optimizer_state_keeps_its_structure(tmp_path, tx):
+    state = train_state(tx)
+    found = ckpt.restore(ckpt.save(tmp_path / "a", state), state)
+    assert jax.tree.structure(found) == jax.tree.structure(state)
+
+
 class Net(nnx.Module):
     def __init__(self, rngs, names=("first", "second")):
         for name in names:

@@ -221,6 +221,14 @@ def test_load_places_by_a_tree_of_what_was_saved(tree, path, mesh42):
     check(found, tree)
 
 
+def test_load_places_the_data_of_keys(tmp_path, mesh8):
+    keys = jax.random.split(jax.random.key(0), 8)
+    path = ckpt.save(tmp_path / "a", {"keys": keys})
+    rows = NamedSharding(mesh8, P("data"))
+    found = ckpt.load(path, sharding=rows)["keys"]
+    assert found.sharding == rows and jnp.array_equal(found, jax.random.key_data(keys))
+
+
 def test_load_reports_all_that_cannot_be_placed(path, mesh8):
     columns = NamedSharding(mesh8, P(None, "data"))
     with pytest.raises(ckpt.RestoreMismatchError) as failure:

@@ -483,6 +483,27 @@ def test_problems_of_rules_stop_the_restore_of_objects(tmp_path):
     np.testing.assert_array_equal(variables["w"].value, [0, 0, 0])
 
 
+def test_a_value_may_take_the_place_of_the_container_that_it_was_in(tmp_path):
+    rows = [np.full(2, i, np.float32) for i in range(3)]
+    path = ckpt.save(tmp_path / "a", {"layers": rows, "head": {"kernel": rows[1]}})
+    target = {"layers": np.zeros((3, 2), np.float32), "head": np.zeros(2, np.float32)}
+    rules = [("layers/*", "layers", ckpt.Stack()), ("head/kernel", "head")]
+    found = ckpt.restore(path, target, rename=rules)
+    np.testing.assert_array_equal(found["layers"], np.stack(rows))
+    np.testing.assert_array_equal(found["head"], rows[1])
+    rules = [("head/kernel", "layers")]
+    with pytest.raises(ckpt.RestoreMismatchError, match="two saved values would be called layers"):
+        ckpt.restore(path, target, rename=rules)
+
+
+def test_a_rule_that_stands_behind_a_wider_one_is_told_so(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"a": {"x": 1}})
+    rules = [("a/*", "b/*"), ("a/x", "b/y")]
+    report = ckpt.plan_restore(path, {"b": {"x": 0}}, rename=rules)
+    assert [entry.path for entry in report.mismatched] == ["a/x"]
+    assert "matches nothing saved that no earlier rule matches" in str(report)
+
+
 def test_modules_of_nnx_restore_from_renamed_and_transposed_weights(tmp_path):
     weight = RNG.normal(size=(3, 2)).astype(np.float32)
     path = ckpt.save(tmp_path / "a", {"fc": {"weight": weight, "bias": weight[:, 0]}})

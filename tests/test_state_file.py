@@ -259,6 +259,11 @@ def test_a_directory_in_the_place_of_the_file_is_logged_and_gives_none(tmp_path,
     assert len(caplog.records) == 1
 
 
+def test_a_directory_may_be_given_in_bytes(tmp_path):
+    update_checkpoint_state(tmp_path, CheckpointState("ckpt-1"))
+    assert get_checkpoint_state(os.fsencode(tmp_path)) == get_checkpoint_state(tmp_path)
+
+
 def test_comments_white_space_and_escapes_are_understood(tmp_path):
     write(
         tmp_path,

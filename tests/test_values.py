@@ -420,6 +420,13 @@ def test_a_cast_between_arrays_is_asked_for_by_name(tmp_path):
     assert_bits(found, jnp.arange(4, dtype=jnp.bfloat16))
 
 
+@pytest.mark.parametrize("target", [np.zeros(1, np.float16), jnp.zeros(1, jnp.float16)])
+def test_a_cast_that_was_asked_for_does_not_warn(tmp_path, target):
+    path = ckpt.save(tmp_path / "a", np.array([1e6], np.float32))
+    found = ckpt.restore(path, target, options=ckpt.CheckpointOptions(cast=True))
+    assert np.asarray(found).tolist() == [np.inf]
+
+
 def test_large_integers_are_not_cast_through_floats(tmp_path):
     array = np.array([2**24 + 1, 2**31 - 1, -(2**31)], np.int32)
     path = ckpt.save(tmp_path / "a", array)

@@ -233,6 +233,8 @@ def _with_inputs(
     """The graph with the specs that resharding leads to, and without what it takes in."""
     inputs: dict[str, Inputs] = {}
     problems: list[ReportEntry] = []
+    if not callbacks:
+        return saved, inputs, ()
     nodes = list(saved.nodes)
     for source, callback in callbacks.items():
         target = found.bound.get(source, -1)

@@ -236,6 +236,7 @@ class _Renaming:
         self.rules = rules
         self.nodes = list(graph.nodes)
         self.edges: dict[int, list[tuple[Label, int]]] = {}
+        self.by_text: dict[int, dict[str, int]] = {}  # see `below`
         self.slots: dict[int, list[Slot]] = defaultdict(list)
         self.saved_paths: dict[int, str] = {}
         self.derived: dict[str, Derived] = {}
@@ -405,18 +406,37 @@ class _Renaming:
             unescape(name) if ".S" in name or ".." in name else name for name in target.split("/")
         ]
         for name in names[:-1]:
-            there = next((node for label, node in self.edges[here] if str(label) == name), None)
+            there = self.below(here).get(name)
             if there is None:
                 there = len(self.nodes)
                 self.nodes.append(Node(container="dict"))
                 self.edges[there] = []
                 self.edges[here].append((name, there))
+                self.below(here)[name] = there
             here = there
-        if any(str(label) == names[-1] for label, _ in self.edges[here]):
+        name = names[-1]
+        known = self.below(here).get(name)
+        if known is not None and not self.is_emptied(known):
             what = f"two saved values would be called {target} (one of them is {path})"
             self.problems.append((target, what))
-        else:
-            self.edges[here].append((names[-1], child))
+            return
+        if known is not None:
+            self.edges[here] = [edge for edge in self.edges[here] if edge[1] != known]
+        self.edges[here].append((name, child))
+        self.below(here)[name] = child
+
+    def below(self, node: int) -> dict[str, int]:
+        """The children of a node by text, as `edges` has them."""
+        if node not in self.by_text:
+            edges = reversed(self.edges[node])
+            self.by_text[node] = {str(label): child for label, child in edges}
+        return self.by_text[node]
+
+    def is_emptied(self, node: int) -> bool:
+        """Whether a container has lost all its children to the rules."""
+        entry = self.nodes[node]
+        has_lost = bool(entry.children) and not self.edges[node]
+        return has_lost and not (entry.attributes or entry.slots or entry.saver)
 
     def finish(self) -> Renamed:
         nodes = [self.finished(i, node) for i, node in enumerate(self.nodes)]
@@ -500,7 +520,9 @@ def _listed(names: Sequence[str]) -> str:
 def _unmatched(rule: _Rule, container: str | None, paths: Sequence[str]) -> tuple[str, str]:
     source = rule.source if isinstance(rule.source, str) else rule.source.pattern
     what = f"the rename rule {rule} matches nothing saved"
-    if container is not None:
+    if container is None and any(map(rule.pattern.fullmatch, paths)):
+        what += " that no earlier rule matches"
+    elif container is not None:
         what += f" that holds values; to rename those in {container} write {source}/**"
     else:
         what += near_miss(nearest(source, paths))

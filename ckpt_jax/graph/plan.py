@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from ckpt_jax.graph.labels import ONLY_VALUE, Label
@@ -333,19 +334,23 @@ def reachable(graph: ObjectGraph, roots: list[int]) -> set[int]:
 # --- assign ----------------------------------------------------------------------------
 
 
-def assign(live: LiveGraph, values: Mapping[int, Mapping[str, Any]]) -> Any:
+def assign(
+    live: LiveGraph,
+    values: Mapping[int, Mapping[str, Any]],
+    replaced: Mapping[int, Any] = MappingProxyType({}),
+) -> Any:
     """Puts values into the live objects; returns the root to use from then on.
 
     Args:
       live: the graph to change. Mutable objects are changed in place, immutable ones rebuilt,
         up to the nearest mutable object or the root.
-      values: attribute values by node. A node's value under the name "" replaces the object.
+      values: attribute values by node.
+      replaced: by node, what takes the place of the whole object.
     """
-    new: dict[int, Any] = {}
-    replaced = {node for node, attributes in values.items() if "" in attributes}
+    new = {node: obj for node, obj in replaced.items() if obj is not live.objects[node]}
     for node, attributes in values.items():
         obj = live.objects[node]
-        result = attributes[""] if "" in attributes else live.views[node].assign(obj, attributes)
+        result = live.views[node].assign(obj, attributes)
         if result is not obj:
             new[node] = result
     # Immutable containers are trees, whose parents have smaller ids (and so have optimizers than

@@ -181,7 +181,8 @@ class _Walk:
         try:
             spec, sharding = self.describe(value)
         except TypeError as error:
-            self.problems.append((labels.path_of(key), str(error)))
+            what = f"{error}" if name in labels.ONLY_VALUE else f"{name}: {error}"
+            self.problems.append((labels.path_of(key), what))
             spec, sharding = LeafSpec(), None
         return Attribute(name, labels.attribute_key(key, name), spec, sharding)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload, runtime_checkable
 
@@ -24,7 +25,7 @@ from ckpt_jax.graph.labels import PYTHON_STATE, VARIABLE_VALUE, Label
 from ckpt_jax.trackable.containers import unmarked, wrap
 from ckpt_jax.trackable.pending import PENDING, received
 from ckpt_jax.trackable.state import NoDependency, holds_state
-from ckpt_jax.trackable.view import SlotEntry, View, add_view, view_of
+from ckpt_jax.trackable.view import NoState, SlotEntry, View, add_view, view_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -430,6 +431,11 @@ class TrackableView(View):
 
     def values(self, obj: Any) -> Mapping[str, Any]:
         values = obj.serialize_to_arrays() if isinstance(obj, Trackable) else {}
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+            raise NoState(
+                f"{type(obj).__qualname__}.serialize_to_arrays() must return a dict of arrays by "
+                f"name, got {reprlib.repr(values)}"
+            )
         return {PYTHON_STATE: obj, **values} if isinstance(obj, PythonState) else values
 
     def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:

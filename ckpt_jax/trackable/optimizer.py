@@ -293,9 +293,8 @@ class TrainStateView(RegisteredView):
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         state = changed.get("opt_state")
-        if isinstance(state, OptaxState):
-            changed = {**changed, "opt_state": state.opt_state}
-        return super().rebuild(obj, changed)
+        state = state.opt_state if isinstance(state, OptaxState) else obj.opt_state
+        return super().rebuild(obj, {**changed, "opt_state": state})
 
 
 def train_state_view(obj: Any) -> View | None:
