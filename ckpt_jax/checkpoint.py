@@ -132,6 +132,7 @@ class Checkpoint(AutoTrackable):
             with self._turn(options, meeting) as is_mine:
                 if not is_mine:
                     return None
+                self._settle(options)
                 self._write(path, options, watch, meeting, stack)
         return path
 
@@ -273,18 +274,20 @@ class Checkpoint(AutoTrackable):
     ) -> LoadStatus:
         """Restores what `write` saved, without touching the save counter; see `restore`."""
         options = given(options)
-        with self._background().turn():
-            return self._read(path, options, rename)
+        # The meeting first: what the turn raises on one process has to reach those that wait.
+        with together(path, options) as meeting, self._background().turn():
+            return self._read(path, options, rename, meeting)
 
     def _read(
-        self, path: Path | None, options: CheckpointOptions, rename: Iterable[Rule]
+        self,
+        path: Path | None,
+        options: CheckpointOptions,
+        rename: Iterable[Rule],
+        meeting: multihost.Meeting | None,
     ) -> LoadStatus:
         if path is None:
             return LoadStatus(None, self._trace_for_restore)
-        with (
-            together(path, options) as meeting,
-            METER.restoring(lambda: CheckpointReader(path)) as reader,
-        ):
+        with METER.restoring(lambda: CheckpointReader(path)) as reader:
             saved = renamed(reader.object_graph, rename)
             restoration = Restoration(reader.path, saved, options, self._trace_for_restore)
             root = restoration.run(reader, meeting)
@@ -318,9 +321,11 @@ class Checkpoint(AutoTrackable):
             abstractly is not in the checkpoint. Nothing was read or changed.
           CorruptCheckpointError: bytes are damaged.
         """
-        with self._background().turn():
+        options = given(options)
+        with together(path, options) as meeting, self._background().turn():
             self._counter()
-            return self._read(path, given(options), rename)
+            self._settle(options)
+            return self._read(path, options, rename, meeting)
 
     def freeze(self) -> FrozenSaver:
         """A saver of the objects that are here now, which need not be traced again.

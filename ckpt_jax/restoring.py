@@ -190,7 +190,7 @@ def together(path: Any, options: CheckpointOptions) -> Iterator[Meeting | None]:
     wait for what that process reads.
     """
     processes = multihost.current()
-    if not options.broadcast or processes.count == 1:
+    if path is None or not options.broadcast or processes.count == 1:
         yield None
         return
     what = f"restoring {os.fsdecode(path)}"
