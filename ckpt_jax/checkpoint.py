@@ -38,6 +38,9 @@ from ckpt_jax.trackable.view import SlotEntry, View, view_of
 # A path; None with `when_busy="skip"` alone, so that nobody else has to rule None out.
 SavedPath = str | Any
 
+# Of a save whose outcome is not known: the meeting; what counts it, records it, or takes it back.
+Doubt = tuple[multihost.Meeting, Callable[[], None], Callable[[], None], Callable[[], None]]
+
 
 class Checkpoint(AutoTrackable):
     """Names objects, and saves and restores them together.
@@ -203,12 +206,14 @@ class Checkpoint(AutoTrackable):
         """Counts saves that had failed here, in doubt, but not on process 0."""
         doubts, seconds = self._doubts(), options.timeout_seconds
         while doubts and (is_done := doubts[0][0].done_after_all(seconds)) is not None:
-            _, counted, committed = doubts.pop(0)
+            _, counted, committed, failed = doubts.pop(0)
             if is_done:
                 counted()
                 committed()
+            else:
+                failed()
 
-    def _doubts(self) -> list[tuple[multihost.Meeting, Callable[[], None], Callable[[], None]]]:
+    def _doubts(self) -> list[Doubt]:
         return self.__dict__.setdefault("_self_doubts", [])
 
     def _meet(self, path: str, options: CheckpointOptions, stack: ExitStack) -> multihost.Meeting:
@@ -237,7 +242,7 @@ class Checkpoint(AutoTrackable):
             failed()
             if meeting.is_in_doubt:
                 meeting.stays_open = True
-                self._doubts().append((meeting, counted, committed))
+                self._doubts().append((meeting, counted, committed, failed))
 
         undo = stack.enter_context(ExitStack())
         undo.callback(undone)

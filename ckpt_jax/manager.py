@@ -196,10 +196,12 @@ class CheckpointManager:
 
         Source: `tf.train.CheckpointManager.save`, where a failed save advances the counter.
         """
-        step = None if self._interval is None else as_integer(self._step_counter)
-        if step is not None and not self._is_due(step, check_interval):
-            return None
         options = given(options)
+        step = None if self._interval is None else as_integer(self._step_counter)
+        if step is not None:
+            self._checkpoint._settle(options)  # by which it may be due
+            if not self._is_due(step, check_interval):
+                return None
         watch = METER.saving()
         prefix = os.path.join(self._directory, self._name)
         with ExitStack() as stack:

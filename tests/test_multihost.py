@@ -862,6 +862,39 @@ def test_all_find_the_same_steps_due_whenever_they_hear_of_a_save_that_failed(tm
         assert [each.value for each in own] == [step, step]
 
 
+def test_all_find_the_same_steps_due_after_one_did_not_know_of_a_failure(tmp_path, monkeypatch):
+    is_gone = threading.Event()
+    merge = ckpt.io.merge_shards
+
+    def fail_once(*arguments, **options):
+        if not is_gone.is_set():
+            assert is_gone.wait(SECONDS)
+            raise OSError("no space")
+        merge(*arguments, **options)
+
+    monkeypatch.setattr(ckpt.io, "merge_shards", fail_once)
+
+    def program(processes):
+        step = ckpt.Variable(0)
+        manager = ckpt.CheckpointManager(
+            ckpt.Checkpoint(step=step), tmp_path, step_counter=step, checkpoint_interval=3
+        )
+        found = []
+        for number in (1, 2, 3, 4, 5):
+            step.assign(number)
+            seconds = SHORT if processes.index and number == 1 else SECONDS
+            try:
+                options = CheckpointOptions(timeout_seconds=seconds)
+                found.append(manager.save(options=options) is not None)
+            except (OSError, ckpt.BarrierTimeoutError):
+                found.append("failed")
+                if processes.index:
+                    is_gone.set()
+        return found
+
+    assert together(2, program) == [["failed", True, False, False, True]] * 2
+
+
 def test_what_cannot_be_metrics_fails_the_save_on_all_processes(tmp_path):
     def program(processes):
         manager = ckpt.CheckpointManager(ckpt.Checkpoint(w=np.arange(3)), tmp_path)
