@@ -279,9 +279,19 @@ class Checkpoint(AutoTrackable):
     ) -> LoadStatus:
         """Restores what `write` saved, without touching the save counter; see `restore`."""
         options = given(options)
-        # The meeting first: what the turn raises on one process has to reach those that wait.
-        with together(path, options) as meeting, self._background().turn():
+        with self._turn_to_restore(path, options) as meeting:
             return self._read(path, options, rename, meeting)
+
+    @contextmanager
+    def _turn_to_restore(
+        self, path: Path | None, options: CheckpointOptions
+    ) -> Iterator[multihost.Meeting | None]:
+        is_alone = multihost.current().count == 1  # the others restore, and so does this one
+        with (
+            together(path, options) as meeting,
+            self._background().turn(is_refused=is_alone),
+        ):
+            yield meeting
 
     def _read(
         self,
@@ -325,9 +335,11 @@ class Checkpoint(AutoTrackable):
           RestoreMismatchError: a shape, dtype or kind differs, or a value that exists only
             abstractly is not in the checkpoint. Nothing was read or changed.
           CorruptCheckpointError: bytes are damaged.
+          AsyncSaveError: an earlier save failed in the background. With one process nothing was
+            restored; with several all was, because those that know of no error restore.
         """
         options = given(options)
-        with together(path, options) as meeting, self._background().turn():
+        with self._turn_to_restore(path, options) as meeting:
             self._counter()
             self._settle(options)
             return self._read(path, options, rename, meeting)
