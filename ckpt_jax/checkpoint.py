@@ -38,6 +38,9 @@ from ckpt_jax.trackable.view import SlotEntry, View, view_of
 # A path; None with `when_busy="skip"` alone, so that nobody else has to rule None out.
 SavedPath = str | Any
 
+# Of a save whose outcome is not known: the meeting; what counts it, records it, or takes it back.
+Doubt = tuple[multihost.Meeting, Callable[[], None], Callable[[], None], Callable[[], None]]
+
 
 class Checkpoint(AutoTrackable):
     """Names objects, and saves and restores them together.
@@ -132,6 +135,7 @@ class Checkpoint(AutoTrackable):
             with self._turn(options, meeting) as is_mine:
                 if not is_mine:
                     return None
+                self._settle(options)
                 self._write(path, options, watch, meeting, stack)
         return path
 
@@ -202,12 +206,14 @@ class Checkpoint(AutoTrackable):
         """Counts saves that had failed here, in doubt, but not on process 0."""
         doubts, seconds = self._doubts(), options.timeout_seconds
         while doubts and (is_done := doubts[0][0].done_after_all(seconds)) is not None:
-            _, counted, committed = doubts.pop(0)
+            _, counted, committed, failed = doubts.pop(0)
             if is_done:
                 counted()
                 committed()
+            else:
+                failed()
 
-    def _doubts(self) -> list[tuple[multihost.Meeting, Callable[[], None], Callable[[], None]]]:
+    def _doubts(self) -> list[Doubt]:
         return self.__dict__.setdefault("_self_doubts", [])
 
     def _meet(self, path: str, options: CheckpointOptions, stack: ExitStack) -> multihost.Meeting:
@@ -236,7 +242,7 @@ class Checkpoint(AutoTrackable):
             failed()
             if meeting.is_in_doubt:
                 meeting.stays_open = True
-                self._doubts().append((meeting, counted, committed))
+                self._doubts().append((meeting, counted, committed, failed))
 
         undo = stack.enter_context(ExitStack())
         undo.callback(undone)
@@ -272,25 +278,34 @@ class Checkpoint(AutoTrackable):
         rename: Iterable[Rule] = (),
     ) -> LoadStatus:
         """Restores what `write` saved, without touching the save counter; see `restore`."""
-        return self._read(path, options, rename, prepare=lambda: None)
+        options = given(options)
+        with self._turn_to_restore(path, options) as meeting:
+            return self._read(path, options, rename, meeting)
+
+    @contextmanager
+    def _turn_to_restore(
+        self, path: Path | None, options: CheckpointOptions
+    ) -> Iterator[multihost.Meeting | None]:
+        is_alone = multihost.current().count == 1  # the others restore, and so does this one
+        with (
+            together(path, options) as meeting,
+            self._background().turn(is_refused=is_alone),
+        ):
+            yield meeting
 
     def _read(
         self,
         path: Path | None,
-        options: CheckpointOptions | None,
+        options: CheckpointOptions,
         rename: Iterable[Rule],
-        prepare: Callable[[], object],
+        meeting: multihost.Meeting | None,
     ) -> LoadStatus:
-        options = given(options)
-        # An earlier error, which keeps this process from restoring, is for all to hear.
-        with together(path, options) as meeting, self._background().turn():
-            prepare()
-            if path is None:
-                return LoadStatus(None, self._trace_for_restore)
-            with METER.restoring(lambda: CheckpointReader(path)) as reader:
-                saved = renamed(reader.object_graph, rename)
-                restoration = Restoration(reader.path, saved, options, self._trace_for_restore)
-                root = restoration.run(reader, meeting)
+        if path is None:
+            return LoadStatus(None, self._trace_for_restore)
+        with METER.restoring(lambda: CheckpointReader(path)) as reader:
+            saved = renamed(reader.object_graph, rename)
+            restoration = Restoration(reader.path, saved, options, self._trace_for_restore)
+            root = restoration.run(reader, meeting)
         if self.__dict__["_self_rooted"] and root is not self._root_object():
             self.__dict__["_self_root"] = root
         return LoadStatus(restoration, self._trace_for_restore)
@@ -320,8 +335,14 @@ class Checkpoint(AutoTrackable):
           RestoreMismatchError: a shape, dtype or kind differs, or a value that exists only
             abstractly is not in the checkpoint. Nothing was read or changed.
           CorruptCheckpointError: bytes are damaged.
+          AsyncSaveError: an earlier save failed in the background. With one process nothing was
+            restored; with several all was, because those that know of no error restore.
         """
-        return self._read(path, options, rename, prepare=self._counter)
+        options = given(options)
+        with self._turn_to_restore(path, options) as meeting:
+            self._counter()
+            self._settle(options)
+            return self._read(path, options, rename, meeting)
 
     def freeze(self) -> FrozenSaver:
         """A saver of the objects that are here now, which need not be traced again.

@@ -152,6 +152,7 @@ class CheckpointManager:
         self._interval = checkpoint_interval
         self._init_fn = init_fn
         self._last_step = last_checkpoint_step
+        self._failed_after: list[int | None] = []  # the last step before a save that has failed
         self._clock = clock
         self._ledger = recovered(self._directory, clock())
 
@@ -170,14 +171,15 @@ class CheckpointManager:
         that fails changes nothing: not the counter, the state file, or any checkpoint. If a
         write callback fails, or the state file cannot be written, the new checkpoint is there,
         but is not recorded. A save in the background is recorded, and the others are removed,
-        when it has finished; where it fails and there are several processes, which hear of that
-        at different times, the interval still counts from its step.
+        when it has finished.
 
         Args:
           checkpoint_number: the number in its name; an integer, or what else `step_counter`
             may be. By default the save counter. A checkpoint that has this name is replaced.
           check_interval: whether to return None before `checkpoint_interval` steps have gone
-            by. At the step of the last save it is None in any case.
+            by. At the step of the last save it is None in any case. Where there are several
+            processes, a save that failed in the background counts until `sync`, so that all of
+            them find the same steps due.
           options: how to save; write callbacks are called before the state file changes.
           metrics: numbers by name, for retention policies.
 
@@ -197,26 +199,18 @@ class CheckpointManager:
         options = given(options)
         step = None if self._interval is None else as_integer(self._step_counter)
         if step is not None:
-            self._checkpoint._settle(options)  # a save in doubt decides what is due
+            self._checkpoint._settle(options)  # by which it may be due
             if not self._is_due(step, check_interval):
                 return None
-        if metrics is not None and not isinstance(metrics, Mapping):
-            raise TypeError(f"metrics must be numbers by name, got {metrics!r}")
         watch = METER.saving()
         prefix = os.path.join(self._directory, self._name)
         with ExitStack() as stack:
             meeting = self._checkpoint._meet(prefix, options, stack)
-            scores = {name: _as_number(name, value) for name, value in (metrics or {}).items()}
             with self._checkpoint._turn(options, meeting) as is_mine:
                 if not is_mine or (step is not None and not self._is_due(step, check_interval)):
                     return None  # another thread saves, or has saved this step meanwhile
                 self._checkpoint._settle(options)
-                count = self._checkpoint.save_counter + 1
-                number = count if checkpoint_number is None else as_integer(checkpoint_number)
-                if number < 0:
-                    raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
-                path = f"{prefix}-{number}"
-                last_step = self._last_step
+                count, last_step = self._checkpoint.save_counter + 1, self._last_step
 
                 def committed() -> None:
                     if meeting.leads:
@@ -227,14 +221,26 @@ class CheckpointManager:
                 def counted() -> None:
                     self._checkpoint._count(count)
                     self._last_step = step
+                    self._failed_after.clear()
 
                 def failed() -> None:  # a save that failed has not happened
                     self._checkpoint._count(count - 1)
-                    # Unless others may hear of it at another step, and would not be due with us.
-                    if meeting.count == 1 or not options.enable_async:
+                    # Other processes may not know yet, and all have to find the same steps due.
+                    if meeting.count == 1 or not (options.enable_async or meeting.is_in_doubt):
                         self._last_step = last_step
+                    elif not meeting.is_in_doubt:
+                        self._failed_after.append(last_step)
 
                 counted()
+                try:
+                    scores = _scores(metrics)
+                    number = count if checkpoint_number is None else as_integer(checkpoint_number)
+                    if number < 0:
+                        raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
+                except BaseException:
+                    failed()
+                    raise
+                path = f"{prefix}-{number}"
                 self._checkpoint._write(
                     path, options, watch, meeting, stack, committed, counted, failed
                 )
@@ -367,7 +373,11 @@ class CheckpointManager:
 
         Source: `tf.train.CheckpointManager.sync`.
         """
-        self._checkpoint.sync()
+        try:
+            self._checkpoint.sync()
+        finally:
+            if self._failed_after:
+                self._last_step = self._failed_after.pop()
 
     # --- properties --------------------------------------------------------------------
 
@@ -518,6 +528,12 @@ def as_integer(value: Any) -> int:
             "expected an integer, a variable that holds one, or a function that returns one, "
             f"got {value!r}"
         ) from None
+
+
+def _scores(metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics must be numbers by name, got {metrics!r}")
+    return {name: _as_number(name, value) for name, value in (metrics or {}).items()}
 
 
 def _as_number(name: str, value: Any) -> float:

@@ -268,10 +268,7 @@ class Meeting:
     @property
     def token(self) -> str:
         """32 hex digits, the same on all processes, for the name of what process 0 owns."""
-        try:
-            run = self._processes._run_name(self._timeout)
-        except (TimeoutError, ConnectionError) as error:
-            raise self._unanswered(error) from error
+        run = self._run_name(self._timeout)
         if not run:
             raise self._late([0])
         digest = hashlib.sha256(f"{run}/{self._number}".encode()).hexdigest()
@@ -417,16 +414,33 @@ class Meeting:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        heard: CheckpointError | None = None
-        if error is not None and not self._is_settled:
-            self._is_settled = True
-            heard = self._announce(error)
-        if not (self.is_in_doubt and self.stays_open):
-            self._processes._close(self._number)
-        if heard is None or error is None:
+        try:
+            self.tell(kind, error, traceback)
+        finally:
+            if not (self.is_in_doubt and self.stays_open):
+                self._processes._close(self._number)
+
+    def tell(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Lets an exception reach the other processes, where none has; the end of the block does
+        so, too.
+
+        Raises:
+          ProcessError, BarrierTimeoutError: the error of another process that had failed before,
+            instead of one about files, which went because of that.
+        """
+        if error is None or self._is_settled:
+            return
+        self._is_settled = True
+        heard = self._announce(error)
+        if heard is None:
             return
         if isinstance(error, OSError) and not isinstance(error, CheckpointError):
-            raise heard from error  # files went because another process had failed
+            raise heard from error
         error.add_note(f"Another process had failed before: {heard}")
 
     def _announce(self, error: BaseException) -> CheckpointError | None:
@@ -434,19 +448,22 @@ class Meeting:
         text = json.dumps({"error": described(error, self.index, self.what)})
         patience = min(self._timeout, _PATIENCE_SECONDS)
         try:
-            if self.leads:
+            if self.leads:  # the others may still be waiting for that
+                self._run_name(patience)
                 self._tell("led", text, patience)
-            if self._has_decided or self._tell("decision", text, patience):
-                self.is_in_doubt = False
-                self._tell("outcome", text, patience)
-                return None
-            decision = self._list(patience)["decision"]
+            if not self._has_decided and not self._tell("decision", text, patience):
+                decision = self._list(patience)["decision"]
+                if decision != COMMIT:
+                    return self._heard(decision)
+                if not self.leads:
+                    # Process 0 cannot have decided so without this one's report; if that was
+                    # given, the wait for the outcome is what failed.
+                    return None
+            self.is_in_doubt = False
+            self._tell("outcome", text, patience)
         except CheckpointError as unheard:
             error.add_note(f"The other processes could not be told: {unheard}")
-            return None
-        # Process 0 cannot have decided to commit without this one's report; if that was given,
-        # the wait for the outcome is what failed.
-        return None if decision == COMMIT else self._heard(decision)
+        return None
 
     def _heard(self, text: str) -> CheckpointError:
         self._is_settled, self.is_in_doubt = True, False
@@ -485,6 +502,12 @@ class Meeting:
 
     def _key(self, name: str) -> str:
         return f"{_ROOT}/{self._number}/{name}"
+
+    def _run_name(self, timeout_seconds: float) -> str:
+        try:
+            return self._processes._run_name(timeout_seconds)
+        except (TimeoutError, ConnectionError) as error:
+            raise self._unanswered(error) from error
 
     def _tell(self, name: str, value: str, timeout_seconds: float | None = None) -> bool:
         try:

@@ -103,7 +103,15 @@ def begin(
         if meeting.leads:
             stack.enter_context(staging.claimed(overwrite=overwrite, durable=options.durable))
         else:
-            stack.enter_context(staging.joined(shards, mine, durable=options.durable))
+            stack.enter_context(
+                staging.joined(
+                    shards,
+                    mine,
+                    durable=options.durable,
+                    is_lost=lambda: not meeting.is_in_doubt,
+                )
+            )
+        stack.push(meeting.tell)  # before files go, or others would fail with that
         os.makedirs(shards, exist_ok=True)
         prefix = os.path.join(shards, mine if meeting.count > 1 else "")
         registered = _registered_shards(live, prefix)

@@ -2,7 +2,6 @@
 
 import os
 import threading
-from dataclasses import replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ import ckpt_jax as ckpt
 from ckpt_jax import multihost
 from ckpt_jax.multihost import Processes
 from ckpt_jax.options import CheckpointOptions
+from ckpt_jax.store import staging
 
 SECONDS = 60.0  # what nobody should have to wait for
 SHORT = 0.2
@@ -623,7 +623,26 @@ def test_an_error_of_one_background_save_is_raised_once_and_fails_no_other(tmp_p
     assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-5")
 
 
-def test_what_a_process_stages_for_its_next_save_is_safe_from_one_that_is_late(tmp_path):
+class Table:
+    """What a saver takes; `save` is called with the prefix, when the staging is there."""
+
+    def __init__(self, save):
+        self.save = save
+
+
+@pytest.fixture
+def tables():
+    with ckpt.registration_scope():
+        ckpt.register_checkpoint_saver(
+            name="Table",
+            predicate=lambda obj: isinstance(obj, Table),
+            save_fn=lambda objects, prefix: [table.save(prefix) for table in objects.values()],
+            restore_fn=lambda objects, prefix: None,
+        )
+        yield
+
+
+def test_what_a_process_stages_for_its_next_save_is_safe_from_one_that_is_late(tmp_path, tables):
     # Process 1 fails at once in the second save, and has staged the third when process 0 begins
     # with the second.
     is_staged, is_begun = threading.Event(), threading.Event()
@@ -643,36 +662,24 @@ def test_what_a_process_stages_for_its_next_save_is_safe_from_one_that_is_late(t
 
         def deserialize(self, value): ...
 
-    class Table:
-        def __init__(self, index):
-            self.index = index
-
-    def save_table(objects, prefix):  # the staging is there
-        (table,) = objects.values()
-        if table.index == 1:
-            saves.append(prefix)
-            if len(saves) == 2:
-                is_staged.set()
-                assert is_begun.wait(SECONDS)
-            kept.append(os.path.isdir(os.path.dirname(prefix)))
-        elif is_staged.is_set():
-            is_begun.set()
-
     def program(processes):
-        state, table = Late(processes.index), Table(processes.index)
+        def save(prefix):
+            if processes.index == 1:
+                saves.append(prefix)
+                if len(saves) == 2:
+                    is_staged.set()
+                    assert is_begun.wait(SECONDS)
+                kept.append(os.path.isdir(os.path.dirname(prefix)))
+            elif is_staged.is_set():
+                is_begun.set()
+
+        state, table = Late(processes.index), Table(save)
         checkpoint = ckpt.Checkpoint(state=state, table=table)
         found = attempts(lambda number: checkpoint.save(tmp_path / "ckpt", ASYNC), 4)
         checkpoint.sync()
         return found
 
-    with ckpt.registration_scope():
-        ckpt.register_checkpoint_saver(
-            name="Table",
-            predicate=lambda obj: isinstance(obj, Table),
-            save_fn=save_table,
-            restore_fn=lambda objects, prefix: None,
-        )
-        results = together(2, program)
+    results = together(2, program)
     assert kept == [True, True, True]
     # Process 0 hears of the error in the background, and tells with its next save.
     assert results[0] == ["ckpt-1", "ckpt-2", ckpt.AsyncSaveError, "ckpt-3"]
@@ -680,40 +687,213 @@ def test_what_a_process_stages_for_its_next_save_is_safe_from_one_that_is_late(t
     assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-3")
 
 
-def test_all_processes_are_due_at_the_same_steps_whenever_they_hear_of_an_error(tmp_path):
-    is_past = threading.Event()
+@pytest.mark.parametrize("has_locks", [True, False])
+def test_who_fails_says_so_before_it_removes_what_others_work_on(
+    tmp_path, tables, monkeypatch, has_locks
+):
+    if not has_locks:
+        monkeypatch.setattr(staging, "_lock", lambda *descriptor: staging.Lock.NONE)
+    is_written, is_telling, is_reported = (threading.Event() for _ in range(3))
+
+    class Watched(Dictionary):
+        def set(self, key, value, timeout_seconds):
+            if threading.current_thread().name == "p1":
+                is_reported.set()
+            elif key.endswith("/decision"):
+                is_telling.set()
+                assert is_reported.wait(SECONDS)
+            return super().set(key, value, timeout_seconds)
 
     def program(processes):
-        def hold(done, total):  # process 0 does not hear of the error before the next step
-            assert is_past.wait(SECONDS)
+        def save(prefix):
+            if processes.index == 0:
+                assert is_written.wait(SECONDS)
+                raise OSError("no space")
+            shard = ckpt.io.write_shard(prefix, {"table": np.arange(3)})
+            is_written.set()
+            assert is_telling.wait(SECONDS)
+            return shard
 
-        fragile = Fragile()
+        ckpt.save(tmp_path / "a", {"table": Table(save)})
+
+    failed, other = together(2, program, Watched())
+    assert str(failed) == "no space"
+    assert isinstance(other, ckpt.ProcessError)
+    assert "process 0 failed with OSError: no space" in str(other)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_who_leaves_last_removes_what_has_failed(tmp_path, tables, first):
+    is_at_work, is_left = threading.Event(), threading.Event()
+    kept = []
+
+    def program(processes):
+        def save(prefix):
+            if processes.index == first:
+                assert is_at_work.wait(SECONDS)
+                raise OSError("no space")
+            shard = ckpt.io.write_shard(prefix, {"table": np.arange(3)})
+            is_at_work.set()
+            assert is_left.wait(SECONDS)
+            kept.append(os.path.isdir(shard))
+            return shard
+
+        try:
+            ckpt.save(tmp_path / "a", {"table": Table(save)})
+        finally:
+            if processes.index == first:
+                is_left.set()
+
+    results = together(2, program)
+    assert [type(error) for error in results] == [
+        OSError if index == first else ckpt.ProcessError for index in (0, 1)
+    ]
+    assert kept == [True]
+    assert os.listdir(tmp_path) == []
+
+
+def test_who_does_not_know_whether_process_0_goes_on_leaves_it_what_it_has_written(
+    tmp_path, monkeypatch
+):
+    is_gone = threading.Event()
+    merge = ckpt.io.merge_shards
+
+    def merge_slowly(*arguments, **options):
+        merge(*arguments, **options)
+        assert is_gone.wait(SECONDS)
+
+    monkeypatch.setattr(ckpt.io, "merge_shards", merge_slowly)
+
+    def program(processes):
+        seconds = SHORT if processes.index else SECONDS
+        try:
+            state = {"data": ckpt.PerProcess(processes.index)}
+            ckpt.save(tmp_path / "a", state, options=CheckpointOptions(timeout_seconds=seconds))
+        finally:
+            if processes.index:
+                is_gone.set()
+
+    saved, error = together(2, program)
+    assert saved is None
+    assert isinstance(error, ckpt.BarrierTimeoutError) and "is not known" in str(error)
+    assert ckpt.verify(tmp_path / "a").ok
+    restored = together(2, lambda p: ckpt.restore(tmp_path / "a", {"data": ckpt.PerProcess(9)}))
+    assert [found["data"].value for found in restored] == [0, 1]
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_process_0_may_fail_before_anybody_knows_the_name_of_the_run(tmp_path):
+    def program(processes):
+        value = object() if processes.index == 0 else 1
+        ckpt.save(tmp_path / "a", {"data": ckpt.PerProcess(0), "value": value}, options=ASYNC)
+
+    failed, *others = together(3, program)
+    assert not isinstance(failed, ckpt.ProcessError)
+    for error in others:
+        assert isinstance(error, ckpt.ProcessError), error
+        assert error.processes == (0,)
+
+
+def test_a_decision_that_comes_through_after_all_is_taken_back_by_the_outcome():
+    class Slow(Dictionary):
+        def set(self, key, value, timeout_seconds):
+            is_new = super().set(key, value, timeout_seconds)
+            if value == multihost.COMMIT:
+                raise TimeoutError("no answer")
+            return is_new
+
+    first, other = together(2, meet, Slow())
+    assert isinstance(first, ckpt.BarrierTimeoutError) and "no answer" in str(first)
+    assert isinstance(other, ckpt.BarrierTimeoutError) and "process 0 gave up" in str(other)
+
+
+def test_all_find_the_same_steps_due_whenever_they_hear_of_a_save_that_failed(tmp_path):
+    is_passed = threading.Event()  # step 2, by process 0, which does not know yet
+
+    class Late(Dictionary):
+        def list(self, prefix, timeout_seconds):
+            if prefix == "ckpt_jax/0/" and threading.current_thread().name == "ckpt-save":
+                assert is_passed.wait(SECONDS)
+            return super().list(prefix, timeout_seconds)
+
+    def program(processes):
+        fragile, step = Fragile(), ckpt.Variable(0)
+        checkpoint = ckpt.Checkpoint(fragile=fragile, step=step, own=ckpt.PerProcess(0))
         manager = ckpt.CheckpointManager(
-            ckpt.Checkpoint(fragile=fragile),
-            tmp_path,
-            step_counter=lambda: step,
-            checkpoint_interval=3,
+            checkpoint, tmp_path, step_counter=step, checkpoint_interval=3
         )
 
-        def save(_):
-            progress = hold if (processes.index, step) == (0, 4) else None
-            fragile.is_broken = (processes.index, step) == (1, 4)
-            return str(manager.save(step, options=replace(ASYNC, progress=progress)))
+        def save(number):
+            step.assign(number)
+            checkpoint.own.value = number
+            fragile.is_broken = number == 1 and processes.index == 1
+            try:
+                return manager.save(options=ASYNC) is not None
+            except (ckpt.UnsaveableError, ckpt.AsyncSaveError, ckpt.ProcessError):
+                return "failed"
+            finally:
+                if number == 2 and processes.index == 0:
+                    is_passed.set()
 
+        found = [save(number) for number in (1, 2, 3)]
+        try:
+            manager.sync()
+        except ckpt.AsyncSaveError:
+            found.append("failed")
+        return [*found, save(3), save(4), save(6)], manager.sync()
+
+    first, second = together(2, program, Late())
+    # The one has its error at once, the other later; after `sync` the same step is due again.
+    assert first == ([True, False, False, "failed", True, False, True], None)
+    assert second == (["failed", False, False, True, False, True], None)
+    for number, step in (("ckpt-1", 3), ("ckpt-2", 6)):
+        path, own = tmp_path / number, [ckpt.PerProcess(0), ckpt.PerProcess(0)]
+        together(2, lambda p, own=own, path=path: ckpt.Checkpoint(own=own[p.index]).restore(path))
+        assert [each.value for each in own] == [step, step]
+
+
+def test_all_find_the_same_steps_due_after_one_did_not_know_of_a_failure(tmp_path, monkeypatch):
+    is_gone = threading.Event()
+    merge = ckpt.io.merge_shards
+
+    def fail_once(*arguments, **options):
+        if not is_gone.is_set():
+            assert is_gone.wait(SECONDS)
+            raise OSError("no space")
+        merge(*arguments, **options)
+
+    monkeypatch.setattr(ckpt.io, "merge_shards", fail_once)
+
+    def program(processes):
+        step = ckpt.Variable(0)
+        manager = ckpt.CheckpointManager(
+            ckpt.Checkpoint(step=step), tmp_path, step_counter=step, checkpoint_interval=3
+        )
         found = []
-        for step in range(1, 10):
-            found += attempts(save, 1)
-            if processes.index == 0 and step == 5:
-                is_past.set()
-        manager.sync()
+        for number in (1, 2, 3, 4, 5):
+            step.assign(number)
+            seconds = SHORT if processes.index and number == 1 else SECONDS
+            try:
+                options = CheckpointOptions(timeout_seconds=seconds)
+                found.append(manager.save(options=options) is not None)
+            except (OSError, ckpt.BarrierTimeoutError):
+                found.append("failed")
+                if processes.index:
+                    is_gone.set()
         return found
 
-    def steps(found):
-        return [step for step, each in enumerate(found, 1) if each != "None"]
+    assert together(2, program) == [["failed", True, False, False, True]] * 2
 
-    found = together(2, program)
-    assert [*map(steps, found)] == [[1, 4, 7], [1, 4, 7]]
-    assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-7")
+
+def test_what_cannot_be_metrics_fails_the_save_on_all_processes(tmp_path):
+    def program(processes):
+        manager = ckpt.CheckpointManager(ckpt.Checkpoint(w=np.arange(3)), tmp_path)
+        metrics = {"loss": 1} if processes.index else "loss"
+        options = CheckpointOptions(timeout_seconds=SECONDS)
+        return attempts(lambda number: manager.save(options=options, metrics=metrics), 1)
+
+    assert together(2, program) == [[TypeError], [ckpt.ProcessError]]
 
 
 def test_a_metric_that_is_none_fails_the_save_on_all_processes(tmp_path):
@@ -785,6 +965,54 @@ def test_who_does_not_know_whether_its_save_was_committed_goes_on_from_where_the
         assert known == ["ckpt-1", "ckpt-2", "ckpt-3"]
 
 
+def test_who_does_not_know_counts_before_it_restores_and_not_after(tmp_path):
+    heard = threading.Event()
+
+    def program(processes):
+        def linger():
+            assert heard.wait(SECONDS)
+
+        checkpoint = ckpt.Checkpoint(w=np.arange(3))
+        for _ in range(3):
+            first = checkpoint.save(tmp_path / "a")
+        options = CheckpointOptions(
+            timeout_seconds=SHORT if processes.index else SECONDS,
+            write_callbacks=[linger] if not processes.index else [],
+        )
+        try:
+            checkpoint.save(tmp_path / "a", options)
+        except ckpt.BarrierTimeoutError:
+            heard.set()
+        checkpoint.restore(tmp_path / "a-1")
+        return os.path.basename(first), os.path.basename(checkpoint.save(tmp_path / "a"))
+
+    assert together(2, program) == [("a-3", "a-2")] * 2
+
+
+def test_the_service_does_not_fill_up_where_a_write_ended_in_doubt(tmp_path):
+    heard = threading.Event()
+    service = Dictionary()
+
+    def program(processes):
+        def linger():
+            assert heard.wait(SECONDS)
+
+        checkpoint = ckpt.Checkpoint(w=np.arange(3))
+        options = CheckpointOptions(
+            timeout_seconds=SHORT if processes.index else SECONDS,
+            write_callbacks=[linger] if not processes.index else [],
+        )
+        try:
+            checkpoint.write(tmp_path / "a", options)
+        except ckpt.BarrierTimeoutError:
+            heard.set()
+        for _ in range(10):
+            checkpoint.write(tmp_path / "a")
+
+    assert together(2, program, service) == [None, None]
+    assert len(service.values) <= 10
+
+
 def test_a_save_to_a_directory_that_is_not_shared_says_so(tmp_path):
     def program(processes):
         ckpt.save(tmp_path / str(processes.index) / "a", state_of(processes.index))
@@ -827,29 +1055,34 @@ def test_with_broadcast_a_process_that_cannot_restore_fails_all_and_none_falls_b
         assert saved == str(tmp_path / "ckpt-1")
 
 
-def test_with_broadcast_an_error_of_an_earlier_save_fails_the_restore_of_all(tmp_path):
-    path = ckpt.save(tmp_path / "a", {"w": np.arange(3)})
-    restore_options = CheckpointOptions(broadcast=True)
+@pytest.mark.parametrize("broadcast", [False, True])
+@pytest.mark.parametrize("restore", ["read", "restore"])
+def test_an_error_of_the_background_of_one_process_keeps_none_from_restoring(
+    tmp_path, restore, broadcast
+):
+    def refuse():
+        raise ValueError("not today")
 
     def program(processes):
-        fragile = Fragile()
-        checkpoint = ckpt.Checkpoint(w=np.zeros(3, int), fragile=fragile)
-        fragile.is_broken = processes.index == 1
-        found = attempts(lambda _: checkpoint.save(tmp_path / "ckpt", ASYNC), 1)
-        fragile.is_broken = False
-        for _ in range(2):
-            try:
-                checkpoint.restore(path, restore_options)
-                found.append(checkpoint.w.tolist())
-            except Exception as error:
-                found.append(type(error))
-        return [*found, *attempts(lambda _: checkpoint.save(tmp_path / "ckpt"), 1)]
+        checkpoint = ckpt.Checkpoint(w=np.arange(3))
+        path = checkpoint.save(tmp_path / "ckpt")
+        refusing = [refuse] if processes.index == 1 else []
+        checkpoint.save(
+            tmp_path / "ckpt", CheckpointOptions(enable_async=True, write_callbacks=refusing)
+        )
+        checkpoint.w = np.zeros(3, int)
+        error = None
+        try:
+            options = CheckpointOptions(broadcast=broadcast, timeout_seconds=SECONDS)
+            getattr(checkpoint, restore)(path, options)
+        except (ckpt.AsyncSaveError, ckpt.ProcessError) as caught:
+            error = type(caught)
+        return error, checkpoint.w.tolist(), checkpoint.save(tmp_path / "ckpt")
 
-    # Process 1 knows at once, the other when it restores.
-    restored = [[0, 1, 2], "ckpt-1"]
+    saved = str(tmp_path / "ckpt-2")
     assert together(2, program) == [
-        ["ckpt-1", ckpt.AsyncSaveError, *restored],
-        [ckpt.UnsaveableError, ckpt.ProcessError, *restored],
+        (None, [0, 1, 2], saved),
+        (ckpt.AsyncSaveError, [0, 1, 2], saved),
     ]
 
 

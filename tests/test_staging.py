@@ -113,10 +113,14 @@ def test_staging_of_this_process_is_held_until_it_is_done(tmp_path):
 def test_staging_is_held_as_long_as_one_of_several_is_at_work_on_it(tmp_path):
     staging = str(tmp_path / f"a.staging-{store.owner_digits()}00000000")
     with joined(staging):
-        with joined(staging), store.removed(staging):
+        with joined(staging):
             remove_leftovers(str(tmp_path / "a"))
             assert os.path.isdir(staging)
-        assert not os.path.exists(staging)
+        shared: list[bool] = []
+        store.leave(staging, lambda: shared.append(True))
+        assert os.path.isdir(staging)
+    store.leave(staging, lambda: shared.append(True))
+    assert not os.path.exists(staging) and not shared
     os.mkdir(staging)
     with joined(staging):
         assert not remove_abandoned(staging)

@@ -18,7 +18,7 @@ from ckpt_jax.store.index import _DTYPES, INDEX_KEY, Index, Stack
 from ckpt_jax.store.merge import merge_shards
 from ckpt_jax.store.read import ShardedReader, read_index
 from ckpt_jax.store.shard import Slice, write_shard
-from ckpt_jax.store.stack import new_context, open_database
+from ckpt_jax.store.stack import DATA, files_nbytes, new_context, open_database
 
 DTYPES = [*sorted(_DTYPES), "datetime64[ns]", "timedelta64[D]"]
 
@@ -399,3 +399,10 @@ def test_an_index_that_declares_more_than_the_files_hold_allocates_nothing(tmp_p
     refused = pytest.raises(CorruptCheckpointError, match="truncated or missing")
     with ShardedReader(path) as reader, refused:
         next(reader.read([("x", [((0, 1 << 47),)])]))
+
+
+def test_a_file_that_goes_in_this_moment_counts_as_missing(tmp_path):
+    assert files_nbytes(str(tmp_path)) == 0
+    (tmp_path / DATA).mkdir()
+    (tmp_path / DATA / "gone").symlink_to("nowhere")  # is listed, but cannot be looked at
+    assert files_nbytes(str(tmp_path)) == 0

@@ -21,7 +21,15 @@ from dataclasses import dataclass
 from ckpt_jax.errors import CheckpointNotFoundError, UnsupportedFormatError
 from ckpt_jax.store.durable import fsync_directory, make_directories
 from ckpt_jax.store.stack import MANIFEST
-from ckpt_jax.store.staging import held, is_staging, joined, remove_leftovers, removed
+from ckpt_jax.store.staging import (
+    discard,
+    held,
+    is_staging,
+    joined,
+    leave,
+    remove_abandoned,
+    remove_leftovers,
+)
 
 # Files by which the checkpoints of other libraries are known, to name them in an error.
 _OTHERS = {
@@ -126,7 +134,7 @@ class Staging:
     @contextlib.contextmanager
     def claimed(self, *, overwrite: bool, durable: bool) -> Iterator[None]:
         """Makes the directory and holds it; at the end of the block what is under its name goes:
-        what failed, or, after an exchange, the old checkpoint.
+        what failed, when all have left it, or, after an exchange, the old checkpoint.
 
         What abandoned saves to the same path have left goes first: it may be what fills the disk.
 
@@ -136,8 +144,13 @@ class Staging:
         check_replaceable(self.path, overwrite)
         self.make_parents(durable)
         remove_leftovers(self.path)
-        with joined(self.directory), removed(self.directory):
-            yield
+        try:
+            with joined(self.directory):
+                yield
+        except BaseException:
+            leave(self.directory, lambda: shutil.rmtree(self.directory, ignore_errors=True))
+            raise
+        discard(self.directory)
 
     def make_parents(self, durable: bool) -> None:
         """Makes the directories above."""
@@ -156,9 +169,11 @@ class Staging:
         _publish(self.directory, self.path, overwrite=overwrite, durable=durable)
 
     @contextlib.contextmanager
-    def joined(self, shards: str, prefix: str, *, durable: bool) -> Iterator[None]:
-        """Holds the directory for a process that is not the one to remove it. Where the block
-        fails, nothing of what this process wrote stays.
+    def joined(
+        self, shards: str, prefix: str, *, durable: bool, is_lost: Callable[[], bool]
+    ) -> Iterator[None]:
+        """Holds the directory for a process that does not publish it. Where the block fails,
+        nothing of what this process wrote stays.
 
         It may be late: then the others are through, and it has made the directories anew.
 
@@ -166,19 +181,27 @@ class Staging:
           shards: directory below the staging directory.
           prefix: what the names in it of this process begin with.
           durable: whether the directories above survive a crash of the machine.
+          is_lost: asked where the block fails: whether nobody can publish the directory any more.
         """
+
+        def remove_own() -> None:
+            for name in os.listdir(shards):
+                if name.startswith(prefix):
+                    shutil.rmtree(os.path.join(shards, name), ignore_errors=True)
+            os.rmdir(shards)  # refused as long as there is something of another process
+            os.rmdir(self.directory)
+
         self.make_parents(durable)
-        with joined(self.directory):
-            try:
+        try:
+            with joined(self.directory):
                 yield
-            except BaseException:
+        except BaseException:
+            if is_lost():
+                leave(self.directory, remove_own)
+            else:
                 with contextlib.suppress(OSError):
-                    for name in os.listdir(shards):
-                        if name.startswith(prefix):
-                            shutil.rmtree(os.path.join(shards, name), ignore_errors=True)
-                    os.rmdir(shards)  # refused as long as there is something of another process
-                    os.rmdir(self.directory)
-                raise
+                    remove_abandoned(self.directory)
+            raise
 
 
 def check_replaceable(path: str, overwrite: bool) -> None:

@@ -56,7 +56,11 @@ def chunk_nbytes(row_nbytes: int) -> int:
 def files_nbytes(directory: str) -> int:
     """Size of the data files of the database in `directory`; 0 where there are none."""
     data = os.path.join(directory, DATA)
-    return sum(file.stat().st_size for file in os.scandir(data)) if os.path.isdir(data) else 0
+    try:
+        with os.scandir(data) as files:
+            return sum(file.stat().st_size for file in files)
+    except (FileNotFoundError, NotADirectoryError):  # also where they go in this moment
+        return 0
 
 
 def _database(directory: str) -> dict[str, Any]:

@@ -120,8 +120,11 @@ def claim(path: str, make: Callable[[str], None] = new_directory) -> Iterator[st
         make(staging := staging_name(path))
         if (lock := _hold_on_new(staging)) is not None:
             break
-    with lock, removed(staging):
-        yield staging
+    with lock:
+        try:
+            yield staging
+        finally:
+            discard(staging)
 
 
 @contextmanager
@@ -137,15 +140,22 @@ def joined(staging: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def removed(staging: str) -> Iterator[None]:
-    """Removes what is under the name at the end of the block, as far as that is possible."""
-    try:
-        yield
-    finally:
-        # What failed has already said why; what stays is abandoned from now on.
-        with suppress(OSError):
+def discard(staging: str) -> None:
+    """Removes what is under the name, as far as that is possible."""
+    # What failed has already said why; what stays is abandoned from now on.
+    with suppress(OSError):
+        _remove(staging)
+
+
+def leave(staging: str, share: Callable[[], None]) -> None:
+    """Removes staging that has failed, as far as that is possible, unless somebody is still at
+    work on it, who will leave it, too. Where it cannot be locked, nobody knows: `share` removes
+    what may go then."""
+    with suppress(OSError), locked(staging) as lock:
+        if lock is Lock.OURS:
             _remove(staging)
+        elif lock is Lock.NONE:
+            share()
 
 
 def _hold_on_new(staging: str) -> ExitStack | None:
