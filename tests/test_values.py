@@ -420,6 +420,17 @@ def test_a_cast_between_arrays_is_asked_for_by_name(tmp_path):
     assert_bits(found, jnp.arange(4, dtype=jnp.bfloat16))
 
 
+class Steps(int):
+    """A number of a class of its own."""
+
+
+@pytest.mark.parametrize("number", [7, 2**70])
+def test_a_number_of_another_class_is_saved_as_fast_as_any(tmp_path, number):
+    path = ckpt.save(tmp_path / "a", {"steps": Steps(number)})  # a search would not come to an end
+    assert ckpt.load(path) == {"steps": number}
+    assert ckpt.restore(path, {"steps": Steps(0)}) == {"steps": number}
+
+
 @pytest.mark.parametrize("target", [np.zeros(1, np.float16), jnp.zeros(1, jnp.float16)])
 def test_a_cast_that_was_asked_for_does_not_warn(tmp_path, target):
     path = ckpt.save(tmp_path / "a", np.array([1e6], np.float32))

@@ -104,7 +104,7 @@ def _numpy_spec(value: np.ndarray | np.generic) -> LeafSpec:
 
 
 def _int_spec(value: int) -> LeafSpec:
-    return _INT if value in _INT64 else _BIG_INT
+    return _INT if int(value) in _INT64 else _BIG_INT
 
 
 _INT = LeafSpec("int", "int64")
@@ -182,7 +182,7 @@ def encode(value: Any) -> jax.Array | np.ndarray | bytes:
     if isinstance(value, PythonState):
         return _state_bytes(value)
     if isinstance(value, int) and not isinstance(value, bool):
-        return np.asarray(value, np.int64) if value in _INT64 else hex(value).encode()
+        return np.asarray(value, np.int64) if int(value) in _INT64 else hex(value).encode()
     return np.asarray(value)
 
 
