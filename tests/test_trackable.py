@@ -153,6 +153,11 @@ def test_a_shape_and_a_constant_contradict_each_other():
         ckpt.Trackable().add_variable("v", shape=(2,), initializer=1.0)
 
 
+def test_an_initializer_that_returns_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"'v': expected shape \(2,\), the initializer .* \(3,\)"):
+        ckpt.Trackable().add_variable("v", (2,), initializer=lambda shape, dtype: np.zeros(3))
+
+
 @pytest.mark.behaviour(2)
 def test_a_variable_may_be_made_from_a_constant():
     obj = ckpt.Trackable()

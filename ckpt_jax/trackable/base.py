@@ -131,7 +131,8 @@ class Trackable:
           overwrite: whether the name may already belong to a different object.
 
         Raises:
-          ValueError: both a shape and a constant, neither, or a name in use.
+          ValueError: both a shape and a constant, neither, a name in use, or an initializer that
+            returns another shape.
           RestoreMismatchError: the value that waits has another shape or dtype.
         """
         if name in self.__dict__.get(_CHILDREN, ()) and not overwrite:
@@ -151,6 +152,11 @@ class Trackable:
                 value = jax.ShapeDtypeStruct(tuple(shape or ()), dtype)
             elif initializer is not None:
                 value = jnp.asarray(initializer(tuple(shape or ()), dtype))
+                if value.shape != tuple(shape or ()):
+                    raise ValueError(
+                        f"variable {name!r}: expected shape {tuple(shape or ())}, the initializer "
+                        f"returned {value.shape}"
+                    )
             else:
                 value = jnp.zeros(tuple(shape or ()), dtype)
         return self.track(name, Variable(value), overwrite=overwrite)
