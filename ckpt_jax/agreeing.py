@@ -20,7 +20,8 @@ import threading
 from queue import SimpleQueue
 
 from ckpt_jax.errors import BarrierTimeoutError
-from ckpt_jax.multihost import Processes, Service
+from ckpt_jax.multihost import Processes
+from ckpt_jax.service import Service
 
 _log = logging.getLogger("ckpt_jax")
 _ANSWER_SECONDS = 30.0  # the threads answer at once, if their processes are there

@@ -42,14 +42,14 @@ from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
 from ckpt_jax.errors import BarrierTimeoutError, CheckpointError, ProcessError
 from ckpt_jax.jax_internals import service_client
+from ckpt_jax.service import CoordinationService, Service
 from ckpt_jax.store.staging import owner_digits
-from ckpt_jax.store.workers import started
 
 COMMIT = "commit"
 _ROOT = "ckpt_jax"
@@ -58,101 +58,6 @@ _PATIENCE_SECONDS = 5.0  # with the service, beyond the wait for other processes
 _LONGEST_SECONDS = 1e9  # what every clock that is asked to wait understands
 _MAX_MESSAGE = 4000
 _OWNER_DIGITS = 24
-
-
-class Service(Protocol):
-    """Keys and values that all processes share. Every call ends within its time.
-
-    Each raises TimeoutError where the service does not answer in time, and ConnectionError
-    where it is gone.
-    """
-
-    def set(self, key: str, value: str, timeout_seconds: float) -> bool:
-        """Sets a key that has no value yet; says whether it had none."""
-        ...
-
-    def get(self, key: str, timeout_seconds: float) -> str | None:
-        """Waits for the value of a key; None where the time ends before it has one."""
-        ...
-
-    def list(self, prefix: str, timeout_seconds: float) -> dict[str, str]:
-        """The keys below a prefix that ends in "/", and their values."""
-        ...
-
-    def delete(self, prefix: str, timeout_seconds: float) -> None:
-        """Removes the keys below a prefix that ends in "/"."""
-        ...
-
-
-class CoordinationService:
-    """The service of `jax.distributed`.
-
-    Its client waits for ever for a service whose process is stopped: hence a thread for each
-    call, which is left behind where the call does not end.
-    """
-
-    def __init__(self, client: Any):
-        self._client = client
-
-    def set(self, key: str, value: str, timeout_seconds: float) -> bool:
-        try:
-            self._call(timeout_seconds, self._client.key_value_set, key, value)
-        except jax.errors.JaxRuntimeError as error:
-            if "ALREADY_EXISTS" in str(error):
-                return False
-            raise _gone(error) from error
-        return True
-
-    def get(self, key: str, timeout_seconds: float) -> str | None:
-        milliseconds = max(1, int(timeout_seconds * 1000))
-        get = self._client.blocking_key_value_get
-        try:
-            # The service's own deadline comes first, unless it is the service that hangs.
-            return self._call(timeout_seconds + 1.0, get, key, milliseconds)
-        except jax.errors.JaxRuntimeError as error:
-            if "DEADLINE_EXCEEDED" in str(error):
-                return None
-            raise _gone(error) from error
-
-    def list(self, prefix: str, timeout_seconds: float) -> dict[str, str]:
-        try:
-            return dict(self._call(timeout_seconds, self._client.key_value_dir_get, prefix))
-        except jax.errors.JaxRuntimeError as error:
-            raise _gone(error) from error
-
-    def delete(self, prefix: str, timeout_seconds: float) -> None:
-        try:
-            self._call(timeout_seconds, self._client.key_value_delete, prefix)
-        except jax.errors.JaxRuntimeError as error:
-            raise _gone(error) from error
-
-    def _call(self, timeout_seconds: float, function: Callable[..., Any], *arguments: Any) -> Any:
-        found: list[Any] = []
-        failed: list[BaseException] = []
-
-        def work() -> None:
-            try:
-                found.append(function(*arguments))
-            except BaseException as error:  # raised again in the calling thread
-                failed.append(error)
-
-        thread = threading.Thread(target=work, name="ckpt-service", daemon=True)
-        if started(thread):
-            thread.join(timeout_seconds)
-        else:
-            work()
-        if failed:
-            raise failed[0]
-        if not found:
-            raise TimeoutError(
-                f"the coordination service, which is in process 0, gave no answer in "
-                f"{timeout_seconds:g} s"
-            )
-        return found[0]
-
-
-def _gone(error: Exception) -> ConnectionError:
-    return ConnectionError(f"the coordination service, which is in process 0, failed: {error}")
 
 
 @dataclass(eq=False)

@@ -34,7 +34,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("io",),
     ("savers",),
     ("flax",),
-    ("readers", "multihost"),
+    ("readers", "service"),
+    ("multihost",),
     ("reader",),
     ("fitting",),
     (
