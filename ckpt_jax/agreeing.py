@@ -11,6 +11,9 @@ stop. The keys of the n-th agreement, below "ckpt_jax/steps/n/":
 
     asked       there when somebody has asked
     passed/k    how many steps process k has passed
+
+A process that has left its loop says so, too: it passes no other step, so that who asks later
+hears of no step that all come to, but need not wait for it either.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ import logging
 import threading
 from queue import SimpleQueue
 
-from ckpt_jax.errors import BarrierTimeoutError
+from ckpt_jax.errors import BarrierTimeoutError, ProcessError
 from ckpt_jax.multihost import Processes
 from ckpt_jax.service import Service
 
@@ -47,7 +50,7 @@ class CommonStep:
         self._agreeing = threading.Lock()
         self._passed = 0
         self._common: int | None = None
-        self._error: BarrierTimeoutError | None = None
+        self._error: BarrierTimeoutError | ProcessError | None = None
         for work in (self._ask_when_wanted, self._agree_when_asked):
             threading.Thread(target=work, name="ckpt-agree", daemon=True).start()
 
@@ -65,6 +68,7 @@ class CommonStep:
 
         Raises:
           BarrierTimeoutError: somebody has asked, but not all processes have answered.
+          ProcessError: somebody has asked, but the coordination service is gone.
         """
         with self._agreeing:
             if self._error is not None:
@@ -75,25 +79,47 @@ class CommonStep:
     def _ask_when_wanted(self) -> None:
         if not self._wanted.get():
             return
-        try:
-            self._service.set(f"{self._key}/asked", "", self._answer_seconds)
-        except (TimeoutError, ConnectionError) as error:
-            _log.error("no other process could be asked to stop: %s", error)
+        while True:
+            try:
+                self._service.set(f"{self._key}/asked", "", self._answer_seconds)
+                return
+            except (TimeoutError, ConnectionError) as error:
+                _log.error("no other process could be asked to stop: %s", error)
+                if self._is_closed or isinstance(error, ConnectionError):
+                    return
 
     def _agree_when_asked(self) -> None:
         try:
-            while self._service.get(f"{self._key}/asked", _LISTEN_SECONDS) is None:
-                if self._is_closed:
-                    return
-            with self._agreeing:
-                self._agree()
-        except (TimeoutError, ConnectionError) as error:
+            is_asked = self._is_asked()
+        except ConnectionError as error:
             if not self._is_closed:
                 _log.error("the processes cannot agree on a step to stop at: %s", error)
+            return
+        with self._agreeing:
+            try:
+                self._answer()
+                if is_asked:
+                    self._hear_all()
+            except (TimeoutError, ConnectionError) as error:
+                kind = BarrierTimeoutError if isinstance(error, TimeoutError) else ProcessError
+                self._error = kind(f"agreeing on a step to stop at: {error}", (0,))
 
-    def _agree(self) -> None:
+    def _is_asked(self) -> bool:
+        """Waits until somebody has asked, or nobody here will stop any more."""
+        while not self._is_closed:
+            try:
+                if self._service.get(f"{self._key}/asked", _LISTEN_SECONDS) is not None:
+                    return True
+            except TimeoutError as error:  # the service hangs; it may come back
+                _log.warning("whether a process asks to stop is not known at present: %s", error)
+        return False
+
+    def _answer(self) -> None:
+        key = f"{self._key}/passed/{self._index}"
+        self._service.set(key, str(self._passed), self._answer_seconds)
+
+    def _hear_all(self) -> None:
         key = f"{self._key}/passed"
-        self._service.set(f"{key}/{self._index}", str(self._passed), self._answer_seconds)
         said = [
             self._service.get(f"{key}/{process}", self._answer_seconds)
             for process in range(self._count)

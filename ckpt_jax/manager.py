@@ -152,6 +152,7 @@ class CheckpointManager:
         self._interval = checkpoint_interval
         self._init_fn = init_fn
         self._last_step = last_checkpoint_step
+        self._last_path: str | None = None  # what was saved or restored at that step
         self._failed_after: list[int | None] = []  # the last step before a save that has failed
         self._clock = clock
         self._ledger = recovered(self._directory, clock())
@@ -240,7 +241,7 @@ class CheckpointManager:
                 except BaseException:
                     failed()
                     raise
-                path = f"{prefix}-{number}"
+                self._last_path = path = f"{prefix}-{number}"
                 self._checkpoint._write(
                     path, options, watch, meeting, stack, committed, counted, failed
                 )
@@ -252,6 +253,19 @@ class CheckpointManager:
         assert self._interval is not None
         early = check_interval and step < self._last_step + self._interval
         return step != self._last_step and not early
+
+    def _has_saved_step(self) -> bool:
+        """Whether the latest checkpoint is of the step where the program is."""
+        is_latest = self._last_path is not None and self._last_path == self._ledger.latest
+        return (
+            is_latest
+            and self._interval is not None
+            and not self._is_due(as_integer(self._step_counter), check_interval=False)
+        )
+
+    def _make_due(self) -> None:
+        """Lets the next save be one, whatever the step."""
+        self._last_step = None
 
     def restore_or_initialize(self) -> str | None:
         """Restores the latest checkpoint; where there is none, calls `init_fn`.
@@ -294,7 +308,7 @@ class CheckpointManager:
             return None
         path = self._restore_newest(paths, processes)
         if self._interval is not None:
-            self._last_step = as_integer(self._step_counter)
+            self._last_step, self._last_path = as_integer(self._step_counter), path
         return self._shown(path)
 
     def _candidates(self) -> list[str]:

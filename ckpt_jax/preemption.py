@@ -22,6 +22,7 @@ therefore told by the interpreter's wakeup file, to which the signal itself writ
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -61,10 +62,12 @@ class PreemptionHandler:
         on between processes.
       signals: what announces the end.
       save: how to save, given the step that was reached last: a function of it that returns
-        the path. By default `manager.save(check_interval=False)`, numbered by the save counter;
+        the path, or None where it has saved nothing: then the next step boundary tries again. By
+        default `manager.save(check_interval=False)`, numbered by the save counter;
         `lambda step: manager.save(step)` numbers by step.
       agree: whether to save at a step, given the step and whether this process has had a
-        signal. It is asked at every step, and has to give the same answer in all processes.
+        signal. It is asked at every step until it says yes, and has to give the same answer in
+        all processes.
         By default as the module describes; JAX's service is used where it is on.
 
     Raises:
@@ -108,6 +111,7 @@ class PreemptionHandler:
         self._noticed = False
         self._step: int | None = None
         self._saved: str | None = None
+        self._is_agreed = False
         self._is_done = False
         self._saving = threading.Lock()
         self._deadline: float | None = None
@@ -158,8 +162,8 @@ class PreemptionHandler:
         self._undo.close()
         if self._noticed and self._saved is None:
             _log.warning(
-                "a preemption notice came, but the loop has ended without a step boundary since: "
-                "nothing was saved"
+                "a preemption notice came, but the loop has ended without a step boundary since "
+                "at which a save succeeded: nothing was saved"
             )
 
     def reached(self, step: int) -> bool:
@@ -175,11 +179,16 @@ class PreemptionHandler:
           Whatever saving raises; an error of an earlier save in the background is logged.
         """
         self._step = step
-        if not self._is_done and self._agree(step, self._noticed):
-            self._noticed = True
+        if not self._is_done and (self._is_agreed or self._agree(step, self._noticed)):
+            # JAX says so once; after a save that failed, all processes try again.
+            self._noticed = self._is_agreed = True
             with self._saving:
-                self._save_now(step)
-                self._is_done = True
+                before, self._saved = self._saved, None
+                try:
+                    self._save_now(step)
+                finally:
+                    self._is_done = self._saved is not None
+                    self._saved = self._saved or before
         return self._is_done
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
@@ -228,6 +237,7 @@ class PreemptionHandler:
             _log.warning("%s: saving in the middle of a step", why)
             try:
                 self._save_now(self._step)
+                self._manager._make_due()  # again, when the step is over
             except Exception:  # there is nobody else to tell, and a boundary may yet come
                 _log.exception("the save in the middle of a step failed")
 
@@ -246,17 +256,32 @@ class PreemptionHandler:
             if found[0] in self._signals:
                 yield found[0]
             elif previous_fd != -1:
-                os.write(previous_fd, found)
+                with contextlib.suppress(OSError):  # it is full or gone, as the interpreter ignores
+                    os.write(previous_fd, found)
 
     def _save_now(self, step: int | None) -> None:
         try:
             self._manager.sync()
         except AsyncSaveError as error:  # of an earlier save, which must not prevent this one
             _log.error("%s", error, exc_info=error.__cause__)
-        path = self._save(step)
-        self._manager.sync()
-        # A manager does not save one step twice: then what is there is what was wanted.
-        self._saved = path or self._manager.latest_checkpoint
+        before = self._manager.latest_checkpoint
+        # A manager does not save one step twice: then what is there is what is wanted.
+        is_there = self._manager._has_saved_step()
+        if not is_there:
+            self._manager._make_due()
+        try:
+            try:
+                path = self._save(step)
+            finally:  # all processes wait, whichever of them has failed already
+                self._manager.sync()
+        except Exception:  # maybe of a callback in this process alone, after the commit for all
+            self._saved = self._later_than(before)
+            raise
+        self._saved = path or (before if is_there else self._later_than(before))
+
+    def _later_than(self, before: str | None) -> str | None:
+        latest = self._manager.latest_checkpoint
+        return latest if latest != before else None
 
 
 def _on_my_own(step: int, noticed: bool) -> bool:

@@ -3,9 +3,10 @@
 import threading
 
 import pytest
-from test_multihost import Dictionary
+from test_multihost import SECONDS, Dictionary
 
 import ckpt_jax as ckpt
+from ckpt_jax import agreeing
 from ckpt_jax.agreeing import CommonStep
 from ckpt_jax.multihost import Processes
 
@@ -68,3 +69,61 @@ def test_agreements_one_after_the_other_do_not_know_of_each_other():
     assert not any(common.is_passed() for _ in range(100) for common in later)
     for common in later:
         common.close()
+
+
+def test_who_has_left_its_loop_is_not_waited_for(monkeypatch):
+    monkeypatch.setattr(agreeing, "_LISTEN_SECONDS", 0.01)
+    service = Dictionary()
+    first, second = [CommonStep(Processes(k, 2, service), SECONDS) for k in range(2)]
+    assert [first.is_passed() for _ in range(3)] == [False] * 3
+    first.close()
+    assert service.get("ckpt_jax/steps/1/passed/0", SECONDS) == "3"
+    second.ask()
+    assert service.get("ckpt_jax/steps/1/passed/1", SECONDS) == "0"
+    assert [second.is_passed() for _ in range(3)] == [False] * 3  # those that both of them have
+    second.close()
+
+
+class Failing(Dictionary):
+    """A service of which one call fails, once."""
+
+    def __init__(self, verb, name, error):
+        super().__init__()
+        self.failing = verb, name
+        self.errors = [error]
+
+    def _fail(self, verb, key):
+        if self.errors and verb == self.failing[0] and key.endswith(self.failing[1]):
+            raise self.errors.pop()
+
+    def set(self, key, value, timeout_seconds):
+        self._fail("set", key)
+        return super().set(key, value, timeout_seconds)
+
+    def get(self, key, timeout_seconds):
+        self._fail("get", key)
+        return super().get(key, timeout_seconds)
+
+
+@pytest.mark.parametrize("verb", ["get", "set"])
+def test_a_service_that_hangs_for_a_while_does_not_prevent_an_agreement(verb):
+    service = Failing(verb, "/asked", TimeoutError("it hangs"))
+    commons = [CommonStep(Processes(k, 2, service)) for k in range(2)]
+    commons[0].ask()
+    for k in range(2):
+        assert service.get(f"ckpt_jax/steps/1/passed/{k}", SECONDS) == "0"
+    assert [stop_of(common) for common in commons] == [1, 1]
+    assert service.errors == []
+
+
+@pytest.mark.parametrize(
+    "error, raised",
+    [(TimeoutError, ckpt.BarrierTimeoutError), (ConnectionError, ckpt.ProcessError)],
+)
+def test_who_cannot_hear_the_others_does_not_go_on_by_itself(error, raised):
+    service = Failing("get", "/passed/1", error("no service"))
+    common = CommonStep(Processes(0, 2, service))
+    common.ask()
+    with pytest.raises(raised, match="agreeing on a step to stop at: no service") as found:
+        stop_of(common)
+    assert found.value.processes == (0,)

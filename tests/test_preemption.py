@@ -171,6 +171,51 @@ def test_who_agrees_can_be_given(tmp_path: Path):
     assert handler.saved == str(tmp_path / "ckpt-1")
 
 
+def test_the_interval_of_the_manager_is_not_asked_by_a_save_that_is_given_either(tmp_path: Path):
+    checkpoint = ckpt.Checkpoint(step=5)
+    manager = ckpt.CheckpointManager(
+        checkpoint, tmp_path, step_counter=lambda: checkpoint.step, checkpoint_interval=1000
+    )
+    manager.save(5)
+    with ckpt.PreemptionHandler(manager, save=lambda step: manager.save(step)) as handler:
+        notify()
+        checkpoint.step = 6
+        assert handler.reached(6)
+    assert handler.saved == str(tmp_path / "ckpt-6")
+
+
+def test_what_was_saved_but_not_recorded_is_saved_again(tmp_path: Path):
+    def refuse() -> None:
+        raise ValueError("not today")
+
+    checkpoint = ckpt.Checkpoint(step=1)
+    manager = ckpt.CheckpointManager(
+        checkpoint, tmp_path, step_counter=lambda: checkpoint.step, checkpoint_interval=1
+    )
+    manager.save()
+    checkpoint.step = 2
+    with pytest.raises(ValueError, match="not today"):
+        manager.save(options=ckpt.CheckpointOptions(write_callbacks=[refuse]))
+    with ckpt.PreemptionHandler(manager) as handler:
+        notify()
+        assert handler.reached(2)
+    assert handler.saved == manager.latest_checkpoint == str(tmp_path / "ckpt-3")
+    assert ckpt.load(handler.saved)["step"] == 2
+
+
+def test_a_save_that_returns_nothing_is_tried_again_at_the_next_boundary(tmp_path: Path):
+    manager = manager_in(tmp_path, x=1)
+    manager.save()
+    with ckpt.PreemptionHandler(
+        manager, save=lambda step: manager.save() if step == 2 else None
+    ) as handler:
+        notify()
+        assert not handler.reached(1)
+        assert handler.saved is None
+        assert handler.reached(2)
+    assert handler.saved == str(tmp_path / "ckpt-2")
+
+
 # --- at once ---------------------------------------------------------------------------
 
 
@@ -282,6 +327,28 @@ def test_a_save_in_the_middle_that_fails_is_logged_and_the_boundary_still_saves(
     np.testing.assert_array_equal(ckpt.load(handler.saved)["w"], np.full(2, 3.0))
 
 
+def test_a_boundary_after_a_save_in_the_middle_saves_again_though_steps_are_counted_before(
+    tmp_path: Path,
+):
+    checkpoint = ckpt.Checkpoint(step=6, x=5)  # the step has begun by counting itself
+    manager = ckpt.CheckpointManager(
+        checkpoint, tmp_path, step_counter=lambda: checkpoint.step, checkpoint_interval=1
+    )
+    saved = threading.Event()
+
+    def save(step: int | None) -> str | None:
+        path = manager.save()
+        saved.set()
+        return path
+
+    with ckpt.PreemptionHandler(manager, grace_seconds=0, save=save) as handler:
+        notify()
+        saved.wait()
+        checkpoint.x = 6
+        assert handler.reached(6)
+    assert ckpt.load(handler.saved)["x"] == 6
+
+
 # --- what it takes and gives back ------------------------------------------------------
 
 
@@ -320,6 +387,29 @@ def test_an_event_loop_still_gets_its_own_signals(tmp_path: Path):
         return handler.saved
 
     assert asyncio.run(train()) == str(tmp_path / "ckpt-1")
+
+
+def test_a_signal_that_cannot_be_passed_on_is_not_taken_for_the_end_of_the_grace_period(
+    tmp_path: Path,
+):
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: None)
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    wakeup = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    try:
+        with pytest.raises(BlockingIOError):
+            while True:
+                theirs.send(bytes(100_000))
+        with ckpt.PreemptionHandler(manager_in(tmp_path, x=1), grace_seconds=600) as handler:
+            notify()
+            notify(signal.SIGUSR2)
+        assert (handler.noticed, handler.saved) == (True, None)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        signal.signal(signal.SIGUSR2, before)
+        ours.close()
+        theirs.close()
 
 
 def test_what_cannot_be_taken_leaves_everything_as_it_was(tmp_path: Path):
@@ -413,6 +503,102 @@ def test_an_error_that_one_process_alone_has_does_not_keep_the_others_from_the_l
         return os.path.basename(handler.saved)
 
     assert together(3, program) == ["ckpt-2"] * 3
+
+
+def test_a_callback_that_fails_in_one_process_alone_leaves_it_with_what_all_have_saved(tmp_path):
+    def program(processes):
+        def refuse():
+            raise ValueError("not today")
+
+        manager = ckpt.CheckpointManager(ckpt.Checkpoint(step=0), tmp_path)
+        options = ckpt.CheckpointOptions(write_callbacks=[refuse] if processes.index == 1 else [])
+        handler = ckpt.PreemptionHandler(
+            manager,
+            save=lambda step: manager.save(options=options),
+            agree=lambda step, noticed: True,
+        )
+        if processes.index == 1:
+            with pytest.raises(ValueError, match="not today"):
+                handler.reached(7)
+        assert handler.reached(7)  # and there is nothing to save together any more
+        return os.path.basename(handler.saved)
+
+    assert together(3, program) == ["ckpt-1"] * 3
+
+
+class Once(ckpt.PythonState):
+    """Something that cannot be saved at the step 6 of one process."""
+
+    def __init__(self, is_failing: bool):
+        self.is_failing = is_failing
+
+    def serialize(self) -> str:
+        if self.is_failing:
+            raise ValueError("not today")
+        return ""
+
+    def deserialize(self, value: str) -> None:
+        pass
+
+
+def test_after_a_last_save_that_failed_all_processes_find_the_same_steps_due(tmp_path):
+    def program(processes):
+        checkpoint = ckpt.Checkpoint(step=1, once=Once(False))
+        manager = ckpt.CheckpointManager(
+            checkpoint, tmp_path, step_counter=lambda: checkpoint.step, checkpoint_interval=3
+        )
+        manager.save()
+        options = ckpt.CheckpointOptions(enable_async=True)
+        handler = ckpt.PreemptionHandler(
+            manager,
+            save=lambda step: manager.save(options=options),
+            agree=lambda step, noticed: True,
+        )
+        checkpoint.step, checkpoint.once.is_failing = 6, processes.index == 2
+        with pytest.raises(ckpt.CheckpointError, match="not today"):
+            handler.reached(6)
+        checkpoint.step, checkpoint.once.is_failing = 7, False
+        assert manager.save() is not None
+        return handler.reached(7), os.path.basename(handler.saved)
+
+    assert together(3, program) == [(True, "ckpt-2")] * 3
+
+
+def test_a_last_save_that_failed_is_tried_again_with_jaxs_service_too(tmp_path: Path, programs):
+    """Which says at one step only that it is the one to save at."""
+    text = """
+        import os, signal, sys
+        import jax
+        import ckpt_jax as ckpt
+
+        directory, port, number = sys.argv[1:]
+        jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
+        manager = ckpt.CheckpointManager(ckpt.Checkpoint(step=0), directory)
+        tried = []
+
+        def save(step):
+            tried.append(step)
+            if len(tried) == 1:
+                raise OSError("no space")
+            return manager.save()
+
+        with ckpt.PreemptionHandler(manager, save=save) as handler:
+            if number == "1":
+                os.kill(os.getpid(), signal.SIGTERM)
+            step = 0
+            while not tried:
+                try:
+                    handler.reached(step)
+                except OSError:
+                    handler.reached(step + 1)
+                step += 1
+        print(tried[1:] == [tried[0] + 1], os.path.basename(handler.saved), flush=True)
+        jax.distributed.shutdown()
+        """
+    port = free_port()
+    children = [programs(text, tmp_path, port, number) for number in range(2)]
+    assert [child.stdout.readline() for child in children] == ["True ckpt-1\n"] * 2
+    assert [child.wait() for child in children] == [0] * 2
 
 
 WITHOUT_SERVICE = WORKER.replace(
