@@ -13,4 +13,4 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
 
-collect_ignore_glob = ["ckpt_jax/_proto/*"]  # generated, without doctests
+collect_ignore_glob = ["ckpt_jax/graph/_proto/*"]  # generated, without doctests

@@ -11,7 +11,24 @@ them. See `Checkpoint` for objects, `save`, `restore` and `load` for trees, `io`
 """
 
 from ckpt_jax import io, metrics
-from ckpt_jax.checkpoint import Checkpoint
+from ckpt_jax.api.checkpoint import Checkpoint
+from ckpt_jax.api.frozen import FrozenSaver
+from ckpt_jax.api.inspect import (
+    CheckpointView,
+    TrackableView,
+    list_objects,
+    list_variables,
+    load_checkpoint,
+    load_variable,
+    object_metadata,
+)
+from ckpt_jax.api.latest import checkpoints_iterator, latest_checkpoint
+from ckpt_jax.api.nodes import restore_nodes
+from ckpt_jax.api.per_process import PerProcess
+from ckpt_jax.api.revive import load_object, save_object
+from ckpt_jax.api.status import LoadStatus
+from ckpt_jax.api.tree import load, plan_restore, restore, save
+from ckpt_jax.api.verify import Damage, VerifyReport, verify
 from ckpt_jax.errors import (
     AsyncSaveError,
     BarrierTimeoutError,
@@ -26,35 +43,9 @@ from ckpt_jax.errors import (
     UnsaveableError,
     UnsupportedFormatError,
 )
-from ckpt_jax.fitting.adapting import CheckpointAdapter, ReshardCallback
-from ckpt_jax.fitting.transforms import Cast, Stack, Transpose, Unstack
-from ckpt_jax.frozen import FrozenSaver
-from ckpt_jax.functional import load, plan_restore, restore, save
-from ckpt_jax.inspect import (
-    CheckpointView,
-    TrackableView,
-    list_objects,
-    list_variables,
-    load_checkpoint,
-    load_variable,
-    object_metadata,
-)
-from ckpt_jax.latest import checkpoints_iterator, latest_checkpoint
-from ckpt_jax.manager import CheckpointManager
-from ckpt_jax.nodes import restore_nodes
-from ckpt_jax.options import (
-    CheckpointOptions,
-    MaxShardSize,
-    PlannedSlice,
-    ShardByDevice,
-    ShardByProcess,
-)
-from ckpt_jax.per_process import PerProcess
-from ckpt_jax.preemption import PreemptionHandler
-from ckpt_jax.preflighting import preflight
-from ckpt_jax.reader import CheckpointReader
-from ckpt_jax.report import ReportEntry, RestoreReport
-from ckpt_jax.retention import (
+from ckpt_jax.manage.manager import CheckpointManager
+from ckpt_jax.manage.preemption import PreemptionHandler
+from ckpt_jax.manage.retention import (
     CheckpointRecord,
     KeepAny,
     KeepBest,
@@ -62,15 +53,14 @@ from ckpt_jax.retention import (
     KeepLatest,
     RetentionPolicy,
 )
-from ckpt_jax.revive import load_object, save_object
-from ckpt_jax.savers.registry import (
+from ckpt_jax.objects.delegate import DelegatingTrackable
+from ckpt_jax.objects.optax_states import OptaxState, optax_state
+from ckpt_jax.objects.registry import (
     register_checkpoint_saver,
     register_serializable,
     registration_scope,
 )
-from ckpt_jax.state_file import CheckpointState, get_checkpoint_state
-from ckpt_jax.status import LoadStatus
-from ckpt_jax.trackable.base import (
+from ckpt_jax.objects.trackable import (
     AutoTrackable,
     NoDependency,
     PythonState,
@@ -79,10 +69,20 @@ from ckpt_jax.trackable.base import (
     Variable,
     no_automatic_dependency_tracking,
 )
-from ckpt_jax.trackable.delegate import DelegatingTrackable
-from ckpt_jax.trackable.optimizer import OptaxState, optax_state
-from ckpt_jax.trackable.view import register_view
-from ckpt_jax.verifying import Damage, VerifyReport, verify
+from ckpt_jax.objects.views import register_view
+from ckpt_jax.options import (
+    CheckpointOptions,
+    MaxShardSize,
+    PlannedSlice,
+    ShardByDevice,
+    ShardByProcess,
+)
+from ckpt_jax.processes.preflight import preflight
+from ckpt_jax.report import ReportEntry, RestoreReport
+from ckpt_jax.restoring.adapters import CheckpointAdapter, ReshardCallback
+from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.restoring.transforms import Cast, Stack, Transpose, Unstack
+from ckpt_jax.store.state_file import CheckpointState, get_checkpoint_state
 from ckpt_jax.version import __version__ as __version__
 
 __all__ = [

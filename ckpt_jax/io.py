@@ -17,15 +17,15 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
-from ckpt_jax.arrays import host
-from ckpt_jax.arrays.values import encode
+from ckpt_jax.graph.boxes import Box, whole
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
 from ckpt_jax.store import merge as _merge
 from ckpt_jax.store import shard as _shard
-from ckpt_jax.store.box import Box, whole
+from ckpt_jax.store.fetch import ShardedReader
 from ckpt_jax.store.index import Layout
-from ckpt_jax.store.read import ShardedReader
 from ckpt_jax.store.shard import Slice
+from ckpt_jax.values import host
+from ckpt_jax.values.leaves import encode
 
 
 @host.transfers_allowed()

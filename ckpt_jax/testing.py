@@ -31,12 +31,11 @@ from typing import Any
 
 import pytest
 
-from ckpt_jax.checkpoint import Checkpoint
+from ckpt_jax.api.checkpoint import Checkpoint
+from ckpt_jax.api.inspect import load_checkpoint
+from ckpt_jax.api.tree import restore, save
 from ckpt_jax.errors import RegistrationError
-from ckpt_jax.functional import restore, save
-from ckpt_jax.inspect import load_checkpoint
-from ckpt_jax.options import CheckpointOptions
-from ckpt_jax.savers.registry import (
+from ckpt_jax.objects.registry import (
     RegisteredSaver,
     get_saver,
     register_checkpoint_saver,
@@ -44,8 +43,9 @@ from ckpt_jax.savers.registry import (
     saver_name,
     unregister_checkpoint_saver,
 )
-from ckpt_jax.trackable.base import AutoTrackable
-from ckpt_jax.trackable.view import view_of
+from ckpt_jax.objects.trackable import AutoTrackable
+from ckpt_jax.objects.views import view_of
+from ckpt_jax.options import CheckpointOptions
 
 
 class SaverTests:

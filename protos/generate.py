@@ -1,4 +1,4 @@
-"""Turns the `.proto` files beside this script into the modules of `ckpt_jax._proto`.
+"""Turns the `.proto` files beside this script into the modules of `ckpt_jax.graph._proto`.
 
     python protos/generate.py            writes *_pb2.py, *_pb2.pyi and SOURCES.txt
     python protos/generate.py --check    exits with 1 and names what is stale; no network
@@ -8,11 +8,11 @@ thrown away. It is an old one on purpose: a generated module works under its own
 the protobuf runtime and every later one of that major version and the next, so code made by
 protobuf 6.30 imports under all of 6.30 to 7.x. It has wheels for CPython 3.9 to 3.13.
 
-For the compiler this folder appears as `ckpt_jax/_proto`: `.proto` files import one another
-under that path, and the modules under `ckpt_jax._proto`.
+For the compiler this folder appears as `ckpt_jax/graph/_proto`: `.proto` files import one another
+under that path, and the modules under `ckpt_jax.graph._proto`.
 
 SOURCES.txt holds the digests of the sources and of what was made of them, so that staleness
-shows without a compiler. `sha256sum -c ckpt_jax/_proto/SOURCES.txt` reads it too.
+shows without a compiler. `sha256sum -c ckpt_jax/graph/_proto/SOURCES.txt` reads it too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GRPCIO_TOOLS = "1.72.2"  # its generated code asks for protobuf 6.30.0 or newer
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = "protos"
-MODULES = "ckpt_jax/_proto"
+MODULES = "ckpt_jax/graph/_proto"
 RECORD = f"{MODULES}/SOURCES.txt"
 
 
@@ -87,7 +87,7 @@ def _digest(path: Path) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Generate ckpt_jax._proto from protos/*.proto.")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
     if not parser.parse_args().check:
         print("\n".join(generate()))

@@ -6,9 +6,9 @@ import pytest
 from test_multihost import SECONDS, Dictionary
 
 import ckpt_jax as ckpt
-from ckpt_jax import agreeing
-from ckpt_jax.agreeing import CommonStep
-from ckpt_jax.multihost import Processes
+from ckpt_jax.processes import common_step as agreeing
+from ckpt_jax.processes.common_step import CommonStep
+from ckpt_jax.processes.meeting import Processes
 
 
 def agreements(count):

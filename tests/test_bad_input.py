@@ -310,9 +310,9 @@ def test_an_object_graph_of_junk_is_corrupt(tmp_path, contents):
 
 def test_a_graph_of_a_newer_format_says_so(tmp_path):
     """The same bytes with format_version 2, sealed again as a later library would."""
-    from ckpt_jax._proto import trackable_object_graph_pb2 as pb
+    from ckpt_jax.graph._proto import trackable_object_graph_pb2 as pb
+    from ckpt_jax.store.fetch import ShardedReader
     from ckpt_jax.store.merge import merge_shards
-    from ckpt_jax.store.read import ShardedReader
     from ckpt_jax.store.seal import seal, unseal
 
     old = ckpt.save(tmp_path / "old", {"x": np.arange(3)})

@@ -14,7 +14,7 @@ from descriptors import open_files
 from trackables import Model, value, var
 
 import ckpt_jax as ckpt
-from ckpt_jax.trackable.pending import pending_names
+from ckpt_jax.objects.pending import pending_names
 
 
 class Position(ckpt.PythonState):

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from trackables import Model, value, var
 
 import ckpt_jax as ckpt
-from ckpt_jax.trackable.containers import DictWrapper, ListWrapper, wrap
-from ckpt_jax.trackable.pending import pending_names
-from ckpt_jax.trackable.view import view_of
+from ckpt_jax.objects.containers import DictWrapper, ListWrapper, wrap
+from ckpt_jax.objects.pending import pending_names
+from ckpt_jax.objects.views import view_of
 
 Pair = namedtuple("Pair", ["one", "two"])
 

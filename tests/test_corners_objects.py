@@ -12,8 +12,8 @@ import pytest
 from trackables import Model, value, var
 
 import ckpt_jax as ckpt
-from ckpt_jax.graph.match import Match, extend, match
-from ckpt_jax.graph.model import Attribute, Node, ObjectGraph, object_keys
+from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, object_keys
+from ckpt_jax.matching.match import Match, extend, match
 
 
 class Values(ckpt.Trackable):

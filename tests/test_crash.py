@@ -21,7 +21,7 @@ from faults.disk import any_beginning, loaded, nothing, states, stored
 from faults.values import checkpoint_of, step_in, tree_of
 
 import ckpt_jax as ckpt
-from ckpt_jax.latest import checkpoint_exists
+from ckpt_jax.api.latest import checkpoint_exists
 
 pytestmark = pytest.mark.skipif(
     compiler() is None, reason="the interposer needs Linux and a C compiler"

@@ -12,7 +12,7 @@ import pytest
 from faults.values import checkpoint_of, step_in, tree_of
 
 import ckpt_jax as ckpt
-from ckpt_jax import latest
+from ckpt_jax.api import latest
 
 TESTS = Path(__file__).parent
 # One device, because these programs only have to start quickly.

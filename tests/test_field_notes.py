@@ -22,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-from ckpt_jax.reader import CheckpointReader
+from ckpt_jax.restoring.reader import CheckpointReader
 
 RNG = np.random.default_rng(11)
 

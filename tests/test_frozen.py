@@ -9,7 +9,7 @@ from flax import nnx
 from trackables import Model
 
 import ckpt_jax as ckpt
-from ckpt_jax.graph.trace import _Walk
+from ckpt_jax.matching.trace import _Walk
 
 
 def program(value=0.0):

@@ -83,10 +83,10 @@ def test_format_1_restores_into_a_checkpoint():
 
 
 def test_format_1_says_that_it_is_format_1():
-    from ckpt_jax._proto import index_pb2, trackable_object_graph_pb2
+    from ckpt_jax.graph._proto import index_pb2, trackable_object_graph_pb2
     from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
+    from ckpt_jax.store.fetch import ShardedReader
     from ckpt_jax.store.index import INDEX_KEY
-    from ckpt_jax.store.read import ShardedReader
 
     reader = ShardedReader(str(FORMAT_1))
     try:

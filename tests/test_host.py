@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-from ckpt_jax.arrays import host
+from ckpt_jax.values import host
 
 DTYPES = [
     *("bool", "int4", "uint2", "int8", "uint16", "int32", "int64", "float8_e4m3fn", "bfloat16"),

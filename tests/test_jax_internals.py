@@ -1,4 +1,4 @@
-"""What this package expects of JAX's internals; see `ckpt_jax.jax_internals`.
+"""What this package expects of JAX's internals; see `ckpt_jax.values.jax_internals`.
 
 A release of JAX that moves one of them fails here.
 """
@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from processes import outputs_of
 
-from ckpt_jax import jax_internals
+from ckpt_jax.values import jax_internals
 
 
 def test_the_shards_of_an_array_are_placed_in_one_call(mesh8):
@@ -41,7 +41,7 @@ def test_a_single_process_has_no_service():
 
 
 SERVICE = """
-from ckpt_jax.jax_internals import service_client
+from ckpt_jax.values.jax_internals import service_client
 
 def fails_with(name, function, *arguments):
     try:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 import ckpt_jax as ckpt
-from ckpt_jax.latest import (
+from ckpt_jax.api.latest import (
     checkpoint_exists,
     checkpoints_iterator,
     get_checkpoint_mtimes,
@@ -18,7 +18,7 @@ from ckpt_jax.latest import (
     problem_with,
     remove_checkpoint,
 )
-from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
+from ckpt_jax.store.state_file import CheckpointState, update_checkpoint_state
 
 pytestmark = pytest.mark.usefixtures("no_flushing")
 

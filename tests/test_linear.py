@@ -11,9 +11,9 @@ import jax.numpy as jnp
 import pytest
 
 import ckpt_jax as ckpt
-from ckpt_jax.graph.match import match
-from ckpt_jax.graph.model import ObjectGraph
-from ckpt_jax.restoring import live_graph
+from ckpt_jax.graph.nodes import ObjectGraph
+from ckpt_jax.matching.live import live_graph
+from ckpt_jax.matching.match import match
 
 ZERO = jnp.zeros(())
 

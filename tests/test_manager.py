@@ -16,9 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckpt_jax as ckpt
-from ckpt_jax.latest import checkpoint_exists, latest_checkpoint, problem_with, remove_checkpoint
-from ckpt_jax.manager import CheckpointManager, as_integer
-from ckpt_jax.retention import (
+from ckpt_jax.api.latest import (
+    checkpoint_exists,
+    latest_checkpoint,
+    problem_with,
+    remove_checkpoint,
+)
+from ckpt_jax.manage.manager import CheckpointManager, as_integer
+from ckpt_jax.manage.retention import (
     CheckpointRecord,
     KeepAny,
     KeepBest,
@@ -26,7 +31,7 @@ from ckpt_jax.retention import (
     KeepLatest,
     plan_sweep,
 )
-from ckpt_jax.state_file import get_checkpoint_state
+from ckpt_jax.store.state_file import get_checkpoint_state
 
 HOUR = 3600.0
 
@@ -384,7 +389,7 @@ def test_a_deletion_that_fails_does_not_fail_the_save_and_is_tried_again(
         raise OSError(16, "Device or resource busy")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ckpt_jax.manager.remove_checkpoint", busy)
+        patch.setattr("ckpt_jax.manage.manager.remove_checkpoint", busy)
         paths.append(manager.save())
     assert "could not be removed" in caplog.text
     assert manager.checkpoints == paths

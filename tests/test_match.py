@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_jax.graph.match import Conflict, Match, extend, match
-from ckpt_jax.graph.model import Attribute, Node, ObjectGraph, Slot, object_keys
+from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, Slot, object_keys
+from ckpt_jax.matching.match import Conflict, Match, extend, match
 
 
 def graph(*nodes):

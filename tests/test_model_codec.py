@@ -5,21 +5,20 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, wr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ckpt_jax._proto import trackable_object_graph_pb2 as pb
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
+from ckpt_jax.graph._proto import trackable_object_graph_pb2 as pb
 from ckpt_jax.graph.codec import decode, encode
 from ckpt_jax.graph.labels import VARIABLE_VALUE, attribute_key, local_name
-from ckpt_jax.graph.model import (
+from ckpt_jax.graph.nodes import (
     FORMAT_VERSION,
     Attribute,
-    LeafSpec,
     Node,
     ObjectGraph,
     SaverRef,
-    ShardingSpec,
     Slot,
     object_keys,
 )
+from ckpt_jax.graph.specs import LeafSpec, ShardingSpec
 
 TEXT = st.text(max_size=4)
 LABELS = st.one_of(

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import ckpt_jax as ckpt
-from ckpt_jax import multihost
-from ckpt_jax.multihost import Processes
 from ckpt_jax.options import CheckpointOptions
+from ckpt_jax.processes.current import simulated
+from ckpt_jax.processes.meeting import COMMIT, Processes
 from ckpt_jax.store import staging
 
 SECONDS = 60.0  # what nobody should have to wait for
@@ -57,7 +57,7 @@ def together(count, program, service=None):
 
     def run(index):
         processes = Processes(index, count, service)
-        with multihost.simulated(processes):
+        with simulated(processes):
             try:
                 results[index] = program(processes)
             except Exception as error:
@@ -799,7 +799,7 @@ def test_a_decision_that_comes_through_after_all_is_taken_back_by_the_outcome():
     class Slow(Dictionary):
         def set(self, key, value, timeout_seconds):
             is_new = super().set(key, value, timeout_seconds)
-            if value == multihost.COMMIT:
+            if value == COMMIT:
                 raise TimeoutError("no answer")
             return is_new
 

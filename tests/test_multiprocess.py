@@ -176,7 +176,7 @@ def test_arrays_may_lie_on_the_devices_of_some_processes(tmp_path):
 
 RESTORE_ONCE = """
 import ckpt_jax as ckpt
-from ckpt_jax.reader import CheckpointReader
+from ckpt_jax.restoring.reader import CheckpointReader
 from trees import LAYOUTS, differences, placed_tree
 
 class Counting(CheckpointReader):
@@ -249,7 +249,7 @@ SAVE_AT_RISK = """
 import signal
 import numpy as np
 import ckpt_jax as ckpt
-from ckpt_jax import multihost
+from ckpt_jax.processes import current
 
 directory, victim, point, code = arguments
 
@@ -258,7 +258,7 @@ def reached(place):
         print("reached", flush=True)
         os.kill(os.getpid(), int(code))
 
-class Watched(multihost.CoordinationService):
+class Watched(current.CoordinationService):
     def set(self, key, value, timeout_seconds):
         name = key.rpartition("/")[2] if "reports" not in key else "report"
         reached(f"before {name}")
@@ -272,7 +272,7 @@ class Watched(multihost.CoordinationService):
             reached("after outcome")
         return result
 
-multihost.CoordinationService = Watched
+current.CoordinationService = Watched
 options = ckpt.CheckpointOptions(timeout_seconds=4)
 tree = {"w": np.arange(1000.0), "own": ckpt.PerProcess(index)}
 try:

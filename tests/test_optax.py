@@ -14,7 +14,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 
 import ckpt_jax as ckpt
-from ckpt_jax.trackable.optimizer import OptaxState
+from ckpt_jax.objects.optax_states import OptaxState
 
 PARAMS = {
     "enc": {"kernel": jnp.arange(6.0).reshape(2, 3), "bias": jnp.ones(3)},

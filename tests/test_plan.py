@@ -7,12 +7,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_jax.graph.labels import SAVE_COUNTER, VARIABLE_VALUE
-from ckpt_jax.graph.match import match
-from ckpt_jax.graph.model import LeafSpec
-from ckpt_jax.graph.plan import Read, SaverCall, assign, plan_read, pretty_name, reachable
-from ckpt_jax.graph.trace import trace
+from ckpt_jax.graph.nodes import pretty_name, reachable
+from ckpt_jax.graph.specs import LeafSpec
+from ckpt_jax.matching.assign import assign
+from ckpt_jax.matching.match import match
+from ckpt_jax.matching.plan import Read, SaverCall, plan_read
+from ckpt_jax.matching.trace import trace
+from ckpt_jax.objects.trackable import PythonState, Trackable, Variable
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
-from ckpt_jax.trackable.base import PythonState, Trackable, Variable
 
 KINDS = ("missing", "unexpected", "mismatched", "deferred", "restored")
 

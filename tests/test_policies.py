@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-from ckpt_jax.store.box import shape_of, tiling_problem
+from ckpt_jax.graph.boxes import shape_of, tiling_problem
 
 
 def planned(key, shape, box=None, itemsize=4, process=0, device=0):

@@ -11,7 +11,7 @@ from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_jax._proto import (
+from ckpt_jax.graph._proto import (
     checkpoint_state_pb2,
     index_pb2,
     saved_object_graph_pb2,
@@ -250,7 +250,7 @@ def test_staleness_shows_for_sources_modules_and_additional_files(tmp_path):
     module.unlink()
     (tmp_path / generator.SOURCES / "b.proto").touch()
     assert generator.stale(tmp_path) == [
-        "ckpt_jax/_proto/a_pb2.py",
+        "ckpt_jax/graph/_proto/a_pb2.py",
         "protos/a.proto",
         "protos/b.proto",
     ]
@@ -263,7 +263,7 @@ def test_every_proto_file_has_a_module_that_is_tested_here():
 @pytest.mark.parametrize("name", MODULES)
 def test_files_are_registered_under_the_path_of_their_module(name):
     descriptor = MODULES[name].DESCRIPTOR
-    assert descriptor.name == f"ckpt_jax/_proto/{name}"
+    assert descriptor.name == f"ckpt_jax/graph/_proto/{name}"
     assert descriptor.package == "ckpt_jax"
 
 

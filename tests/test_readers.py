@@ -15,10 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from trackables import Model
 
 import ckpt_jax as ckpt
+from ckpt_jax.graph.global_names import graph_of, labels_of
 from ckpt_jax.graph.labels import readable
-from ckpt_jax.graph.model import LeafSpec
-from ckpt_jax.graph.names import graph_of, labels_of
-from ckpt_jax.readers import NPZ, NamedValues
+from ckpt_jax.graph.specs import LeafSpec
+from ckpt_jax.restoring.formats import NPZ, NamedValues
 
 
 class Pair(ckpt.Trackable):

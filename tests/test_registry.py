@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-from ckpt_jax.savers.registry import (
+from ckpt_jax.objects.registry import (
     get_saver,
     registered_class,
     registered_name,

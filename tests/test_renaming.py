@@ -11,8 +11,8 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 import ckpt_jax as ckpt
-from ckpt_jax.fitting.renaming import slot_groups
-from ckpt_jax.reader import CheckpointReader
+from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.restoring.rename import slot_groups
 
 RNG = np.random.default_rng(7)
 LAYERS = [RNG.normal(size=(4, 6)).astype(np.float32) for _ in range(12)]

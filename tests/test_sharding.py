@@ -36,7 +36,7 @@ def rows_of(path) -> dict[str, list[tuple[tuple[int, int], ...]]]:
 
 
 def boxes_of_shard(shard) -> dict[str, list[tuple[tuple[int, int], ...]]]:
-    from ckpt_jax.store.read import ShardedReader  # the index of one shard has no public reader
+    from ckpt_jax.store.fetch import ShardedReader  # the index of one shard has no public reader
 
     reader = ShardedReader(str(shard))
     try:

@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_jax.savers.spread import HeldBox, spread
-from ckpt_jax.store.box import shape_of, size_of, tiling_problem
+from ckpt_jax.graph.boxes import shape_of, size_of, tiling_problem
+from ckpt_jax.saving.spread import HeldBox, spread
 
 PART_NBYTES = 64
 

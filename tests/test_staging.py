@@ -13,7 +13,7 @@ import pytest
 
 import ckpt_jax as ckpt
 from ckpt_jax import io
-from ckpt_jax.latest import remove_checkpoint
+from ckpt_jax.api.latest import remove_checkpoint
 from ckpt_jax.store import directory as store_directory
 from ckpt_jax.store import staging as store
 from ckpt_jax.store.directory import checkpoints_in
@@ -264,7 +264,7 @@ def test_a_checkpoint_that_is_being_removed_is_held(tmp_path, monkeypatch):
         seen.append(is_abandoned(aside))
         rmtree(aside, **options)
 
-    monkeypatch.setattr("ckpt_jax.latest.shutil.rmtree", look)
+    monkeypatch.setattr("ckpt_jax.api.latest.shutil.rmtree", look)
     remove_checkpoint(path)
     assert seen == [False]
     assert os.listdir(tmp_path) == []

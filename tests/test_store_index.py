@@ -7,17 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_jax._proto import index_pb2
 from ckpt_jax.errors import CorruptCheckpointError, ShardError, UnsupportedFormatError
-from ckpt_jax.store.index import (
-    Index,
-    Layout,
-    Shard,
-    Stack,
-    dtype_name,
-    dtype_of,
-    merge_indexes,
-)
+from ckpt_jax.graph._proto import index_pb2
+from ckpt_jax.graph.dtypes import dtype_name, dtype_of
+from ckpt_jax.store.index import Index, Layout, Shard, Stack, merge_indexes
 from ckpt_jax.store.seal import seal, unseal
 
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from ckpt_jax.errors import CheckpointError, CheckpointNotFoundError, ShardError
+from ckpt_jax.store.fetch import ShardedReader
 from ckpt_jax.store.merge import merge_shards
-from ckpt_jax.store.read import ShardedReader
 from ckpt_jax.store.shard import Slice, write_shard
 
 ARRAY = np.arange(40.0).reshape(8, 5)

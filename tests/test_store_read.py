@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckpt_jax.graph.boxes import slices
+from ckpt_jax.graph.dtypes import _DTYPES
 from ckpt_jax.store import gather as gather_module
 from ckpt_jax.store import shard as shard_module
-from ckpt_jax.store.box import slices
-from ckpt_jax.store.index import _DTYPES, INDEX_KEY, Index, Stack
+from ckpt_jax.store.fetch import ShardedReader, read_index
+from ckpt_jax.store.index import INDEX_KEY, Index, Stack
 from ckpt_jax.store.merge import merge_shards
-from ckpt_jax.store.read import ShardedReader, read_index
 from ckpt_jax.store.shard import Slice, write_shard
 from ckpt_jax.store.stack import DATA, files_nbytes, new_context, open_database
 

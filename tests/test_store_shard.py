@@ -8,7 +8,7 @@ import pytest
 
 from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.store import shard as shard_module
-from ckpt_jax.store.read import ShardedReader, read_index
+from ckpt_jax.store.fetch import ShardedReader, read_index
 from ckpt_jax.store.shard import BIG_NBYTES, Slice, write_shard
 
 

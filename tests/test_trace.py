@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from ckpt_jax.errors import UnsaveableError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.labels import VARIABLE_VALUE
-from ckpt_jax.graph.model import LeafSpec, SaverRef, ShardingSpec, Slot
-from ckpt_jax.graph.trace import has_values, trace
-from ckpt_jax.trackable.base import Trackable, Variable
+from ckpt_jax.graph.nodes import SaverRef, Slot, has_values
+from ckpt_jax.graph.specs import LeafSpec, ShardingSpec
+from ckpt_jax.matching.trace import trace
+from ckpt_jax.objects.trackable import Trackable, Variable
 
 
 class Thing(Trackable):

@@ -10,7 +10,7 @@ import pytest
 from trackables import Model
 
 import ckpt_jax as ckpt
-from ckpt_jax.trackable.pending import await_child, pending_names, received
+from ckpt_jax.objects.pending import await_child, pending_names, received
 
 
 def names(obj):

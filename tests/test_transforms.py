@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ckpt_jax import Cast, Stack, Transpose, Unstack
-from ckpt_jax.fitting.transforms import derive
-from ckpt_jax.graph.model import LeafSpec
-from ckpt_jax.store.box import slices, whole
+from ckpt_jax.graph.boxes import slices, whole
+from ckpt_jax.graph.specs import LeafSpec
+from ckpt_jax.restoring.transforms import derive
 
 
 def spec(*shape, dtype="float32", kind="array"):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import ckpt_jax as ckpt
-from ckpt_jax.arrays.values import as_saved, decode, describe, difference, encode
+from ckpt_jax.values.leaves import as_saved, decode, describe, difference, encode
 
 ML_DTYPES = sorted(
     (

@@ -12,21 +12,20 @@ from typing import Any
 
 from google.protobuf.message import DecodeError
 
-from ckpt_jax._proto import trackable_object_graph_pb2 as pb
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph import labels
+from ckpt_jax.graph._proto import trackable_object_graph_pb2 as pb
 from ckpt_jax.graph.labels import Label
-from ckpt_jax.graph.model import (
+from ckpt_jax.graph.nodes import (
     FORMAT_VERSION,
     Attribute,
-    LeafSpec,
     Node,
     ObjectGraph,
     SaverRef,
-    ShardingSpec,
     Slot,
     object_keys,
 )
+from ckpt_jax.graph.specs import LeafSpec, ShardingSpec
 from ckpt_jax.version import __version__
 
 _Reference = pb.TrackableObjectGraph.TrackableObject.ObjectReference

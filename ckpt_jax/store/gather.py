@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ckpt_jax.store.box import Box, Shape, inside, intersect, shape_of, size_of, slices
-from ckpt_jax.store.index import BYTES, Index, Layout, dtype_of
+from ckpt_jax.graph.boxes import Box, Shape, inside, intersect, shape_of, size_of, slices
+from ckpt_jax.graph.dtypes import BYTES, dtype_of
+from ckpt_jax.store.index import Index, Layout
 from ckpt_jax.store.stack import ALIGNMENT, round_up
 
 RUN_NBYTES = 16 << 20

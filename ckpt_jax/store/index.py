@@ -21,25 +21,22 @@ import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
 
-import ml_dtypes
 import numpy as np
 from google.protobuf.message import DecodeError
 
-from ckpt_jax._proto import index_pb2
 from ckpt_jax.errors import CorruptCheckpointError, ShardError, UnsupportedFormatError
-from ckpt_jax.store.box import Box, Shape, inside, overlap, size_of
+from ckpt_jax.graph._proto import index_pb2
+from ckpt_jax.graph.boxes import Box, Shape, inside, overlap, size_of
+from ckpt_jax.graph.dtypes import BYTES, dtype_of
 from ckpt_jax.store.seal import seal, unseal
 
 FORMAT_VERSION = 1
 INDEX_KEY = "_INDEX"  # of the index in the database that it describes, a shard's or a root's
-BYTES = "bytes"  # the dtype of byte strings
 
 _LIMIT = 1 << 62  # sums of two numbers below it fit into an int64
 _MAX_RANK = 64
 _ID = re.compile(r"[0-9a-f]{16}")
-_TIME_DTYPE = re.compile(r"(datetime|timedelta)64(\[\d*[a-zA-Z]+\])?")
 _COLUMNS = {
     "key": "<u4",
     "layout": "<u4",
@@ -48,55 +45,6 @@ _COLUMNS = {
     "row": "<u8",
     "offset": "<u8",
 }
-
-
-def _named_dtypes() -> dict[str, np.dtype]:
-    # longdouble has the same name for different bits on different machines: left out.
-    # By name, not by type code: where two codes are one type, the name gives the usual one.
-    sized = "int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
-    numpy_types = [np.dtype(name) for name in ("bool", *sized.split(), "complex64", "complex128")]
-    members = [getattr(ml_dtypes, name) for name in dir(ml_dtypes)]
-    scalars = [m for m in members if isinstance(m, type) and issubclass(m, np.generic)]
-    return {dtype.name: dtype for dtype in [*numpy_types, *map(np.dtype, scalars)]}
-
-
-_DTYPES = _named_dtypes()
-
-
-@cache
-def dtype_name(dtype: np.dtype) -> str:
-    """The canonical name of `dtype`, whatever its byte order.
-
-    Raises:
-      ValueError: arrays of that dtype cannot be stored.
-
-    >>> dtype_name(np.dtype(">f4"))
-    'float32'
-    """
-    name = dtype.name
-    if _DTYPES.get(name) == dtype.newbyteorder("=") or _TIME_DTYPE.fullmatch(name):
-        return name
-    raise ValueError(f"arrays of dtype {dtype} cannot be stored")
-
-
-def dtype_of(name: str) -> np.dtype:
-    """The native dtype with that canonical name.
-
-    Raises:
-      ValueError: no dtype has that name.
-
-    >>> dtype_of("bfloat16").itemsize
-    2
-    """
-    dtype = _DTYPES.get(name)
-    if dtype is not None:
-        return dtype
-    if _TIME_DTYPE.fullmatch(name):
-        try:
-            return np.dtype(name)
-        except TypeError:
-            pass
-    raise ValueError(f"unknown dtype {name!r}")
 
 
 @dataclass(frozen=True, slots=True, order=True)

@@ -16,8 +16,8 @@ import tensorstore as ts
 
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.store.durable import fsync_directory, fsync_file
+from ckpt_jax.store.fetch import read_index
 from ckpt_jax.store.index import INDEX_KEY, Index, merge_indexes
-from ckpt_jax.store.read import read_index
 from ckpt_jax.store.stack import (
     DATA,
     MANIFEST,

@@ -21,18 +21,11 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from ckpt_jax.batches import batches
-from ckpt_jax.store.box import Box, Shape, inside, shape_of, whole
+from ckpt_jax.graph.boxes import Box, Shape, inside, shape_of, whole
+from ckpt_jax.graph.dtypes import BYTES, dtype_name
+from ckpt_jax.store.batches import batches
 from ckpt_jax.store.durable import fsync_directory, fsync_file
-from ckpt_jax.store.index import (
-    BYTES,
-    INDEX_KEY,
-    Index,
-    Layout,
-    Shard,
-    Stack,
-    dtype_name,
-)
+from ckpt_jax.store.index import INDEX_KEY, Index, Layout, Shard, Stack
 from ckpt_jax.store.stack import (
     ALIGNMENT,
     DATA,

@@ -1,0 +1,501 @@
+"""Checkpoint: the verbs for objects.
+
+A `Checkpoint` names the objects of a program. With a *root* it saves that object, and the
+names it was given are attached to it as further children; without one it is the root itself.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+
+from ckpt_jax.api.frozen import FrozenSaver
+from ckpt_jax.api.status import LoadStatus
+from ckpt_jax.graph.labels import SAVE_COUNTER, Label
+from ckpt_jax.matching.live import live_graph
+from ckpt_jax.matching.trace import LiveGraph
+from ckpt_jax.metrics import METER, SaveWatch
+from ckpt_jax.objects.delegate import delegate_of
+from ckpt_jax.objects.registry import saver_name
+from ckpt_jax.objects.trackable import AutoTrackable, TrackableView, Variable
+from ckpt_jax.objects.views import SlotEntry, View, view_of
+from ckpt_jax.options import CheckpointOptions, Path, given
+from ckpt_jax.processes.current import current
+from ckpt_jax.processes.meeting import Meeting
+from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.restoring.rename import Rule
+from ckpt_jax.restoring.rename import rename as renamed
+from ckpt_jax.restoring.run import together
+from ckpt_jax.restoring.waiting import Restoration
+from ckpt_jax.saving.background import Background
+from ckpt_jax.saving.pipeline import begin
+from ckpt_jax.store.state_file import CheckpointState, update_checkpoint_state
+
+# A path; None with `when_busy="skip"` alone, so that nobody else has to rule None out.
+SavedPath = str | Any
+
+# Of a save whose outcome is not known: the meeting; what counts it, records it, or takes it back.
+Doubt = tuple[Meeting, Callable[[], None], Callable[[], None], Callable[[], None]]
+
+
+class Checkpoint(AutoTrackable):
+    """Names objects, and saves and restores them together.
+
+    Args:
+      root: an object to save as the root of the graph (or a weak reference to one); by
+        default the checkpoint itself is the root.
+      **named: objects by name. Anything that has a view: trackables, `nnx` modules and
+        optimizers, pytrees, arrays, Python scalars, strings, None.
+
+    Under `jax.distributed` all processes save the same objects in the same order, to a directory
+    that they share. A value that lies on no device, or on devices of one process, is saved as
+    process 0 has it; state of single processes goes into a `PerProcess`.
+
+    `checkpoint.name` is the present value: the same object where it is mutable, the rebuilt
+    pytree where it is not. Assigning `checkpoint.name` replaces it.
+
+    Raises:
+      ValueError: a value has no view, or a name that `root` uses for something else; later, that
+        such a value is assigned to a name that has state.
+      AttributeError: a name that is a method of every Checkpoint.
+
+    Source: `tf.train.Checkpoint`.
+
+    Example:
+      >>> import jax.numpy as jnp, tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = Checkpoint(params={"w": jnp.arange(2.0)}, step=7).save(f"{directory}/ckpt")
+      ...     fresh = Checkpoint(params={"w": jnp.zeros(2)}, step=0)
+      ...     status = fresh.restore(path).assert_consumed()
+      ...     fresh.params, fresh.step, fresh.save_counter
+      ({'w': Array([0., 1.], dtype=float32)}, 7, 1)
+    """
+
+    def __init__(self, root: Any = None, **named: Any):
+        METER.constructed()
+        private = self.__dict__
+        private["_self_root"] = root
+        private["_self_rooted"] = root is not None and not _is_empty_container(root)
+        private["_self_counter"] = None
+        if private["_self_rooted"] and view_of(self._root_object()) is None:
+            raise ValueError(f"root of type {type(root).__qualname__} has no view")
+        for name in sorted(named):
+            value = named[name]
+            if hasattr(Checkpoint, name):
+                raise AttributeError(f"{name} is the checkpoint's own; it cannot be given")
+            if not self._is_state(value):
+                raise ValueError(_unknown(name, value))
+            setattr(self, name, value)
+        if private["_self_rooted"]:
+            _RootedView(self)  # refuses names that the root uses for something else
+
+    def __repr__(self) -> str:
+        names = [str(name) for name in self.trackable_children() if name != SAVE_COUNTER]
+        if self.__dict__["_self_rooted"]:
+            root = self.__dict__["_self_root"]
+            root = root() if isinstance(root, weakref.ref) else root
+            names.insert(0, f"root {type(root).__qualname__}")
+        return f"<Checkpoint of {', '.join(names) or 'nothing yet'}>"
+
+    def _root_object(self) -> Any:
+        root = self.__dict__["_self_root"]
+        if isinstance(root, weakref.ref):
+            root = root()
+        if root is None and self.__dict__["_self_rooted"]:
+            raise AssertionError("the root of this checkpoint was garbage-collected")
+        return delegate_of(root)
+
+    _plain_data_is_state = True
+
+    def _is_state(self, value: Any) -> bool:
+        return view_of(value) is not None or saver_name(value) is not None
+
+    def _before_dropping(self, name: str, value: Any) -> None:
+        # A new name may be given to anything; what was saved so far must not go without a word.
+        raise ValueError(_unknown(name, value))
+
+    # --- verbs -------------------------------------------------------------------------
+
+    def write(self, path: Path, options: CheckpointOptions | None = None) -> SavedPath:
+        """Saves to exactly `path`, without a number, a counter or the state file.
+
+        Returns:
+          The path of the checkpoint. Pairs with `read`. None where another save was in flight
+          and `when_busy="skip"` says not to wait for it.
+        """
+        options = given(options)
+        path = os.fsdecode(path)
+        watch = METER.saving()
+        with ExitStack() as stack:
+            meeting = self._meet(path, options, stack)
+            with self._turn(options, meeting) as is_mine:
+                if not is_mine:
+                    return None
+                self._settle(options)
+                self._write(path, options, watch, meeting, stack)
+        return path
+
+    def save(self, prefix: Path, options: CheckpointOptions | None = None) -> SavedPath:
+        """Saves to `f"{prefix}-{n}"` with n one above `save_counter`, which it advances.
+
+        The state file `checkpoint` of the directory then names this checkpoint as the latest.
+        What is at that path already is replaced, in one step.
+
+        Args:
+          prefix: the path without its number.
+          options: how; `enable_async=True` returns as soon as the values are safe from changes.
+
+        Returns:
+          The path of the checkpoint. Pairs with `restore`. None where another save was in
+          flight and `when_busy="skip"` says not to wait for it; the counter stays as it is.
+
+        Raises:
+          UnsaveableError: naming every value that cannot be saved; nothing was written.
+          AsyncSaveError: an earlier save failed in the background. With one process this one has
+            not begun; with several it has, because those that know of no error take part.
+          OSError: the file system refused something; the earlier checkpoints are as they were.
+        """
+        options = given(options)
+        watch = METER.saving()
+        with ExitStack() as stack:
+            meeting = self._meet(os.fsdecode(prefix), options, stack)
+            with self._turn(options, meeting) as is_mine:
+                if not is_mine:
+                    return None
+                self._settle(options)
+                number = self.save_counter + 1
+                path = f"{os.fsdecode(prefix)}-{number}"
+                # Of now: the program may have gone elsewhere when it is committed.
+                directory = os.path.realpath(os.path.dirname(path))
+
+                def committed() -> None:
+                    if meeting.leads:
+                        state = CheckpointState(os.path.join(directory, os.path.basename(path)))
+                        update_checkpoint_state(directory, state)
+
+                def counted() -> None:
+                    self._count(number)
+
+                def failed() -> None:  # a save that failed has not happened
+                    self._count(number - 1)
+
+                counted()
+                self._write(path, options, watch, meeting, stack, committed, counted, failed)
+        return path
+
+    @contextmanager
+    def _turn(self, options: CheckpointOptions, meeting: Meeting) -> Iterator[bool]:
+        """The right to save; see `Background.turn`. Of several processes, 0 decides on a skip."""
+        background = self._background()
+        # Where one of several processes would not take part, the others would wait for it.
+        is_alone = meeting.count == 1
+        with background.turn(options.when_busy, is_refused=is_alone) as is_mine:
+            if options.when_busy == "wait" or meeting.led(is_mine) == is_mine:
+                yield is_mine
+            elif is_mine:  # process 0 is not done with a save that this one is done with
+                yield False
+            else:
+                with background.turn(is_refused=is_alone) as is_mine:
+                    yield is_mine
+
+    def _settle(self, options: CheckpointOptions) -> None:
+        """Counts saves that had failed here, in doubt, but not on process 0."""
+        doubts, seconds = self._doubts(), options.timeout_seconds
+        while doubts and (is_done := doubts[0][0].done_after_all(seconds)) is not None:
+            _, counted, committed, failed = doubts.pop(0)
+            if is_done:
+                counted()
+                committed()
+            else:
+                failed()
+
+    def _doubts(self) -> list[Doubt]:
+        return self.__dict__.setdefault("_self_doubts", [])
+
+    def _meet(self, path: str, options: CheckpointOptions, stack: ExitStack) -> Meeting:
+        """Meets the other processes for a save, before anything that could fail here."""
+        meeting = current().meeting(f"saving {path}", options.timeout_seconds)
+        return stack.enter_context(meeting)
+
+    def _write(
+        self,
+        path: str,
+        options: CheckpointOptions,
+        watch: SaveWatch,
+        meeting: Meeting,
+        stack: ExitStack,
+        committed: Callable[[], None] = lambda: None,
+        counted: Callable[[], None] = lambda: None,
+        failed: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Writes to `path` and calls back, here or in the background.
+
+        `stack` holds the meeting. It is taken over where the work goes to the background. `failed`
+        takes back what `counted` has done.
+        """
+
+        def undone() -> None:
+            failed()
+            if meeting.is_in_doubt:
+                meeting.stays_open = True
+                self._doubts().append((meeting, counted, committed, failed))
+
+        undo = stack.enter_context(ExitStack())
+        undo.callback(undone)
+        finish = begin(self._trace, path, options, meeting, overwrite=True, watch=watch)
+
+        def kept() -> None:
+            undo.pop_all()
+            if not meeting.leads:  # whatever becomes of the callbacks
+                committed()
+
+        def then() -> None:
+            _call_back(options.write_callbacks, path)
+            if meeting.leads:
+                committed()
+
+        if not options.enable_async:
+            finish(kept, then)
+            return
+        watch.unblocked()
+        later = stack.pop_all()
+
+        def work() -> None:
+            with later:
+                finish(kept, then)
+
+        self._background().start(work, f"saving {path}", options.timeout_seconds)
+
+    def read(
+        self,
+        path: Path | None,
+        options: CheckpointOptions | None = None,
+        *,
+        rename: Iterable[Rule] = (),
+    ) -> LoadStatus:
+        """Restores what `write` saved, without touching the save counter; see `restore`."""
+        options = given(options)
+        with self._turn_to_restore(path, options) as meeting:
+            return self._read(path, options, rename, meeting)
+
+    @contextmanager
+    def _turn_to_restore(
+        self, path: Path | None, options: CheckpointOptions
+    ) -> Iterator[Meeting | None]:
+        is_alone = current().count == 1  # the others restore, and so does this one
+        with (
+            together(path, options) as meeting,
+            self._background().turn(is_refused=is_alone),
+        ):
+            yield meeting
+
+    def _read(
+        self,
+        path: Path | None,
+        options: CheckpointOptions,
+        rename: Iterable[Rule],
+        meeting: Meeting | None,
+    ) -> LoadStatus:
+        if path is None:
+            return LoadStatus(None, self._trace_for_restore)
+        with METER.restoring(lambda: CheckpointReader(path)) as reader:
+            saved = renamed(reader.object_graph, rename)
+            restoration = Restoration(reader.path, saved, options, self._trace_for_restore)
+            root = restoration.run(reader, meeting)
+        if self.__dict__["_self_rooted"] and root is not self._root_object():
+            self.__dict__["_self_root"] = root
+        return LoadStatus(restoration, self._trace_for_restore)
+
+    def restore(
+        self,
+        path: Path | None,
+        options: CheckpointOptions | None = None,
+        *,
+        rename: Iterable[Rule] = (),
+    ) -> LoadStatus:
+        """Restores objects from a checkpoint, matched by the names of the edges between them.
+
+        Mutable objects change in place; pytrees are rebuilt, so read them back from the
+        checkpoint's attribute. Values of objects that do not exist yet wait for them.
+
+        Args:
+          path: of a checkpoint, as `save` returned it, or of an `.npz` file, whose names are
+            matched with the paths of values ("/" or "." between local names). None restores
+            nothing.
+          options: `cast`, `skip_slot_variables`, `shardings` and `max_inflight_bytes` apply.
+          rename: ordered rules (saved pattern, target pattern, *transforms) for values that
+            moved; see `ckpt_jax.restore`. They hold for objects that appear later, too.
+
+        Raises:
+          CheckpointNotFoundError: nothing is there; the message lists what is near.
+          RestoreMismatchError: a shape, dtype or kind differs, or a value that exists only
+            abstractly is not in the checkpoint. Nothing was read or changed.
+          CorruptCheckpointError: bytes are damaged.
+          AsyncSaveError: an earlier save failed in the background. With one process nothing was
+            restored; with several all was, because those that know of no error restore.
+        """
+        options = given(options)
+        with self._turn_to_restore(path, options) as meeting:
+            self._counter()
+            self._settle(options)
+            return self._read(path, options, rename, meeting)
+
+    def freeze(self) -> FrozenSaver:
+        """A saver of the objects that are here now, which need not be traced again.
+
+        It holds all of them, the save counter included, which it does not advance.
+
+        Raises:
+          ValueError: the root is immutable.
+        """
+        self._counter()
+        return FrozenSaver(self._trace())
+
+    def sync(self) -> None:
+        """Waits for a save in the background.
+
+        Raises:
+          AsyncSaveError: it failed; the cause is chained.
+        """
+        self._background().wait()
+
+    def _background(self) -> Background:
+        return self.__dict__.setdefault("_self_background", Background())
+
+    @property
+    def save_counter(self) -> int:
+        """How many times `save` has been called, this checkpoint's past included."""
+        return int(self._counter().value)
+
+    def _count(self, number: int) -> None:
+        counter = self._counter()
+        is_own = isinstance(counter, _Counter)
+        counter._value = number if is_own else np.asarray(number, counter.dtype)
+
+    @property
+    def root(self) -> Any:
+        """The root object, where one was given."""
+        return self._root_object()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy, here or in another process, saves on its own.
+        own = ("_self_background", "_self_doubts")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
+
+    # --- the graph ---------------------------------------------------------------------
+
+    def _counter(self) -> Variable:
+        """The save counter, made on first use; a restored value may wait for it."""
+        private = self.__dict__
+        if private["_self_counter"] is None:
+            root = self._root_object() if private["_self_rooted"] else None
+            own = root._counter() if isinstance(root, Checkpoint) else _child(root, SAVE_COUNTER)
+            if not isinstance(own, Variable):
+                own = self.track(SAVE_COUNTER, _Counter(0))
+            private["_self_counter"] = own
+        return private["_self_counter"]
+
+    def _trace(self, *, for_restore: bool = False) -> LiveGraph:
+        if not self.__dict__["_self_rooted"]:
+            return live_graph(self, for_restore=for_restore)
+        root, view = self._root_object(), _RootedView(self)
+        return live_graph(root, for_restore=for_restore, root_view=view)
+
+    def _trace_for_restore(self) -> LiveGraph:
+        return self._trace(for_restore=True)
+
+
+class _Counter(Variable):
+    """The save counter: a Python int in a box."""
+
+    def __init__(self, value: int):
+        self._value = value
+
+
+def _child(obj: Any, label: Label) -> Any:
+    view = view_of(obj)
+    return dict(view.children(obj)).get(label) if view is not None else None
+
+
+class _RootedView(View):
+    """A root object with the names that its Checkpoint attaches to it."""
+
+    identity = True
+
+    def __init__(self, checkpoint: Checkpoint):
+        root = checkpoint._root_object()
+        view = view_of(root)
+        assert view is not None
+        self.view = view
+        self.container = view.container
+        self.mutable = view.mutable
+        own = dict(view.children(root))
+        children: dict[Label, Any] = {**checkpoint.trackable_children()}
+        for name in own.keys() & children.keys():
+            if delegate_of(own[name]) is not delegate_of(children[name]):
+                raise ValueError(f"root.{name} already exists, as another object")
+        self.own_names = own.keys()
+        self.checkpoint = checkpoint
+
+    @property
+    def attached(self) -> dict[Label, Any]:
+        children = self.checkpoint.trackable_children()
+        return {name: child for name, child in children.items() if name not in self.own_names}
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        return [*self.view.children(obj), *self.attached.items()]
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        names = self.attached.keys()
+        attached: dict[Label, Any] = {
+            label: child for label, child in changed.items() if label in names
+        }
+        TrackableView().rebuild(self.checkpoint, attached)
+        own = {label: child for label, child in changed.items() if label not in attached}
+        return self.view.rebuild(obj, own) if own else obj
+
+    def awaiting(self, obj: Any) -> tuple[Any, ...]:
+        return (*self.view.awaiting(obj), self.checkpoint)
+
+    def values(self, obj: Any) -> Mapping[str, Any]:
+        return self.view.values(obj)
+
+    def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
+        return self.view.assign(obj, values)
+
+    def slots(self, obj: Any) -> Iterable[SlotEntry]:
+        return self.view.slots(obj)
+
+    def parameters(self, obj: Any) -> Any | None:
+        return self.view.parameters(obj)
+
+    def replaces_slots(self, obj: Any) -> bool:
+        return self.view.replaces_slots(obj)
+
+    def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
+        return self.view.with_slots(obj, changed)
+
+
+def _unknown(name: str, value: Any) -> str:
+    return (
+        f"{name}={type(value).__qualname__}: nothing is known about how to save it; "
+        "ckpt.register_view teaches the library new kinds"
+    )
+
+
+def _is_empty_container(root: Any) -> bool:
+    return isinstance(root, list | tuple | dict) and not root
+
+
+def _call_back(callbacks: Iterable[Callable[..., Any]], path: str) -> None:
+    for callback in callbacks:
+        if inspect.signature(callback).parameters:
+            callback(path)
+        else:
+            callback()

@@ -1,0 +1,285 @@
+"""The checkpoints of a directory as files: which is the latest, which are new, and removing one.
+
+A checkpoint *exists* where there is a committed directory, and is *usable* where its index and
+object graph can be read and agree, and its files hold as many bytes as the index lists. Neither
+looks at the bytes of arrays, which are checked when they are read.
+
+Order is that of the numbers in the names. Times are only reported.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+
+from ckpt_jax.errors import CheckpointError
+from ckpt_jax.options import Path
+from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.store.directory import (
+    checkpoints_in,
+    is_checkpoint,
+    number_of,
+    require_checkpoint,
+)
+from ckpt_jax.store.durable import fsync_directory
+from ckpt_jax.store.stack import MANIFEST
+from ckpt_jax.store.staging import held, staging_name
+from ckpt_jax.store.state_file import get_checkpoint_state
+
+_log = logging.getLogger("ckpt_jax")
+
+
+def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> str | None:
+    """The path of the newest usable checkpoint that the directory's state file knows of.
+
+    Where the one that the state file names is gone or damaged, the newest older one is taken
+    instead, by number, and a warning says so.
+
+    Args:
+      directory: where `Checkpoint.save` or a manager saved.
+      latest_filename: name of the state file; "checkpoint" by default.
+
+    Returns:
+      A path for `Checkpoint.restore`, or None where there is none.
+
+    Raises:
+      ValueError: the state file names no checkpoint.
+
+    Source: `tf.train.latest_checkpoint`, which returns None where ours falls back.
+
+    Example:
+      >>> import os, tempfile
+      >>> from ckpt_jax.api.checkpoint import Checkpoint
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     checkpoint = Checkpoint(step=7)
+      ...     paths = [checkpoint.save(f"{directory}/ckpt") for _ in range(2)]
+      ...     os.path.basename(latest_checkpoint(directory))
+      'ckpt-2'
+    """
+    directory = os.fsdecode(directory)
+    first = None
+    while True:
+        state = get_checkpoint_state(directory, latest_filename)
+        if state is None:
+            return None
+        latest = state.model_checkpoint_path
+        problem = problem_with(latest)
+        if problem is None:
+            return latest
+        if latest == first:
+            break
+        first = latest  # look again: it may have been overtaken, and removed, in this moment
+    _log.warning("the checkpoint %s is not usable: %s", latest, problem)
+    for path in older_checkpoints(directory, latest):
+        problem = problem_with(path)
+        if problem is None:
+            _log.warning("falling back to %s, the newest usable checkpoint", path)
+            return path
+        _log.warning("the checkpoint %s is not usable: %s", path, problem)
+    return None
+
+
+def older_checkpoints(directory: Path, path: str) -> list[str]:
+    """The checkpoints in `directory` of the same name as `path` with smaller numbers.
+
+    Returns:
+      Paths, the largest number first; none where `path` has no number.
+    """
+    number = number_of(path)
+    if number is None:
+        return []
+    directory = os.fsdecode(directory)
+    name = _name_without_number(path)
+    return [
+        os.path.join(directory, other)
+        for other in reversed(checkpoints_in(directory))
+        if (n := number_of(other)) is not None and n < number
+        if _name_without_number(other) == name
+    ]
+
+
+def problem_with(path: str) -> str | None:
+    """Why the checkpoint at `path` is not usable; None where it is."""
+    try:
+        with CheckpointReader(path) as reader:
+            _ = reader.object_graph
+            reader.check_files()
+    except (CheckpointError, OSError) as error:
+        return str(error)
+    return None
+
+
+def checkpoints_iterator(
+    directory: Path,
+    timeout: float | None = None,
+    *,
+    min_interval_seconds: float = 0.0,
+    timeout_fn: Callable[[], bool] | None = None,
+    poll_seconds: float = 1.0,
+    wait: Callable[[float], object] = time.sleep,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[str]:
+    """Yields the checkpoints of a directory as they appear, for evaluating beside training.
+
+    Each time it is asked it yields the latest one, once; what was saved and overtaken in
+    between is skipped. While it is not usable, because it is still being copied, is damaged, or
+    was removed in this moment, a warning says so, and none older is yielded in its place.
+
+    Args:
+      directory: where somebody saves; it need not exist yet.
+      timeout: seconds to wait for each new checkpoint; None waits for ever.
+      min_interval_seconds: the least time between the moments at which two are yielded.
+      timeout_fn: called when the time is over; the iteration ends if it returns true, and
+        goes on waiting otherwise. Without it the iteration ends.
+      poll_seconds: between two looks at the state file.
+      wait: what waits, given seconds.
+      clock: the time in seconds, from any origin.
+
+    Returns:
+      An iterator over paths for `Checkpoint.restore`.
+
+    Raises:
+      ValueError: while iterating, the state file names no checkpoint.
+
+    Source: `tf.train.checkpoints_iterator`.
+
+    Example:
+      >>> import os, tempfile
+      >>> from ckpt_jax.api.checkpoint import Checkpoint
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = Checkpoint(step=7).save(f"{directory}/ckpt")
+      ...     [os.path.basename(path) for path in checkpoints_iterator(directory, timeout=0)]
+      ['ckpt-1']
+    """
+    directory = os.fsdecode(directory)
+    seen: str | None = None
+    while True:
+        deadline = math.inf if timeout is None else clock() + timeout
+        path, problem = _newer(directory, seen, None)
+        while path is None and (remaining := deadline - clock()) > 0:
+            wait(min(poll_seconds, remaining))
+            path, problem = _newer(directory, seen, problem)
+        if path is not None:
+            seen, earliest = path, clock() + min_interval_seconds
+            yield path
+            if (early := earliest - clock()) > 0:
+                wait(early)
+        elif timeout_fn is None or timeout_fn():
+            return
+
+
+def _newer(
+    directory: str, seen: str | None, known_problem: str | None
+) -> tuple[str | None, str | None]:
+    """The latest checkpoint by the state file, if it is another than `seen` and usable.
+
+    Returns:
+      Its path or None, and the problem that was logged unless it was known before.
+    """
+    state = get_checkpoint_state(directory)
+    if state is None or state.model_checkpoint_path == seen:
+        return None, None
+    path = state.model_checkpoint_path
+    problem = problem_with(path)
+    if problem is None:
+        return path, None
+    if problem != known_problem:
+        _log.warning("the checkpoint %s is not usable yet: %s", path, problem)
+    return None, problem
+
+
+def checkpoint_exists(path: Path) -> bool:
+    """Whether there is a committed checkpoint at `path`; it may still be damaged.
+
+    Args:
+      path: of a checkpoint, as `save` returned it.
+
+    Source: `tf.compat.v1.train.checkpoint_exists`.
+
+    Example:
+      >>> checkpoint_exists("/nowhere/ckpt-1")
+      False
+    """
+    return is_checkpoint(os.fsdecode(path))
+
+
+def get_checkpoint_mtimes(paths: Iterable[Path]) -> list[float]:
+    """When checkpoints were committed, or copied to where they are.
+
+    Args:
+      paths: of checkpoints.
+
+    Returns:
+      Seconds since the epoch by the clock of the file system, in the order of `paths`. One
+      that does not exist is left out.
+
+    Source: `tf.compat.v1.train.get_checkpoint_mtimes`.
+
+    Example:
+      >>> get_checkpoint_mtimes(["/nowhere/ckpt-1"])
+      []
+    """
+    times: list[float] = []
+    for path in paths:
+        if checkpoint_exists(path):
+            with suppress(FileNotFoundError):  # somebody removes it in this moment
+                times.append(os.stat(os.path.join(os.fsdecode(path), MANIFEST)).st_mtime)
+    return times
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Removes the checkpoint at `path`; it is no error if there is nothing.
+
+    It first takes the name of a staging directory, so that at no moment a part of it can be
+    taken for a checkpoint. Of a symbolic link, only the link goes.
+
+    Args:
+      path: of a checkpoint, as `save` returned it.
+
+    Raises:
+      CheckpointNotFoundError: what is there is no checkpoint; it stays.
+      OSError: it could not be removed, or not all of it; then what is left is in a directory
+        `<path>.staging-<32 hex digits>`, which is no checkpoint.
+
+    Source: `tf.compat.v1.train.remove_checkpoint`.
+
+    Example:
+      >>> import tempfile
+      >>> from ckpt_jax.api.checkpoint import Checkpoint
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = Checkpoint(step=7).save(f"{directory}/ckpt")
+      ...     remove_checkpoint(path)
+      ...     checkpoint_exists(path)
+      False
+    """
+    path = os.path.abspath(os.fsdecode(path))
+    if not os.path.lexists(path):
+        return
+    require_checkpoint(path)
+    try:
+        if os.path.islink(path):
+            os.unlink(path)
+            return
+        with held(path):
+            aside = staging_name(path)
+            os.rename(path, aside)
+            try:
+                # Else a power failure could take parts of it and leave it its name.
+                fsync_directory(os.path.dirname(path))
+            except OSError:
+                os.rename(aside, path)
+                raise
+            shutil.rmtree(aside)
+    except FileNotFoundError:
+        if os.path.lexists(path):
+            raise
+        # Somebody else removed it in this moment.
+
+
+def _name_without_number(path: str) -> str:
+    return os.path.basename(path).rpartition("-")[0]

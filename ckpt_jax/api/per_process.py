@@ -1,0 +1,174 @@
+"""PerProcess: state that each process has for itself, such as the position of its data iterator.
+
+The object graph is the same on all processes, so what differs between them cannot be in it. A
+`PerProcess` is one node of the graph with a saver of its own: each process writes the value that
+it holds as a small object graph with its arrays, under keys that name the process,
+
+    iterator/process-0/.GRAPH
+    iterator/process-0/position/.ATTRIBUTES/VARIABLE_VALUE
+    iterator/process-1/.GRAPH
+    ...
+
+and reads back its own. Where there are more or fewer processes than wrote, nobody can say whose
+is whose, unless a merge function does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import jax
+
+from ckpt_jax import io
+from ckpt_jax.api.tree import build
+from ckpt_jax.errors import ProcessError, UnsaveableError
+from ckpt_jax.graph import codec
+from ckpt_jax.graph.nodes import ObjectGraph
+from ckpt_jax.matching.live import live_graph
+from ckpt_jax.matching.match import match
+from ckpt_jax.matching.plan import plan_read
+from ckpt_jax.objects.registry import IsExactly, register_checkpoint_saver
+from ckpt_jax.objects.views import View, add_view
+from ckpt_jax.options import DEFAULT
+from ckpt_jax.processes.current import current
+from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.restoring.run import execute, fits, require_fit
+from ckpt_jax.saving.pipeline import encoded_values
+from ckpt_jax.store.seal import seal, unseal
+
+Merge = Callable[[list[Any], int, int], Any]
+
+
+class PerProcess:
+    """A mutable box for state that each process has for itself.
+
+    Args:
+      value: anything that has a view and whose arrays this process holds alone: Python values,
+        numpy arrays, pytrees, trackables. On each process it may be another one.
+      merge: `(values, index, count) -> value`, called where the checkpoint was written by
+        another number of processes: from what all of them saved, in their order, as
+        `ckpt.load` gives it, the value for process `index` of `count`.
+
+    Restoring fails with `ProcessError` where the number of processes is another one and there is
+    no `merge`.
+
+    Example:
+      >>> import tempfile
+      >>> from ckpt_jax.api.checkpoint import Checkpoint
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = Checkpoint(data=PerProcess({"position": 7})).save(f"{directory}/ckpt")
+      ...     data = PerProcess({"position": 0})
+      ...     status = Checkpoint(data=data).restore(path).assert_consumed()
+      ...     data.value
+      {'position': 7}
+    """
+
+    def __init__(self, value: Any, merge: Merge | None = None):
+        self.value = value
+        self.merge = merge
+
+    def __repr__(self) -> str:
+        return f"PerProcess({self.value!r})"
+
+
+class _PerProcessView(View):
+    """A node without children; its value is the saver's business."""
+
+    identity = True
+    mutable = True
+
+
+def _key(name: str, process: int) -> str:
+    return f"{name}/process-{process}" if name else f"process-{process}"
+
+
+def _save(objects: dict[str, Any], prefix: str) -> str:
+    process = current().index
+    values: dict[str, Any] = {}
+    for name, each in objects.items():
+        root = _key(name, process)
+        live = live_graph(each.value, root, for_restore=False)
+        refused = [
+            (path, f"is taken by the checkpoint saver {node.saver.name}")
+            for path, node in zip(live.graph.paths, live.graph.nodes, strict=True)
+            if node.saver is not None
+        ]
+        encoded = encoded_values(live)
+        refused += [
+            (key, "lies on devices of several processes")
+            for key, value in encoded.items()
+            if isinstance(value, jax.Array) and not value.is_fully_addressable
+        ]
+        if refused:
+            lines = "\n".join(f"  {path}: {what}" for path, what in refused)
+            raise UnsaveableError(f"cannot be in a ckpt.PerProcess:\n{lines}", tuple(refused))
+        values |= encoded
+        values[f"{root}/.GRAPH"] = seal(codec.encode(live.graph))
+    return io.write_shard(prefix, values)
+
+
+def _restore(objects: dict[str, Any], path: str) -> None:
+    processes = current()
+    with CheckpointReader(path) as reader:
+        graphs = {name: _graphs(reader, name) for name in objects}
+        strangers = [
+            f"{name or '(root)'}: saved by {len(graphs[name])} processes"
+            for name, each in objects.items()
+            if len(graphs[name]) != processes.count and each.merge is None
+        ]
+        if strangers:
+            lines = "\n".join(f"  {stranger}" for stranger in strangers)
+            raise ProcessError(
+                f"{path} has state of single processes, of which there are {processes.count} now:\n"
+                f"{lines}\n"
+                "Restore with as many processes, or say with ckpt.PerProcess(value, merge=...) "
+                "what becomes of it."
+            )
+        restored = {}
+        for name, each in objects.items():
+            if len(graphs[name]) == processes.count:
+                saved = graphs[name][processes.index]
+                root = _key(name, processes.index)
+                restored[name] = _own_value(reader, saved, each.value, root)
+            else:
+                values = [_loaded(reader, saved) for saved in graphs[name]]
+                restored[name] = each.merge(values, processes.index, processes.count)
+    for name, value in restored.items():
+        objects[name].value = value
+
+
+def _graphs(reader: CheckpointReader, name: str) -> list[ObjectGraph]:
+    found: list[ObjectGraph] = []
+    while reader.has_tensor(key := f"{_key(name, len(found))}/.GRAPH"):
+        found.append(codec.decode(unseal(reader.read({key: None})[key])))
+    return found
+
+
+def _own_value(reader: CheckpointReader, saved: ObjectGraph, target: Any, root: str) -> Any:
+    live = live_graph(target, root)
+    found = match(saved, live.graph)
+    plan = plan_read(saved, live, found, path=reader.path, fits=fits(cast=False))
+    left_over = (*plan.report.unexpected, *plan.report.deferred)  # nothing appears later here
+    require_fit(replace(plan.report, unexpected=left_over, deferred=()))
+    return execute(plan, live, reader, DEFAULT)[0]
+
+
+def _loaded(reader: CheckpointReader, saved: ObjectGraph) -> Any:
+    data = reader.read({attribute.key: None for _, attribute in saved.attributes()})
+    values: dict[int, dict[str, Any]] = {}
+    for node, attribute in saved.attributes():
+        value = reader.as_saved(attribute.key, data[attribute.key], attribute.spec)
+        values.setdefault(node, {})[attribute.name] = value
+    return build(saved, values, everything=True)
+
+
+add_view(PerProcess, _PerProcessView())
+register_checkpoint_saver(
+    package="ckpt_jax",
+    name="PerProcess",
+    predicate=IsExactly(PerProcess),
+    save_fn=_save,
+    restore_fn=_restore,
+)

@@ -1,0 +1,193 @@
+"""LoadStatus: what a restore did, and assertions about it.
+
+The assertions look at the program as it is now, not as it was when `restore` was called:
+values that waited may have found their objects since. They follow TensorFlow's.
+
+A file that has no object graph may hold anything besides, so for it all three assertions mean
+the same: every object of the program that has values got them. The save counter need not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from ckpt_jax.graph.labels import SAVE_COUNTER
+from ckpt_jax.graph.nodes import pretty_name
+from ckpt_jax.matching.match import Match, match
+from ckpt_jax.matching.trace import LiveGraph
+from ckpt_jax.report import RestoreReport
+from ckpt_jax.restoring.run import plan_restoring
+from ckpt_jax.restoring.waiting import Restoration
+
+_MAX_LISTED = 10
+_NO_CHECKPOINT = (
+    "No checkpoint specified; nothing was restored (the path was None, which is what "
+    "latest_checkpoint returns where there is none)"
+)
+
+
+class LoadStatus:
+    """The outcome of `Checkpoint.restore` or `read`.
+
+    Each assertion returns the status, for chaining. As a context manager it asserts on
+    leaving that everything was consumed:
+
+        with checkpoint.restore(path):
+            ...  # create what is still missing
+
+    Source: `tf.train.Checkpoint.restore`'s status objects.
+    """
+
+    def __init__(self, restoration: Restoration | None, trace: Callable[[], LiveGraph]):
+        self._restoration = restoration
+        self._trace = trace
+
+    def __repr__(self) -> str:
+        restoration = self._restoration
+        where = "no checkpoint" if restoration is None else restoration.path
+        return f"<LoadStatus of {where}; its .report lists every value>"
+
+    def _repr_html_(self) -> str:
+        return self.report._repr_html_()
+
+    @property
+    def report(self) -> RestoreReport:
+        """Every value on either side, as things stand now."""
+        if self._restoration is None:
+            return RestoreReport("(no checkpoint)")
+        return self._look()[2]
+
+    def assert_consumed(self, *, limit: int | None = _MAX_LISTED) -> LoadStatus:
+        """Every value in the checkpoint has a place in the program, and the other way round.
+
+        Args:
+          limit: how many values a failure names; None for all.
+
+        Raises:
+          AssertionError: naming the values that have not.
+        """
+        self._done.left_over.is_expected = True  # whoever asserts has been told
+        self.assert_existing_objects_matched(limit=limit)
+        live, found, report = self._look()
+        saved = self._done.saved
+        if saved.named:
+            return self
+        unresolved = [
+            f"Unresolved object in checkpoint {pretty_name(saved, node)}: {what}"
+            for node, what in self._unresolved(live, found)
+        ]
+        unused = [f"Unused attributes in checkpoint: {entry}" for entry in report.unexpected]
+        _fail("values of the checkpoint have no place in the program", unresolved or unused, limit)
+        return self
+
+    def assert_existing_objects_matched(self, *, limit: int | None = _MAX_LISTED) -> LoadStatus:
+        """Every object of the program that has values got them from this checkpoint.
+
+        Args:
+          limit: how many objects a failure names; None for all.
+
+        Raises:
+          AssertionError: naming the objects that did not.
+        """
+        live, found, _ = self._look()
+        sources, saved = found.sources(), self._done.saved.nodes
+        skipped = live.graph.slot_nodes if self._skips_slots() else frozenset()
+        if self._done.saved.named:
+            skipped |= {n for label, n in live.graph.nodes[0].children if label == SAVE_COUNTER}
+        unmatched = [
+            pretty_name(live.graph, node)
+            for node, entry in enumerate(live.graph.nodes)
+            if entry.attributes
+            and node not in skipped
+            and (
+                node not in sources
+                or not (saved[sources[node]].attributes or saved[sources[node]].saver)
+                or not self._holds(live, sources[node], node)
+            )
+        ]
+        _fail("objects of the program are not in the checkpoint", unmatched, limit)
+        return self
+
+    def assert_nontrivial_match(self) -> LoadStatus:
+        """Something besides the root was matched.
+
+        Raises:
+          AssertionError: nothing was.
+        """
+        if self._done.saved.named:
+            return self.assert_consumed()
+        live, found, _ = self._look()
+        if len(found.bound) <= 1:
+            if len(live.graph.nodes) <= 1:
+                raise AssertionError("Nothing to load: the program tracks no objects")
+            raise AssertionError(
+                "Nothing but the root was matched with the checkpoint. It holds "
+                f"{_listed(list(self._done.saved.paths[1:]))}; the program has "
+                f"{_listed(list(live.graph.paths[1:]))}"
+            )
+        return self
+
+    def expect_partial(self) -> LoadStatus:
+        """Silences the note about values that were never used; assertions stay as they are."""
+        if self._restoration is not None:
+            self._restoration.left_over.is_expected = True
+        return self
+
+    def initialize_or_restore(self) -> LoadStatus:
+        """Nothing to do outside of TensorFlow's graph mode; kept for programs ported from it."""
+        return self
+
+    def __enter__(self) -> LoadStatus:
+        return self
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        if kind is None:
+            self.assert_consumed(limit=None)
+
+    @property
+    def _done(self) -> Restoration:
+        if self._restoration is None:
+            raise AssertionError(_NO_CHECKPOINT)
+        return self._restoration
+
+    def _look(self) -> tuple[LiveGraph, Match, RestoreReport]:
+        restoration = self._done
+        live = self._trace()
+        found = match(restoration.saved, live.graph)
+        plan, _ = plan_restoring(
+            restoration.renamed, live, found, restoration.path, restoration.options
+        )
+        return live, found, replace(plan.report, nbytes=restoration.nbytes)
+
+    def _skips_slots(self) -> bool:
+        return self._done.options.skip_slot_variables
+
+    def _holds(self, live: LiveGraph, saved: int, node: int) -> bool:
+        """Whether a live node still is the object that the restore bound. Values without an
+        identity of their own (leaves of a pytree) are known by their place."""
+        return not live.views[node].mutable or self._done.is_bound(saved, live.objects[node])
+
+    def _unresolved(self, live: LiveGraph, found: Match) -> list[tuple[int, str]]:
+        saved = self._done.saved
+        skipped = saved.slot_nodes if self._skips_slots() else frozenset()
+        return [
+            (node, ", ".join(str(attribute.spec) for attribute in entry.attributes))
+            for node, entry in enumerate(saved.nodes)
+            if entry.attributes
+            and node not in skipped
+            and (node not in found.bound or not self._holds(live, node, found.bound[node]))
+        ]
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(name or "(root)" for name in names[:_MAX_LISTED])
+    more = len(names) - _MAX_LISTED
+    return f"{shown} and {more} more ({len(names)} in all)" if more > 0 else shown or "nothing"
+
+
+def _fail(what: str, names: list[str], limit: int | None) -> None:
+    if names:
+        lines = "\n".join(f"  {name}" for name in names[:limit])
+        more = f"\n  ... {len(names)} in all" if limit is not None and len(names) > limit else ""
+        raise AssertionError(f"{len(names)} {what}:\n{lines}{more}")

@@ -1,0 +1,375 @@
+"""Save and restore in one call each, for pytrees and Flax objects."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import jax
+
+from ckpt_jax.graph.as_tree import as_tree, is_tree
+from ckpt_jax.graph.labels import SAVE_COUNTER, Label
+from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, has_values
+from ckpt_jax.graph.patterns import Selection, selects
+from ckpt_jax.matching.live import live_graph
+from ckpt_jax.matching.match import match
+from ckpt_jax.matching.plan import ReadPlan
+from ckpt_jax.matching.trace import LiveGraph
+from ckpt_jax.metrics import METER
+from ckpt_jax.objects.delegate import delegate_of
+from ckpt_jax.options import CheckpointOptions, Path, given
+from ckpt_jax.processes.current import current
+from ckpt_jax.report import ReportEntry, RestoreReport, near_miss, nearest
+from ckpt_jax.restoring.adapters import settle
+from ckpt_jax.restoring.derived import FittedReader
+from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.restoring.rename import Rule
+from ckpt_jax.restoring.rename import rename as renamed
+from ckpt_jax.restoring.run import (
+    abstract_only,
+    execute,
+    nbytes_to_read,
+    plan_restoring,
+    require_fit,
+    together,
+)
+from ckpt_jax.restoring.shardings import Place, Structs, with_shardings
+from ckpt_jax.saving.pipeline import write_checkpoint
+from ckpt_jax.values.host import without_gc
+from ckpt_jax.values.leaves import struct_of
+
+T = TypeVar("T")
+_ADVICE = (
+    "Nothing was read or changed. Pass a target that fits, rename=[(saved, target), ...] for "
+    "values that moved, strict=False where only one side has a value, or "
+    "options=CheckpointOptions(cast=True) to convert dtypes."
+)
+
+
+def save(
+    path: Path, tree: Any, *, options: CheckpointOptions | None = None, overwrite: bool = False
+) -> str:
+    """Saves a pytree, an `nnx.Module` or any other object with a view.
+
+    Args:
+      path: the directory to create.
+      tree: what to save.
+      options: how.
+      overwrite: whether a checkpoint at `path` may be replaced (atomically).
+
+    Returns:
+      `path`.
+
+    Raises:
+      FileExistsError: `path` exists.
+      UnsaveableError: naming every leaf that cannot be saved; nothing was written.
+
+    Example:
+      >>> import numpy as np, tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = save(f"{directory}/a", {"w": np.arange(3), "step": 7})
+      ...     load(path)
+      {'w': array([0, 1, 2]), 'step': 7}
+    """
+    path = os.fsdecode(path)
+    options = given(options)
+    watch = METER.saving()
+    with current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
+        write_checkpoint(
+            lambda: live_graph(tree, for_restore=False),
+            path,
+            options,
+            meeting,
+            overwrite=overwrite,
+            watch=watch,
+        )
+    return path
+
+
+@without_gc()
+def restore(
+    path: Path,
+    target: T,
+    *,
+    strict: bool = True,
+    rename: Iterable[Rule] = (),
+    options: CheckpointOptions | None = None,
+) -> T:
+    """Restores what `save` saved, into the structure, dtypes, shapes and shardings of a target.
+
+    Args:
+      path: of a checkpoint, or of an `.npz` file. The latter holds names instead of an object
+        graph, which are split at "/", or at "." where none has a "/".
+      target: arrays, `jax.ShapeDtypeStruct`s (with shardings), Python values, or an
+        `nnx.Module`, which is restored in place.
+      strict: whether a value that only one side has is an error. If not, the target keeps its
+        own value where the checkpoint has none.
+      rename: ordered rules (saved pattern, target pattern, *transforms) for values that moved;
+        for each value the first rule that matches counts. In a pattern "*" stands for any text
+        without "/", "**" for any text, "?" for one character, and in the target pattern for what
+        those of the saved pattern matched, in order; a compiled regular expression works as
+        well. Transforms are `Transpose`, `Cast`, `Stack` and `Unstack`:
+
+            rename=[
+                ("encoder/**", "backbone/**"),
+                ("head/weight", "head/kernel", ckpt.Transpose()),
+                ("layers_*/kernel", "layers/kernel", ckpt.Stack(axis=0)),
+            ]
+      options: how.
+
+    Returns:
+      The target with the saved values: the same object where it is mutable.
+
+    Raises:
+      RestoreMismatchError: with every missing, unexpected and mismatched value in its
+        `.report`. Nothing was read or changed.
+      CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
+
+    Example:
+      >>> import jax, tempfile
+      >>> state = {"w": jax.numpy.arange(3.0), "step": 7}
+      >>> abstract = {"w": jax.ShapeDtypeStruct((3,), "float32"), "step": 0}
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     restore(save(f"{directory}/a", state), abstract)
+      {'w': Array([0., 1., 2.], dtype=float32), 'step': 7}
+    """
+    options = given(options)
+    with (
+        together(path, options) as meeting,
+        METER.restoring(lambda: CheckpointReader(path)) as reader,
+    ):
+        live = live_graph(target)
+        plan, source = _plan(reader, live, rename, options)
+        fatal = plan.report
+        if not strict:
+            missing = abstract_only(fatal.missing, live)
+            fatal = replace(fatal, unexpected=(), missing=missing)
+        require_fit(fatal, _ADVICE)
+        root, _ = execute(plan, live, source, options, meeting)
+    return target if root is delegate_of(target) else root
+
+
+@without_gc()
+def plan_restore(
+    path: Path,
+    target: Any,
+    *,
+    rename: Iterable[Rule] = (),
+    options: CheckpointOptions | None = None,
+) -> RestoreReport:
+    """What `restore` would do, without reading array bytes.
+
+    Args:
+      path, target, rename, options: as for `restore`.
+
+    Returns:
+      The report; `print` shows it as a table.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = save(f"{directory}/a", {"step": 7, "loss": 0.5})
+      ...     report = plan_restore(path, {"step": 0})
+      >>> [entry.path for entry in report.restored], [entry.path for entry in report.unexpected]
+      (['step'], ['loss'])
+    """
+    with CheckpointReader(path) as reader:
+        plan, source = _plan(reader, live_graph(target), rename, given(options))
+        return replace(plan.report, nbytes=nbytes_to_read(plan, source))
+
+
+def _plan(
+    reader: CheckpointReader, live: LiveGraph, rules: Iterable[Rule], options: CheckpointOptions
+) -> tuple[ReadPlan, FittedReader]:
+    saved = renamed(reader.object_graph, rules)
+    settled = settle(saved, live, lambda graph: match(graph, live.graph), reader)
+    plan, problems = plan_restoring(settled.saved, live, settled.found, reader.path, options)
+    # Nothing appears later in a functional restore: what would wait is unexpected.
+    report = plan.report
+    left_over = [
+        entry
+        for entry in (*report.unexpected, *report.deferred)
+        if not _is_bookkeeping(reader.object_graph, entry)
+    ]
+    report = replace(
+        report,
+        unexpected=tuple(left_over),
+        deferred=(),
+        mismatched=(*problems, *report.mismatched),
+    )
+    return replace(plan, report=report), FittedReader(reader, saved.derived, settled.inputs)
+
+
+def _is_bookkeeping(saved: ObjectGraph, entry: ReportEntry) -> bool:
+    """Whether an entry is the save counter that a Checkpoint adds to what it was given."""
+    path = entry.saved_path or entry.path
+    return path == SAVE_COUNTER and saved.nodes[0].container in ("", "list", "dict")
+
+
+def load(
+    path: Path,
+    *,
+    only: Selection | None = None,
+    sharding: Any = None,
+) -> Any:
+    """Reads a checkpoint without a target.
+
+    Args:
+      path: of a checkpoint, or of an `.npz` file.
+      only: a pattern, a list of patterns, or a predicate on paths: what to read. The result
+        then holds nothing else; a list with gaps becomes a dict by position.
+      sharding: to place arrays on devices: a `jax.sharding.Sharding`, a function
+        `(path, jax.ShapeDtypeStruct)` that gives one or None, or a tree of shardings, in which
+        one stands for everything below its place. What gets none becomes a numpy array.
+
+    Returns:
+      Dicts, lists, tuples and scalars as they were saved; objects of other kinds as dicts. What a
+      registered saver wrote only that saver can read: its object is an empty dict here, and
+      `load_checkpoint` has the values by key.
+
+    Raises:
+      CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
+      KeyError: `only` selects nothing.
+      RestoreMismatchError: values cannot be placed as `sharding` says; it names all of them.
+
+    Example:
+      >>> import numpy as np, tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = save(f"{directory}/a", {"params": {"w": np.arange(3)}, "step": 7})
+      ...     load(path, only="params/**")
+      {'params': {'w': array([0, 1, 2])}}
+    """
+    with METER.restoring(lambda: CheckpointReader(path)) as reader:
+        saved = reader.object_graph
+        if only is not None and not is_tree(saved):
+            saved = as_tree(_slots_as_children(saved))
+        chosen = selects(only)
+        wanted = {
+            (node, attribute.name): attribute
+            for node, attribute in saved.attributes()
+            if chosen(saved.value_path(node, attribute.name))
+        }
+        if only is not None and not wanted:
+            paths = [
+                saved.value_path(node, attribute.name) for node, attribute in saved.attributes()
+            ]
+            raise KeyError(f"{reader.path} holds nothing that {only!r} selects{_hint(only, paths)}")
+        placements = {} if sharding is None else _placements(saved, wanted, sharding, reader.path)
+        requests: dict[str, jax.ShapeDtypeStruct | None] = {}
+        for at, attribute in wanted.items():  # at several places, where it is shared
+            requests[attribute.key] = requests.get(attribute.key) or placements.get(at)
+        data = reader.read(requests)
+        values: dict[int, dict[str, Any]] = {}
+        for (node, name), attribute in wanted.items():
+            value = reader.as_saved(attribute.key, data[attribute.key], attribute.spec)
+            values.setdefault(node, {})[name] = value
+        return build(saved, values, everything=only is None)
+
+
+def _hint(only: Selection, paths: list[str]) -> str:
+    """What may have been meant by patterns that select nothing."""
+    patterns = [only] if isinstance(only, str) else only if isinstance(only, list | tuple) else []
+    subtrees = [
+        f"{pattern.rstrip('/')}/**"
+        for pattern in patterns
+        if isinstance(pattern, str)
+        and any([path.startswith(f"{pattern.rstrip('/')}/") for path in paths])
+    ]
+    if subtrees:
+        return f"; for all below it say {', '.join(map(repr, subtrees))}"
+    if near := [found for pattern in patterns for found in nearest(str(pattern), paths)]:
+        return near_miss(near)
+    tops = sorted({path.partition("/")[0] for path in paths})
+    listed = tops if len(tops) <= 10 else [*tops[:10], f"{len(tops) - 10} more"]
+    return f". It has {', '.join(listed)}; patterns are of whole paths, as params/**"
+
+
+def _placements(
+    saved: ObjectGraph, wanted: Mapping[Place, Attribute], sharding: Any, path: str
+) -> Structs:
+    """What `load` places on devices, and where; raises naming all that cannot lie there."""
+    structs = {
+        place: struct_of(attribute.spec)
+        for place, attribute in wanted.items()
+        if attribute.spec.kind in ("array", "numpy", "prng_key")
+    }
+    placements, problems = with_shardings(saved, structs, sharding)
+    entries = tuple([ReportEntry(where, what=what) for where, what in problems])
+    report = RestoreReport(path, mismatched=entries)
+    require_fit(report, "Nothing was read. Pass a sharding= that fits.")
+    return placements
+
+
+def build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:
+    """Plain containers from a graph, leaves first."""
+    saved = _slots_as_children(saved)
+    has_own = [node in values for node in range(len(saved.nodes))]
+    keep = has_values(has_own, [entry.children for entry in saved.nodes])
+    built: dict[int, Any] = {}
+    open_nodes: set[int] = set()
+    stack = [0]
+    while stack:
+        node = stack[-1]
+        if node in built:
+            stack.pop()
+            continue
+        children = [
+            (label, child)
+            for label, child in saved.nodes[node].children
+            if everything or keep[child]
+        ]
+        # An edge back to an object that is being built has no plain form, and is left out.
+        waiting = [child for _, child in children if child not in built and child not in open_nodes]
+        if waiting:
+            open_nodes.add(node)
+            stack += waiting
+            continue
+        parts = {label: built[child] for label, child in children if child in built}
+        built[node] = _container(saved, node, parts, values.get(node, {}))
+        open_nodes.discard(node)
+        stack.pop()
+    return built[0]
+
+
+def _slots_as_children(saved: ObjectGraph) -> ObjectGraph:
+    """The graph with an optimizer's slots as children: by slot name, then as the variables lie."""
+    if not saved.slot_nodes:
+        return saved
+    places: dict[int, tuple[Label, ...]] = {0: ()}
+    todo = [0]
+    for node in todo:  # grows while it is walked
+        for label, child in saved.nodes[node].children:
+            if child not in places:
+                places[child] = (*places[node], label)
+                todo.append(child)
+    nodes = list(saved.nodes)
+    edges: dict[int, dict[Label, int]] = {}
+    for optimizer, slot in saved.slots():
+        here, label = optimizer, slot.name
+        for step in places.get(slot.variable, ()):
+            edges.setdefault(here, {})
+            if label not in edges[here]:
+                edges[here][label] = len(nodes)
+                nodes.append(Node("dict"))
+            here, label = edges[here][label], step
+        edges.setdefault(here, {})[label] = slot.node
+    for node, more in edges.items():
+        children = (*nodes[node].children, *more.items())
+        nodes[node] = replace(nodes[node], children=children)
+    return ObjectGraph(tuple(nodes), saved.object_keys)
+
+
+def _container(
+    saved: ObjectGraph, node: int, parts: dict[Label, Any], values: dict[str, Any]
+) -> Any:
+    entry = saved.nodes[node]
+    if not parts and len(values) == 1 and len(entry.attributes) == 1:
+        (value,) = values.values()
+        return value
+    if entry.container == "none":
+        return None
+    if entry.container in ("list", "tuple") and list(parts) == list(range(len(entry.children))):
+        return list(parts.values()) if entry.container == "list" else tuple(parts.values())
+    return {**parts, **values}

@@ -1,0 +1,122 @@
+"""Verifying: reading every byte of a checkpoint against its checksum."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
+from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
+from ckpt_jax.options import Path
+from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.store.batches import batches
+
+_BATCH_NBYTES = 64 << 20
+
+
+class Damage(NamedTuple):
+    """One thing that is wrong with a checkpoint.
+
+    Attributes:
+      file: the damaged file or shard directory, as far as it is known.
+      key: the checkpoint key concerned.
+      what: what is wrong.
+    """
+
+    file: str
+    key: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.key or '(checkpoint)'}: {self.what} [{self.file}]"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+      path: of the checkpoint.
+      problems: all damage, not only the first.
+      keys: how many values were read.
+      nbytes: how many bytes of values were read.
+    """
+
+    path: str
+    problems: tuple[Damage, ...]
+    keys: int = 0
+    nbytes: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        head = f"{self.path}: {self.keys} values, {self.nbytes} bytes read, "
+        if self.ok:
+            return head + "no damage"
+        return "\n".join([f"{head}{len(self.problems)} problems", *map(str, self.problems)])
+
+
+def verify(path: Path) -> VerifyReport:
+    """Reads a whole checkpoint and checks every checksum.
+
+    Args:
+      path: of a checkpoint.
+
+    Returns:
+      A report with all damage: `.ok`, `.problems`. A damaged checkpoint is no exception here.
+
+    Raises:
+      CheckpointNotFoundError: there is no checkpoint at `path`.
+
+    Example:
+      >>> import ckpt_jax as ckpt, tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     verify(ckpt.save(f"{directory}/a", {"step": 7})).ok
+      True
+    """
+    path = os.fsdecode(path)
+    try:
+        with CheckpointReader(path) as reader:
+            problems = [*_graph(reader)]
+            keys = reader.keys()
+            for batch in batches(keys, reader.stored_nbytes, _BATCH_NBYTES):
+                problems += _values(reader, batch)
+            return VerifyReport(path, tuple(problems), len(keys), reader.bytes_read)
+    except (CorruptCheckpointError, UnsupportedFormatError) as error:
+        return VerifyReport(path, (_damage(path, error),))
+
+
+def _damage(path: str, error: Exception, key: str = "") -> Damage:
+    file = getattr(error, "file", None) or path
+    return Damage(file, key or getattr(error, "key", None) or "", str(error))
+
+
+def _graph(reader: CheckpointReader) -> Iterator[Damage]:
+    """Damage to the object graph, and where it disagrees with the index."""
+    try:
+        for key, what in reader.disagreements():
+            yield Damage(reader.path, key, what)
+    except (CorruptCheckpointError, UnsupportedFormatError) as error:
+        yield _damage(reader.path, error, OBJECT_GRAPH_KEY)
+        return
+    try:
+        _ = reader.saved_objects
+    except (CorruptCheckpointError, UnsupportedFormatError) as error:
+        yield _damage(reader.path, error, SAVED_OBJECTS_KEY)
+
+
+def _values(reader: CheckpointReader, keys: Sequence[str]) -> list[Damage]:
+    """Damage to some values: all at once, and one by one only where that fails."""
+    try:
+        reader.read(dict.fromkeys(keys))
+        return []
+    except CorruptCheckpointError as error:
+        if len(keys) == 1:
+            return [_damage(reader.path, error, keys[0])]
+    middle = len(keys) // 2
+    return [*_values(reader, keys[:middle]), *_values(reader, keys[middle:])]

@@ -1,1 +1,0 @@
-"""Values of a program as arrays of bytes: what each kind of leaf is, and where slices lie."""

@@ -1,0 +1,82 @@
+"""A graph as a tree: what is shared stands at each of its places.
+
+A pattern that selects `params/**` means what lies there, also where `ema/**` is the same arrays and
+they are saved under that name. In the tree, each path from the root to a node is a node of its own,
+with the attributes, and so the checkpoint keys, of the one that it stands for.
+
+There may be very many paths where shared objects share others in turn; of those that take more
+than `_MAX_DETOURS` edges beside the first way to a node, none is followed. Neither is one back to
+an object on the path itself.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from ckpt_jax.graph.labels import Label, escaped_names
+from ckpt_jax.graph.nodes import ObjectGraph
+
+_MAX_DETOURS = 3
+
+
+def is_tree(graph: ObjectGraph) -> bool:
+    """Whether no two edges lead to one node.
+
+    >>> from ckpt_jax.graph.nodes import Node
+    >>> is_tree(ObjectGraph((Node("dict", children=(("a", 1), ("b", 1))), Node("leaf")), ("", "a")))
+    False
+    """
+    return max(_edges_into(graph).values(), default=0) < 2
+
+
+def as_tree(graph: ObjectGraph) -> ObjectGraph:
+    """The same graph with a node for each path; optimizers' slots are left out.
+
+    >>> from ckpt_jax.graph.nodes import Node
+    >>> graph = ObjectGraph(
+    ...     (Node("dict", children=(("a", 1), ("b", 1))), Node("leaf")), ("", "a")
+    ... )
+    >>> as_tree(graph).paths
+    ('', 'a', 'b')
+    """
+    edges_into = _edges_into(graph)
+    seen: set[int] = set()
+    # Of each node of the tree: the one that it stands for, its parent, its key, its detours.
+    origins, parents, keys, detours = [0], [-1], [""], [0]
+    children: list[tuple[tuple[Label, int], ...]] = []
+    while (at := len(children)) < len(origins):  # breadth first, so that first ways come first
+        edges = graph.nodes[origins[at]].children
+        names = escaped_names([label for label, _ in edges])
+        prefix = f"{keys[at]}/" if keys[at] else ""
+        found: list[tuple[Label, int]] = []
+        for (label, child), name in zip(edges, names, strict=True):
+            count = detours[at]
+            if edges_into[child] > 1 or child == 0:
+                count += child in seen
+                seen.add(child)
+                if count > _MAX_DETOURS or _is_above(origins, parents, at, child):
+                    continue
+            found.append((label, len(origins)))
+            origins.append(child)
+            parents.append(at)
+            keys.append(prefix + name)
+            detours.append(count)
+        children.append(tuple(found))
+    nodes = [
+        replace(graph.nodes[origin], children=own, slots=())
+        for origin, own in zip(origins, children, strict=True)
+    ]
+    return ObjectGraph(tuple(nodes), tuple(keys), graph.named)
+
+
+def _edges_into(graph: ObjectGraph) -> Counter[int]:
+    return Counter([child for node in graph.nodes for _, child in node.children])
+
+
+def _is_above(origins: list[int], parents: list[int], at: int, node: int) -> bool:
+    while at >= 0:
+        if origins[at] == node:
+            return True
+        at = parents[at]
+    return False

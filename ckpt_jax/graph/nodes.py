@@ -1,0 +1,251 @@
+"""The object graph as a value: what is saved, and what a live program looks like.
+
+A graph is a tuple of nodes; a node's id is its position and node 0 is the root. A node has
+labelled edges to its children, values of its own (*attributes*), and, where it is an
+optimizer, *slots*: edges labelled with (variable, slot name). The same type describes the
+graph in a file and the graph of live objects, which is why restoring is a match of two
+values.
+
+Nothing here holds arrays, devices or files; a `LeafSpec` and a `ShardingSpec` are plain data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ckpt_jax.graph.labels import (
+    ONLY_VALUE,
+    VARIABLE_VALUE,
+    Label,
+    escaped_names,
+    path_of,
+    slot_key,
+)
+from ckpt_jax.graph.specs import OPEN, LeafSpec, ShardingSpec
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """One value of a node: its local name, its checkpoint key, and what it is."""
+
+    name: str
+    key: str
+    spec: LeafSpec = OPEN
+    sharding: ShardingSpec | None = None
+    full_name: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """An edge of an optimizer: (variable, slot name) -> slot variable, all node ids."""
+
+    variable: int
+    name: str
+    node: int
+
+
+@dataclass(frozen=True, slots=True)
+class SaverRef:
+    """The registered saver that holds a node's values, and the node's name in it."""
+
+    name: str
+    object_name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One object.
+
+    `container` is what a reader without the program makes of it: "" for an object, "leaf",
+    "none", "dict", "list", "tuple", "namedtuple", "dataclass", ...; `type_name` is for people.
+    `has_values` is TensorFlow's has_checkpoint_values: whether this node or a descendant
+    carries values (None in files that do not say).
+    """
+
+    container: str = ""
+    type_name: str = ""
+    children: tuple[tuple[Label, int], ...] = ()
+    attributes: tuple[Attribute, ...] = ()
+    slots: tuple[Slot, ...] = ()
+    saver: SaverRef | None = None
+    has_values: bool | None = None
+
+
+@dataclass(frozen=True)
+class ObjectGraph:
+    """Nodes, and the escaped path of each along its first breadth-first discovery.
+
+    `named` says that it was made of global names, for a file that has no object graph.
+    """
+
+    nodes: tuple[Node, ...]
+    object_keys: tuple[str, ...] = field(repr=False)
+    named: bool = False
+
+    @cached_property
+    def paths(self) -> tuple[str, ...]:
+        """The readable path of each node: local names joined with "/"."""
+        return tuple([path_of(key) for key in self.object_keys])
+
+    @cached_property
+    def by_key(self) -> dict[str, LeafSpec]:
+        """What is stored under each checkpoint key."""
+        return {attribute.key: attribute.spec for _, attribute in self.attributes()}
+
+    @cached_property
+    def slots_of_variable(self) -> dict[int, list[tuple[int, Slot]]]:
+        """(optimizer, slot) pairs by variable."""
+        found: dict[int, list[tuple[int, Slot]]] = {}
+        for optimizer, slot in self.slots():
+            found.setdefault(slot.variable, []).append((optimizer, slot))
+        return found
+
+    def slot(self, optimizer: int, variable: int, name: str) -> int | None:
+        """The slot variable of an optimizer for a variable."""
+        return self._slot_nodes.get((optimizer, variable, name))
+
+    @cached_property
+    def slot_of(self) -> dict[int, tuple[int, Slot]]:
+        """(optimizer, slot) by slot variable."""
+        return {slot.node: (optimizer, slot) for optimizer, slot in self.slots()}
+
+    @cached_property
+    def slot_nodes(self) -> frozenset[int]:
+        """Ids of all slot variables."""
+        return frozenset(self.slot_of)
+
+    @cached_property
+    def _slot_nodes(self) -> dict[tuple[int, int, str], int]:
+        return {
+            (optimizer, slot.variable, slot.name): slot.node for optimizer, slot in self.slots()
+        }
+
+    def carries_values(self, node: int) -> bool:
+        """Whether a node or a descendant has values; files that do not say count as yes
+        unless the node has nothing at all."""
+        entry = self.nodes[node]
+        if entry.has_values is not None:
+            return entry.has_values
+        return bool(entry.children or entry.attributes or entry.slots or entry.saver)
+
+    def attributes(self) -> Iterator[tuple[int, Attribute]]:
+        for node_id, node in enumerate(self.nodes):
+            for attribute in node.attributes:
+                yield node_id, attribute
+
+    def slots(self) -> Iterator[tuple[int, Slot]]:
+        return slots_in(self.nodes)
+
+    def value_path(self, node: int, attribute: str) -> str:
+        """The path of a value: that of its node where it is the node's one value."""
+        path = self.paths[node]
+        if len(self.nodes[node].attributes) == 1 and attribute in ONLY_VALUE:
+            return path
+        return f"{path}/{attribute}" if path else attribute
+
+    def other_paths(self, changed: ObjectGraph) -> dict[int, str]:
+        """The paths here of nodes, or of their one value, that have others in a changed graph."""
+        if changed is self:
+            return {}
+        return {
+            node: self.value_path(node, VARIABLE_VALUE) if entry.attributes else path
+            for node, (entry, path) in enumerate(zip(self.nodes, self.paths, strict=True))
+            if path != changed.paths[node]
+        }
+
+
+def slots_in(nodes: Sequence[Node]) -> Iterator[tuple[int, Slot]]:
+    """(optimizer, slot) pairs."""
+    for optimizer, node in enumerate(nodes):
+        for slot in node.slots:
+            yield optimizer, slot
+
+
+def descendants(nodes: Sequence[Node], roots: Iterable[int] = (0,)) -> list[int]:
+    """The roots and all that child edges lead to from them, breadth first."""
+    order = list(dict.fromkeys(roots))
+    seen = set(order)
+    for node in order:  # grows while it is walked
+        for _, child in nodes[node].children:
+            if child not in seen:
+                seen.add(child)
+                order.append(child)
+    return order
+
+
+def object_keys(nodes: Sequence[Node]) -> tuple[str, ...]:
+    """The escaped path of each node, along its first breadth-first discovery.
+
+    A node that cannot be reached has the path of its id, which no escaped name equals.
+    """
+    keys: dict[int, str] = {0: ""}
+
+    def walk(queue: list[int]) -> None:
+        for node in queue:  # grows while it is walked
+            children = nodes[node].children
+            prefix = f"{keys[node]}/" if keys[node] else ""
+            names = escaped_names([label for label, _ in children])
+            for name, (_, child) in zip(names, children, strict=True):
+                if child not in keys:
+                    keys[child] = prefix + name
+                    queue.append(child)
+
+    walk([0])
+    slots: list[int] = []
+    for optimizer, slot in slots_in(nodes):
+        if slot.node not in keys and slot.variable in keys and optimizer in keys:
+            keys[slot.node] = slot_key(keys[slot.variable], keys[optimizer], slot.name)
+            slots.append(slot.node)
+    walk(slots)
+    return tuple([keys.get(node, f".N{node}") for node in range(len(nodes))])
+
+
+def reachable(graph: ObjectGraph, roots: list[int]) -> set[int]:
+    """Nodes that can be reached from `roots` along child edges, and the slots of those."""
+    seen = set(roots)
+    todo = list(roots)
+    while todo:
+        node = todo.pop()
+        slots = [slot.node for _, slot in graph.slots_of_variable.get(node, ())]
+        slots += [slot.node for slot in graph.nodes[node].slots]
+        for child in [*(child for _, child in graph.nodes[node].children), *slots]:
+            if child not in seen:
+                seen.add(child)
+                todo.append(child)
+    return seen
+
+
+def pretty_name(graph: ObjectGraph, node: int) -> str:
+    """A node's name as TensorFlow prints it: (root).a.b, or an optimizer's state."""
+    if node in graph.slot_of:
+        optimizer, slot = graph.slot_of[node]
+        of, for_ = _dotted(graph, optimizer), _dotted(graph, slot.variable)
+        return f"{of}'s state '{slot.name}' for {for_}"
+    return _dotted(graph, node)
+
+
+def _dotted(graph: ObjectGraph, node: int) -> str:
+    path = graph.paths[node]
+    return ".".join(["(root)", *path.split("/")]) if path else "(root)"
+
+
+def has_values(
+    own: Sequence[bool], children: Sequence[tuple[tuple[Label, int], ...]]
+) -> list[bool]:
+    """For each node, whether it or a descendant has values of its own (cycles are fine)."""
+    parents: dict[int, list[int]] = {}
+    for node, edges in enumerate(children):
+        for _, child in edges:
+            parents.setdefault(child, []).append(node)
+    has = list(own)
+    todo = [node for node, marked in enumerate(has) if marked]
+    while todo:
+        for parent in parents.get(todo.pop(), ()):
+            if not has[parent]:
+                has[parent] = True
+                todo.append(parent)
+    return has

@@ -1,0 +1,254 @@
+"""What each object of an object graph is made anew as, and the codec of `SavedObjectGraph`.
+
+The object graph says where the values of a program's objects are stored. A `SavedObject` says,
+node by node, what the object is: one that a registered class makes, with the message that the
+class wrote, or one of a few kinds that need no class.
+
+    object    of a class; a plain AutoTrackable where the class is not registered
+    variable  a mutable box for one value
+    list, tuple, dict, none
+    value     an array, a number, a string: its leaf spec says which
+
+Both graphs have the same nodes and edges. A file in which they differ is damaged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from google.protobuf.any_pb2 import Any as AnyMessage
+from google.protobuf.message import Message
+
+from ckpt_jax.graph._proto import saved_object_graph_pb2 as pb
+from ckpt_jax.graph.codec import (
+    add_references,
+    add_slots,
+    check_version,
+    decoding,
+    references,
+    slots_of,
+)
+from ckpt_jax.graph.labels import VARIABLE_VALUE
+from ckpt_jax.graph.nodes import Node, ObjectGraph
+from ckpt_jax.graph.order import order_by_dependency
+from ckpt_jax.graph.specs import LeafSpec
+
+FORMAT_VERSION = 1
+
+OBJECT, VARIABLE, VALUE, NONE = "object", "variable", "value", "none"
+LIST, TUPLE, DICT = "list", "tuple", "dict"
+CONTAINERS = (LIST, TUPLE, DICT)  # made after their parts
+
+_IRREGULAR = {"float32": "FLOAT", "float64": "DOUBLE", "float16": "HALF", "bytes": "STRING"}
+_REGULAR = {number: name.removeprefix("DT_").lower() for name, number in pb.DataType.items()}
+_DTYPE_NAMES = {**_REGULAR, **{pb.DataType.Value(f"DT_{v}"): k for k, v in _IRREGULAR.items()}}
+_DTYPE_NUMBERS = {name: number for number, name in _DTYPE_NAMES.items() if number}
+
+
+@dataclass(frozen=True, slots=True)
+class SavedObject:
+    """What one node is made anew as.
+
+    Attributes:
+      kind: see above.
+      registered_name: of its class; "" for none.
+      message: what the class wrote; empty where it wrote nothing.
+      dependencies: (name, node) of what has to exist before the class can make it.
+      spec: what its value is, where a registered saver holds it and the object graph does not say.
+    """
+
+    kind: str
+    registered_name: str = ""
+    message: AnyMessage | None = None
+    dependencies: tuple[tuple[str, int], ...] = ()
+    spec: LeafSpec | None = None
+
+
+def packed(message: Any) -> AnyMessage | None:
+    """What a class wrote, as the message that goes into the file.
+
+    Raises:
+      TypeError: it is no protobuf message.
+    """
+    if message is None or isinstance(message, AnyMessage):
+        return message
+    if not isinstance(message, Message):
+        raise TypeError(f"expected a protobuf message or None, got {type(message).__name__}")
+    result = AnyMessage()
+    result.Pack(message, deterministic=True)
+    return result
+
+
+def has_dtype_number(dtype: str) -> bool:
+    """Whether the message of a variable can say this dtype."""
+    return dtype in _DTYPE_NUMBERS
+
+
+def needs(graph: ObjectGraph, objects: Sequence[SavedObject], node: int) -> list[int]:
+    """The nodes that have to be made before `node`: containers need their parts."""
+    saved = objects[node]
+    parts = [child for _, child in graph.nodes[node].children] if saved.kind in CONTAINERS else []
+    return [*(child for _, child in saved.dependencies), *parts]
+
+
+def in_order(graph: ObjectGraph, objects: Sequence[SavedObject], nodes: Iterable[int]) -> list[int]:
+    """Nodes in an order in which they can be made.
+
+    Raises:
+      CyclicDependencyError: there is none.
+    """
+    return order_by_dependency({node: needs(graph, objects, node) for node in nodes})
+
+
+# --- out -------------------------------------------------------------------------------
+
+
+def encode(graph: ObjectGraph, objects: Sequence[SavedObject]) -> bytes:
+    """The objects of a graph as an unsealed `SavedObjectGraph` message."""
+    message = pb.SavedObjectGraph(format_version=FORMAT_VERSION)
+    for number, (node, saved) in enumerate(zip(graph.nodes, objects, strict=True)):
+        out = message.nodes.add(registered_name=saved.registered_name)
+        add_references(out.children, node.children)
+        add_references(out.dependencies, saved.dependencies)
+        add_slots(out.slot_variables, node.slots)
+        if saved.message is not None:
+            out.serialized_user_proto.CopyFrom(saved.message)
+        if node.saver is not None:
+            out.registered_saver = node.saver.name
+        if saved.kind == VARIABLE:
+            _encode_variable(out.variable, graph.paths[number], saved.spec or _only_spec(node))
+        else:
+            out.user_object.identifier = saved.kind
+            out.user_object.version.producer = FORMAT_VERSION
+            out.user_object.version.min_consumer = FORMAT_VERSION
+            if saved.spec is not None:
+                out.user_object.metadata = _spec_text(saved.spec)
+    return message.SerializeToString(deterministic=True)
+
+
+def _only_spec(node: Node) -> LeafSpec:
+    (attribute,) = node.attributes
+    return attribute.spec
+
+
+def _encode_variable(out: Any, path: str, spec: LeafSpec) -> None:
+    out.name = path
+    out.dtype = _DTYPE_NUMBERS.get(spec.dtype, 0)
+    out.shape.SetInParent()
+    for size in spec.shape:
+        out.shape.dim.add(size=size)
+
+
+def _spec_text(spec: LeafSpec) -> str:
+    return ":".join([spec.kind, spec.dtype, ",".join(map(str, spec.shape))])
+
+
+# --- back ------------------------------------------------------------------------------
+
+
+def decode(data: bytes, graph: ObjectGraph) -> tuple[SavedObject, ...]:
+    """The objects in an unsealed `SavedObjectGraph` message that stands beside `graph`.
+
+    Raises:
+      CorruptCheckpointError: the bytes are no such message, or contradict themselves or `graph`.
+      UnsupportedFormatError: they come from a newer format.
+    """
+    with decoding("list of saved objects"):
+        message = pb.SavedObjectGraph.FromString(data)
+        check_version(message.format_version, FORMAT_VERSION)
+        if len(message.nodes) != len(graph.nodes):
+            raise ValueError(f"{len(message.nodes)} for {len(graph.nodes)} nodes")
+        return tuple([_object(n, entry, graph) for n, entry in enumerate(message.nodes)])
+
+
+def _object(number: int, entry: Any, graph: ObjectGraph) -> SavedObject:
+    node = graph.nodes[number]
+    where = graph.paths[number] or "(root)"
+    saver = node.saver.name if node.saver else ""
+    edges = references(entry.children), slots_of(entry.slot_variables), entry.registered_saver
+    if edges != (node.children, node.slots, saver):
+        raise ValueError(f"{where}: other edges than the object graph has")
+    dependencies = references(entry.dependencies)
+    names = [name for name, _ in dependencies if isinstance(name, str)]
+    if len(set(names)) < len(dependencies):
+        raise ValueError(f"{where}: dependencies without names of their own")
+    if not all(0 <= child < len(graph.nodes) for _, child in dependencies):
+        raise ValueError(f"{where}: depends on a node that there is not")
+    saved = SavedObject(
+        _kind(entry, where),
+        entry.registered_name,
+        entry.serialized_user_proto if entry.HasField("serialized_user_proto") else None,
+        tuple((name, child) for name, (_, child) in zip(names, dependencies, strict=True)),
+        _decode_spec(entry) if saver else None,
+    )
+    if not _FITS[saved.kind](saved, node):
+        raise ValueError(f"{where}: its values or edges are not those of a {saved.kind}")
+    if dependencies and not saved.registered_name:
+        raise ValueError(f"{where}: has dependencies, but no class that could ask for them")
+    return saved
+
+
+def _kind(entry: Any, where: str) -> str:
+    which = entry.WhichOneof("kind")
+    kind = VARIABLE if which == "variable" else entry.user_object.identifier
+    if which not in ("variable", "user_object") or kind not in _FITS:
+        raise ValueError(f"{where}: objects of the kind {kind or which!r} are not known here")
+    if entry.user_object.version.min_consumer > FORMAT_VERSION:
+        raise ValueError(f"{where}: has to be read by a newer ckpt_jax")
+    return kind
+
+
+def _decode_spec(entry: Any) -> LeafSpec | None:
+    if entry.WhichOneof("kind") == "variable":
+        dtype = _DTYPE_NAMES[entry.variable.dtype] if entry.variable.dtype else ""
+        return LeafSpec("array", dtype, _shape(dim.size for dim in entry.variable.shape.dim))
+    if not entry.user_object.metadata:
+        return None
+    kind, dtype, shape = entry.user_object.metadata.split(":")
+    return LeafSpec(kind, dtype, _shape(int(size) for size in shape.split(",") if size))
+
+
+def _shape(sizes: Any) -> tuple[int, ...]:
+    shape = tuple(sizes)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"no shape: {shape}")
+    return shape
+
+
+def _is_leaf(saved: SavedObject, node: Node) -> bool:
+    """One value, which the object graph or a registered saver holds."""
+    if node.children or (saved.registered_name and saved.kind == VALUE):
+        return False
+    if node.saver is not None:
+        return not node.attributes and saved.spec is not None
+    return [attribute.name for attribute in node.attributes] == [VARIABLE_VALUE]
+
+
+def _is_sequence(saved: SavedObject, node: Node) -> bool:
+    labels = [label for label, _ in node.children]
+    return _is_container(saved, node) and labels == list(range(len(labels)))
+
+
+def _is_container(saved: SavedObject, node: Node) -> bool:
+    return bool(saved.registered_name) or not node.attributes
+
+
+def _is_object(saved: SavedObject, node: Node) -> bool:
+    return _is_container(saved, node) and all(isinstance(label, str) for label, _ in node.children)
+
+
+def _is_none(saved: SavedObject, node: Node) -> bool:
+    return not (node.children or node.attributes or saved.registered_name)
+
+
+_FITS: dict[str, Callable[[SavedObject, Node], bool]] = {
+    OBJECT: _is_object,
+    VARIABLE: _is_leaf,
+    VALUE: _is_leaf,
+    NONE: _is_none,
+    LIST: _is_sequence,
+    TUPLE: _is_sequence,
+    DICT: _is_container,
+}

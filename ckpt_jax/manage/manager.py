@@ -1,0 +1,558 @@
+"""CheckpointManager: numbered checkpoints in a directory, of which the unneeded are removed.
+
+A *managed* checkpoint is one that this manager wrote, or an earlier manager of the directory
+as the state file says. The manager removes no other. What becomes of the managed ones:
+
+save      the new checkpoint is committed, then recorded: metrics first, then the state file
+select    a retention policy looks at all of them and names the numbers to keep
+sweep     the others go, the oldest first: kept for ever where `keep_checkpoint_every_n_hours`
+          says so, else removed
+record    metrics and state file once more
+
+Checkpoints are in the order of their numbers, except that the one saved last is the latest
+whatever its number, so that going back to an earlier step and on from there works. Times
+decide nothing but `keep_checkpoint_every_n_hours`.
+
+Where there are several processes, process 0 does all of this, and the others read from the state
+file what came of it. Which checkpoint is restored is for process 0 to say.
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+import os
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from ckpt_jax.api.checkpoint import Checkpoint
+from ckpt_jax.api.latest import (
+    checkpoint_exists,
+    older_checkpoints,
+    problem_with,
+    remove_checkpoint,
+)
+from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckpt_jax.graph.labels import VARIABLE_VALUE
+from ckpt_jax.manage.ledger import Ledger, read_ledger, recovered, write_ledger
+from ckpt_jax.manage.retention import (
+    CheckpointRecord,
+    KeepAny,
+    KeepLatest,
+    RetentionPolicy,
+    Sweep,
+    plan_sweep,
+)
+from ckpt_jax.metrics import METER
+from ckpt_jax.objects.views import view_of
+from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
+from ckpt_jax.processes.current import current
+from ckpt_jax.processes.meeting import Processes
+from ckpt_jax.processes.preflight import preflight
+from ckpt_jax.store.directory import number_of
+from ckpt_jax.store.staging import STAGING, is_abandoned, remove_abandoned
+
+SECONDS_PER_HOUR = 3600
+
+_log = logging.getLogger("ckpt_jax")
+
+
+class CheckpointManager:
+    """Saves numbered checkpoints into a directory and removes those that are not needed.
+
+    What an earlier manager of the directory recorded is taken up again. Nothing is removed
+    by making a manager; a checkpoint is removed only after a newer one was committed and
+    could be opened, and only if this manager or an earlier one wrote it. There can be one
+    manager of a directory at a time.
+
+    Args:
+      checkpoint: the `Checkpoint` whose objects are saved.
+      directory: where the checkpoints go; it is made by the first save. A relative one means
+        the same as long as the manager lives, wherever the program goes.
+      max_to_keep: how many of the latest to keep; None keeps all.
+      keep_checkpoint_every_n_hours: of those that would be removed, one is kept for ever if
+        it was saved this many hours after the last such one. None or 0 keeps none.
+      checkpoint_name: what the names of checkpoints begin with.
+      step_counter: the training step: an integer, a `Variable`, an `nnx.Variable`, or a
+        function of no argument that returns one of these. Needed for `checkpoint_interval`.
+      checkpoint_interval: at least this many steps are between two saves.
+      init_fn: called by `restore_or_initialize` where there is nothing to restore.
+      policies: retention policies. What one of them keeps stays beyond the `max_to_keep`
+        latest; with `max_to_keep=1` the policies alone decide, but for the latest.
+      last_checkpoint_step: the step of the last save, as if this manager had made it.
+      clock: the time in seconds since the epoch. It decides nothing but
+        `keep_checkpoint_every_n_hours`.
+
+    Raises:
+      ValueError: `max_to_keep` is not positive, a negative interval or one without a step
+        counter, a name with directories, or a state file that names no checkpoint.
+      TypeError: a checkpoint, policy, number or function that is none.
+
+    Source: `tf.train.CheckpointManager`.
+
+    Example:
+      >>> import os, tempfile
+      >>> from ckpt_jax.manage.retention import KeepBest
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     manager = CheckpointManager(Checkpoint(step=7), directory, max_to_keep=2,
+      ...                                 policies=[KeepBest("accuracy")])
+      ...     for accuracy in (0.5, 0.9, 0.6, 0.7):
+      ...         path = manager.save(metrics={"accuracy": accuracy})
+      ...     [os.path.basename(path) for path in manager.checkpoints]
+      ['ckpt-2', 'ckpt-3', 'ckpt-4']
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        directory: Path,
+        max_to_keep: int | None = 5,
+        keep_checkpoint_every_n_hours: float | None = None,
+        checkpoint_name: str = "ckpt",
+        step_counter: Any = None,
+        checkpoint_interval: int | None = None,
+        init_fn: Callable[[], object] | None = None,
+        policies: Iterable[RetentionPolicy] = (),
+        last_checkpoint_step: int | None = None,
+        clock: Callable[[], float] = time.time,
+    ):
+        if not isinstance(checkpoint, Checkpoint):
+            raise TypeError(
+                f"a manager saves a ckpt.Checkpoint, got {type(checkpoint).__qualname__}: "
+                "give it Checkpoint(name=value)"
+            )
+        if max_to_keep is not None and as_integer(max_to_keep) <= 0:
+            raise ValueError(f"expected a positive max_to_keep or None, got {max_to_keep}")
+        if checkpoint_interval is not None and step_counter is None:
+            raise ValueError("checkpoint_interval needs a step_counter, got none")
+        if checkpoint_interval is not None and as_integer(checkpoint_interval) < 0:
+            raise ValueError(f"expected a checkpoint_interval of 0 or more: {checkpoint_interval}")
+        if init_fn is not None and not callable(init_fn):
+            raise TypeError(f"init_fn must be a function of no argument, got {init_fn!r}")
+        if os.path.basename(checkpoint_name) != checkpoint_name:
+            raise ValueError(f"expected a name without directories, got {checkpoint_name!r}")
+        given = KeepAny(tuple(policies))
+        self._checkpoint = checkpoint
+        self._given = os.fsdecode(directory)
+        # What that means now, also when the program has gone elsewhere since.
+        self._directory = os.path.abspath(self._given)
+        self._policy = (
+            None if max_to_keep is None else KeepAny((KeepLatest(max_to_keep), *given.policies))
+        )
+        hours = keep_checkpoint_every_n_hours
+        if hours is not None and hours < 0:
+            raise ValueError(f"expected keep_checkpoint_every_n_hours of 0 or more, got {hours}")
+        self._preserve_interval_seconds = hours * SECONDS_PER_HOUR if hours else None
+        self._name = checkpoint_name
+        self._step_counter = step_counter
+        self._interval = checkpoint_interval
+        self._init_fn = init_fn
+        self._last_step = last_checkpoint_step
+        self._last_path: str | None = None  # what was saved or restored at that step
+        self._failed_after: list[int | None] = []  # the last step before a save that has failed
+        self._clock = clock
+        self._ledger = recovered(self._directory, clock())
+
+    # --- verbs -------------------------------------------------------------------------
+
+    def save(
+        self,
+        checkpoint_number: Any = None,
+        check_interval: bool = True,
+        options: CheckpointOptions | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> str | None:
+        """Saves a checkpoint, records it as the latest, and removes what is not needed.
+
+        The checkpoint's save counter advances by one, with an explicit number too. A save
+        that fails changes nothing: not the counter, the state file, or any checkpoint. If a
+        write callback fails, or the state file cannot be written, the new checkpoint is there,
+        but is not recorded. A save in the background is recorded, and the others are removed,
+        when it has finished.
+
+        Args:
+          checkpoint_number: the number in its name; an integer, or what else `step_counter`
+            may be. By default the save counter. A checkpoint that has this name is replaced.
+          check_interval: whether to return None before `checkpoint_interval` steps have gone
+            by. At the step of the last save it is None in any case. Where there are several
+            processes, a save that failed in the background counts until `sync`, so that all of
+            them find the same steps due.
+          options: how to save; write callbacks are called before the state file changes.
+          metrics: numbers by name, for retention policies.
+
+        Returns:
+          The path of the checkpoint, or None where `checkpoint_interval` says not to save, or
+          where another save was in flight and `when_busy="skip"` says not to wait for it.
+
+        Raises:
+          ValueError: a negative number, or a metric that is not one number.
+          TypeError: a number or step that is no integer.
+          UnsaveableError: values that cannot be saved; nothing was written.
+          AsyncSaveError: an earlier save failed in the background; this one has not begun. Where
+            there are several processes it has, because those that know of no error take part.
+
+        Source: `tf.train.CheckpointManager.save`, where a failed save advances the counter.
+        """
+        options = given(options)
+        step = None if self._interval is None else as_integer(self._step_counter)
+        if step is not None:
+            self._checkpoint._settle(options)  # by which it may be due
+            if not self._is_due(step, check_interval):
+                return None
+        watch = METER.saving()
+        prefix = os.path.join(self._directory, self._name)
+        with ExitStack() as stack:
+            meeting = self._checkpoint._meet(prefix, options, stack)
+            with self._checkpoint._turn(options, meeting) as is_mine:
+                if not is_mine or (step is not None and not self._is_due(step, check_interval)):
+                    return None  # another thread saves, or has saved this step meanwhile
+                self._checkpoint._settle(options)
+                count, last_step = self._checkpoint.save_counter + 1, self._last_step
+
+                def committed() -> None:
+                    if meeting.leads:
+                        self._record(CheckpointRecord(number, self._clock(), scores, path))
+                    else:
+                        self._follow()
+
+                def counted() -> None:
+                    self._checkpoint._count(count)
+                    self._last_step = step
+                    self._failed_after.clear()
+
+                def failed() -> None:  # a save that failed has not happened
+                    self._checkpoint._count(count - 1)
+                    # Other processes may not know yet, and all have to find the same steps due.
+                    if meeting.count == 1 or not (options.enable_async or meeting.is_in_doubt):
+                        self._last_step = last_step
+                    elif not meeting.is_in_doubt:
+                        self._failed_after.append(last_step)
+
+                counted()
+                try:
+                    scores = _scores(metrics)
+                    number = count if checkpoint_number is None else as_integer(checkpoint_number)
+                    if number < 0:
+                        raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
+                except BaseException:
+                    failed()
+                    raise
+                self._last_path = path = f"{prefix}-{number}"
+                self._checkpoint._write(
+                    path, options, watch, meeting, stack, committed, counted, failed
+                )
+        return self._shown(path)
+
+    def _is_due(self, step: int, check_interval: bool) -> bool:
+        if self._last_step is None:
+            return True
+        assert self._interval is not None
+        early = check_interval and step < self._last_step + self._interval
+        return step != self._last_step and not early
+
+    def _has_saved_step(self) -> bool:
+        """Whether the latest checkpoint is of the step where the program is."""
+        is_latest = self._last_path is not None and self._last_path == self._ledger.latest
+        return (
+            is_latest
+            and self._interval is not None
+            and not self._is_due(as_integer(self._step_counter), check_interval=False)
+        )
+
+    def _make_due(self) -> None:
+        """Lets the next save be one, whatever the step."""
+        self._last_step = None
+
+    def restore_or_initialize(self) -> str | None:
+        """Restores the latest checkpoint; where there is none, calls `init_fn`.
+
+        Where the latest is gone or damaged, the newest older one that can be restored is
+        taken instead, by number, and a warning says so. Where there are several processes,
+        `preflight` comes first, and all restore the same checkpoint: one that some process
+        cannot use is used by none.
+
+        Returns:
+          The path of the checkpoint that was restored, or None where there was none.
+
+        Raises:
+          CheckpointNotFoundError, CorruptCheckpointError: there should be a checkpoint, but
+            neither the latest nor an older one is usable; the error is that of the latest.
+          RestoreMismatchError, UnsupportedFormatError: as `Checkpoint.restore`.
+          PreflightError, ProcessError, BarrierTimeoutError: where there are several processes.
+
+        Source: `tf.train.CheckpointManager.restore_or_initialize`, without the older ones.
+
+        Example:
+          >>> import os, tempfile
+          >>> with tempfile.TemporaryDirectory() as directory:
+          ...     path = CheckpointManager(Checkpoint(step=7), directory).save()
+          ...     fresh = Checkpoint(step=0)
+          ...     path = CheckpointManager(fresh, directory).restore_or_initialize()
+          ...     os.path.basename(path), fresh.step
+          ('ckpt-1', 7)
+        """
+        processes = current()
+        if processes.count > 1:
+            preflight(self._directory)
+        seconds = DEFAULT.timeout_seconds
+        with processes.meeting(f"restoring from {self._directory}", seconds) as meeting:
+            self.sync()
+            paths = meeting.conclude(None, lambda _: self._candidates())
+        if not paths:
+            if self._init_fn is not None:
+                self._init_fn()
+            return None
+        path = self._restore_newest(paths, processes)
+        if self._interval is not None:
+            self._last_step, self._last_path = as_integer(self._step_counter), path
+        return self._shown(path)
+
+    def _candidates(self) -> list[str]:
+        """What there is to restore, best first."""
+        latest = self._ledger.latest
+        return [latest, *older_checkpoints(self._directory, latest)] if latest else []
+
+    def _restore_newest(self, paths: Sequence[str], processes: Processes) -> str:
+        first: Exception | None = None
+        for path in paths:
+            error: CorruptCheckpointError | CheckpointNotFoundError | None = None
+            # One that some process cannot use is not used by any.
+            with processes.meeting(f"restoring {path}", DEFAULT.timeout_seconds) as meeting:
+                try:
+                    self._checkpoint.restore(path)
+                except (CorruptCheckpointError, CheckpointNotFoundError) as found:
+                    error = found
+                problem = meeting.conclude(error and str(error), _first_problem)
+            if problem is None:
+                if path != paths[0]:
+                    _log.warning("fell back to %s, the newest usable checkpoint", path)
+                return path
+            _log.warning("the checkpoint %s is not usable: %s", path, problem)
+            first = first or error or CorruptCheckpointError(problem)
+        assert first is not None
+        raise first
+
+    def gc(self, dry_run: bool = False) -> list[str]:
+        """Removes now what the next save would remove, and what interrupted saves left.
+
+        The latter are staging directories of this manager's name with a number up to that of
+        the latest checkpoint, whose owner is provably gone. (The next save of a later number
+        removes what an interrupted one has left of it.)
+        Where the latest checkpoint is not usable, nothing is removed.
+
+        Args:
+          dry_run: only says what would be removed.
+
+        Returns:
+          The paths that were, or would be, removed.
+
+        Example:
+          >>> import os, tempfile
+          >>> with tempfile.TemporaryDirectory() as directory:
+          ...     manager = CheckpointManager(Checkpoint(step=7), directory, max_to_keep=None)
+          ...     paths = [manager.save() for _ in range(3)]
+          ...     manager = CheckpointManager(Checkpoint(step=7), directory, max_to_keep=1)
+          ...     [os.path.basename(path) for path in manager.gc(dry_run=True)]
+          ['ckpt-1', 'ckpt-2']
+        """
+        seconds = DEFAULT.timeout_seconds
+        what = f"collecting in {self._directory}"
+        with (
+            current().meeting(what, seconds) as meeting,
+            self._checkpoint._background().turn(),
+        ):
+            removed = meeting.conclude(None, lambda _: self._collect(dry_run))
+            if not meeting.leads:
+                self._follow()
+        return [self._shown(path) for path in removed]
+
+    def _collect(self, dry_run: bool) -> list[str]:
+        sweep = self._plan_sweep()
+        leftovers = self._leftovers()
+        if not (sweep.preserve or sweep.remove or leftovers) or not self._is_latest_usable():
+            return []
+        if dry_run:
+            return [*(record.path for record in sweep.remove), *leftovers]
+        return [*self._sweep(sweep), *(p for p in leftovers if _attempt(remove_abandoned, p))]
+
+    def sync(self) -> None:
+        """Waits for a save in the background.
+
+        Raises:
+          AsyncSaveError: it failed; the cause is chained.
+
+        Source: `tf.train.CheckpointManager.sync`.
+        """
+        try:
+            self._checkpoint.sync()
+        finally:
+            if self._failed_after:
+                self._last_step = self._failed_after.pop()
+
+    # --- properties --------------------------------------------------------------------
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        """The checkpoint whose objects are saved."""
+        return self._checkpoint
+
+    def __repr__(self) -> str:
+        count = len(self.checkpoints)
+        return f"<CheckpointManager of {self._given}: {count} checkpoint{'s'[: count != 1]}>"
+
+    @property
+    def directory(self) -> str:
+        """Where the checkpoints are, as it was given."""
+        return self._given
+
+    @property
+    def checkpoint_interval(self) -> int | None:
+        """The least number of steps between two saves."""
+        return self._interval
+
+    @property
+    def latest_checkpoint(self) -> str | None:
+        """The path of the checkpoint that was saved last, or None.
+
+        That it is still there is not checked; `ckpt.latest_checkpoint` does that.
+        """
+        latest = self._ledger.latest
+        return latest and self._shown(latest)
+
+    @property
+    def checkpoints(self) -> list[str]:
+        """The paths of the managed checkpoints, in the order of numbers, the latest last.
+
+        Those that are kept for ever are not among them.
+        """
+        return [self._shown(record.path) for record in self._ledger.records]
+
+    def _shown(self, path: str) -> str:
+        """A path of this manager as it begins with the directory that was given."""
+        directory, name = os.path.split(path)
+        return os.path.join(self._given, name) if directory == self._directory else path
+
+    # --- after the commit --------------------------------------------------------------
+
+    def _record(self, record: CheckpointRecord) -> None:
+        """Makes a checkpoint that was just committed the latest, and sweeps."""
+        ledger = self._ledger.with_latest(record)
+        write_ledger(self._directory, ledger)
+        self._ledger = ledger
+        sweep = self._plan_sweep()
+        if (sweep.preserve or sweep.remove) and self._is_latest_usable():
+            self._sweep(sweep)
+
+    def _follow(self) -> None:
+        """Takes over what process 0 has recorded."""
+        self._ledger = read_ledger(self._directory) or self._ledger
+
+    def _plan_sweep(self) -> Sweep:
+        records, last_preserved = self._ledger.records, self._ledger.last_preserved
+        if self._policy is None:
+            return Sweep(records, (), (), last_preserved)
+        return plan_sweep(records, self._policy, self._preserve_interval_seconds, last_preserved)
+
+    def _is_latest_usable(self) -> bool:
+        latest = self._ledger.latest
+        problem = problem_with(latest) if latest else "there is none"
+        if problem is not None:
+            _log.warning(
+                "%s: nothing is removed, because the latest checkpoint is not usable: %s",
+                *(self._directory, problem),
+            )
+        return problem is None
+
+    def _sweep(self, sweep: Sweep) -> list[str]:
+        """Removes what the plan says; what cannot be removed stays managed, for the next time."""
+        removed: list[str] = []
+        stay: list[CheckpointRecord] = []
+        for record in sweep.remove:
+            if not checkpoint_exists(record.path):
+                _log.warning("%s was to be removed, but is there no longer", record.path)
+            elif _attempt(remove_checkpoint, record.path) or not checkpoint_exists(record.path):
+                removed.append(record.path)
+            else:
+                stay.append(record)
+        records = (*sweep.keep, *stay)
+        self._ledger = Ledger(self._ledger.latest, records, sweep.last_preserved)
+        try:
+            write_ledger(self._directory, self._ledger)
+        except OSError as error:  # the file still names the latest, and some that are gone
+            _log.warning("%s: what was removed could not be recorded: %s", self._directory, error)
+        return removed
+
+    def _leftovers(self) -> list[str]:
+        """Abandoned staging directories that a later save has made pointless."""
+        latest = number_of(self._ledger.latest or "")
+        if latest is None or not os.path.isdir(self._directory):
+            return []
+        own = re.compile(rf"{re.escape(self._name)}-(\d+)")
+        return [
+            path
+            for name in sorted(os.listdir(self._directory))
+            if (staging := STAGING.match(name)) and (of := own.fullmatch(staging["name"]))
+            if int(of[1]) <= latest and is_abandoned(path := os.path.join(self._directory, name))
+        ]
+
+
+def _first_problem(problems: Sequence[str | None]) -> str | None:
+    """Of the processes' problems the first, with the process where there are several."""
+    for process, problem in enumerate(problems):
+        if problem is not None:
+            return problem if len(problems) == 1 else f"process {process}: {problem}"
+    return None
+
+
+def _attempt(remove: Callable[[str], bool | None], path: str) -> bool:
+    """Whether `path` was removed; the save before it has succeeded, so it must not fail."""
+    try:
+        return remove(path) is not False
+    except OSError as error:
+        _log.warning("%s could not be removed: %s", path, error)
+        return False
+
+
+# --- numbers ---------------------------------------------------------------------------
+
+
+def as_integer(value: Any) -> int:
+    """The integer that a number, a variable, or a function returning one of these stands for.
+
+    Raises:
+      TypeError: it stands for none.
+
+    >>> from ckpt_jax.objects.trackable import Variable
+    >>> as_integer(np.int64(3)), as_integer(Variable(4)), as_integer(lambda: 5)
+    (3, 4, 5)
+    """
+    view = view_of(value)
+    if view is not None and view.mutable:
+        value = view.values(value).get(VARIABLE_VALUE, value)
+    elif callable(value):
+        return as_integer(value())
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(
+            "expected an integer, a variable that holds one, or a function that returns one, "
+            f"got {value!r}"
+        ) from None
+
+
+def _scores(metrics: Mapping[str, Any] | None) -> dict[str, float]:
+    if metrics is not None and not isinstance(metrics, Mapping):
+        raise TypeError(f"metrics must be numbers by name, got {metrics!r}")
+    return {name: _as_number(name, value) for name, value in (metrics or {}).items()}
+
+
+def _as_number(name: str, value: Any) -> float:
+    array = np.asarray(value)
+    if not isinstance(name, str) or array.shape != () or array.dtype.kind in "cOSUMm":
+        raise ValueError(f"metrics[{name!r}]: expected one real number by name, got {value!r}")
+    return float(array)

@@ -1,0 +1,51 @@
+"""Assign: puts values into live objects, in place where they are mutable, else by rebuilding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from ckpt_jax.graph.labels import Label
+from ckpt_jax.matching.trace import LiveGraph
+
+
+def assign(
+    live: LiveGraph,
+    values: Mapping[int, Mapping[str, Any]],
+    replaced: Mapping[int, Any] = MappingProxyType({}),
+) -> Any:
+    """Puts values into the live objects; returns the root to use from then on.
+
+    Args:
+      live: the graph to change. Mutable objects are changed in place, immutable ones rebuilt,
+        up to the nearest mutable object or the root.
+      values: attribute values by node.
+      replaced: by node, what takes the place of the whole object.
+    """
+    new = {node: obj for node, obj in replaced.items() if obj is not live.objects[node]}
+    for node, attributes in values.items():
+        obj = live.objects[node]
+        result = live.views[node].assign(obj, attributes)
+        if result is not obj:
+            new[node] = result
+    # Immutable containers are trees, whose parents have smaller ids (and so have optimizers than
+    # their slot variables): one pass rebuilds them all.
+    for node in range(len(live.objects) - 1, -1, -1):
+        children = live.graph.nodes[node].children
+        if not new or node in replaced or not (children or live.graph.nodes[node].slots):
+            continue
+        changed: dict[Label, Any] = {label: new[child] for label, child in children if child in new}
+        result = obj = live.objects[node]
+        if changed:
+            result = live.views[node].rebuild(obj, changed)
+        slots = {
+            (slot.name, live.variables[slot.node]): new[slot.node]
+            for slot in live.graph.nodes[node].slots
+            if slot.node in new
+        }
+        if slots:
+            result = live.views[node].with_slots(result, slots)
+        if result is not obj:
+            new[node] = result
+    return new.get(0, live.objects[0])

@@ -1,0 +1,29 @@
+"""The live graph: a program's objects as they are now, traced with this library's own answers to
+what a value is and who saves it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ckpt_jax.matching.trace import LiveGraph, trace
+from ckpt_jax.objects import registry
+from ckpt_jax.objects.views import View
+from ckpt_jax.values import host
+from ckpt_jax.values.leaves import describe, evaluate
+
+
+@host.without_gc()
+def live_graph(
+    root: Any, root_key: str = "", *, for_restore: bool = True, root_view: View | None = None
+) -> LiveGraph:
+    """The object graph of a program's objects, to be saved or restored; see `trace`."""
+    return trace(
+        root,
+        describe,
+        registry.saver_of(),
+        root_view=root_view,
+        root_key=root_key,
+        tie_values=not for_restore,
+        evaluate=None if for_restore else evaluate,
+    )

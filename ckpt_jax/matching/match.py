@@ -1,0 +1,152 @@
+"""Match: two rooted graphs walked side by side, along equal edge labels.
+
+Terms. A saved node is *bound* to the live node that stands in its place. The *frontier* is
+the set of saved edges whose parent is bound but which the live graph lacks: what may still
+come. A *conflict* is a saved node that two live nodes ask for, or the other way round; the
+first binding stands.
+
+Algorithm. Breadth first from the given pairs, so that shallow paths bind first. Slots are
+edges too: their label is (variable, slot name), known once optimizer and variable are both
+bound. `extend` continues a match when the live graph has grown; it never unbinds, and what it
+ends in does not depend on the order in which the parts appeared.
+
+A match knows nothing of values: whether a dtype fits is a question for the plan that is made
+from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from ckpt_jax.graph.labels import Label, local_name
+from ckpt_jax.graph.nodes import Node, ObjectGraph
+
+Edges = tuple[tuple[Label, int], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Conflict:
+    """A saved node and a live node that asks for it although one of them is bound elsewhere."""
+
+    saved: int
+    live: int
+    bound_saved: int | None  # what `live` is bound to
+    bound_live: int | None  # what `saved` is bound to
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The result of matching a saved graph with a live one.
+
+    Attributes:
+      bound: saved node -> live node.
+      frontier: (live parent, label) -> saved child that has no live counterpart yet.
+      conflicts: disagreements about sharing, in the order found.
+    """
+
+    bound: Mapping[int, int]
+    frontier: Mapping[tuple[int, Label], int]
+    conflicts: tuple[Conflict, ...] = ()
+    shared: tuple[tuple[int, int], ...] = ()  # further live nodes for a bound saved node
+
+    def sources(self) -> dict[int, int]:
+        """Live node -> the saved node whose values it takes."""
+        sources = {live: saved for saved, live in self.shared}
+        for saved, live in reversed(tuple(self.bound.items())):  # of several, the first counts
+            sources[live] = saved
+        return sources
+
+
+NOTHING_MATCHED = Match(MappingProxyType({}), MappingProxyType({}))
+
+
+def match(saved: ObjectGraph, live: ObjectGraph) -> Match:
+    """Matches two graphs from their roots."""
+    return extend(NOTHING_MATCHED, saved, live, [(0, 0)])
+
+
+def extend(
+    before: Match, saved: ObjectGraph, live: ObjectGraph, pairs: Sequence[tuple[int, int]]
+) -> Match:
+    """Continues a match from pairs of (saved node, live node) that belong together.
+
+    Live node ids of `before` must still mean the same nodes. Nothing is unbound.
+    """
+    bound = dict(before.bound)
+    frontier = dict(before.frontier)
+    conflicts = list(before.conflicts)
+    shared = list(before.shared)
+    taken = before.sources()
+    queue = list(pairs)
+    for saved_node, live_node in queue:  # grows while it is walked
+        known_live, known_saved = bound.get(saved_node), taken.get(live_node)
+        if known_live == live_node or known_saved == saved_node:
+            continue
+        if known_live is not None and known_saved is None and _may_share(live, live_node):
+            # Two leaves of the program where the checkpoint has one: both take its value.
+            shared.append((saved_node, live_node))
+            taken[live_node] = saved_node
+            continue
+        if known_live is not None:
+            conflicts.append(Conflict(saved_node, live_node, known_saved, known_live))
+            continue
+        if known_saved is None:
+            taken[live_node] = saved_node
+        elif saved.nodes[saved_node].attributes:
+            # Two saved values for one live one. (Two saved containers may become one object.)
+            conflicts.append(Conflict(saved_node, live_node, known_saved, None))
+        bound[saved_node] = live_node
+        theirs, ours = _aligned(saved.nodes[saved_node], live.nodes[live_node])
+        here = _edges(ours)
+        for label, child in theirs:
+            there = here.get(label, here.get(local_name(label)))
+            if there is None:
+                frontier.setdefault((live_node, label), child)
+            else:
+                frontier.pop((live_node, label), None)
+                queue.append((child, there))
+        queue.extend(_slot_pairs(saved, live, bound, saved_node))
+    return Match(
+        MappingProxyType(bound), MappingProxyType(frontier), tuple(conflicts), tuple(shared)
+    )
+
+
+def _aligned(saved: Node, live: Node) -> tuple[Edges, Edges]:
+    """The children of both; by position, where one calls them fields and the other numbers them."""
+    if live.container == "namedtuple" and saved.container in ("list", "tuple"):
+        return saved.children, _numbered(live)
+    if saved.container == "namedtuple" and live.container in ("list", "tuple"):
+        return _numbered(saved), live.children
+    return saved.children, live.children
+
+
+def _numbered(node: Node) -> Edges:
+    return tuple(enumerate(child for _, child in node.children))
+
+
+def _may_share(live: ObjectGraph, node: int) -> bool:
+    return live.nodes[node].container in ("leaf", "none") and not live.nodes[node].children
+
+
+def _edges(children: Iterable[tuple[Label, int]]) -> dict[Label, int]:
+    """Live children by label, and by text where no string label has that text."""
+    edges: dict[Label, int] = {
+        local_name(label): node for label, node in children if not isinstance(label, str)
+    }
+    edges.update(children)
+    return edges
+
+
+def _slot_pairs(
+    saved: ObjectGraph, live: ObjectGraph, bound: Mapping[int, int], node: int
+) -> list[tuple[int, int]]:
+    """Slots that the binding of `node`, as optimizer or as variable, makes known."""
+    slots = [(node, slot) for slot in saved.nodes[node].slots if slot.variable in bound]
+    slots += [entry for entry in saved.slots_of_variable.get(node, ()) if entry[0] in bound]
+    return [
+        (slot.node, there)
+        for optimizer, slot in slots
+        if (there := live.slot(bound[optimizer], bound[slot.variable], slot.name)) is not None
+    ]

@@ -1,0 +1,316 @@
+"""Plan: from a match to what has to be read, with every problem known before a byte is.
+
+A `ReadPlan` lists one `Read` per value that the program takes from the checkpoint and one
+`SaverCall` per registered saver, next to a report that accounts for every value on either
+side. `assign` executes the other end: it puts the values that were read into the live
+objects, in place where they are mutable, by rebuilding where they are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ckpt_jax.graph.labels import ONLY_VALUE
+from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, reachable
+from ckpt_jax.graph.specs import LeafSpec
+from ckpt_jax.matching.match import Match
+from ckpt_jax.matching.trace import LiveGraph
+from ckpt_jax.report import ReportEntry, RestoreReport, nearest
+
+Fits = Callable[[LeafSpec, LeafSpec, Any], str | None]
+_MAX_HINTS = 50  # looking for near names costs time for each missing one
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One value to read: from checkpoint key `key` into attribute `name` of a live node."""
+
+    node: int
+    name: str
+    key: str
+    saved: LeafSpec
+    target: LeafSpec
+    value: Any  # what the target holds now
+
+
+@dataclass(frozen=True, slots=True)
+class SaverCall:
+    """Live nodes by the name that a registered saver knows them by."""
+
+    saver: str
+    nodes: Mapping[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadPlan:
+    """Attributes:
+    report: every value on either side.
+    reads: what the default saver reads.
+    calls: what registered savers restore.
+    used: saved nodes all of whose values have a place in the program.
+    """
+
+    report: RestoreReport
+    reads: tuple[Read, ...]
+    calls: tuple[SaverCall, ...]
+    used: frozenset[int] = frozenset()
+
+
+def plan_read(
+    saved: ObjectGraph,
+    live: LiveGraph,
+    match: Match,
+    *,
+    path: str,
+    fits: Fits,
+    saved_paths: Mapping[int, str] | None = None,
+    only: frozenset[int] | None = None,
+    skip_slots: bool = False,
+) -> ReadPlan:
+    """What a match means for values.
+
+    Args:
+      saved, live, match: the two graphs and their match.
+      path: of the checkpoint, for the report.
+      fits: says why a saved spec cannot become what the target is (spec, value), or None.
+      saved_paths: paths in the checkpoint as written, where names were changed since.
+      only: live nodes to plan for, where the others are done; all by default. The report is then
+        about these alone: it says nothing of values that nobody takes.
+      skip_slots: leave slot variables alone on both sides.
+    """
+    planner = _Planner(saved, live, match, fits, saved_paths or {}, skip_slots)
+    planner.live_side(only)
+    planner.fixed_slots(only)
+    planner.conflicts()
+    if only is None:
+        planner.saved_side()
+    return planner.finish(path)
+
+
+class _Planner:
+    def __init__(
+        self,
+        saved: ObjectGraph,
+        live: LiveGraph,
+        match: Match,
+        fits: Fits,
+        saved_paths: Mapping[int, str],
+        skip_slots: bool,
+    ):
+        self.saved, self.live, self.match, self.fits = saved, live, match, fits
+        self.sources = match.sources()
+        self.saved_paths = saved_paths
+        self.skipped_saved = saved.slot_nodes if skip_slots else frozenset()
+        self.skipped_live = live.graph.slot_nodes if skip_slots else frozenset()
+        self.reads: list[Read] = []
+        self.calls: dict[str, list[dict[str, int]]] = {}  # by saver
+        self.used: set[tuple[int, str]] = set()  # (saved node, attribute) with a place to go
+        self.entries: dict[str, list[ReportEntry]] = {
+            kind: [] for kind in ("restored", "missing", "unexpected", "mismatched", "deferred")
+        }
+
+    def live_side(self, only: frozenset[int] | None) -> None:
+        for node_id, node in enumerate(self.live.graph.nodes):
+            if node_id in self.skipped_live or (only is not None and node_id not in only):
+                continue
+            source = self.sources.get(node_id)
+            if self.saved.named and node.saver:
+                source = None  # a saver reads only what a saver wrote
+            if source is not None and (node.saver or self.saved.nodes[source].saver):
+                self.by_saver(node_id, node, source)
+                continue
+            self.by_attributes(node_id, node, source)
+            if node.saver:
+                path = self.live.graph.paths[node_id]
+                self.entries["missing"].append(ReportEntry(path, f"saver {node.saver.name}"))
+
+    def fixed_slots(self, only: frozenset[int] | None) -> None:
+        """Slot variables that can neither change nor be replaced."""
+        for optimizer, node in enumerate(self.live.graph.nodes):
+            obj = self.live.objects[optimizer]
+            if not node.slots or self.live.views[optimizer].replaces_slots(obj):
+                continue
+            what = (
+                f"a slot variable that cannot change: let {type(obj).__qualname__}.slots() give a "
+                "ckpt.Variable, or give it a method set_slot(slot_name, variable, value)"
+            )
+            self.entries["mismatched"] += [
+                ReportEntry(self.live.graph.paths[slot], "a variable", what=what)
+                for slot in (slot.node for slot in node.slots)
+                if slot in self.sources
+                and (only is None or slot in only)
+                and slot not in self.skipped_live
+                and not self.live.views[slot].mutable
+            ]
+
+    def by_attributes(self, node_id: int, node: Node, source: int | None) -> None:
+        missing = len(self.entries["missing"])
+        for attribute in node.attributes:
+            self.by_attribute(node_id, attribute, source)
+        lost = self.entries["missing"][missing:]
+        if 0 < len(lost) < len(node.attributes):
+            # An object takes its values together, or it would be half restored.
+            del self.entries["missing"][missing:]
+            self.entries["mismatched"] += [
+                ReportEntry(
+                    entry.path,
+                    entry.expected,
+                    what=f"expected {entry.expected}, but the checkpoint has only others of this "
+                    "object's values",
+                )
+                for entry in lost
+            ]
+
+    def by_saver(self, node_id: int, node: Node, source: int) -> None:
+        """A registered saver wrote these values, or takes the object now."""
+        saved = self.saved.nodes[source]
+        if saved.saver:
+            name, object_name = saved.saver.name, saved.saver.object_name
+        elif saved.attributes and node.saver:
+            name, object_name = node.saver.name, saved.attributes[0].key
+        else:
+            return
+        # Two leaves here may share one object there: that takes a call for each.
+        calls = self.calls.setdefault(name, [])
+        free = next((nodes for nodes in calls if object_name not in nodes), None)
+        if free is None:
+            calls.append(free := {})
+        free[object_name] = node_id
+        self.used.update((source, value) for value in _value_names(saved))
+        entry = ReportEntry(self.live.graph.paths[node_id], f"saver {name}", f"saver {name}")
+        self.entries["restored"].append(entry)
+
+    def by_attribute(self, node_id: int, target: Attribute, source: int | None) -> None:
+        path = self.live.graph.value_path(node_id, target.name)
+        found = None if source is None else _same_attribute(self.saved.nodes[source], target)
+        if source is None or found is None:
+            self.entries["missing"].append(ReportEntry(path, str(target.spec)))
+            return
+        self.used.add((source, found.name))
+        value = self.live.values[node_id][target.name]
+        # Where a function makes the value, the object takes whatever was saved.
+        is_open = target.spec == LeafSpec()
+        spec = found.spec if is_open else target.spec
+        problem = None if is_open else self.fits(found.spec, spec, value)
+        entry = ReportEntry(
+            path, str(spec), str(found.spec), problem or "", self.original(source, found)
+        )
+        if problem:
+            self.entries["mismatched"].append(entry)
+        else:
+            self.entries["restored"].append(entry)
+            read = Read(node_id, target.name, found.key, found.spec, spec, value)
+            self.reads.append(read)
+
+    def original(self, node: int, attribute: Attribute) -> str:
+        """The path under which the checkpoint holds a value."""
+        if node in self.saved_paths:
+            return self.saved_paths[node]
+        return self.saved.value_path(node, attribute.name)
+
+    def saved_side(self) -> None:
+        waiting = reachable(self.saved, self.waiting_roots())
+        for node_id, node in enumerate(self.saved.nodes):
+            if node_id in self.skipped_saved:
+                continue
+            is_waiting = node_id in waiting and node_id not in self.match.bound
+            entries = self.entries["deferred" if is_waiting else "unexpected"]
+            for attribute in node.attributes:
+                if (node_id, attribute.name) not in self.used:
+                    path = self.saved.value_path(node_id, attribute.name)
+                    original = self.original(node_id, attribute)
+                    entries.append(ReportEntry(path, "", str(attribute.spec), "", original))
+            if node.saver and (node_id, node.saver.name) not in self.used:
+                path = self.saved.paths[node_id]
+                original = self.saved_paths.get(node_id, path)
+                entries.append(ReportEntry(path, "", f"saver {node.saver.name}", "", original))
+
+    def waiting_roots(self) -> list[int]:
+        """Saved nodes whose parent is bound to an object that may still get such a child."""
+        return [
+            saved
+            for (parent, _), saved in self.match.frontier.items()
+            if saved not in self.match.bound and self.live.awaiting(parent)
+        ]
+
+    def conflicts(self) -> None:
+        """One object or array of the program where the checkpoint has two values."""
+        pairs = [
+            (conflict.live, conflict.bound_saved, conflict.saved)
+            for conflict in self.match.conflicts
+            if conflict.bound_saved is not None
+        ]
+        first: dict[int, int] = {}
+        apart = self.live.graph.slot_nodes  # some begin as the very array that they belong to
+        for node, source in sorted(self.sources.items()):
+            view = self.live.views[node] if node >= 0 and node not in apart else None
+            if view is not None and view.identity and not view.mutable:
+                other = first.setdefault(id(self.live.objects[node]), source)
+                if other != source:
+                    pairs.append((node, other, source))
+        for node, one, two in pairs:
+            here = self.live.graph.paths[node]
+            paths = f"{self.saved.paths[one]} and {self.saved.paths[two]}"
+            what = f"one object in the program, but two values in the checkpoint: {paths}"
+            if not self.live.views[node].mutable:
+                what += "; a copy or an abstract target (jax.eval_shape) takes both"
+            self.entries["mismatched"].append(ReportEntry(here, "", "", what))
+            self.used.update((two, name) for name in _value_names(self.saved.nodes[two]))
+
+    def finish(self, path: str) -> ReadPlan:
+        self.entries["missing"] = self.with_hints()
+        renamed = tuple(
+            entry
+            for entries in self.entries.values()
+            for entry in entries
+            if self.saved_paths and entry.saved_path not in ("", entry.path)
+        )
+        report = RestoreReport(
+            path,
+            restored=tuple(self.entries["restored"]),
+            missing=tuple(self.entries["missing"]),
+            unexpected=tuple(self.entries["unexpected"]),
+            mismatched=tuple(self.entries["mismatched"]),
+            deferred=tuple(self.entries["deferred"]),
+            renamed=renamed,
+        )
+        calls = tuple(
+            SaverCall(name, nodes) for name, calls in self.calls.items() for nodes in calls
+        )
+        used = frozenset(
+            node
+            for node in {node for node, _ in self.used}
+            if all((node, name) in self.used for name in _value_names(self.saved.nodes[node]))
+        )
+        return ReadPlan(report, tuple(self.reads), calls, used)
+
+    def with_hints(self) -> list[ReportEntry]:
+        spare = [entry.path for kind in ("unexpected", "deferred") for entry in self.entries[kind]]
+        return [
+            ReportEntry(
+                entry.path,
+                entry.expected,
+                what=f"expected {entry.expected}, but the checkpoint has nothing there",
+                nearest=nearest(entry.path, spare) if i < _MAX_HINTS else (),
+            )
+            for i, entry in enumerate(self.entries["missing"])
+        ]
+
+
+def _value_names(node: Node) -> list[str]:
+    """Names for a node's values, a registered saver's included."""
+    names = [attribute.name for attribute in node.attributes]
+    return [*names, node.saver.name] if node.saver else names
+
+
+def _same_attribute(node: Node, target: Attribute) -> Attribute | None:
+    """The saved value for a live attribute: by name, else the only one there is."""
+    for attribute in node.attributes:
+        if attribute.name == target.name:
+            return attribute
+    if len(node.attributes) == 1 and target.name in ONLY_VALUE:
+        only = node.attributes[0]
+        return only if only.name in ONLY_VALUE else None
+    return None

@@ -1,0 +1,383 @@
+"""Trace: from live objects to an object graph.
+
+A breadth-first walk over the children that views show. An object with an identity (a
+trackable, a module, an array) is one node however many edges lead to it, and is named after
+the first, shortest path; the parts of an immutable container are one node per place. After
+the walk, optimizers add their slot variables.
+
+The walk reads no value. What a value *is* (`describe`), what a function that stands for one
+makes (`evaluate`) and whether a registered saver takes an object (`saver_of`) are questions it
+passes on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from ckpt_jax.errors import UnsaveableError
+from ckpt_jax.graph import labels
+from ckpt_jax.graph.labels import Label
+from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, SaverRef, Slot, has_values
+from ckpt_jax.graph.specs import LeafSpec, ShardingSpec
+from ckpt_jax.objects.delegate import DELEGATE, delegate_of
+from ckpt_jax.objects.views import Below, NoState, SlotEntry, View, view_of
+
+Describe = Callable[[Any], tuple[LeafSpec, ShardingSpec | None]]
+SaverOf = Callable[[Any], str | None]
+Evaluate = Callable[[Any], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveGraph:
+    """An object graph together with the objects that it was traced from.
+
+    `objects`, `views` and `values` run parallel to `graph.nodes`; `values[i]` maps attribute
+    names to values as they were when traced. `variables` gives, for the node of each slot
+    variable, what its optimizer calls the variable.
+    """
+
+    graph: ObjectGraph
+    objects: tuple[Any, ...]
+    views: tuple[View, ...]
+    values: tuple[Mapping[str, Any], ...]
+    variables: Mapping[int, Any] = field(default_factory=dict)
+
+    def awaiting(self, node: int) -> tuple[Any, ...]:
+        """The trackables that will say so when a node's object gets another child."""
+        if not 0 <= node < len(self.views):
+            return ()
+        return self.views[node].awaiting(self.objects[node])
+
+
+def trace(
+    root: Any,
+    describe: Describe,
+    saver_of: SaverOf = lambda obj: None,
+    *,
+    root_view: View | None = None,
+    root_key: str = "",
+    tie_values: bool = True,
+    evaluate: Evaluate | None = None,
+) -> LiveGraph:
+    """The graph of everything reachable from `root`.
+
+    Args:
+      root: any object that has a view.
+      describe: says what a value is; raises TypeError for one that cannot be saved.
+      saver_of: the name of the registered saver that takes an object, or None.
+      root_view: how to see the root, where that is not its own view.
+      root_key: the root's escaped path, where it is part of something larger.
+      tie_values: whether one immutable array at two places is one node, as it should be saved.
+        Where values are to be put, each place is a node of its own.
+      evaluate: gives the value that is to be saved for one that a view shows, which may be a
+        function that makes it; asked once for each. By default values are left as they are.
+
+    Raises:
+      UnsaveableError: naming every object that has no view or cannot be saved.
+    """
+    walk = _Walk(describe, saver_of, tie_values, evaluate)
+    walk.enter(root, root_key, view=root_view)
+    walk.run()
+    return walk.finish()
+
+
+@dataclass(slots=True, eq=False)
+class _Walk:
+    """The growing columns of a trace; one list entry per node."""
+
+    describe: Describe
+    saver_of: SaverOf
+    tie_values: bool
+    evaluate: Evaluate | None
+    objects: list[Any] = field(default_factory=list)
+    views: list[View] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)
+    values: list[Mapping[str, Any]] = field(default_factory=list)
+    attributes: list[tuple[Attribute, ...]] = field(default_factory=list)
+    savers: list[SaverRef | None] = field(default_factory=list)
+    children: list[tuple[tuple[Label, int], ...]] = field(default_factory=list)
+    slots: dict[int, list[Slot]] = field(default_factory=dict)
+    variables: dict[int, Any] = field(default_factory=dict)
+    node_of: dict[int, int] = field(default_factory=dict)  # by id, of objects with an identity
+    problems: list[tuple[str, str]] = field(default_factory=list)
+
+    def enter(
+        self, obj: Any, key: str, parent: int = -1, view: View | None = None, tie: bool = True
+    ) -> int:
+        """The node of `obj`, or of what it stands for, made where it is new; an array may be one
+        node or one per place."""
+        view = view or view_of(obj)
+        if view is DELEGATE:
+            obj = delegate_of(obj)
+            view = view_of(obj)
+        if view is None and self.saver_of(obj) is not None:
+            view = _OPAQUE
+        elif view is None and callable(obj) and self.is_program(parent):
+            view = _PROGRAM
+        elif view is None:
+            self.problems.append((labels.path_of(key), _no_view(obj)))
+            view = _NOTHING
+        node = len(self.objects)
+        if view.mutable or (view.identity and tie and self.tie_values):
+            if (known := self.node_of.setdefault(id(obj), node)) != node:
+                return known
+        elif view.container != "leaf" and self.is_inside_itself(obj, parent):
+            self.problems.append((labels.path_of(key), "the container contains itself"))
+            view = _NOTHING
+        self.objects.append(obj)
+        self.parents.append(parent)
+        self.views.append(view)
+        self.keys.append(key)
+        saver = self.saver_of(obj)
+        self.savers.append(SaverRef(saver, key) if saver else None)
+        values: Mapping[str, Any] = {}
+        if not saver:
+            try:
+                values = self.evaluated(key, view.values(obj))
+            except NoState as error:
+                self.problems.append((labels.path_of(key), str(error)))
+        self.values.append(values)
+        self.attributes.append(
+            tuple([self.attribute(key, name, value) for name, value in values.items()])
+        )
+        return node
+
+    def evaluated(self, key: str, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        if self.evaluate is None or not any(map(callable, values.values())):
+            return values
+        result: dict[str, Any] = {}
+        for name, value in values.items():
+            try:
+                result[name] = self.evaluate(value)
+            except Exception as error:  # whatever a user's function raises: named with its path
+                what = f"{name}: {type(error).__name__}: {error}"
+                self.problems.append((labels.path_of(key), what))
+        return result
+
+    def is_inside_itself(self, obj: Any, parent: int) -> bool:
+        return any(self.objects[node] is obj for node in self.upwards(parent))
+
+    def is_program(self, parent: int) -> bool:
+        """Whether a function below `parent` belongs to an object that has such."""
+        return any(self.views[node].has_functions for node in self.upwards(parent))
+
+    def upwards(self, node: int) -> Iterator[int]:
+        """A node and those above it, along the first way to each."""
+        while node >= 0:
+            yield node
+            node = self.parents[node]
+
+    def attribute(self, key: str, name: str, value: Any) -> Attribute:
+        try:
+            spec, sharding = self.describe(value)
+        except TypeError as error:
+            what = f"{error}" if name in labels.ONLY_VALUE else f"{name}: {error}"
+            self.problems.append((labels.path_of(key), what))
+            spec, sharding = LeafSpec(), None
+        return Attribute(name, labels.attribute_key(key, name), spec, sharding)
+
+    def run(self) -> None:
+        """Breadth first: the list of objects is the queue."""
+        at = len(self.children)
+        while at < len(self.objects):
+            pairs = tuple(self.views[at].children(self.objects[at]))
+            if pairs:
+                prefix = f"{self.keys[at]}/" if self.keys[at] else ""
+                names = labels.escaped_names([label for label, _ in pairs])
+                self.check_labels(pairs, names, prefix)
+                self.children.append(
+                    tuple(
+                        [
+                            (label, self.enter(child, prefix + name, at))
+                            for (label, child), name in zip(pairs, names, strict=True)
+                        ]
+                    )
+                )
+            else:
+                self.children.append(())
+            at += 1
+
+    def check_labels(
+        self, pairs: Sequence[tuple[Label, Any]], names: Sequence[str], prefix: str
+    ) -> None:
+        if len(set(names)) < len(names):
+            self.problems.append((labels.path_of(prefix[:-1]), "two of its keys look the same"))
+        for (label, _), name in zip(pairs, names, strict=True):
+            if type(label) not in labels.LABEL_TYPES:
+                what = f"the key {label!r} is of type {type(label).__qualname__}; use a string"
+                self.problems.append((labels.path_of(prefix + name), what))
+            if not name.isascii():
+                try:
+                    name.encode()
+                except UnicodeEncodeError as error:
+                    what = f"the name {name!r} is not valid Unicode ({error.reason})"
+                    self.problems.append((labels.path_of(prefix) + repr(name), what))
+
+    def add_slots(self) -> None:
+        """Slot variables, named after their variable; only where both ends are in the graph."""
+        regular = len(self.objects)
+        for node in range(regular):
+            entries = tuple(self.views[node].slots(self.objects[node]))
+            if not entries:
+                continue
+            places = self.places(
+                node, [e.variable for e in entries if isinstance(e.variable, Below)]
+            )
+            for entry in entries:
+                if isinstance(entry.variable, Below):
+                    owner = places.get(entry.variable.path)
+                else:
+                    owner = self.node_of.get(id(delegate_of(entry.variable)))
+                if owner is not None:
+                    self.add_slot(node, owner, entry, regular)
+            if not places:
+                self.add_as_children(node, entries)
+        self.run()
+
+    def add_slot(self, optimizer: int, variable: int, entry: SlotEntry, regular: int) -> None:
+        key = labels.slot_key(self.keys[variable], self.keys[optimizer], entry.name)
+        slot = self.enter(entry.value, key, tie=False)
+        if slot < regular:
+            what = (
+                f"slot variable {entry.name!r} of {labels.path_of(self.keys[optimizer])} "
+                "is also an ordinary child; it can be one or the other"
+            )
+            self.problems.append((labels.path_of(self.keys[slot]), what))
+        self.variables[slot] = entry.variable
+        self.slots.setdefault(optimizer, []).append(Slot(variable, entry.name, slot))
+
+    def places(self, optimizer: int, wanted: Sequence[Below]) -> dict[tuple[Label, ...], int]:
+        """The nodes of variables that are given as places in a tree of parameters.
+
+        The tree is the one that the optimizer knows; else, of the objects that have something
+        at every place, the one that is called like parameters or a model, or is the nearest.
+        """
+        if not wanted:
+            return {}
+        parameters = self.views[optimizer].parameters(self.objects[optimizer])
+        if parameters is not None:
+            for node, obj in enumerate(self.objects):
+                if obj is parameters:
+                    return self.below(node, wanted)
+        own = self.keys[optimizer].split("/")
+        found = [
+            (node, there)
+            for node in range(len(self.children))
+            if (there := self.below(node, wanted))
+        ]
+
+        def merit(candidate: tuple[int, dict[tuple[Label, ...], int]]) -> tuple[bool, int, int]:
+            key = self.keys[candidate[0]].split("/")
+            common = [a == b for a, b in zip(key, own, strict=False)]
+            return key[-1] in ("params", "model"), (*common, False).index(False), -candidate[0]
+
+        return max(found, key=merit)[1] if found else {}
+
+    def below(self, node: int, wanted: Sequence[Below]) -> dict[tuple[Label, ...], int]:
+        """Nodes by their place below `node`; none at all unless every place is there."""
+        edges: dict[int, dict[Label, int]] = {}
+        found: dict[tuple[Label, ...], int] = {}
+        for variable in wanted:
+            here: int | None = node
+            for label in variable.path:
+                if here not in edges:
+                    edges[here] = dict(self.children[here])
+                here = edges[here].get(label)
+                if here is None:
+                    return {}
+            if not self.attributes[here]:
+                return {}
+            found[variable.path] = here
+        return found
+
+    def add_as_children(self, optimizer: int, entries: Sequence[SlotEntry]) -> None:
+        trees: dict[Label, Any] = {}
+        for name, variable, value in entries:
+            if isinstance(variable, Below):
+                tree, label = trees, cast(Label, name)
+                for step in variable.path:
+                    tree, label = tree.setdefault(label, {}), step
+                tree[label] = value
+        prefix = f"{self.keys[optimizer]}/" if self.keys[optimizer] else ""
+        more = [
+            (name, self.enter(tree, prefix + labels.escape(labels.local_name(name)), optimizer))
+            for name, tree in trees.items()
+        ]
+        self.children[optimizer] = (*self.children[optimizer], *more)
+
+    def finish(self) -> LiveGraph:
+        self.add_slots()
+        if self.problems:
+            lines = "\n".join(f"  {path or '(root)'}: {what}" for path, what in self.problems)
+            raise UnsaveableError(
+                f"{len(self.problems)} of the object graph's values cannot be saved or restored; "
+                f"nothing was written:\n{lines}\n"
+                "Remove them, wrap them in ckpt.NoDependency, or register a view for their type.",
+                tuple(self.problems),
+            )
+        own = [
+            bool(attributes or saver or i in self.slots)
+            for i, (attributes, saver) in enumerate(zip(self.attributes, self.savers, strict=True))
+        ]
+        rows = zip(
+            self.objects,
+            self.views,
+            self.children,
+            self.attributes,
+            self.savers,
+            has_values(own, self.children),
+            strict=True,
+        )
+        nodes = tuple(
+            [
+                Node(
+                    view.container,
+                    # What kind of array a leaf was says its spec, and JAX's names change.
+                    ""
+                    if view.container == "leaf" and not view.mutable
+                    else _type_name(view.type_of(obj)),
+                    children,
+                    attributes,
+                    tuple(self.slots.get(i, ())),
+                    saver,
+                    has,
+                )
+                for i, (obj, view, children, attributes, saver, has) in enumerate(rows)
+            ]
+        )
+        graph = ObjectGraph(nodes, tuple(self.keys))
+        columns = (tuple(self.objects), tuple(self.views), tuple(self.values))
+        return LiveGraph(graph, *columns, self.variables)
+
+
+def _type_name(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else _dotted(kind)
+
+
+def _dotted(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _no_view(obj: Any) -> str:
+    return f"{_dotted(type(obj))} has no view, so its state is unknown"
+
+
+class _OpaqueView(View):
+    """An object of no known kind, of which a registered saver knows all that there is to know."""
+
+    identity = True
+    mutable = True
+
+
+class _ProgramView(View):
+    """A function that stays what it is in the program; it keeps its place in the graph."""
+
+    container = "none"
+
+
+_NOTHING = View()
+_PROGRAM = _ProgramView()
+_OPAQUE = _OpaqueView()

@@ -1,0 +1,151 @@
+"""nnx: modules, optimizers and everything else that is built on its Pytree.
+
+Such an object is mutable; its children are the attributes that nnx itself calls data, the
+static ones are the program's own, but for mutable objects that nnx does not know and this library
+does, such as a `ckpt.Variable`. An `nnx.Variable` is a mutable box for one value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+from flax.nnx.training.optimizer import OptVariable
+
+from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
+from ckpt_jax.objects.optax_states import Part, Place, flatten, is_leaf, is_masked, parts_of
+from ckpt_jax.objects.pytrees import DictView
+from ckpt_jax.objects.views import Below, SlotEntry, View, add_view, view_of
+
+
+class ModuleView(View):
+    """An nnx object: the attributes that hold data, or an object of state that is not nnx's."""
+
+    identity = True
+    mutable = True
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        nodes = obj._pytree__nodes
+        return [
+            (name, value)
+            for name, value in vars(obj).items()
+            if nodes.get(name, False) or _is_foreign(value)
+            if not name.startswith("_pytree__")
+        ]
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        for name, value in changed.items():
+            setattr(obj, str(name), value)
+        return obj
+
+
+class ListView(ModuleView):
+    """An nnx.List, by position."""
+
+    container = "list"
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        return enumerate(obj)
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        for index, value in changed.items():
+            obj[index] = value
+        return obj
+
+
+class DictModuleView(ModuleView):
+    container = "dict"
+
+
+class OptimizerView(ModuleView):
+    """An nnx.Optimizer: what mirrors the model's variables are their slot variables."""
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        parts, leaves = _state_of(obj)
+        own = [(name, value) for name, value in super().children(obj) if name != "opt_state"]
+        return own + [(part.name, leaves[part.leaf]) for part in parts if part.place is None]
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        """Leaves of the state are boxes that were restored in place."""
+        own = {name: value for name, value in changed.items() if name in vars(obj)}
+        return super().rebuild(obj, own)
+
+    def slots(self, obj: Any) -> Iterable[SlotEntry]:
+        parts, leaves = _state_of(obj)
+        return [
+            SlotEntry(part.name, Below(part.place), leaves[part.leaf])
+            for part in parts
+            if part.place is not None
+        ]
+
+    def parameters(self, obj: Any) -> Any | None:
+        return vars(obj).get("model")
+
+
+def _state_of(optimizer: nnx.Optimizer[Any]) -> tuple[list[Part], list[Any]]:
+    """The parts of an optimizer's state, but for the masked ones, and its leaves."""
+    leaves = jax.tree.leaves(optimizer.opt_state, is_leaf=is_leaf)
+    parts = parts_of(optimizer.opt_state, leaves, _mirrored)
+    masked = [isinstance(x, nnx.Variable) and is_masked(x.get_raw_value()) for x in leaves]
+    return [part for part in parts if not masked[part.leaf]], leaves
+
+
+def _mirrored(node: Any) -> list[Place] | None:
+    """The places of an nnx.State of variables; the optimizer has no other."""
+    if not isinstance(node, nnx.State):
+        return None
+    leaves, _ = flatten(node)
+    is_mirror = leaves and all(isinstance(leaf, OptVariable) for _, leaf in leaves)
+    return [place for place, _ in leaves] if is_mirror else None
+
+
+class VariableView(View):
+    """An nnx.Variable: its value is its own where that is one array, else its child."""
+
+    container = "leaf"
+    identity = True
+    mutable = True
+
+    def children(self, obj: nnx.Variable[Any]) -> Iterable[tuple[Label, Any]]:
+        value = obj.get_raw_value()
+        return () if _is_leaf(value) else [("value", value)]
+
+    def rebuild(self, obj: nnx.Variable[Any], changed: Mapping[Label, Any]) -> Any:
+        obj.set_raw_value(changed["value"])
+        return obj
+
+    def values(self, obj: nnx.Variable[Any]) -> Mapping[str, Any]:
+        value = obj.get_raw_value()
+        return {VARIABLE_VALUE: value} if _is_leaf(value) else {}
+
+    def assign(self, obj: nnx.Variable[Any], values: Mapping[str, Any]) -> Any:
+        obj.set_raw_value(values[VARIABLE_VALUE])
+        return obj
+
+
+class StateView(DictView):
+    """An nnx.State: a mapping that is rebuilt, of variables that are restored in place."""
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        return type(obj)({label: changed.get(label, child) for label, child in obj.items()})
+
+
+def _is_foreign(value: Any) -> bool:
+    """Whether a static attribute is one only because nnx does not know what it is."""
+    view = view_of(value)
+    return view is not None and view.mutable
+
+
+def _is_leaf(value: Any) -> bool:
+    view = view_of(value)
+    return view is not None and view.container == "leaf"
+
+
+add_view(nnx.Pytree, ModuleView())
+add_view(nnx.List, ListView())
+add_view(nnx.Dict, DictModuleView())
+add_view(nnx.Optimizer, OptimizerView())
+add_view(nnx.Variable, VariableView())
+add_view(nnx.State, StateView())

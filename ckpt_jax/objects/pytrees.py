@@ -1,0 +1,208 @@
+"""Views of plain values and pytrees: leaves, the builtin containers, and all that JAX knows.
+
+A pytree is immutable to this library, whatever Python thinks of its containers: the caller's
+lists and dicts are never changed, a restored tree is a rebuilt one. The builtin containers
+are read directly, so that dict keys of any sortable or unsortable mixture work and keep their
+order; any other type that is registered with JAX (flax.struct, FrozenDict, Equinox modules,
+a user's own) is taken apart and put together by JAX itself, which leaves its static fields as
+the target has them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
+from ckpt_jax.objects.views import View
+
+
+class LeafView(View):
+    """A value that is its own only part: an array, a scalar, a string."""
+
+    container = "leaf"
+
+    def __init__(self, identity: bool = False):
+        self.identity = identity
+
+    def values(self, obj: Any) -> Mapping[str, Any]:
+        return {VARIABLE_VALUE: obj}
+
+    def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
+        return values[VARIABLE_VALUE]
+
+
+class RefView(View):
+    """A jax.Ref: a mutable box for one array."""
+
+    container = "leaf"
+    identity = True
+    mutable = True
+
+    def values(self, obj: Any) -> Mapping[str, Any]:
+        return {VARIABLE_VALUE: obj[...]}
+
+    def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
+        obj[...] = values[VARIABLE_VALUE]
+        return obj
+
+
+class NoneView(View):
+    container = "none"
+
+
+class DictView(View):
+    container = "dict"
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        return obj.items()
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        rebuilt = copy.copy(obj)  # a subclass's constructor may take anything
+        for label, child in changed.items():
+            rebuilt[label] = child
+        return rebuilt
+
+
+class ListView(View):
+    container = "list"
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        return enumerate(obj)
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        rebuilt = copy.copy(obj)
+        for index, child in changed.items():
+            rebuilt[index] = child
+        return rebuilt
+
+
+class TupleView(View):
+    """Tuples, and named tuples by field."""
+
+    def __init__(self, named: bool):
+        self.named = named
+        self.container = "namedtuple" if named else "tuple"
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        return zip(obj._fields, obj, strict=True) if self.named else enumerate(obj)
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        parts = [changed.get(label, child) for label, child in self.children(obj)]
+        if hasattr(obj, "n_fields"):  # a structseq, which cannot be made without its own __new__
+            return tuple(parts)
+        rebuilt = tuple.__new__(type(obj), parts)  # a subclass's constructor may take anything
+        if hasattr(obj, "__dict__"):
+            rebuilt.__dict__.update(obj.__dict__)
+        return rebuilt
+
+
+class DataclassView(View):
+    """Dataclasses that are not registered with JAX: every field is state."""
+
+    container = "dataclass"
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        return [(field.name, getattr(obj, field.name)) for field in dataclasses.fields(obj)]
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        rebuilt = copy.copy(obj)  # not `replace`: __post_init__ has run already
+        for name, child in changed.items():
+            object.__setattr__(rebuilt, str(name), child)
+        return rebuilt
+
+
+class RegisteredView(View):
+    """Any other type registered with JAX, one level of it."""
+
+    def __init__(self, container: str, has_functions: bool = False):
+        self.container = container
+        self.has_functions = has_functions
+
+    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda x: x is not obj)
+        return [(label_of(path[0]), child) for path, child in leaves]
+
+    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
+        _, treedef = jax.tree.flatten(obj, is_leaf=lambda x: x is not obj)
+        parts = [changed.get(label, child) for label, child in self.children(obj)]
+        return jax.tree.unflatten(treedef, parts)
+
+
+def label_of(key: Any) -> Label:
+    match key:
+        case jax.tree_util.GetAttrKey(name=name):
+            return name
+        case jax.tree_util.SequenceKey(idx=index):
+            return index
+        case jax.tree_util.DictKey(key=label) | jax.tree_util.FlattenedIndexKey(key=label):
+            return label
+    return str(key)
+
+
+def is_registered(obj: Any) -> bool:
+    """Whether JAX can take an object apart."""
+    leaves = jax.tree.leaves(obj, is_leaf=lambda x: x is not obj)
+    return not (len(leaves) == 1 and leaves[0] is obj)
+
+
+def _is_dataclass(obj: Any) -> bool:
+    return dataclasses.is_dataclass(obj) and not isinstance(obj, type)
+
+
+def _is_equinox(kind: type) -> bool:
+    """Whether a type is a module of Equinox, whose activation functions are leaves."""
+    return any(
+        base.__name__ == "Module" and base.__module__.partition(".")[0] == "equinox"
+        for base in kind.__mro__
+    )
+
+
+def pytree_view(obj: Any) -> View | None:
+    """The view of an object by what kind of value or pytree its type is."""
+    match obj:
+        case None:
+            return _NONE
+        case jax.Array() | np.ndarray():
+            return _ARRAY
+        case jax.Ref():
+            return _REF
+        case enum.Enum() | int() | float() | complex() | bool() | str() | bytes() | np.generic():
+            return _VALUE
+        case jax.ShapeDtypeStruct():
+            return _VALUE  # a description: equal ones are not one array
+        case tuple() if hasattr(obj, "_fields"):
+            return _NAMED_TUPLE
+        case tuple() if type(obj) is tuple or not is_registered(obj):
+            return _TUPLE
+        case list() if type(obj) is list or not is_registered(obj):
+            return _LIST
+        case dict() if type(obj) in _DICTS or not is_registered(obj):
+            return _DICT
+    if is_registered(obj):
+        if _is_equinox(type(obj)):
+            return _EQUINOX
+        return _REGISTERED_DATACLASS if _is_dataclass(obj) else _REGISTERED
+    return _DATACLASS if _is_dataclass(obj) else None
+
+
+_NONE = NoneView()
+_VALUE = LeafView()
+_ARRAY = LeafView(identity=True)
+_REF = RefView()
+_TUPLE = TupleView(named=False)
+_NAMED_TUPLE = TupleView(named=True)
+_LIST = ListView()
+_DICT = DictView()
+_DICTS = (dict, OrderedDict, defaultdict)
+_DATACLASS = DataclassView()
+_REGISTERED = RegisteredView("dict")
+_REGISTERED_DATACLASS = RegisteredView("dataclass")
+_EQUINOX = RegisteredView("dataclass", has_functions=True)

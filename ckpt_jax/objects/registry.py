@@ -1,0 +1,243 @@
+"""The registries: savers for objects that save themselves, and classes revived by name.
+
+A registered saver takes the objects that its predicate accepts; those registered later are
+asked first. Its name is stored in the checkpoint beside each object, and restoring asks for
+the saver of that name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from ckpt_jax.errors import RegistrationError
+from ckpt_jax.objects.trackable import PythonState
+from ckpt_jax.objects.views import mark_views, remove_views_since
+
+C = TypeVar("C", bound=type)
+SaveFn = Callable[[dict[str, Any], str], "str | list[str] | None"]
+RestoreFn = Callable[[dict[str, Any], str], "dict[str, Any] | None"]
+
+_NAME = re.compile(r"[a-zA-Z0-9._-]+")
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredSaver:
+    name: str
+    predicate: Callable[[Any], bool]
+    save_fn: SaveFn
+    restore_fn: RestoreFn
+    strict_predicate_restore: bool = True
+
+
+_savers: dict[str, RegisteredSaver] = {}  # in the order of registration
+
+
+def register_checkpoint_saver(
+    package: str = "Custom",
+    name: str | None = None,
+    predicate: Callable[[Any], bool] | None = None,
+    save_fn: SaveFn | None = None,
+    restore_fn: RestoreFn | None = None,
+    strict_predicate_restore: bool = True,
+) -> None:
+    """Registers functions that save and restore the objects that a predicate accepts.
+
+    Args:
+      package, name: the saver is known as "package.name", in checkpoints too.
+      predicate: sees every object of the graph: trackables, Flax objects, containers, leaves,
+        and objects of no known kind that are elements of containers or named in a Checkpoint.
+      save_fn: `(objects by name, file_prefix)`; writes shards with `ckpt.io.write_shard` at
+        paths that begin with `file_prefix`, and returns None, a shard or a list of shards. Where
+        there are several processes it is called on each, with a prefix of its own; what it
+        writes has to be another slice on each (of a jax.Array it is; a numpy array is written
+        where `jax.process_index()` is 0, or in parts, with `ckpt.io.Slice`).
+      restore_fn: `(objects by name, merged_prefix)`; reads with `ckpt.io.read_slices` and
+        assigns in place (returning None), or returns new values by name for immutable objects.
+        It is called on each process.
+      strict_predicate_restore: whether restoring into an object that the predicate refuses is
+        an error; otherwise the object is skipped and keeps its value.
+
+    Raises:
+      TypeError: an argument of the wrong kind.
+      RegistrationError: a name with other characters than letters, digits, ".", "_" and "-",
+        or one that is taken.
+
+    Source: `tf.train.experimental`'s register_checkpoint_saver.
+
+    Example:
+      >>> class Table:
+      ...     rows = None
+      >>> with registration_scope():
+      ...     register_checkpoint_saver(
+      ...         name="Table", predicate=lambda obj: isinstance(obj, Table),
+      ...         save_fn=lambda objects, prefix: None, restore_fn=lambda objects, prefix: None)
+      ...     saver_name(Table())
+      'Custom.Table'
+    """
+    full = _full_name(package, name, "checkpoint saver")
+    for argument, value in (
+        ("predicate", predicate),
+        ("save_fn", save_fn),
+        ("restore_fn", restore_fn),
+    ):
+        if not callable(value):
+            raise TypeError(f"{argument} of the checkpoint saver {full!r} must be callable")
+    if full in _savers:
+        raise RegistrationError(f"a checkpoint saver named {full!r} is already registered")
+    assert predicate and save_fn and restore_fn
+    _savers[full] = RegisteredSaver(full, predicate, save_fn, restore_fn, strict_predicate_restore)
+
+
+def saver_name(obj: Any) -> str | None:
+    """The saver that takes `obj`, the latest registered first; None for the default saver.
+
+    A `PythonState` saves itself, whatever a predicate says.
+    """
+    if isinstance(obj, PythonState):
+        return None
+    for saver in reversed(_savers.values()):
+        if saver.predicate(obj):
+            return saver.name
+    return None
+
+
+@dataclass(frozen=True, slots=True)
+class IsExactly:
+    """The predicate that accepts objects of one type, not of its subclasses."""
+
+    kind: type
+
+    def __call__(self, obj: Any) -> bool:
+        return type(obj) is self.kind
+
+
+def saver_of() -> Callable[[Any], str | None]:
+    """`saver_name`, or the same in one lookup while all predicates are `IsExactly`."""
+    names: dict[type, str] = {}
+    for saver in _savers.values():
+        if not isinstance(saver.predicate, IsExactly):
+            return saver_name
+        names[saver.predicate.kind] = saver.name
+    return lambda obj: names.get(type(obj))
+
+
+def get_saver(name: str) -> RegisteredSaver:
+    """The saver that a checkpoint names.
+
+    Raises:
+      RegistrationError: no saver of that name is registered.
+    """
+    try:
+        return _savers[name]
+    except KeyError:
+        raise RegistrationError(
+            f"the checkpoint saver cannot be found: {name!r} is not registered; import the module "
+            f"that registers it first (registered now: {sorted(_savers) or 'none'})"
+        ) from None
+
+
+def has_saver(name: str) -> bool:
+    """Whether a saver of that name is registered."""
+    return name in _savers
+
+
+def unregister_checkpoint_saver(name: str) -> None:
+    """Forgets a saver: the program as it is where nobody registered it."""
+    del _savers[get_saver(name).name]
+
+
+@contextlib.contextmanager
+def registration_scope() -> Iterator[None]:
+    """Undoes, on leaving, the registrations of savers, classes and views made inside."""
+    savers, classes, views = dict(_savers), dict(_classes), mark_views()
+    try:
+        yield
+    finally:
+        _savers.clear()
+        _savers.update(savers)
+        _classes.clear()
+        _classes.update(classes)
+        remove_views_since(views)
+
+
+# --- classes ---------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RegisteredClass:
+    name: str
+    cls: type
+    predicate: Callable[[Any], bool]
+
+
+_classes: dict[str, RegisteredClass] = {}
+
+
+def register_serializable(
+    package: str = "Custom",
+    name: str | None = None,
+    predicate: Callable[[Any], bool] | None = None,
+) -> Callable[[C], C]:
+    """Class decorator: gives a class the name under which checkpoints know it.
+
+    Args:
+      package, name: the class is known as "package.name"; its own name by default.
+      predicate: which objects are of this class; `isinstance` by default.
+
+    `ckpt.load_object` makes objects of registered classes anew, through methods that they may
+    have: `_serialize_to_proto()`, `_deserialization_dependencies(children)`, the class method
+    `_deserialize_from_proto(proto, dependencies)`, and `_add_trackable_child(name, value)`.
+
+    Source: TensorFlow's `tf.__internal__.saved_model` register_serializable.
+
+    Example:
+      >>> with registration_scope():
+      ...     @register_serializable()
+      ...     class Model: ...
+      ...     registered_name(Model())
+      'Custom.Model'
+    """
+
+    def decorate(cls: C) -> C:
+        if not isinstance(cls, type):
+            raise TypeError(f"register_serializable decorates classes, got {cls!r}")
+        full = _full_name(package, name or cls.__name__, "class")
+        if predicate is not None and not callable(predicate):
+            raise TypeError(f"predicate of the class {full!r} must be callable")
+        if full in _classes:
+            raise RegistrationError(f"a class named {full!r} is already registered")
+        _classes[full] = RegisteredClass(full, cls, predicate or (lambda obj: isinstance(obj, cls)))
+        return cls
+
+    return decorate
+
+
+def registered_name(obj: Any) -> str | None:
+    """The name of the class that `obj` belongs to, the latest registered first."""
+    for entry in reversed(_classes.values()):
+        if entry.predicate(obj):
+            return entry.name
+    return None
+
+
+def registered_class(name: str) -> type | None:
+    """The class registered as `name`."""
+    entry = _classes.get(name)
+    return entry.cls if entry else None
+
+
+def _full_name(package: str, name: str | None, what: str) -> str:
+    if not isinstance(package, str) or not isinstance(name, str):
+        raise TypeError(
+            f"the package and name of a {what} must be strings, got {package!r} and {name!r}"
+        )
+    full = f"{package}.{name}"
+    if not _NAME.fullmatch(full) or full == "..":  # it names files
+        raise RegistrationError(
+            f"Invalid registered {what} name {full!r}: use letters, digits, '.', '_' and '-'"
+        )
+    return full

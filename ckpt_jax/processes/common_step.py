@@ -1,0 +1,136 @@
+"""Agreeing on a step: how processes that pass the same steps choose one at which all of them stop.
+
+Any of them may ask for it, at any time. On each process a thread waits for that. When it comes,
+the thread says how many steps its process has passed, and lets it pass no other until all have
+said so. The step after the farthest is the common one: nobody has passed it, and all will come
+to it.
+
+Only the threads wait for each other, so that it does no harm if a program waits in the middle of
+a step for devices of another process, and nothing is asked at a step as long as nobody wants to
+stop. The keys of the n-th agreement, below "ckpt_jax/steps/n/":
+
+    asked       there when somebody has asked
+    passed/k    how many steps process k has passed
+
+A process that has left its loop says so, too: it passes no other step, so that who asks later
+hears of no step that all come to, but need not wait for it either.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from queue import SimpleQueue
+
+from ckpt_jax.errors import BarrierTimeoutError, ProcessError
+from ckpt_jax.processes.meeting import Processes
+from ckpt_jax.processes.service import Service
+
+_log = logging.getLogger("ckpt_jax")
+_ANSWER_SECONDS = 30.0  # the threads answer at once, if their processes are there
+_LISTEN_SECONDS = 10.0  # between two looks whether anybody still wants to know
+
+
+class CommonStep:
+    """One agreement. To be made on all processes, in the program's order.
+
+    Args:
+      processes: of which there are several.
+      answer_seconds: the longest wait for another process, once somebody has asked.
+    """
+
+    def __init__(self, processes: Processes, answer_seconds: float = _ANSWER_SECONDS):
+        assert processes.service is not None
+        self._service: Service = processes.service
+        self._index, self._count = processes.index, processes.count
+        self._key = f"ckpt_jax/steps/{processes.next_agreement()}"
+        self._answer_seconds = answer_seconds
+        self._wanted: SimpleQueue[bool] = SimpleQueue()  # which a signal handler may fill
+        self._is_closed = False
+        self._agreeing = threading.Lock()
+        self._passed = 0
+        self._common: int | None = None
+        self._error: BarrierTimeoutError | ProcessError | None = None
+        for work in (self._ask_when_wanted, self._agree_when_asked):
+            threading.Thread(target=work, name="ckpt-agree", daemon=True).start()
+
+    def ask(self) -> None:
+        """Asks all processes to stop; to be called from anywhere, a signal handler too."""
+        self._wanted.put(True)
+
+    def close(self) -> None:
+        """Ends the threads, in a while."""
+        self._is_closed = True
+        self._wanted.put(False)
+
+    def is_passed(self) -> bool:
+        """Says that this process has passed a step; whether it is the common one, or later.
+
+        Raises:
+          BarrierTimeoutError: somebody has asked, but not all processes have answered.
+          ProcessError: somebody has asked, but the coordination service is gone.
+        """
+        with self._agreeing:
+            if self._error is not None:
+                raise self._error
+            self._passed += 1
+            return self._common is not None and self._passed >= self._common
+
+    def _ask_when_wanted(self) -> None:
+        if not self._wanted.get():
+            return
+        while True:
+            try:
+                self._service.set(f"{self._key}/asked", "", self._answer_seconds)
+                return
+            except (TimeoutError, ConnectionError) as error:
+                _log.error("no other process could be asked to stop: %s", error)
+                if self._is_closed or isinstance(error, ConnectionError):
+                    return
+
+    def _agree_when_asked(self) -> None:
+        try:
+            is_asked = self._is_asked()
+        except ConnectionError as error:
+            if not self._is_closed:
+                _log.error("the processes cannot agree on a step to stop at: %s", error)
+            return
+        with self._agreeing:
+            try:
+                self._answer()
+                if is_asked:
+                    self._hear_all()
+            except (TimeoutError, ConnectionError) as error:
+                kind = BarrierTimeoutError if isinstance(error, TimeoutError) else ProcessError
+                self._error = kind(f"agreeing on a step to stop at: {error}", (0,))
+
+    def _is_asked(self) -> bool:
+        """Waits until somebody has asked, or nobody here will stop any more."""
+        while not self._is_closed:
+            try:
+                if self._service.get(f"{self._key}/asked", _LISTEN_SECONDS) is not None:
+                    return True
+            except TimeoutError as error:  # the service hangs; it may come back
+                _log.warning("whether a process asks to stop is not known at present: %s", error)
+        return False
+
+    def _answer(self) -> None:
+        key = f"{self._key}/passed/{self._index}"
+        self._service.set(key, str(self._passed), self._answer_seconds)
+
+    def _hear_all(self) -> None:
+        key = f"{self._key}/passed"
+        said = [
+            self._service.get(f"{key}/{process}", self._answer_seconds)
+            for process in range(self._count)
+        ]
+        late = tuple(process for process, passed in enumerate(said) if passed is None)
+        if late:
+            names = ", ".join(map(str, late))
+            self._error = BarrierTimeoutError(
+                f"agreeing on a step to stop at: processes {names} of {self._count} gave no answer "
+                f"in {self._answer_seconds:g} s",
+                late,
+            )
+        else:
+            self._common = 1 + max(int(passed) for passed in said if passed is not None)

@@ -1,0 +1,58 @@
+"""Which processes there are: those of `jax.distributed`, or those that a test plays."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+
+from ckpt_jax.processes.meeting import Processes
+from ckpt_jax.processes.service import CoordinationService
+from ckpt_jax.values.jax_internals import service_client
+
+_simulated: ContextVar[Processes | None] = ContextVar("ckpt_jax_processes", default=None)
+
+
+_present: tuple[Any, Processes] | None = None
+
+
+_present_lock = threading.Lock()
+
+
+def current() -> Processes:
+    """The processes of this program.
+
+    Raises:
+      RuntimeError: JAX has several processes, but no coordination service.
+    """
+    global _present
+    simulated = _simulated.get()
+    if simulated is not None:
+        return simulated
+    count = jax.process_count()
+    client = service_client() if count > 1 else None
+    if count > 1 and client is None:
+        raise RuntimeError(
+            f"there are {count} processes, but no coordination service to agree on a save: "
+            "jax.distributed.initialize() was not called, or jax.distributed.shutdown() was"
+        )
+    with _present_lock:
+        if _present is None or _present[0] is not client:
+            service = CoordinationService(client) if client is not None else None
+            index = jax.process_index() if client is not None else 0
+            _present = client, Processes(index, count, service)
+        return _present[1]
+
+
+@contextlib.contextmanager
+def simulated(processes: Processes) -> Iterator[None]:
+    """Lets a thread act as one of several processes."""
+    token = _simulated.set(processes)
+    try:
+        yield
+    finally:
+        _simulated.reset(token)

@@ -1,0 +1,286 @@
+"""Adapting: older checkpoints of a class, read the way that the class says.
+
+A class changes: a child gets another name, three arrays become one, a table is cut differently.
+An object that knows how it used to be saved has a method `checkpoint_adapter(path)`. The adapter
+it returns gives a `ReshardCallback` for each child, under its name in the checkpoint, that is
+read in another way: under another name (`object_name`), from other values
+(`update_restore_inputs`), as something made of them (`reshard`).
+
+`settle` works this into the saved graph before anything is planned. A renamed child is an edge
+with another label; a resharded value has the spec of its target. Match, plan, deferral, report
+and status see an ordinary graph. `reading` then reads such a value by way of its callback.
+
+A slot variable follows its variable: the callback is propagated to the slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+
+from ckpt_jax.graph.boxes import Box
+from ckpt_jax.graph.dtypes import BYTES
+from ckpt_jax.graph.global_names import own_values
+from ckpt_jax.graph.labels import Label, local_name
+from ckpt_jax.graph.nodes import ObjectGraph, object_keys
+from ckpt_jax.graph.specs import LeafSpec
+from ckpt_jax.matching.match import Match
+from ckpt_jax.matching.trace import LiveGraph
+from ckpt_jax.report import ReportEntry
+from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.restoring.rename import Renamed
+from ckpt_jax.values import host
+from ckpt_jax.values.leaves import struct_of
+
+
+class ReshardCallback:
+    """How one child is read from a checkpoint that holds it in another form.
+
+    Each method has a default that changes nothing; override what applies.
+
+    Source: TensorFlow's `ReshardCallback`.
+
+    Example: a kernel that used to be saved transposed, as "weight".
+      >>> class Transposed(ReshardCallback):
+      ...     def object_name(self): return "kernel"
+      ...     def reshard(self, values, spec): return values[0].T
+      >>> Transposed().reshard([np.zeros((2, 3))], jax.ShapeDtypeStruct((3, 2), float)).shape
+      (3, 2)
+    """
+
+    def object_name(self) -> str | None:
+        """The child's name in the program; None where it is the one in the checkpoint.
+
+        A child takes its new name only where the program has none of the old name and the
+        checkpoint none of the new one.
+        """
+        return None
+
+    def update_restore_inputs(
+        self, key: str, spec: jax.ShapeDtypeStruct
+    ) -> tuple[Sequence[str], Sequence[Box | None]]:
+        """Which values to read.
+
+        Args:
+          key: the checkpoint key of the value, of a slot of it where that is restored.
+          spec: the shape, dtype and sharding that the program wants.
+
+        Returns:
+          Checkpoint keys, and for each the box to read of it (None for all of it). Values
+          under other keys than `key` are taken in: they count as used.
+        """
+        return [key], [None]
+
+    def reshard(self, values: Sequence[np.ndarray], spec: jax.ShapeDtypeStruct) -> Any:
+        """The array that the program wants, from what `update_restore_inputs` asked for.
+
+        Args:
+          values: as they are in the checkpoint.
+          spec: the shape, dtype and sharding that the program wants. Placing the result on the
+            sharding is not the callback's task.
+        """
+        if len(values) != 1:
+            raise ValueError(
+                f"{type(self).__qualname__} asks for {len(values)} values and does not override "
+                "reshard to make one of them"
+            )
+        return values[0]
+
+
+@runtime_checkable
+class CheckpointAdapter(Protocol):
+    """What an object's `checkpoint_adapter(path)` returns, to say how its children are read.
+
+    `path` is that of the checkpoint; the method returns None where it needs no adapting.
+
+    Source: TensorFlow's `AbstractCheckpointAdapter`.
+
+    Example:
+      >>> import jax.numpy as jnp, tempfile
+      >>> from ckpt_jax.api.tree import restore, save
+      >>> from ckpt_jax.objects.trackable import AutoTrackable, Variable
+      >>> class Moved(ReshardCallback):
+      ...     def object_name(self): return "kernel"
+      >>> class Layer(AutoTrackable):
+      ...     def __init__(self): self.kernel = Variable(jnp.zeros(2))
+      ...     def checkpoint_adapter(self, path): return self
+      ...     def get_reshard_callback(self, name): return Moved() if name == "weight" else None
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = save(f"{directory}/a", {"weight": jnp.ones(2)})
+      ...     restore(path, Layer()).kernel.value
+      Array([1., 1.], dtype=float32)
+    """
+
+    def get_reshard_callback(self, name: str) -> ReshardCallback | None:
+        """How the child that the checkpoint calls `name` is read; None for as it is."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What a resharded value is made of, and what it has to become."""
+
+    callback: ReshardCallback
+    keys: tuple[str, ...]
+    boxes: tuple[Box | None, ...]
+    target: LeafSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A saved graph as the live objects want it read, and its match with them.
+
+    Attributes:
+      saved: the graph, with adapted edges and specs. Node ids and keys are as they were. Its
+        problems are also what adapters asked for in vain.
+      found: the match.
+      callbacks: by saved node.
+      inputs: by checkpoint key, of the values that are resharded.
+    """
+
+    saved: Renamed
+    found: Match
+    callbacks: Mapping[int, ReshardCallback]
+    inputs: Mapping[str, Inputs]
+
+
+def settle(
+    renamed: Renamed,
+    live: LiveGraph,
+    rematch: Callable[[ObjectGraph], Match],
+    reader: CheckpointReader,
+    callbacks: Mapping[int, ReshardCallback] | None = None,
+) -> Settled:
+    """Matches two graphs, and lets the live objects say how the saved one is read.
+
+    Args:
+      renamed, live: the graphs.
+      rematch: matches a version of the saved graph with the live one.
+      reader: of the checkpoint; no value is read.
+      callbacks: by saved node, from an earlier part of the same restore.
+    """
+    saved, known = renamed.graph, dict(callbacks or {})
+    found = rematch(saved)
+    asked: set[int] = set()
+    while True:
+        edges: dict[int, tuple[tuple[Label, int], ...]] = {}
+        for source, target in found.bound.items():
+            if target >= 0 and source not in asked and saved.nodes[source].children:
+                asked.add(source)
+                adapter = _adapter_of(live.objects[target], reader.path)
+                if adapter is not None:
+                    here = {local_name(label) for label, _ in live.graph.nodes[target].children}
+                    edges[source] = _adapted_edges(saved, source, here, adapter, known)
+        if all(saved.nodes[source].children == changed for source, changed in edges.items()):
+            break
+        nodes = list(saved.nodes)
+        for source, changed in edges.items():
+            nodes[source] = replace(nodes[source], children=changed)
+        saved = ObjectGraph(tuple(nodes), object_keys(nodes), saved.named)
+        found = rematch(saved)
+    if saved.named:
+        saved = own_values(saved, live.graph, found.bound)
+        found = rematch(saved)
+    paths = {**renamed.graph.other_paths(saved), **renamed.saved_paths}
+    saved, inputs, problems = _with_inputs(saved, live, found, reader, known)
+    problems = (*renamed.problems, *problems)
+    fitted = replace(renamed, graph=saved, saved_paths=paths, problems=problems)
+    return Settled(fitted, found, known, inputs)
+
+
+def _adapter_of(obj: Any, path: str) -> CheckpointAdapter | None:
+    method = getattr(type(obj), "checkpoint_adapter", None)
+    return None if method is None else method(obj, path)
+
+
+def _adapted_edges(
+    saved: ObjectGraph,
+    source: int,
+    here: set[str],
+    adapter: CheckpointAdapter,
+    callbacks: dict[int, ReshardCallback],
+) -> tuple[tuple[Label, int], ...]:
+    """A saved node's edges under the names of the program, and the callbacks for their ends.
+
+    `here` are the names of the live object's children.
+    """
+    children = saved.nodes[source].children
+    taken = {local_name(label) for label, _ in children}
+    edges: list[tuple[Label, int]] = []
+    for label, child in children:
+        callback = adapter.get_reshard_callback(name := local_name(label))
+        new = name if callback is None else callback.object_name() or name
+        if callback is None or (new != name and (name in here or new in taken)):
+            edges.append((label, child))
+            continue
+        taken.add(new)
+        edges.append((label if new == name else new, child))
+        slots = [slot.node for _, slot in saved.slots_of_variable.get(child, ())]
+        callbacks.update(dict.fromkeys([child, *slots], callback))
+    return tuple(edges)
+
+
+def _with_inputs(
+    saved: ObjectGraph,
+    live: LiveGraph,
+    found: Match,
+    reader: CheckpointReader,
+    callbacks: Mapping[int, ReshardCallback],
+) -> tuple[ObjectGraph, dict[str, Inputs], tuple[ReportEntry, ...]]:
+    """The graph with the specs that resharding leads to, and without what it takes in."""
+    inputs: dict[str, Inputs] = {}
+    problems: list[ReportEntry] = []
+    if not callbacks:
+        return saved, inputs, ()
+    nodes = list(saved.nodes)
+    for source, callback in callbacks.items():
+        target = found.bound.get(source, -1)
+        if target < 0 or not _reshards(callback):
+            continue
+        wanted = {
+            attribute.name: attribute.spec for attribute in live.graph.nodes[target].attributes
+        }
+        for number, attribute in enumerate(nodes[source].attributes):
+            spec = wanted.get(attribute.name)
+            if spec is None or BYTES in (spec.dtype, attribute.spec.dtype):
+                continue
+            struct = struct_of(spec, host.placement(live.values[target][attribute.name]))
+            keys, boxes = callback.update_restore_inputs(attribute.key, struct)
+            if problem := _problem(keys, boxes, reader):
+                path = live.graph.value_path(target, attribute.name)
+                what = f"{type(callback).__qualname__}.update_restore_inputs {problem}"
+                problems.append(ReportEntry(path, str(spec), str(attribute.spec), what))
+            there = tuple([key for key in keys if reader.has_tensor(key)])
+            inputs[attribute.key] = Inputs(callback, there, tuple(boxes), spec)
+            attributes = list(nodes[source].attributes)
+            attributes[number] = replace(attribute, spec=spec)
+            nodes[source] = replace(nodes[source], attributes=tuple(attributes))
+    taken_in = {key for entry in inputs.values() for key in entry.keys} - inputs.keys()
+    for node, entry in enumerate(nodes):
+        if taken_in and node not in found.bound:
+            rest = [attribute for attribute in entry.attributes if attribute.key not in taken_in]
+            if len(rest) < len(entry.attributes):
+                nodes[node] = replace(entry, attributes=tuple(rest))
+    return replace(saved, nodes=tuple(nodes)) if inputs else saved, inputs, tuple(problems)
+
+
+def _reshards(callback: ReshardCallback) -> bool:
+    """Whether a callback does more than rename."""
+    kind, default = type(callback), ReshardCallback
+    return (kind.reshard, kind.update_restore_inputs) != (
+        default.reshard,
+        default.update_restore_inputs,
+    )
+
+
+def _problem(
+    keys: Sequence[str], boxes: Sequence[Box | None], reader: CheckpointReader
+) -> str | None:
+    if len(keys) != len(boxes):
+        return f"gave {len(keys)} keys and {len(boxes)} boxes"
+    unknown = [key for key in keys if not reader.has_tensor(key)]
+    return f"asks for keys that the checkpoint lacks: {', '.join(unknown)}" if unknown else None

@@ -1,0 +1,275 @@
+"""CheckpointReader: the values of a checkpoint by key, and its object graph.
+
+Opening reads the graph and the index, no array byte, and touches no device. A file of another
+format, which has no object graph, shows one that is made of its names.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, TypeVar
+
+import numpy as np
+
+from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckpt_jax.graph import codec
+from ckpt_jax.graph import saved_objects as objects
+from ckpt_jax.graph.boxes import Box
+from ckpt_jax.graph.dtypes import dtype_of
+from ckpt_jax.graph.global_names import graph_of
+from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
+from ckpt_jax.graph.nodes import ObjectGraph
+from ckpt_jax.graph.specs import LeafSpec
+from ckpt_jax.io import Source, read_values
+from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
+from ckpt_jax.report import near_miss, nearest
+from ckpt_jax.restoring.formats import NamedValues, open_foreign
+from ckpt_jax.store.directory import require_checkpoint
+from ckpt_jax.store.fetch import ShardedReader
+from ckpt_jax.store.seal import unseal
+from ckpt_jax.store.stack import MANIFEST
+from ckpt_jax.values.host import without_gc
+from ckpt_jax.values.leaves import as_saved
+
+T = TypeVar("T")
+
+
+class CheckpointReader:
+    """Reads values by their keys, without any of the objects that they belong to.
+
+    Args:
+      path: of a checkpoint directory, or of a file in a format that `restoring.formats` knows.
+
+    Use it as a context manager, or `close` it, to let go of the files.
+
+    Raises:
+      CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
+
+    Source: `tf.train.load_checkpoint`, `tf.train.CheckpointReader`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = os.fsdecode(path)
+        self.identity = _identity(self.path)
+        try:
+            foreign = open_foreign(self.path)
+            if foreign is None:
+                require_checkpoint(self.path)
+            self._source: Source = foreign or ShardedReader(os.path.abspath(self.path))
+        except CorruptCheckpointError as error:
+            self.check_not_replaced(error)
+            raise
+
+    def __repr__(self) -> str:
+        return f"CheckpointReader({self.path!r})"
+
+    def __enter__(self) -> CheckpointReader:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        self.close()
+        if isinstance(error, CorruptCheckpointError):
+            self.check_not_replaced(error)
+
+    def check_not_replaced(self, error: CorruptCheckpointError) -> None:
+        """What looks like damage may be another checkpoint, saved to this path meanwhile."""
+        if _identity(self.path) != self.identity:
+            raise CheckpointNotFoundError(
+                f"{self.path} was replaced or removed while it was being read; nothing of it was "
+                "used. Read it again."
+            ) from error
+
+    def close(self) -> None:
+        """Closes the files; further reads fail."""
+        self._source.close()
+
+    @cached_property
+    def object_graph(self) -> ObjectGraph:
+        """The saved object graph.
+
+        Raises:
+          CorruptCheckpointError: there is none, it is damaged, or it disagrees with the index.
+        """
+        for key, what in self.disagreements():
+            raise CorruptCheckpointError(f"{self.path}: {key}: {what}", file=self.path, key=key)
+        return self._graph
+
+    def disagreements(self) -> Iterator[tuple[str, str]]:
+        """(key, what) for every value that the object graph and the index disagree on."""
+        layout_of = self._source.index.layout_of
+        for _, attribute in self._graph.attributes():
+            key, spec = attribute.key, attribute.spec
+            if key not in self._source.index:
+                yield key, "the object graph names a value that is not stored"
+                continue
+            stored = layout_of(key)
+            if (stored.dtype, stored.shape) != (spec.dtype, spec.shape):
+                found = f"{stored.dtype}{list(stored.shape)}"
+                yield (
+                    key,
+                    f"the object graph says {spec.dtype}{list(spec.shape)}, stored is {found}",
+                )
+
+    @cached_property
+    @without_gc()
+    def _graph(self) -> ObjectGraph:
+        if isinstance(self._source, NamedValues):
+            return self._graph_of_names(self._source)
+        data = self._source.extra(OBJECT_GRAPH_KEY)
+        if data is None:
+            raise CorruptCheckpointError(
+                f"{self.path} has no object graph", file=self.path, key=OBJECT_GRAPH_KEY
+            )
+        return self._decoded(OBJECT_GRAPH_KEY, data, codec.decode)
+
+    @cached_property
+    def saved_objects(self) -> tuple[objects.SavedObject, ...] | None:
+        """What each object of the graph is made anew as; None where the checkpoint says nothing.
+
+        Raises:
+          CorruptCheckpointError: it is damaged, or disagrees with the object graph.
+        """
+        if isinstance(self._source, NamedValues):
+            return None
+        data = self._source.extra(SAVED_OBJECTS_KEY)
+        if data is None:
+            return None
+        graph = self._graph
+        return self._decoded(SAVED_OBJECTS_KEY, data, lambda data: objects.decode(data, graph))
+
+    def _decoded(self, key: str, data: bytes, decode: Callable[[bytes], T]) -> T:
+        """A sealed message; what is wrong with it is said with the place."""
+        try:
+            return decode(unseal(data))
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(
+                f"{self.path}: {key}: {error}", file=self.path, key=key
+            ) from error
+
+    def _graph_of_names(self, source: NamedValues) -> ObjectGraph:
+        try:
+            return graph_of(source.index.specs)
+        except ValueError as error:
+            raise CorruptCheckpointError(f"{self.path}: {error}", file=self.path) from error
+
+    def keys(self) -> list[str]:
+        """All checkpoint keys, sorted."""
+        return list(self._source.index.keys)
+
+    def has_tensor(self, key: str) -> bool:
+        """Whether there is a value under `key`."""
+        return key in self._source.index
+
+    def get_variable_to_shape_map(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each value; () for scalars and byte strings."""
+        return {key: self._source.index.layout_of(key).shape for key in self.keys()}
+
+    def get_variable_to_dtype_map(self) -> dict[str, np.dtype]:
+        """The dtype of each value; `object` for byte strings and for what cannot be read."""
+        return {key: _dtype(self._source.index.layout_of(key).dtype) for key in self.keys()}
+
+    def get_tensor(self, key: str, box: Box | None = None) -> Any:
+        """The value under `key`.
+
+        Args:
+          key: a checkpoint key.
+          box: one (start, stop) pair per axis; the whole array by default.
+
+        Returns:
+          A numpy array, or the Python scalar or string that was saved.
+
+        Raises:
+          KeyError: there is no such key.
+        """
+        if not self.has_tensor(key):
+            keys = self.keys()
+            near = [k for k in keys if k.startswith(f"{key}/.ATTRIBUTES/")] or nearest(key, keys)
+            raise KeyError(f"{self.path} holds nothing under the key {key!r}{near_miss(near)}")
+        data = read_values(self._source, {key: box})[key]
+        if box is not None:
+            return data
+        # What a registered saver stored belongs to no attribute of the graph.
+        return self.as_saved(key, data, self._specs.get(key) or self.stored_spec(key))
+
+    def read(
+        self,
+        requests: Mapping[str, Any],
+        options: CheckpointOptions = DEFAULT,
+        arrived: Callable[[int], object] = lambda nbytes: None,
+    ) -> dict[str, Any]:
+        """Several values at once; see `ckpt.io.read_slices`.
+
+        `arrived` is called with numbers of bytes, as they come.
+        """
+        return read_values(self._source, requests, options, arrived)
+
+    def read_boxes(
+        self, requests: Mapping[str, Sequence[Box]], options: CheckpointOptions = DEFAULT
+    ) -> dict[tuple[str, Box], np.ndarray]:
+        """Several boxes of several arrays at once, by key and box."""
+        keys = list(requests)
+        found = self._source.read(
+            [(key, tuple(requests[key])) for key in keys],
+            max_inflight_bytes=options.max_inflight_bytes,
+        )
+        return {
+            (keys[number], box): part
+            for number, parts in found
+            for box, part in zip(requests[keys[number]], parts, strict=True)
+        }
+
+    def as_saved(self, key: str, data: Any, spec: LeafSpec) -> Any:
+        """What was read without a target, as the value that it was; arrays as they are."""
+        try:
+            return as_saved(data, spec)
+        except ValueError as error:
+            raise CorruptCheckpointError(
+                f"{self.path}: {key}: no {spec.kind}: {error}", file=self.path, key=key
+            ) from error
+
+    def stored_spec(self, key: str) -> LeafSpec:
+        """The dtype and shape that a value is stored with."""
+        layout = self._source.index.layout_of(key)
+        return LeafSpec("", layout.dtype, layout.shape)
+
+    def stored_nbytes(self, key: str) -> int:
+        """The size of a value in bytes."""
+        return self._source.index.nbytes(key)
+
+    def check_files(self) -> None:
+        """Compares the sizes of all files with what they have to hold; reads no value.
+
+        Raises:
+          CorruptCheckpointError: a file is truncated or missing.
+        """
+        self._source.check_files()
+
+    @cached_property
+    def _specs(self) -> dict[str, LeafSpec]:
+        is_named = isinstance(self._source, NamedValues)
+        if not is_named and self._source.extra(OBJECT_GRAPH_KEY) is None:
+            return {}  # merged by hand, from shards
+        return self.object_graph.by_key
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes of values read so far."""
+        return self._source.bytes_read
+
+
+def _dtype(name: str) -> np.dtype:
+    try:
+        return dtype_of(name)
+    except ValueError:
+        return np.dtype(object)
+
+
+def _identity(path: str) -> tuple[int, int, int] | None:
+    """What tells a checkpoint from others of the same path; None where there is none."""
+    try:
+        manifest = os.stat(os.path.join(path, MANIFEST))
+    except OSError:
+        return None
+    return manifest.st_dev, manifest.st_ino, manifest.st_mtime_ns

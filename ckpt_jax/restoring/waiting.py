@@ -1,0 +1,372 @@
+"""Restoration: one restore into mutable objects, finished or waiting.
+
+It goes on living while saved values wait for their objects: `attach` runs the stages of
+`restoring` for an object that appeared later. What it has bound it knows by weak references: an
+object that is dropped is dropped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckpt_jax.graph.labels import Label
+from ckpt_jax.graph.nodes import ObjectGraph, pretty_name, reachable
+from ckpt_jax.graph.specs import LeafSpec
+from ckpt_jax.matching.live import live_graph
+from ckpt_jax.matching.match import Match, extend, match
+from ckpt_jax.matching.plan import plan_read
+from ckpt_jax.matching.trace import LiveGraph
+from ckpt_jax.objects.delegate import delegate_of
+from ckpt_jax.objects.pending import await_child
+from ckpt_jax.options import CheckpointOptions
+from ckpt_jax.processes.meeting import Meeting
+from ckpt_jax.restoring.adapters import ReshardCallback, settle
+from ckpt_jax.restoring.derived import FittedReader
+from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.restoring.rename import Renamed
+from ckpt_jax.restoring.run import (
+    abstract_only,
+    execute,
+    fits,
+    nbytes_to_read,
+    plan_restoring,
+    require_fit,
+    together,
+)
+from ckpt_jax.values import host
+
+_log = logging.getLogger("ckpt_jax")
+_MAX_LOGGED = 10
+_uids = itertools.count(1)
+_restored_by: dict[int, tuple[weakref.ref[Any], int]] = {}  # id(object) -> (object, uid)
+
+
+def _note_restored(obj: Any, uid: int) -> None:
+    """Remembers the restore that an object's values come from, as long as it lives."""
+    if _has_weakrefs(obj):
+        key = id(obj)
+        _restored_by[key] = weakref.ref(obj, lambda _: _restored_by.pop(key, None)), uid
+
+
+def _restored_uid(obj: Any) -> int:
+    ref, uid = _restored_by.get(id(obj), (None, 0))
+    return uid if ref is not None and ref() is obj else 0
+
+
+def _has_weakrefs(obj: Any) -> bool:
+    """Whether an object can be told from its replacement without keeping it alive."""
+    return type(obj).__weakrefoffset__ != 0
+
+
+def log_conflicts(saved: ObjectGraph, found: Match) -> None:
+    """Says that a checkpoint and a program share objects in different ways."""
+    if found.conflicts:
+        first = found.conflicts[0]
+        name = pretty_name(saved, first.saved)
+        if first.bound_saved is not None:
+            name = f"{pretty_name(saved, first.bound_saved)} and {name}, one object in the program"
+        _log.warning(
+            "Inconsistent references: the program shares objects in another way than the "
+            "checkpoint (%d places, the first is %s); the first binding counts",
+            len(found.conflicts),
+            name,
+        )
+
+
+_ADVICE = (
+    "Nothing was read or changed. Pass objects that fit, rename=[(saved, target), ...] for values "
+    "that moved (or, to a path that the program lacks, for those that it shall not take), or "
+    "options=CheckpointOptions(cast=True) to convert dtypes."
+)
+
+
+class _LeftOver:
+    """The values of a checkpoint that no object has taken yet.
+
+    They are logged, as one record, when the last one who could still take or ask for them is
+    gone. It holds no reference to the restoration that it watches.
+    """
+
+    def __init__(self, path: str, saved: ObjectGraph):
+        self.path = path
+        self.saved = saved
+        self.nodes = {node for node, _ in saved.attributes()}
+        self.is_expected = False
+
+    def log(self) -> None:
+        if self.nodes and not self.is_expected:
+            names = [pretty_name(self.saved, node) for node in sorted(self.nodes)[:_MAX_LOGGED]]
+            more = len(self.nodes) - len(names)
+            _log.warning(
+                "%d values of %s were never used: %s%s. If that is as it should be, call "
+                "expect_partial() on the status that restore() returns.",
+                len(self.nodes),
+                self.path,
+                ", ".join(names),
+                f" and {more} more" if more else "",
+            )
+
+
+class Restoration:
+    """One restore of a checkpoint into mutable objects, finished or waiting.
+
+    Attributes:
+      path: of the checkpoint.
+      renamed: its object graph, under the names of the program.
+      uid: grows with every restore; the values of a later one win.
+      nbytes: how much it has read so far.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        renamed: Renamed,
+        options: CheckpointOptions,
+        trace: Callable[[], LiveGraph],
+    ):
+        """`trace` is a method of the object that is restored; it is not kept alive."""
+        self.path = path
+        self._location = os.path.abspath(path)  # the program may go elsewhere
+        self.renamed = renamed
+        self.options = options
+        self.uid = next(_uids)
+        self.nbytes = 0
+        self.left_over = _LeftOver(path, renamed.graph)
+        finalizer = weakref.finalize(self, self.left_over.log)
+        finalizer.atexit = False  # at interpreter exit nobody is waiting any more
+        self._bound: dict[int, list[weakref.ref[Any]]] = {}  # saved node -> its mutable objects
+        self._source_of: dict[int, int] = {}  # id of an object -> the saved node it was bound to
+        self._callbacks: Mapping[int, ReshardCallback] = {}  # by saved node
+        self._reader: CheckpointReader | None = None  # for what is attached later
+        self._identity: Any = None  # of the checkpoint
+        self._trace = weakref.WeakMethod(trace)
+        self._met: set[int] = set()  # saved nodes that have been bound, to whatever
+        self._open_slots = [
+            slot for slot in renamed.graph.slots() if not options.skip_slot_variables
+        ]
+
+    @property
+    def saved(self) -> ObjectGraph:
+        """The saved object graph."""
+        return self.renamed.graph
+
+    def run(self, reader: CheckpointReader, meeting: Meeting | None = None) -> Any:
+        """Restores what is there and lets the rest wait; returns the root."""
+        self._identity = reader.identity
+        try:
+            live = self._traced()
+            assert live is not None
+            return self._bind(live, lambda saved: match(saved, live.graph), reader, meeting)
+        except BaseException:
+            self.left_over.is_expected = True  # the error says enough
+            raise
+
+    def attach(self, child: Any, saved: int) -> Any:
+        """Restores into an object that appeared where `saved` was awaited; returns it."""
+        key = self.saved.object_keys[saved]
+        live = live_graph(child, key)
+        before = Match(self._bound_near(live, saved), {})
+        with together(self.path, self.options) as meeting, self._reopened() as reader:
+            root = self._bind(
+                live,
+                lambda graph: extend(before, graph, live.graph, [(saved, 0)]),
+                reader,
+                meeting,
+                root_key=key,
+            )
+        return child if root is delegate_of(child) else root
+
+    def attached(self) -> None:
+        """Restores slots of which one end has just come. Where the other is, only a walk from
+        the root can tell."""
+        ends = [slot for slot in self._open_slots if {slot[0], slot[1].variable} <= self._met]
+        live = self._traced() if ends else None
+        if live is None:
+            return
+        slots = frozenset([slot.node for _, slot in ends])
+        with together(self.path, self.options) as meeting, self._reopened() as reader:
+            self._bind(live, lambda saved: match(saved, live.graph), reader, meeting, slots)
+
+    def _traced(self) -> LiveGraph | None:
+        """The objects of the program, with what slot variables its optimizers had to make; None
+        where they are gone."""
+        trace = self._trace()
+        if trace is None:
+            return None
+        live = trace()
+        return trace() if self._create_slots(live) else live
+
+    @contextmanager
+    def _reopened(self) -> Iterator[CheckpointReader]:
+        """The checkpoint again, if it still is the one that the restore began with. The reader of
+        a directory holds no files: it is kept, with its index."""
+        reader = self._reader or CheckpointReader(self._location)
+        if reader.identity != self._identity:
+            raise CheckpointNotFoundError(
+                f"{self.path} was replaced since it was restored; what still waits for values of "
+                "it cannot have them. Restore it again."
+            )
+        try:
+            yield reader
+        except CorruptCheckpointError as error:
+            reader.check_not_replaced(error)
+            raise
+        finally:
+            if os.path.isdir(self._location):
+                self._reader = reader
+            else:
+                reader.close()
+
+    def _create_slots(self, live: LiveGraph) -> bool:
+        """Asks optimizers that can make slot variables for those that they lack."""
+        objects = zip(live.objects, live.views, strict=True)
+        if not self._open_slots or not any(
+            view.mutable and hasattr(obj, "create_slot") for obj, view in objects
+        ):
+            return False
+        bound = match(self.saved, live.graph).bound
+        created = False
+        for optimizer, slot in self._open_slots:
+            if slot.node in bound or not {optimizer, slot.variable} <= bound.keys():
+                continue
+            create = getattr(live.objects[bound[optimizer]], "create_slot", None)
+            if create is not None:
+                variable = live.objects[bound[slot.variable]]
+                created = create(slot.name, variable) is not None or created
+        return created
+
+    def _bound_near(self, live: LiveGraph, root: int) -> dict[int, int]:
+        """What is bound already of the saved nodes below `root`, and of the objects in `live`; in
+        the node ids of `live`, -1 for objects outside of it. The rest does not matter, and is not
+        looked at: what is attached part by part would take quadratic time."""
+        node_of = {id(obj): i for i, obj in enumerate(live.objects)}
+        near = reachable(self.saved, [root])
+        near.update([self._source_of[i] for i in node_of if i in self._source_of])
+        return {
+            saved: node_of.get(id(obj), -1)
+            for saved in sorted(near & self._bound.keys())
+            if (obj := self._bound[saved][0]()) is not None
+        }
+
+    @host.without_gc()
+    def _bind(
+        self,
+        live: LiveGraph,
+        rematch: Callable[[ObjectGraph], Match],
+        reader: CheckpointReader,
+        meeting: Meeting | None,
+        among: frozenset[int] | None = None,
+        root_key: str = "",
+    ) -> Any:
+        """Reads and assigns what a match says; returns the root.
+
+        Args:
+          among: saved nodes: nothing else is restored. All by default.
+          root_key: the escaped path of the root of `live`.
+        """
+        settled = settle(self.renamed, live, rematch, reader, self._callbacks)
+        saved, found = settled.saved, settled.found
+        only = None
+        if among is not None:
+            new = [found.bound[node] for node in among if node in found.bound]
+            only = frozenset(reachable(live.graph, new))
+        newer = frozenset(
+            i
+            for i, obj in enumerate(live.objects)
+            if (only is None or i in only) and _restored_uid(obj) < self.uid
+        )
+        plan, problems = plan_restoring(
+            saved, live, found, self.path, self.options, only=newer, root_key=root_key
+        )
+        fatal = replace(
+            plan.report,
+            missing=abstract_only(plan.report.missing, live),
+            mismatched=(
+                *problems,
+                *[entry for entry in plan.report.mismatched if entry.expected],
+            ),
+            unexpected=(),
+        )
+        require_fit(fatal, _ADVICE)
+        source = FittedReader(reader, saved.derived, settled.inputs)
+        root, new = execute(plan, live, source, self.options, meeting)
+        self.nbytes += nbytes_to_read(plan, source)
+        self.renamed, self._callbacks = saved, settled.callbacks
+        for value in new:
+            _note_restored(value, self.uid)
+        self.left_over.nodes -= plan.used
+        if only is None:
+            log_conflicts(saved.graph, found)
+        self._remember(live, found, only)
+        return root
+
+    def _remember(self, live: LiveGraph, found: Match, only: frozenset[int] | None) -> None:
+        self._met.update(found.bound)
+        self._open_slots = [slot for slot in self._open_slots if slot[1].node not in self._met]
+        for saved, node in [*found.bound.items(), *found.shared]:
+            if node >= 0 and (only is None or node in only) and live.views[node].mutable:
+                obj = live.objects[node]
+                _note_restored(obj, max(self.uid, _restored_uid(obj)))
+                if _has_weakrefs(obj):
+                    self._bound.setdefault(saved, []).append(weakref.ref(obj))
+                    self._source_of[id(obj)] = saved
+        for (parent, label), saved in found.frontier.items():
+            if (only is None or parent in only) and self.saved.carries_values(saved):
+                for trackable in live.awaiting(parent):
+                    await_child(trackable, label, _Waiting(self, saved))
+
+    def is_bound(self, saved: int, obj: Any) -> bool:
+        """Whether this restore has bound a saved node to this object. An object that cannot be
+        referred to weakly (an nnx.Variable) is known by its place."""
+        return not _has_weakrefs(obj) or any(ref() is obj for ref in self._bound.get(saved, ()))
+
+
+def restore_bound(
+    reader: CheckpointReader,
+    live: LiveGraph,
+    bound: Mapping[int, int],
+    options: CheckpointOptions,
+    meeting: Meeting | None,
+) -> None:
+    """Restores what live nodes take from the saved ones that are bound to them, whatever edges
+    lead there; what else the checkpoint has is ignored.
+
+    Raises:
+      RestoreMismatchError: naming all that is missing or differs. Nothing was changed.
+    """
+    found = Match(bound, {})
+    saved = reader.object_graph
+    plan = plan_read(saved, live, found, path=reader.path, fits=fits(options.cast))
+    require_fit(replace(plan.report, unexpected=(), deferred=()))
+    execute(plan, live, reader, options, meeting)
+    uid = next(_uids)
+    for obj in live.objects:
+        _note_restored(obj, uid)
+
+
+class _Waiting:
+    """A saved node that waits for its object; see `trackable.base.Pending`."""
+
+    def __init__(self, restoration: Restoration, saved: int):
+        self.restoration = restoration
+        self.saved = saved
+
+    def attach(self, parent: Any, label: Label, child: Any) -> Any:
+        return self.restoration.attach(child, self.saved)
+
+    def attached(self) -> None:
+        self.restoration.attached()
+
+    def initial_value(self) -> LeafSpec | None:
+        node = self.restoration.saved.nodes[self.saved]
+        if len(node.attributes) == 1 and not node.children:
+            return node.attributes[0].spec
+        return None

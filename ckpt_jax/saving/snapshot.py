@@ -1,0 +1,142 @@
+"""The default saver: every value that no registered saver takes.
+
+snapshot    brings what this process holds of each value to host memory: views of CPU arrays,
+            copies from other devices, all started before the first is waited for. Where there
+            are several processes, `spread` says which of them writes what.
+plan_write  groups the slices into shards, as the sharding policy says.
+write       writes each shard with the same primitive that registered savers use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from ckpt_jax.errors import UnsaveableError
+from ckpt_jax.graph.boxes import Box, shape_of, size_of, whole
+from ckpt_jax.graph.dtypes import dtype_name
+from ckpt_jax.graph.labels import object_key_of, path_of
+from ckpt_jax.options import (
+    PlannedSlice,
+)
+from ckpt_jax.saving.spread import HeldBox, spread
+from ckpt_jax.values import host
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Slices on the host, by (key, box)."""
+
+    slices: tuple[PlannedSlice, ...]
+    contents: Mapping[tuple[str, Box], np.ndarray | bytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slices."""
+        return sum([piece.nbytes for piece in self.slices])
+
+
+@host.transfers_allowed()
+def snapshot(
+    values: Mapping[str, jax.Array | np.ndarray | bytes],
+    *,
+    copy: bool,
+    process: int = 0,
+    count: int = 1,
+) -> Snapshot:
+    """What this process writes of `values`, on the host.
+
+    What lies on no device, and arrays of which each process has its own, are written by
+    process 0.
+
+    Args:
+      values: by checkpoint key, as `encode` gives them, the same keys on all processes.
+      copy: also copy numpy arrays, which the program could change while they are written.
+      process: index of this process.
+      count: number of processes.
+
+    Raises:
+      UnsaveableError: arrays that only a process other than 0 can reach.
+    """
+    if count == 1:
+        parts = [
+            (key, *owned)
+            for key, value in values.items()
+            if isinstance(value, jax.Array)
+            for owned in host.owned_shards(value)
+        ]
+    else:
+        parts = _assigned(values, process, count)
+    found: dict[str, list[tuple[Box, int, np.ndarray]]] = {}
+    on_host = host.to_host([shard for *_, shard in parts])
+    for (key, box, device, _), data in zip(parts, on_host, strict=True):
+        found.setdefault(key, []).append((box, device, data))
+    home = jax.local_devices()[0].id
+    planned: list[PlannedSlice] = []
+    contents: dict[tuple[str, Box], np.ndarray | bytes] = {}
+    for key, value in values.items():
+        if isinstance(value, jax.Array):
+            dtype = dtype_name(value.dtype)
+            for box, device, data in found.get(key, ()):
+                contents[key, box] = data
+                planned.append(
+                    PlannedSlice(key, box, value.shape, dtype, data.nbytes, process, device)
+                )
+        elif process == 0:
+            if isinstance(value, bytes):
+                data, box, dtype, nbytes = value, (), "bytes", len(value)
+            else:
+                data = value.copy() if copy else value
+                box, dtype, nbytes = whole(data.shape), dtype_name(data.dtype), data.nbytes
+            contents[key, box] = data
+            planned.append(PlannedSlice(key, box, shape_of(box), dtype, nbytes, process, home))
+    return Snapshot(tuple(planned), contents)
+
+
+def _assigned(
+    values: Mapping[str, jax.Array | np.ndarray | bytes], process: int, count: int
+) -> list[tuple[str, Box, int, jax.Array | np.ndarray]]:
+    """(key, box, device id, single-device array) of what `spread` gives to this process."""
+    held: list[HeldBox] = []
+    places: list[tuple[str, dict[int, int]]] = []  # of each held box: key, {process: device id}
+    unreachable: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, bytes):
+            continue
+        if not isinstance(value, jax.Array) or value.is_fully_addressable:
+            held.append(HeldBox(whole(value.shape), value.nbytes, (0,)))
+            places.append((key, {}))
+            continue
+        processes = {device.process_index for device in value.sharding.device_set}
+        if len(processes) == 1 and processes != {0}:
+            what = f"lies on devices of process {min(processes)} only, which takes it for its own"
+            unreachable.append((path_of(object_key_of(key)), what))
+        itemsize = value.dtype.itemsize
+        for box, holders in host.held_boxes(value.sharding, value.shape):
+            held.append(HeldBox(box, size_of(box) * itemsize, tuple([p for p, _ in holders])))
+            places.append((key, dict(holders)))
+    if unreachable:
+        lines = "\n".join(f"  {path}: {what}" for path, what in unreachable)
+        raise UnsaveableError(
+            f"{len(unreachable)} arrays cannot be saved; nothing was written:\n{lines}\n"
+            "Lay them over a mesh with devices of several processes, or of process 0, or save "
+            "them with ckpt.PerProcess.",
+            tuple(unreachable),
+        )
+    assigned: list[tuple[str, Box, int, jax.Array | np.ndarray]] = []
+    for part in spread(held, count):
+        key, devices = places[part.source]
+        value = values[key]
+        if part.process != process or not isinstance(value, jax.Array):
+            continue
+        if not devices:
+            assigned += [(key, *owned) for owned in host.owned_shards(value)]
+            continue
+        origin = held[part.source].box
+        inner = tuple([(a - o, b - o) for (a, b), (o, _) in zip(part.box, origin, strict=True)])
+        shard = host.part_of(value, devices[process], inner)
+        assigned.append((key, part.box, devices[process], shard))
+    return assigned

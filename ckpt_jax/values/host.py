@@ -1,0 +1,307 @@
+"""Between devices and host memory: which slices a process holds, and where slices go.
+
+A jax.Array is taken apart along its own sharding: each distinct box once, from the first
+device that holds it, so that nothing is gathered and replicas are not written twice. It is
+put together along the sharding that the target asks for. What depends on the sharding and the
+shape alone is worked out once for all arrays that share them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import ShapedArray
+
+from ckpt_jax.graph.boxes import Box, Shape, from_index, size_of, slices, whole
+from ckpt_jax.values.jax_internals import held_shards, place_shards
+
+_log = logging.getLogger("ckpt_jax")
+
+
+@lru_cache(maxsize=4096)
+def owned_boxes(sharding: jax.sharding.Sharding, shape: Shape) -> tuple[tuple[int, Box, int], ...]:
+    """What this process writes of an array: (number of the addressable shard, box, device id).
+
+    A box that several devices hold belongs to the first of them, in the sharding's order.
+    """
+    owner: dict[Box, int] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        owner.setdefault(from_index(index, shape), device.id)
+    addressable = sharding.addressable_devices_indices_map(shape)
+    found = []
+    for number, (device, index) in enumerate(addressable.items()):
+        box = from_index(index or (), shape)
+        if owner[box] == device.id:
+            found.append((number, box, device.id))
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def held_boxes(
+    sharding: jax.sharding.Sharding, shape: Shape
+) -> tuple[tuple[Box, tuple[tuple[int, int], ...]], ...]:
+    """The distinct boxes of an array over all processes, each with who could write it.
+
+    Returns:
+      (box, ((process, device id), ...)): of each process that holds the box its first device.
+      It is the same on all processes.
+    """
+    holders: dict[Box, dict[int, int]] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        holders.setdefault(from_index(index, shape), {}).setdefault(device.process_index, device.id)
+    return tuple((box, tuple(sorted(found.items()))) for box, found in holders.items())
+
+
+@lru_cache(maxsize=4096)
+def _shard_numbers(sharding: jax.sharding.Sharding, shape: Shape) -> dict[int, int]:
+    """The number of the addressable shard on each device of this process, by device id."""
+    devices = sharding.addressable_devices_indices_map(shape)
+    return {device.id: number for number, device in enumerate(devices)}
+
+
+def part_of(array: jax.Array, device: int, part: Box) -> jax.Array | np.ndarray:
+    """A part of the shard on one device, for `to_host`: a view where that lies on the host.
+
+    Args:
+      device: id of a device of this process.
+      part: relative to the shard.
+    """
+    shard = held_shards(array)[_shard_numbers(array.sharding, array.shape)[device]]
+    if part == whole(shard.shape):
+        return shard
+    return (np.asarray(shard) if _on_host(shard.sharding) else shard)[slices(part)]
+
+
+@lru_cache(maxsize=4096)
+def wanted_boxes(sharding: jax.sharding.Sharding, shape: Shape) -> tuple[Box, ...]:
+    """The distinct boxes that this process's devices need of an array."""
+    indices = sharding.addressable_devices_indices_map(shape).values()
+    return tuple(dict.fromkeys(from_index(index or (), shape) for index in indices))
+
+
+@lru_cache(maxsize=4096)
+def wanted_size(sharding: jax.sharding.Sharding, shape: Shape) -> int:
+    """Number of elements in `wanted_boxes`."""
+    return sum(map(size_of, wanted_boxes(sharding, shape)))
+
+
+def owned_shards(array: jax.Array) -> list[tuple[Box, int, jax.Array]]:
+    """(box, device id, single-device array) of each slice that this process writes."""
+    shards = held_shards(array)
+    owned = owned_boxes(array.sharding, array.shape)
+    return [(box, device, shards[number]) for number, box, device in owned]
+
+
+def to_host(shards: Sequence[jax.Array | np.ndarray]) -> list[np.ndarray]:
+    """The contents of single-device arrays: views where they lie on the host, else copies.
+
+    Views stay what they are even if the array is donated or deleted: JAX does not reuse memory
+    while a view of it lives.
+    """
+    far = {
+        number: shard
+        for number, shard in enumerate(shards)
+        if isinstance(shard, jax.Array) and not _on_host(shard.sharding)
+    }
+    copied = dict(zip(far, copies(list(far.values())) if far else (), strict=True))
+    return [copied[n] if n in copied else np.asarray(shard) for n, shard in enumerate(shards)]
+
+
+@lru_cache(maxsize=4096)
+def _on_host(sharding: jax.sharding.Sharding) -> bool:
+    device = next(iter(sharding.device_set))
+    return device.platform == "cpu" or sharding.memory_kind in ("pinned_host", "unpinned_host")
+
+
+_PINNED_FROM = 1 << 16  # bytes; the driver stages smaller copies itself
+_PINNED_AT_MOST = 32 << 30  # bytes; XLA holds 64 GiB, and programs keep values there as well
+
+
+def copies(shards: Sequence[jax.Array]) -> list[np.ndarray]:
+    """Copies of single-device arrays in host memory, all started before the first is waited for.
+
+    They go straight to pinned memory where the platform has it: through ordinary memory the
+    driver copies twice, at a fraction of the bus's speed. The arrays themselves keep no copy, as
+    they would after `np.asarray`.
+    """
+    # Without 64-bit types enabled, JAX would copy 64-bit values as 32-bit ones.
+    with jax.enable_x64(True):
+        started = _to_pinned(shards)
+        for number, shard in enumerate(shards):
+            if number not in started:
+                started[number] = _start_copy(shard)
+        return [_arrived(started[number], shard) for number, shard in enumerate(shards)]
+
+
+def _to_pinned(shards: Sequence[jax.Array]) -> dict[int, jax.Array]:
+    """Starts copies to pinned host memory: of which shards, by number."""
+    room, chosen = _PINNED_AT_MOST, {}
+    for number, shard in enumerate(shards):
+        pinned = _pinned(shard.sharding)
+        whole_bytes = jax.dtypes.itemsize_bits(shard.dtype) % 8 == 0
+        if pinned is not None and whole_bytes and _PINNED_FROM <= shard.nbytes <= room:
+            room -= shard.nbytes
+            chosen[number] = pinned
+    try:
+        arrays = jax.device_put([shards[number] for number in chosen], list(chosen.values()))
+    except jax.errors.JaxRuntimeError as error:
+        _log.warning("copying through ordinary host memory: %s", error)
+        return {}
+    return dict(zip(chosen, arrays, strict=True))
+
+
+@lru_cache(maxsize=4096)
+def _pinned(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding | None:
+    """The same place in pinned host memory; None where the platform has none."""
+    (device,) = sharding.device_set
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    return sharding.with_memory_kind("pinned_host") if "pinned_host" in kinds else None
+
+
+def _start_copy(shard: jax.Array) -> jax.Array:
+    # Another array on the same buffer, since an array keeps what was copied of it.
+    other = jax.make_array_from_single_device_arrays(shard.shape, shard.sharding, [shard])
+    other.copy_to_host_async()
+    return other
+
+
+def _arrived(started: jax.Array, shard: jax.Array) -> np.ndarray:
+    try:
+        return np.asarray(started)
+    except jax.errors.JaxRuntimeError as error:
+        if started.sharding == shard.sharding:
+            raise
+        _log.warning("copying through ordinary host memory: %s", error)
+        return np.asarray(_start_copy(shard))
+
+
+def place(
+    shape: Shape,
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding,
+    contents: Sequence[np.ndarray],
+) -> jax.Array:
+    """The array on `sharding` whose `wanted_boxes` have these contents.
+
+    Contents that lie at multiples of 64 bytes become the array's memory on CPU without a copy.
+    """
+    # Without 64-bit types enabled, JAX would place 32-bit shards in an array that says 64.
+    wide = jax.enable_x64(True) if dtype.itemsize >= 8 else contextlib.nullcontext()
+    with wide:
+        return _place(shape, dtype, sharding, contents)
+
+
+def _place(
+    shape: Shape,
+    dtype: np.dtype,
+    sharding: jax.sharding.Sharding,
+    contents: Sequence[np.ndarray],
+) -> jax.Array:
+    devices, numbers = _device_boxes(sharding, shape)
+    if place_shards is None or not devices:  # an array can lie on other processes' devices only
+        parts = jax.device_put([contents[n] for n in numbers], list(devices))
+        return jax.make_array_from_single_device_arrays(shape, sharding, parts, dtype=dtype)
+    aval = _aval(shape, dtype)
+    return place_shards(aval, sharding, [contents[n] for n in numbers], list(devices))
+
+
+def put(
+    arrays: Sequence[np.ndarray], sharding: jax.sharding.Sharding | None = None
+) -> list[jax.Array]:
+    """Arrays of exactly these dtypes, on the default device where no sharding is given."""
+    if sharding is not None and not sharding.is_fully_addressable:
+        # `device_put` would have the devices of all processes compare the arrays.
+        return [
+            place(
+                x.shape, x.dtype, sharding, [x[slices(b)] for b in wanted_boxes(sharding, x.shape)]
+            )
+            for x in arrays
+        ]
+    with jax.enable_x64(True):  # without it 64-bit values would quietly lose half their bits
+        return jax.device_put(list(arrays), sharding)
+
+
+def weakly_typed(array: jax.Array) -> jax.Array:
+    """A rank-0 array with a weak type, as JAX makes of a Python number; others as they are.
+
+    (JAX has no public way to weaken the type of a larger array.)
+    """
+    if array.ndim or not array.is_fully_addressable:
+        return array
+    weak = jnp.asarray(array.item())
+    return jax.device_put(weak, array.sharding) if weak.dtype == array.dtype else array
+
+
+@lru_cache(maxsize=4096)
+def _device_boxes(
+    sharding: jax.sharding.Sharding, shape: Shape
+) -> tuple[tuple[Any, ...], tuple[int, ...]]:
+    """This process's devices in the sharding's order, and the number of the box each needs."""
+    number = {box: i for i, box in enumerate(wanted_boxes(sharding, shape))}
+    indices = sharding.addressable_devices_indices_map(shape)
+    numbers = [number[from_index(index or (), shape)] for index in indices.values()]
+    return tuple(indices), tuple(numbers)
+
+
+@lru_cache(maxsize=4096)
+def _aval(shape: Shape, dtype: np.dtype) -> Any:
+    return ShapedArray(shape, dtype)
+
+
+@contextlib.contextmanager
+def transfers_allowed() -> Iterator[None]:
+    """Saves and restores are transfers that the program asks for, whatever `jax.transfer_guard`.
+
+    They happen now, while a function is being traced, too: what is restored must not be a tracer.
+    """
+    with jax.transfer_guard("allow"), jax.ensure_compile_time_eval():
+        yield
+
+
+@contextlib.contextmanager
+def without_gc() -> Iterator[None]:
+    """Holds the cyclic garbage collector off while very many objects are made that all stay.
+
+    It would visit all of them again and again; there are no cycles among them.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def placement(value: Any) -> jax.sharding.Sharding | None:
+    """The sharding that a target asks for; None where it leaves that to JAX."""
+    if isinstance(value, jax.Array):
+        return value.sharding if value.committed else None
+    return value.sharding if isinstance(value, jax.ShapeDtypeStruct) else None
+
+
+def placement_problem(shape: Shape, sharding: jax.sharding.Sharding | None) -> str | None:
+    """Why an array of `shape` cannot lie on `sharding`."""
+    if sharding is None:
+        return None
+    return _placement_problem(tuple(shape), sharding)
+
+
+@lru_cache(maxsize=4096)
+def _placement_problem(shape: Shape, sharding: jax.sharding.Sharding) -> str | None:
+    if isinstance(sharding, jax.sharding.NamedSharding) and len(sharding.spec) > len(shape):
+        axes = len(sharding.spec)
+        return f"shape {shape} cannot be placed on {sharding}, whose spec is for {axes} axes"
+    try:
+        sharding.shard_shape(shape)
+    except ValueError as error:
+        return f"shape {shape} cannot be placed on {sharding}: {error}".splitlines()[0]
+    return None

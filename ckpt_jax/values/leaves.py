@@ -1,0 +1,309 @@
+"""Values: what each kind of leaf is, how it becomes an array of bytes, and how it comes back.
+
+Everything that is saved is an array or a byte string. A Python number becomes a rank-0 array
+(an int that int64 cannot hold becomes its decimal text), a string its UTF-8 bytes, a typed
+PRNG key its key data; the `LeafSpec` remembers what it was. Coming back, the *target* says
+what is wanted: its kind, dtype, shape and sharding.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from ckpt_jax.graph.dtypes import dtype_name, dtype_of
+from ckpt_jax.graph.specs import OPEN, LeafSpec, ShardingSpec
+from ckpt_jax.objects.trackable import PythonState
+
+ARRAY_KINDS = frozenset(["array", "numpy", "numpy_scalar", ""])
+_INT64 = range(-(2**63), 2**63)
+
+
+# --- what a value is -------------------------------------------------------------------
+
+
+def describe(value: Any) -> tuple[LeafSpec, ShardingSpec | None]:
+    """The spec of a value, and the sharding that it has; `OPEN` for a function that makes one.
+
+    Raises:
+      TypeError: saying why the value cannot be saved.
+    """
+    if isinstance(value, Tracer):
+        raise TypeError("a tracer has no value yet: save and restore outside of jit")
+    if isinstance(value, jax.Array):
+        return _spec_of_array(value), sharding_spec(value.sharding)
+    if isinstance(value, jax.ShapeDtypeStruct):
+        sharding = value.sharding and sharding_spec(value.sharding)
+        return _spec_of_array(value), sharding
+    for kind, describe_kind in _DESCRIBE:
+        if isinstance(value, kind):
+            return describe_kind(value), None
+    if callable(value):
+        return OPEN, None
+    kind = type(value)
+    raise TypeError(f"{kind.__module__}.{kind.__qualname__} is not an array or scalar")
+
+
+def evaluate(value: Any) -> Any:
+    """The value itself, where what is given is a function that makes it.
+
+    Raises:
+      TypeError: what the function made is one, too.
+    """
+    if not callable(value) or isinstance(value, PythonState | enum.Enum):
+        return value
+    made = value()
+    if callable(made) and not isinstance(made, PythonState | enum.Enum):
+        raise TypeError(f"the function {value!r} gave another one, {made!r}, and no value")
+    return made
+
+
+def _spec_of_array(value: Any) -> LeafSpec:
+    return _array_spec(value.shape, value.dtype, getattr(value, "weak_type", False))
+
+
+@lru_cache(maxsize=4096)
+def _array_spec(shape: tuple[int, ...], dtype: Any, weak_type: bool) -> LeafSpec:
+    if jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        data = jax.eval_shape(jax.random.key_data, jax.ShapeDtypeStruct(shape, dtype))
+        return LeafSpec("prng_key", dtype_name(data.dtype), data.shape, prng_impl=_impl_of(dtype))
+    if jnp.issubdtype(dtype, jax.dtypes.extended):
+        raise TypeError(f"arrays of the extended dtype {dtype} are not supported")
+    return LeafSpec("array", dtype_name(dtype), tuple(shape), weak_type)
+
+
+@lru_cache
+def _impl_of(key_dtype: Any) -> str:
+    """The name that `jax.random.key(impl=...)` takes, for a key dtype."""
+    for name in ("threefry2x32", "rbg", "unsafe_rbg"):
+        if jax.eval_shape(lambda name=name: jax.random.key(0, impl=name)).dtype == key_dtype:
+            return name
+    raise TypeError(f"PRNG keys of {key_dtype} have an implementation that JAX does not name")
+
+
+def _numpy_spec(value: np.ndarray | np.generic) -> LeafSpec:
+    kind = "numpy" if isinstance(value, np.ndarray) else "numpy_scalar"
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError("a masked array: save its data and its mask")
+    if value.dtype.hasobject:
+        raise TypeError("a numpy array of Python objects has no bytes to save")
+    try:
+        dtype_of(name := dtype_name(value.dtype))
+    except (TypeError, ValueError):
+        raise TypeError(f"numpy dtype {value.dtype} is not supported") from None
+    return LeafSpec(kind, name, value.shape)
+
+
+def _int_spec(value: int) -> LeafSpec:
+    return _INT if int(value) in _INT64 else _BIG_INT
+
+
+_INT = LeafSpec("int", "int64")
+_BIG_INT = LeafSpec("int", "bytes")
+_DESCRIBE: tuple[tuple[type | tuple[type, ...], Callable[[Any], LeafSpec]], ...] = (
+    ((np.ndarray, np.generic), _numpy_spec),
+    (enum.Enum, lambda value: LeafSpec("enum", "bytes")),
+    (bool, lambda value: LeafSpec("bool", "bool")),
+    (int, _int_spec),
+    (float, lambda value: LeafSpec("float", "float64")),
+    (complex, lambda value: LeafSpec("complex", "complex128")),
+    (str, lambda value: LeafSpec("str", "bytes")),
+    (bytes, lambda value: LeafSpec("bytes", "bytes")),
+    (PythonState, lambda value: LeafSpec("python_state", "bytes")),
+)
+
+
+@lru_cache(maxsize=4096)
+def sharding_spec(sharding: jax.sharding.Sharding) -> ShardingSpec:
+    """A sharding as plain data."""
+    kind = type(sharding).__name__
+    memory = sharding.memory_kind or ""
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return ShardingSpec(kind, num_devices=sharding.num_devices, memory_kind=memory)
+    mesh = sharding.mesh
+    partitions = tuple(
+        () if part is None else (part,) if isinstance(part, str) else tuple(map(str, part))
+        for part in sharding.spec
+    )
+    return ShardingSpec(
+        kind,
+        tuple(map(str, mesh.axis_names)),
+        tuple(mesh.shape.values()),
+        partitions,
+        sharding.num_devices,
+        memory,
+    )
+
+
+def struct_of(
+    spec: LeafSpec, sharding: jax.sharding.Sharding | None = None
+) -> jax.ShapeDtypeStruct:
+    """What a spec is to JAX.
+
+    Raises:
+      ValueError: there is no such dtype.
+    """
+    return jax.ShapeDtypeStruct(spec.shape, dtype_of(spec.dtype), sharding=sharding)
+
+
+# --- out -------------------------------------------------------------------------------
+
+
+def encode(value: Any) -> jax.Array | np.ndarray | bytes:
+    """The array or byte string that stands for a value in the file."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise TypeError("a jax.ShapeDtypeStruct describes an array and holds none")
+    if isinstance(value, jax.Array):
+        if value.is_deleted():
+            raise ValueError("the array has been deleted or donated")
+        if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            with jax.ensure_compile_time_eval():  # a key that is no tracer has data that is none
+                return jax.random.key_data(value)
+        return value
+    if isinstance(value, np.ndarray):
+        return value
+    if isinstance(value, enum.Flag):
+        return str(value.value).encode()  # a combination of flags has no name
+    if isinstance(value, enum.Enum):
+        return value.name.encode()
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass")
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, PythonState):
+        return _state_bytes(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return np.asarray(value, np.int64) if int(value) in _INT64 else hex(value).encode()
+    return np.asarray(value)
+
+
+def _state_bytes(state: PythonState) -> bytes:
+    data = state.serialize()
+    if isinstance(data, str):
+        return data.encode("utf-8")
+    if isinstance(data, bytes):
+        return data
+    kind, got = type(state).__qualname__, type(data).__name__
+    raise TypeError(f"{kind}.serialize() must return str or bytes, got {got}")
+
+
+# --- back ------------------------------------------------------------------------------
+
+
+def difference(saved: LeafSpec, target: LeafSpec, cast: bool) -> str | None:
+    """Why a value of spec `saved` cannot become what `target` is, or None if it can.
+
+    A saved value without a dtype takes that of its target.
+    """
+    if saved.kind in ARRAY_KINDS and not saved.dtype and target.dtype != "bytes":
+        saved = replace(saved, dtype=target.dtype)
+    if saved.kind == "unreadable":
+        return (
+            f"expected {_kind(target)}, got {saved.dtype}{list(saved.shape)}, which is unreadable"
+        )
+    if target.kind == "python_state" and saved.kind in ("str", "bytes"):
+        return None  # from a file that keeps no kinds
+    if target.kind == saved.kind and target.kind not in ARRAY_KINDS:
+        same = (saved.prng_impl, saved.shape) == (target.prng_impl, target.shape)
+        return None if same else f"expected {target}, got {saved}"
+    if "bytes" in (saved.dtype, target.dtype) or "prng_key" in (saved.kind, target.kind):
+        return f"expected {_kind(target)}, got {_kind(saved)}"
+    if saved.shape != target.shape:
+        return f"expected shape {target.shape}, got {saved.shape}"
+    if target.kind in ARRAY_KINDS and saved.kind in ARRAY_KINDS:
+        if saved.dtype == target.dtype or cast:
+            return None
+        return f"expected dtype {target.dtype}, got {saved.dtype} (cast=True would convert it)"
+    # A Python number on either side: the family of the number has to be the same.
+    if cast or _family(saved) == _family(target):
+        return None
+    return f"expected {_kind(target)}, got {_kind(saved)}"
+
+
+def _kind(spec: LeafSpec) -> str:
+    return str(spec) if spec.kind in (*ARRAY_KINDS, "prng_key") else f"a Python {spec.kind}"
+
+
+def _family(spec: LeafSpec) -> str:
+    if spec.kind in ("bool", "int", "float", "complex"):
+        return spec.kind
+    dtype = dtype_of(spec.dtype)
+    if dtype.kind in "mM":
+        return dtype.name
+    for family, kinds in (("bool", np.bool_), ("int", np.integer), ("complex", np.complexfloating)):
+        if np.issubdtype(dtype, kinds):
+            return family
+    return "int" if jnp.issubdtype(dtype, np.integer) else "float"
+
+
+def decode(data: Any, saved: LeafSpec, target: LeafSpec, like: Any = None) -> Any:
+    """What was read for a leaf, as the kind of value that `target` is.
+
+    `data` is a numpy array or bytes, or a jax.Array where the target is one; `like` is the
+    target's present value (an enum member comes back as a member of its class).
+
+    Raises:
+      OverflowError: a Python number does not fit into the dtype of the target.
+    """
+    kind = target.kind
+    if kind == "prng_key":
+        return jax.random.wrap_key_data(data, impl=target.prng_impl)
+    if isinstance(data, bytes):
+        text = _decode_bytes(data, saved.kind if kind in ARRAY_KINDS else kind)
+        return _member(like, text) if kind == "enum" and isinstance(like, enum.Enum) else text
+    if kind in ARRAY_KINDS:
+        if dtype_name(data.dtype) != target.dtype:
+            data = _convert(data, dtype_of(target.dtype), exact=saved.kind not in ARRAY_KINDS)
+        return data[()] if kind == "numpy_scalar" else data
+    return _PYTHON.get(kind, lambda x: x)(data.item() if hasattr(data, "item") else data)
+
+
+_PYTHON: dict[str, Callable[[Any], Any]] = {
+    "bool": bool,
+    "int": int,
+    "float": float,
+    "complex": complex,
+}
+
+
+def _member(like: enum.Enum, text: str) -> enum.Enum:
+    kind = type(like)
+    if isinstance(like, enum.Flag):
+        return kind(int(text))
+    if text not in kind.__members__:
+        raise ValueError(f"{kind.__qualname__} has no member {text!r}")
+    return kind[text]
+
+
+def _convert(data: Any, dtype: np.dtype, exact: bool) -> Any:
+    with np.errstate(over="ignore", invalid="ignore"):
+        converted = data.astype(dtype)
+    if exact and np.isfinite(data):
+        whole = np.issubdtype(dtype, np.integer)
+        if int(converted) != int(data) if whole else not np.isfinite(converted):
+            raise OverflowError(f"{data} does not fit into {dtype}")
+    return converted
+
+
+def _decode_bytes(data: bytes, kind: str) -> Any:
+    if kind == "str" or kind == "enum":
+        return data.decode("utf-8", "surrogatepass")
+    if kind == "int":
+        return int(data, 16)
+    return data
+
+
+def as_saved(data: Any, saved: LeafSpec) -> Any:
+    """A value that was read without a target: numpy, or the Python value that it was."""
+    kind = saved.kind
+    if kind in ("array", "prng_key"):
+        kind = "numpy"
+    return decode(data, saved, LeafSpec(kind, saved.dtype, saved.shape))
