@@ -176,6 +176,7 @@ def test_arrays_may_lie_on_the_devices_of_some_processes(tmp_path):
 
 RESTORE_ONCE = """
 import ckpt_jax as ckpt
+from ckpt_jax.api import tree
 from ckpt_jax.restoring.reader import CheckpointReader
 from trees import LAYOUTS, differences, placed_tree
 
@@ -186,7 +187,7 @@ class Counting(CheckpointReader):
         Counting.nbytes += self.bytes_read
         super().close()
 
-ckpt.functional.CheckpointReader = Counting
+tree.CheckpointReader = Counting
 directory, layout = arguments
 target = placed_tree(*LAYOUTS[layout], abstract=True)
 found, counts = [], []
