@@ -54,11 +54,12 @@ from ckpt_jax.objects import registry
 from ckpt_jax.objects.trackable import AutoTrackable, PythonState, Trackable, Variable
 from ckpt_jax.objects.views import View, view_of
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
-from ckpt_jax.processes.current import current
+from ckpt_jax.processes.context import current_context
 from ckpt_jax.report import ReportEntry
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.run import abstract_only, execute, fits, require_fit
-from ckpt_jax.saving.pipeline import write_checkpoint
+from ckpt_jax.saving.pipeline import SaveRequest
+from ckpt_jax.saving.run import save_once
 from ckpt_jax.store.seal import seal
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import decode, struct_of
@@ -106,20 +107,14 @@ def save_object(
       >>> anew.layers[0].value, anew.layers[1]["scale"].item()
       (Array([0., 1.], dtype=float32), 3.0)
     """
-    path = os.fsdecode(path)
-    options = given(options)
-    watch = METER.saving()
-    with current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
-        write_checkpoint(
-            lambda: lasting(live_graph(obj, for_restore=False)),
-            path,
-            options,
-            meeting,
-            overwrite=overwrite,
-            watch=watch,
-            extra=lambda live: {SAVED_OBJECTS_KEY: seal(encode(live.graph, recorded(live)))},
-        )
-    return path
+    request = SaveRequest(
+        os.fsdecode(path),
+        lambda: lasting(live_graph(obj, for_restore=False)),
+        given(options),
+        overwrite=overwrite,
+        extra=lambda live: {SAVED_OBJECTS_KEY: seal(encode(live.graph, recorded(live)))},
+    )
+    return save_once(request, current_context())
 
 
 @without_gc()

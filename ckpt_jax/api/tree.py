@@ -20,6 +20,7 @@ from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.metrics import METER
 from ckpt_jax.objects.delegate import delegate_of
 from ckpt_jax.options import CheckpointOptions, Path, given
+from ckpt_jax.processes.context import current_context
 from ckpt_jax.processes.current import current
 from ckpt_jax.report import ReportEntry, RestoreReport, near_miss, nearest
 from ckpt_jax.restoring.adapters import settle
@@ -36,7 +37,8 @@ from ckpt_jax.restoring.run import (
     together,
 )
 from ckpt_jax.restoring.shardings import Place, Structs, with_shardings
-from ckpt_jax.saving.pipeline import write_checkpoint
+from ckpt_jax.saving.pipeline import SaveRequest
+from ckpt_jax.saving.run import save_once
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import struct_of
 
@@ -73,19 +75,13 @@ def save(
       ...     load(path)
       {'w': array([0, 1, 2]), 'step': 7}
     """
-    path = os.fsdecode(path)
-    options = given(options)
-    watch = METER.saving()
-    with current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
-        write_checkpoint(
-            lambda: live_graph(tree, for_restore=False),
-            path,
-            options,
-            meeting,
-            overwrite=overwrite,
-            watch=watch,
-        )
-    return path
+    request = SaveRequest(
+        os.fsdecode(path),
+        lambda: live_graph(tree, for_restore=False),
+        given(options),
+        overwrite=overwrite,
+    )
+    return save_once(request, current_context())
 
 
 @without_gc()
@@ -137,7 +133,7 @@ def restore(
     """
     options = given(options)
     with (
-        together(path, options) as meeting,
+        together(path, options, current()) as meeting,
         METER.restoring(lambda: CheckpointReader(path)) as reader,
     ):
         live = live_graph(target)

@@ -25,18 +25,19 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ckpt_jax.api.checkpoint import Checkpoint
+from ckpt_jax.api.checkpoint import Checkpoint, request_for, save_runs_of, set_save_counter
 from ckpt_jax.api.latest import (
     checkpoint_exists,
     older_checkpoints,
     problem_with,
     remove_checkpoint,
 )
+from ckpt_jax.api.preflight import preflight
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_jax.graph.labels import VARIABLE_VALUE
 from ckpt_jax.manage.ledger import Ledger, read_ledger, recovered, write_ledger
@@ -48,12 +49,12 @@ from ckpt_jax.manage.retention import (
     Sweep,
     plan_sweep,
 )
-from ckpt_jax.metrics import METER
 from ckpt_jax.objects.views import view_of
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
+from ckpt_jax.processes.context import current_context
 from ckpt_jax.processes.current import current
-from ckpt_jax.processes.meeting import Processes
-from ckpt_jax.processes.preflight import preflight
+from ckpt_jax.processes.meeting import Meeting, Processes
+from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.store.directory import number_of
 from ckpt_jax.store.staging import STAGING, is_abandoned, remove_abandoned
 
@@ -200,53 +201,20 @@ class CheckpointManager:
         """
         options = given(options)
         step = None if self._interval is None else as_integer(self._step_counter)
+        runs = save_runs_of(self._checkpoint)
         if step is not None:
-            self._checkpoint._settle(options)  # by which it may be due
+            runs.settle_doubts(options.timeout_seconds)  # by which it may be due
             if not self._is_due(step, check_interval):
                 return None
-        watch = METER.saving()
+
+        def open_books(meeting: Meeting) -> _ManagedSave | None:
+            if step is not None and not self._is_due(step, check_interval):
+                return None  # another thread has saved this step meanwhile
+            return _ManagedSave(self, meeting, options, step, checkpoint_number, metrics)
+
         prefix = os.path.join(self._directory, self._name)
-        with ExitStack() as stack:
-            meeting = self._checkpoint._meet(prefix, options, stack)
-            with self._checkpoint._turn(options, meeting) as is_mine:
-                if not is_mine or (step is not None and not self._is_due(step, check_interval)):
-                    return None  # another thread saves, or has saved this step meanwhile
-                self._checkpoint._settle(options)
-                count, last_step = self._checkpoint.save_counter + 1, self._last_step
-
-                def committed() -> None:
-                    if meeting.leads:
-                        self._record(CheckpointRecord(number, self._clock(), scores, path))
-                    else:
-                        self._follow()
-
-                def counted() -> None:
-                    self._checkpoint._count(count)
-                    self._last_step = step
-                    self._failed_after.clear()
-
-                def failed() -> None:  # a save that failed has not happened
-                    self._checkpoint._count(count - 1)
-                    # Other processes may not know yet, and all have to find the same steps due.
-                    if meeting.count == 1 or not (options.enable_async or meeting.is_in_doubt):
-                        self._last_step = last_step
-                    elif not meeting.is_in_doubt:
-                        self._failed_after.append(last_step)
-
-                counted()
-                try:
-                    scores = _scores(metrics)
-                    number = count if checkpoint_number is None else as_integer(checkpoint_number)
-                    if number < 0:
-                        raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
-                except BaseException:
-                    failed()
-                    raise
-                self._last_path = path = f"{prefix}-{number}"
-                self._checkpoint._write(
-                    path, options, watch, meeting, stack, committed, counted, failed
-                )
-        return self._shown(path)
+        path = runs.save(prefix, options, current_context(), open_books)
+        return path and self._shown(path)
 
     def _is_due(self, step: int, check_interval: bool) -> bool:
         if self._last_step is None:
@@ -364,7 +332,7 @@ class CheckpointManager:
         what = f"collecting in {self._directory}"
         with (
             current().meeting(what, seconds) as meeting,
-            self._checkpoint._background().turn(),
+            save_runs_of(self._checkpoint).background.turn(),
         ):
             removed = meeting.conclude(None, lambda _: self._collect(dry_run))
             if not meeting.leads:
@@ -499,6 +467,55 @@ class CheckpointManager:
             if (staging := STAGING.match(name)) and (of := own.fullmatch(staging["name"]))
             if int(of[1]) <= latest and is_abandoned(path := os.path.join(self._directory, name))
         ]
+
+
+class _ManagedSave:
+    """The bookkeeping of one save of a manager."""
+
+    def __init__(
+        self,
+        manager: CheckpointManager,
+        meeting: Meeting,
+        options: CheckpointOptions,
+        step: int | None,
+        number: Any,
+        metrics: Mapping[str, Any] | None,
+    ):
+        self._manager, self._meeting, self._options = manager, meeting, options
+        self._step, self._last_step = step, manager._last_step
+        self._count = manager.checkpoint.save_counter + 1
+        self._given_number, self._given_metrics = number, metrics
+        self._record: CheckpointRecord | None = None
+
+    def begin(self) -> SaveRequest:
+        manager, number = self._manager, self._given_number
+        set_save_counter(manager.checkpoint, self._count)
+        manager._last_step = self._step
+        manager._failed_after.clear()
+        scores = _scores(self._given_metrics)
+        number = self._count if number is None else as_integer(number)
+        if number < 0:
+            raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
+        path = os.path.join(manager._directory, f"{manager._name}-{number}")
+        manager._last_path = path
+        self._record = CheckpointRecord(number, 0.0, scores, path)
+        return request_for(manager.checkpoint, path, self._options)
+
+    def record(self) -> None:
+        assert self._record is not None
+        if self._meeting.leads:
+            self._manager._record(replace(self._record, time=self._manager._clock()))
+        else:
+            self._manager._follow()
+
+    def undo(self) -> None:
+        manager, meeting = self._manager, self._meeting
+        set_save_counter(manager.checkpoint, self._count - 1)
+        # Other processes may not know yet, and all have to find the same steps due.
+        if meeting.count == 1 or not (self._options.enable_async or meeting.is_in_doubt):
+            manager._last_step = self._last_step
+        elif not meeting.is_in_doubt:
+            manager._failed_after.append(self._last_step)
 
 
 def _first_problem(problems: Sequence[str | None]) -> str | None:

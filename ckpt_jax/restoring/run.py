@@ -31,8 +31,7 @@ from ckpt_jax.matching.plan import Read, ReadPlan, SaverCall, plan_read
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects import registry
 from ckpt_jax.options import CheckpointOptions
-from ckpt_jax.processes.current import current
-from ckpt_jax.processes.meeting import Meeting
+from ckpt_jax.processes.meeting import Meeting, Processes
 from ckpt_jax.progress import Advance, progress
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.restoring.derived import FittedReader
@@ -167,13 +166,14 @@ def require_fit(report: RestoreReport, advice: str = ADVICE) -> None:
 
 
 @contextmanager
-def together(path: Any, options: CheckpointOptions) -> Iterator[Meeting | None]:
+def together(
+    path: Any, options: CheckpointOptions, processes: Processes
+) -> Iterator[Meeting | None]:
     """A meeting for a restore in which processes hand values to each other; else None.
 
     It has to begin before anything that can fail on one process alone, because the others would
     wait for what that process reads.
     """
-    processes = current()
     if path is None or not options.broadcast or processes.count == 1:
         yield None
         return
