@@ -28,10 +28,10 @@ from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Meeting
+from ckpt_jax.restoring.execute import together
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.restoring.rename import rename as renamed
-from ckpt_jax.restoring.run import together
 from ckpt_jax.restoring.waiting import Restoration
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import SaveRuns, Unrecorded
@@ -193,7 +193,9 @@ class Checkpoint(AutoTrackable):
             return LoadStatus(None, self._trace_for_restore)
         with METER.restoring(lambda: CheckpointReader(path)) as reader:
             saved = renamed(reader.object_graph, rename)
-            restoration = Restoration(reader.path, saved, options, self._trace_for_restore)
+            restoration = Restoration(
+                reader.path, saved, options, self._trace_for_restore, current()
+            )
             root = restoration.run(reader, meeting)
         if self.__dict__["_self_rooted"] and root is not self._root_object():
             self.__dict__["_self_root"] = root

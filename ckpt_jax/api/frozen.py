@@ -24,9 +24,9 @@ from ckpt_jax.objects.views import Below, SlotEntry, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
 from ckpt_jax.processes.current import current
+from ckpt_jax.restoring.execute import together
 from ckpt_jax.restoring.reader import CheckpointReader
-from ckpt_jax.restoring.run import together
-from ckpt_jax.restoring.waiting import restore_bound
+from ckpt_jax.restoring.waiting import restore_pairs
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
 from ckpt_jax.values.leaves import describe
@@ -97,7 +97,7 @@ class FrozenSaver:
         with together(path, options, current()) as meeting, CheckpointReader(path) as reader:
             live = self._current()
             bound = _by_key(reader.object_graph, live.graph)
-            restore_bound(reader, live, bound, options, meeting)
+            restore_pairs(reader, live, bound, options, meeting)
 
     def _current(self) -> LiveGraph:
         """The frozen graph with the objects and values of this moment."""

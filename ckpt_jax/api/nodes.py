@@ -16,9 +16,9 @@ from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects.views import view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.current import current
+from ckpt_jax.restoring.execute import together
 from ckpt_jax.restoring.reader import CheckpointReader
-from ckpt_jax.restoring.run import together
-from ckpt_jax.restoring.waiting import restore_bound
+from ckpt_jax.restoring.waiting import restore_pairs
 
 
 def restore_nodes(
@@ -68,7 +68,7 @@ def restore_nodes(
             raise ValueError(f"{reader.path}: nothing was restored:\n{lines}")
         live = _without_edges(traced, saved)
         bound = {node: number for number, node in enumerate(traced)}
-        restore_bound(reader, live, bound, options, meeting)
+        restore_pairs(reader, live, bound, options, meeting)
 
 
 def _is_mutable(obj: Any) -> bool:
