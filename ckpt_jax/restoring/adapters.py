@@ -16,8 +16,7 @@ A slot variable follows its variable: the callback is propagated to the slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -192,7 +191,7 @@ class Adapted:
 
     saved: Renamed
     found: Match
-    callbacks: Mapping[int, ReshardCallback] = MappingProxyType({})
+    callbacks: Mapping[int, ReshardCallback] = field(default_factory=dict)
 
 
 def adapt(
