@@ -25,8 +25,7 @@ from ckpt_jax.objects.registry import saver_name
 from ckpt_jax.objects.trackable import AutoTrackable, TrackableView, Variable
 from ckpt_jax.objects.views import SlotEntry, View, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
-from ckpt_jax.processes.context import current_context
-from ckpt_jax.processes.current import current
+from ckpt_jax.processes.context import Context, current_context
 from ckpt_jax.processes.meeting import Meeting
 from ckpt_jax.restoring.execute import together
 from ckpt_jax.restoring.reader import CheckpointReader
@@ -166,15 +165,15 @@ class Checkpoint(AutoTrackable):
         rename: Iterable[Rule] = (),
     ) -> LoadStatus:
         """Restores what `write` saved, without touching the save counter; see `restore`."""
-        options = given(options)
-        with self._turn_to_restore(path, options) as meeting:
-            return self._read(path, options, rename, meeting)
+        options, context = given(options), current_context()
+        with self._turn_to_restore(path, options, context) as meeting:
+            return self._read(path, options, rename, meeting, context)
 
     @contextmanager
     def _turn_to_restore(
-        self, path: Path | None, options: CheckpointOptions
+        self, path: Path | None, options: CheckpointOptions, context: Context
     ) -> Iterator[Meeting | None]:
-        processes = current()
+        processes = context.processes
         is_alone = processes.count == 1  # the others restore, and so does this one
         with (
             together(path, options, processes) as meeting,
@@ -188,14 +187,13 @@ class Checkpoint(AutoTrackable):
         options: CheckpointOptions,
         rename: Iterable[Rule],
         meeting: Meeting | None,
+        context: Context,
     ) -> LoadStatus:
         if path is None:
             return LoadStatus(None, self._trace_for_restore)
-        with METER.restoring(lambda: CheckpointReader(path)) as reader:
+        with context.meter.restoring(lambda: CheckpointReader(path, context.storage)) as reader:
             saved = renamed(reader.object_graph, rename)
-            restoration = Restoration(
-                reader.path, saved, options, self._trace_for_restore, current()
-            )
+            restoration = Restoration(reader.path, saved, options, self._trace_for_restore, context)
             root = restoration.run(reader, meeting)
         if self.__dict__["_self_rooted"] and root is not self._root_object():
             self.__dict__["_self_root"] = root
@@ -229,11 +227,11 @@ class Checkpoint(AutoTrackable):
           AsyncSaveError: an earlier save failed in the background. With one process nothing was
             restored; with several all was, because those that know of no error restore.
         """
-        options = given(options)
-        with self._turn_to_restore(path, options) as meeting:
+        options, context = given(options), current_context()
+        with self._turn_to_restore(path, options, context) as meeting:
             self._counter()
             self._runs().settle_doubts(options.timeout_seconds)
-            return self._read(path, options, rename, meeting)
+            return self._read(path, options, rename, meeting, context)
 
     def freeze(self) -> FrozenSaver:
         """A saver of the objects that are here now, which need not be traced again.

@@ -23,9 +23,7 @@ from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects.views import Below, SlotEntry, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
-from ckpt_jax.processes.current import current
-from ckpt_jax.restoring.execute import together
-from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.restoring.execute import opened
 from ckpt_jax.restoring.waiting import restore_pairs
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
@@ -94,7 +92,7 @@ class FrozenSaver:
           CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
         """
         options = given(options)
-        with together(path, options, current()) as meeting, CheckpointReader(path) as reader:
+        with opened(path, options, current_context()) as (reader, meeting):
             live = self._current()
             bound = _by_key(reader.object_graph, live.graph)
             restore_pairs(reader, live, bound, options, meeting)

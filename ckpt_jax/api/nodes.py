@@ -15,9 +15,8 @@ from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects.views import view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
-from ckpt_jax.processes.current import current
-from ckpt_jax.restoring.execute import together
-from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.processes.context import current_context
+from ckpt_jax.restoring.execute import opened
 from ckpt_jax.restoring.waiting import restore_pairs
 
 
@@ -58,7 +57,7 @@ def restore_nodes(
         raise ValueError("restore_nodes needs the path of a checkpoint, got None")
     if not isinstance(nodes, Mapping):
         raise ValueError(f"expected a dict of objects by node id, got {type(nodes).__qualname__}")
-    with together(path, options, current()) as meeting, CheckpointReader(path) as reader:
+    with opened(path, options, current_context()) as (reader, meeting):
         saved = reader.object_graph
         traced = {node: live_graph(obj) for node, obj in nodes.items() if _is_mutable(obj)}
         if problems := [

@@ -18,9 +18,8 @@ from ckpt_jax.metrics import METER
 from ckpt_jax.objects.delegate import delegate_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
-from ckpt_jax.processes.current import current
 from ckpt_jax.report import ReportEntry, RestoreReport, near_miss, nearest
-from ckpt_jax.restoring.execute import together
+from ckpt_jax.restoring.execute import opened
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.restoring.rename import rename as renamed
@@ -122,10 +121,7 @@ def restore(
       {'w': Array([0., 1., 2.], dtype=float32), 'step': 7}
     """
     options = given(options)
-    with (
-        together(path, options, current()) as meeting,
-        METER.restoring(lambda: CheckpointReader(path)) as reader,
-    ):
+    with opened(path, options, current_context()) as (reader, meeting):
         planned = _plan(reader, target, rename, options)
         planned.require(_STRICT if strict else _LENIENT)
         root, _ = planned.execute(options, meeting)

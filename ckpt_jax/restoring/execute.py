@@ -26,6 +26,7 @@ from ckpt_jax.matching.plan import Read, ReadPlan, SaverCall
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects import registry
 from ckpt_jax.options import CheckpointOptions
+from ckpt_jax.processes.context import Context
 from ckpt_jax.processes.meeting import Meeting, Processes
 from ckpt_jax.progress import Advance, progress
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
@@ -55,6 +56,18 @@ def together(
     what = f"restoring {os.fsdecode(path)}"
     with processes.meeting(what, options.timeout_seconds) as meeting:
         yield meeting
+
+
+@contextmanager
+def opened(
+    path: Any, options: CheckpointOptions, context: Context
+) -> Iterator[tuple[CheckpointReader, Meeting | None]]:
+    """A checkpoint that is restored at once: its reader, and the meeting of `together`."""
+    with (
+        together(path, options, context.processes) as meeting,
+        context.meter.restoring(lambda: CheckpointReader(path, context.storage)) as reader,
+    ):
+        yield reader, meeting
 
 
 def read(

@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,8 @@ from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects.delegate import delegate_of
 from ckpt_jax.objects.pending import await_child
 from ckpt_jax.options import CheckpointOptions
-from ckpt_jax.processes.meeting import Meeting, Processes
+from ckpt_jax.processes.context import Context
+from ckpt_jax.processes.meeting import Meeting
 from ckpt_jax.restoring.adapters import ReshardCallback, adapt
 from ckpt_jax.restoring.execute import together
 from ckpt_jax.restoring.identity import Bindings, ObjectNumbers
@@ -110,7 +111,7 @@ class Restoration:
         renamed: Renamed,
         options: CheckpointOptions,
         trace: Callable[[], LiveGraph],
-        processes: Processes,
+        context: Context,
     ):
         """`trace` is a method of the object that is restored; it is not kept alive."""
         self.path = path
@@ -118,7 +119,7 @@ class Restoration:
         self.renamed = renamed
         self.options = options
         self.uid = next(_uids)
-        self._processes = processes
+        self._context = context
         self.nbytes = 0
         self.left_over = _LeftOver(path, renamed.graph)
         finalizer = weakref.finalize(self, self.left_over.log)
@@ -126,7 +127,7 @@ class Restoration:
         self._bindings = Bindings()
         self._callbacks: Mapping[int, ReshardCallback] = {}  # by saved node
         self._reader: CheckpointReader | None = None  # for what is attached later
-        self._identity: Any = None  # of the checkpoint
+        self._generation: Hashable = None  # of the checkpoint
         self._trace = weakref.WeakMethod(trace)
         self._open_slots = [
             slot for slot in renamed.graph.slots() if not options.skip_slot_variables
@@ -139,7 +140,7 @@ class Restoration:
 
     def run(self, reader: CheckpointReader, meeting: Meeting | None = None) -> Any:
         """Restores what is there and lets the rest wait; returns the root."""
-        self._identity = reader.identity
+        self._generation = reader.generation
         try:
             live = self._traced()
             assert live is not None
@@ -154,7 +155,7 @@ class Restoration:
         live = live_graph(child, key)
         before = Match(self._bound_near(live, saved), {})
         with (
-            together(self.path, self.options, self._processes) as meeting,
+            together(self.path, self.options, self._context.processes) as meeting,
             self._reopened() as reader,
         ):
             root = self._bind(
@@ -177,7 +178,7 @@ class Restoration:
             return
         slots = frozenset([slot.node for _, slot in ends])
         with (
-            together(self.path, self.options, self._processes) as meeting,
+            together(self.path, self.options, self._context.processes) as meeting,
             self._reopened() as reader,
         ):
             self._bind(live, lambda saved: match(saved, live.graph), reader, meeting, slots)
@@ -195,8 +196,8 @@ class Restoration:
     def _reopened(self) -> Iterator[CheckpointReader]:
         """The checkpoint again, if it still is the one that the restore began with. The reader of
         a directory holds no files: it is kept, with its index."""
-        reader = self._reader or CheckpointReader(self._location)
-        if reader.identity != self._identity:
+        reader = self._reader or CheckpointReader(self._location, self._context.storage)
+        if reader.generation != self._generation:
             raise CheckpointNotFoundError(
                 f"{self.path} was replaced since it was restored; what still waits for values of "
                 "it cannot have them. Restore it again."
