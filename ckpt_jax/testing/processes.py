@@ -1,9 +1,9 @@
 """Several processes in one: threads that share a coordination service in memory.
 
 `run_processes` runs a program on a thread for each process. The library sees each thread as a
-process of its own: saves and restores meet, `ckpt.PerProcess` keeps a value for each, and the
-process of index 0 leads. JAX itself knows nothing of this: `jax.process_index()` is 0 on every
-thread, and all threads see the same devices. What depends on them needs real processes.
+process of its own: the threads save and restore together, `ckpt.PerProcess` has a value for each,
+and process 0 commits. JAX itself knows nothing of this: `jax.process_index()` is 0 on every thread,
+and all threads see the same devices. Tests of arrays that are spread over processes need real ones.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from ckpt_jax.processes.meeting import Processes
 from ckpt_jax.processes.service import Service
 
 T = TypeVar("T")
-_SOON = 0.05  # the wait of a test for a value that never comes
-_PLENTY = 60.0  # the wait of a test for a value that does come
+_SOON = 0.05  # seconds to wait for a value that never comes
+_PLENTY = 60.0  # seconds to wait for a value that does come
 
 
 class MemoryService:
-    """A coordination service in memory, for threads that play processes.
+    """A coordination service in memory, for threads that act as processes.
 
-    It follows `ckpt_jax.processes.service.Service`. Subclasses can fail or wait in one of its
-    calls, to test what a program makes of that.
+    It has the methods of `ckpt_jax.processes.service.Service`. To test how a program copes with a
+    service that fails or is slow, override one of them.
 
     Attributes:
       values: the keys and values that are set.
@@ -77,13 +77,13 @@ def run_processes(
 
     Args:
       count: of processes.
-      program: called with the processes as one of them sees them; its own number is
-        `processes.index`.
-      service: what the processes share; a new `MemoryService` by default.
+      program: called once for each process, with a `Processes` that says which one it is
+        (`.index`) and how many there are (`.count`).
+      service: the coordination service of the processes; by default a new `MemoryService`.
 
     Returns:
-      For each process, in their order, what the program returned, or the exception that it
-      raised. Compare it with what you expect: an exception is not raised here.
+      For each process, in their order, what the program returned or the exception that it raised.
+      Check it: an exception is not raised again here.
 
     Example:
       >>> import tempfile
@@ -119,7 +119,7 @@ def run_processes(
 class ServiceTests:
     """A conformance suite for coordination services. Subclass it and override `make_service`.
 
-    Services may keep what earlier tests have set: each test uses keys of its own.
+    Each test uses keys of its own, so that the tests may share one service.
 
     Example:
       >>> class TestMemoryService(ServiceTests):
@@ -147,7 +147,7 @@ class ServiceTests:
             service.set(f"{place}/{number}", text, _PLENTY)
         assert [service.get(f"{place}/{n}", _PLENTY) for n in range(len(texts))] == texts
 
-    def test_one_of_several_that_set_a_key_at_a_time_succeeds(self) -> None:
+    def test_if_several_set_one_key_at_a_time_one_succeeds(self) -> None:
         service, place = self._service_and_place()
 
         def program(processes: Processes) -> bool:

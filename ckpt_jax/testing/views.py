@@ -1,8 +1,9 @@
 """A conformance suite for views, and for any kind of object that the library can save.
 
-A *view* shows objects of one kind to the library: their children by label, and how to rebuild an
-object with other children. The author of a view subclasses `ViewTests`, says how to make an
-object and how to compare two, and pytest runs every promise of `ckpt_jax.register_view`:
+A *view* tells the library what is inside objects of one kind: their children, each under a label,
+and how to rebuild an object with other children. The author of a view subclasses `ViewTests`, says
+how to make an object and how to compare two, and pytest runs every promise of
+`ckpt_jax.register_view`:
 
     from ckpt_jax.testing import ViewTests
 
@@ -21,7 +22,7 @@ object and how to compare two, and pytest runs every promise of `ckpt_jax.regist
         def assert_same(self, a, b):
             np.testing.assert_array_equal(a.xy, b.xy)
 
-The suite also suits classes that need no registered view: modules, dataclasses, a
+Objects that need no registered view can be tested in the same way: modules, dataclasses, or a
 `ckpt_jax.Trackable` of your own. This module needs pytest, which the package itself does not.
 """
 
@@ -52,14 +53,15 @@ _PLAIN_VALUES = (np.ndarray, np.generic, jax.Array, str, bytes, bool, int, float
 
 
 class ViewTests:
-    """What every kind of object has to get right. Subclass it, with a name that pytest collects.
+    """The tests that every kind of object has to pass.
 
-    Override `make_object`, `make_empty` and `assert_same`. Set `is_restored_in_place` if it
-    applies, and override the other methods if there is such a thing.
+    Subclass it, with a name that pytest collects. Override `make_object`, `make_empty` and
+    `assert_same`, and `register` if the objects need a view of their own. Override the other
+    methods if such objects exist.
 
     Attributes:
-      is_restored_in_place: whether the object that is restored into is itself changed. If not,
-        it has to stay as it is, and restoring returns another object.
+      is_restored_in_place: whether a restore changes its target and returns it. If not, the target
+        has to stay as it is, and the restore returns another object.
     """
 
     is_restored_in_place: bool = False
@@ -67,15 +69,15 @@ class ViewTests:
     # --- to override -------------------------------------------------------------------
 
     def register(self) -> None:
-        """Registers the view; undone after each test.
+        """Registers the view. This is undone after each test.
 
-        If that happens when a module is imported, or if there is none to register, nothing is left
-        to do here.
+        If there is no view to register, or if it is registered when a module is imported, nothing
+        is left to do here.
         """
 
     def make_object(self, seed: int) -> Any:
-        """An object of the kind. Those of different seeds have the same structure and differ in
-        their values."""
+        """An object of the kind. Objects of different seeds have the same structure and other
+        values."""
         raise NotImplementedError
 
     def make_empty(self) -> Any:
@@ -87,15 +89,15 @@ class ViewTests:
         raise NotImplementedError
 
     def make_abstract(self) -> Any | None:
-        """Like `make_empty`, with `jax.ShapeDtypeStruct`s instead of arrays, as `jax.eval_shape`
-        makes them; None if the objects cannot hold these."""
+        """Like `make_empty`, with `jax.ShapeDtypeStruct`s instead of arrays; None if the objects
+        cannot hold these."""
         return None
 
     def make_unfinished(self) -> Any | None:
         """An object that gets some of its children only later; None if there are no such objects.
 
-        A restore into it waits for them, which only trackables and objects that contain them can
-        do."""
+        A restore into it waits for these children. Only trackables can announce them.
+        """
         return None
 
     def finish(self, unfinished: Any) -> None:
@@ -262,7 +264,7 @@ class ViewTests:
         with self._registered():
             target = self.make_abstract()
             if target is None:
-                pytest.skip("make_abstract makes none")
+                pytest.skip("make_abstract gives none")
             path = save(tmp_path / "a", [self.make_object(0)])
             (restored,) = restore(path, [target])
             self.assert_same(restored, self.make_object(0))
@@ -287,7 +289,7 @@ class ViewTests:
         with self._registered():
             unfinished = self.make_unfinished()
             if unfinished is None:
-                pytest.skip("make_unfinished makes none")
+                pytest.skip("make_unfinished gives none")
             path = Checkpoint(object=self.make_object(0)).write(tmp_path / "a")
             status = Checkpoint(object=unfinished).read(path)
             self.finish(unfinished)
@@ -366,11 +368,15 @@ class ViewTests:
             yield
 
     def _assert_in_its_place(self, restored: Any, target: Any) -> None:
-        """That the target is what was restored, or is as it was."""
+        """Checks that the target itself was restored, or that it is as it was."""
         if self.is_restored_in_place:
-            assert restored is target, "is_restored_in_place, but another object was returned"
+            assert restored is target, (
+                "is_restored_in_place is True, but the restored object is not the target"
+            )
         else:
-            assert restored is not target, "is_restored_in_place is not set"
+            assert restored is not target, (
+                "is_restored_in_place is False, but the restored object is the target"
+            )
             self.assert_same(target, self.make_empty())
 
 

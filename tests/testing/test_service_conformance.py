@@ -63,7 +63,7 @@ class Sloppy(MemoryService):
     ("kind", "expected"),
     [
         (Overwriting, "test_a_key_is_set_once"),
-        (Overwriting, "test_one_of_several_that_set_a_key_at_a_time_succeeds"),
+        (Overwriting, "test_if_several_set_one_key_at_a_time_one_succeeds"),
         (Impatient, "test_a_get_waits_for_its_value"),
         (Sloppy, "test_a_list_holds_the_keys_below_a_prefix"),
         (Sloppy, "test_deleted_keys_are_gone_and_can_be_set_again"),
