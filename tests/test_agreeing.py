@@ -1,4 +1,4 @@
-"""Agreeing on a step, in memory: threads that share a dict."""
+"""Agreeing on a step, in memory: threads that share a service."""
 
 import threading
 

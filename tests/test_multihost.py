@@ -1,4 +1,4 @@
-"""Meetings of processes, and saves that need them, in memory: threads that share a dict."""
+"""Meetings of processes, and saves that need them, in memory: threads that share a service."""
 
 import os
 import threading

@@ -162,8 +162,8 @@ class ViewTests:
         with self._registered():
             source, empty = self.make_object(0), self.make_empty()
             view = _view(source)
-            if live_graph(source).graph.slot_nodes:
-                pytest.skip("the object has slot variables, which are no children")
+            if _has_slots(source):
+                pytest.skip("an optimizer's slot variables are no children")
             rebuilt = empty
             for label, child in _children(source).items():
                 rebuilt = view.rebuild(rebuilt, {label: child})
@@ -397,6 +397,13 @@ def _children(obj: Any) -> dict[Label, Any]:
 def _has_identity(child: Any) -> bool:
     view = view_of(child)
     return view is not None and (view.identity or view.mutable)
+
+
+def _has_slots(obj: Any) -> bool:
+    """Whether an object is an optimizer. Slot variables of an optimizer that is saved alone become
+    children of its node."""
+    graph = live_graph(obj).graph
+    return bool(graph.slot_nodes) or len(graph.nodes[0].children) > len(_labels(obj))
 
 
 def _evaluated(value: Any) -> Any:

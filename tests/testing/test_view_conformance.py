@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -141,6 +142,25 @@ class TestNnxModule(ViewTests):
 
     def make_abstract(self):
         return nnx.eval_shape(lambda: Network(nnx.Rngs(0)))
+
+    def assert_same(self, a, b):
+        assert_trees_equal(nnx.to_pure_dict(nnx.state(a)), nnx.to_pure_dict(nnx.state(b)))
+
+
+class TestNnxOptimizer(ViewTests):
+    is_restored_in_place = True
+
+    def make_object(self, seed):
+        optimizer = self.make_empty()
+        state = nnx.state(optimizer)
+        nnx.update(optimizer, jax.tree.map(lambda x: x + seed + 1, state))
+        return optimizer
+
+    def make_empty(self):
+        return nnx.Optimizer(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), optax.adam(0.1), wrt=nnx.Param)
+
+    def make_abstract(self):
+        return nnx.eval_shape(self.make_empty)
 
     def assert_same(self, a, b):
         assert_trees_equal(nnx.to_pure_dict(nnx.state(a)), nnx.to_pure_dict(nnx.state(b)))
