@@ -183,10 +183,11 @@ def test_a_scope_undoes_classes_and_views_too(tmp_path):
 def test_a_scope_leaves_the_views_of_flax_that_it_was_the_first_to_need():
     program = """if True:
         import ckpt_jax as ckpt
-        from flax import nnx
+        from flax import linen, nnx
+        objects = nnx.Rngs(0), linen.Dense(2).bind({"params": {"bias": 1.0}})
         with ckpt.registration_scope():
-            before = ckpt.list_objects(nnx.Rngs(0))
-        after = ckpt.list_objects(nnx.Rngs(0))
+            before = ckpt.list_objects(objects)
+        after = ckpt.list_objects(objects)
         print([type(obj).__name__ for obj in before] == [type(obj).__name__ for obj in after])
     """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

@@ -140,7 +140,8 @@ def remove_views_since(mark: tuple[int, dict[type, View]]) -> None:
     The library's own views stay: those of Flax are registered when an object of Flax's is first
     seen, whoever shows it.
     """
-    del _by_predicate[mark[0] :]
+    later = _by_predicate[mark[0] :]
+    _by_predicate[mark[0] :] = [each for each in later if not isinstance(each[1], _FunctionView)]
     own = {kind: view for kind, view in _by_type.items() if not isinstance(view, _FunctionView)}
     _by_type.clear()
     _by_type.update({**own, **mark[1]})
