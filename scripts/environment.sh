@@ -55,6 +55,7 @@ logged() (
         if ((code == 0)); then
             echo "$line" >>"$1"
             last=$line
+            [[ $line != *Retrying* ]] || last="the package index does not answer; pip asks again"
         elif ((code <= 128)); then # the end; above 128, nothing came in time
             return
         fi
