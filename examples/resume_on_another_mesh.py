@@ -37,6 +37,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import multiprocessing.process
 import pathlib
 import random
 import re
@@ -48,6 +49,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
+
+if __name__ == "__main__":  # until main() catches it, Ctrl-C ends even an import without a word
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax
 import jax.numpy as jnp
@@ -327,20 +331,45 @@ def run(phase: Phase, directory: pathlib.Path, kill_after: int | None = None) ->
 
     With `kill_after`, the process gets a SIGKILL at some moment after that step.
     """
+    print("   compiling the training step ...", flush=True)
     process = multiprocessing.get_context("spawn").Process(target=train, args=(phase, directory))
+    # The process inherits that it ignores Ctrl-C, which this program answers for both.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     process.start()
-    while kill_after is not None and process.is_alive():
-        if any(record["step"] >= kill_after for record in notes(directory, "trained")):
-            time.sleep(random.uniform(0.0, 0.1))
-            process.kill()
-            break
-        time.sleep(0.01)
-    process.join()
+    signal.signal(signal.SIGINT, handler)
+    try:
+        follow(process, phase, directory, kill_after)
+    finally:
+        process.kill()  # if this program was interrupted, or the time has come
+        process.join()
     expected = 0 if kill_after is None else -signal.SIGKILL
     if process.exitcode != expected:
         raise RuntimeError(
             f"the {phase.name} process ended with {process.exitcode}, expected {expected}"
         )
+
+
+def follow(
+    process: multiprocessing.process.BaseProcess,
+    phase: Phase,
+    directory: pathlib.Path,
+    kill_after: int | None,
+) -> None:
+    """Print what the process saves, until it ends or it is time to kill it."""
+    printed = 0
+    alive = True
+    while alive:
+        alive = process.is_alive()  # asked before the log is read, which then has all of it
+        trained = {record["step"]: record for record in notes(directory, "trained", phase.name)}
+        saved = notes(directory, "saved", phase.name)
+        for record in saved[printed:]:
+            loss = trained[record["step"]]["loss"]
+            print(f"   step {record['step']:>4}  loss {loss:.4f}  saved", flush=True)
+        printed = len(saved)
+        if kill_after is not None and max(trained, default=0) >= kill_after:
+            time.sleep(random.uniform(0.0, 0.1))
+            return
+        time.sleep(0.02)
 
 
 def compare(phase: Phase, directory: pathlib.Path, reference: pathlib.Path) -> float:
@@ -392,14 +421,20 @@ def demonstrate(directory: pathlib.Path, steps: int) -> bool:
     unbroken = Phase("uninterrupted", FOUR_BY_TWO, steps, every)
     interrupted, reference = directory / "interrupted", directory / "uninterrupted"
 
+    print(f"A training run of {steps} steps, carried by three processes on virtual CPU devices.\n")
+    print(f"1. The first process trains on a 4 x 2 mesh and saves every {every} steps.")
     run(first, interrupted, kill_after=4 * every + random.randrange(every))
     last = notes(interrupted, "trained")[-1]["step"]
     path = ckpt.latest_checkpoint(interrupted)
-    print(f"The first process was killed after step {last}; the newest checkpoint is {path}.\n")
+    print(f"   killed (SIGKILL) after step {last}; the newest checkpoint is {path}")
+    print("2. The second process resumes from that checkpoint, on a 2 x 4 mesh.")
     run(second, interrupted)
+    print("3. The third process resumes from the last checkpoint of the second, on one device.")
     run(third, interrupted)
+    print("4. To compare with: a run of the same steps on a 4 x 2 mesh that nobody interrupts.")
     run(unbroken, reference)
 
+    print("\nThe last column is the largest difference of a loss from the uninterrupted run's.\n")
     differences = [compare(phase, interrupted, reference) for phase in (first, second, third)]
     print_table(
         [
@@ -428,18 +463,23 @@ def demonstrate(directory: pathlib.Path, steps: int) -> bool:
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--directory", type=pathlib.Path, help="default: a temporary one")
     parser.add_argument("--steps", type=int, default=120, help="of the whole run, at least 24")
     args = parser.parse_args()
     if args.steps < 24:
         parser.error("--steps must be at least 24, so that there is a middle to be killed in")
-    if args.directory is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            return 0 if demonstrate(pathlib.Path(temporary), args.steps) else 1
-    if (args.directory / "interrupted").exists() or (args.directory / "uninterrupted").exists():
-        parser.error(f"{args.directory} holds an earlier run; name another directory")
-    return 0 if demonstrate(args.directory, args.steps) else 1
+    try:
+        if args.directory is None:
+            with tempfile.TemporaryDirectory() as temporary:
+                return 0 if demonstrate(pathlib.Path(temporary), args.steps) else 1
+        if (args.directory / "interrupted").exists() or (args.directory / "uninterrupted").exists():
+            parser.error(f"{args.directory} holds an earlier run; name another directory")
+        return 0 if demonstrate(args.directory, args.steps) else 1
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":
