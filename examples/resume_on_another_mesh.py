@@ -421,7 +421,10 @@ def demonstrate(directory: pathlib.Path, steps: int) -> bool:
     unbroken = Phase("uninterrupted", FOUR_BY_TWO, steps, every)
     interrupted, reference = directory / "interrupted", directory / "uninterrupted"
 
-    print(f"A training run of {steps} steps, carried by three processes on virtual CPU devices.\n")
+    print(
+        f"Three processes share one training run of {steps} steps, on virtual CPU devices. "
+        "With 120 steps this\ntakes about a minute on two cores.\n"
+    )
     print(f"1. The first process trains on a 4 x 2 mesh and saves every {every} steps.")
     run(first, interrupted, kill_after=4 * every + random.randrange(every))
     last = notes(interrupted, "trained")[-1]["step"]

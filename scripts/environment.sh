@@ -4,8 +4,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 # The first Python >= 3.11 of those that usually exist. If $PYTHON is set, no other is tried.
 find_python() {
-    local python
-    for python in ${PYTHON:-python3.11 python3.12 python3.13 python3 python}; do
+    local python candidates=(python3.11 python3.12 python3.13 python3 python)
+    [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+    for python in "${candidates[@]}"; do
         if "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$python"
             return
@@ -26,7 +27,7 @@ ensure_environment() {
     local folder=$1 requirement=$2 stamp=$1/installed-for log=$1/install.log
     local python version wanted
     python=$(find_python)
-    # The same for an interpreter and for the virtual environments that were made with it.
+    # A virtual environment has the same version and prefix as the interpreter that made it.
     version=$("$python" -c 'import sys; print(sys.version.split()[0], "of", sys.base_prefix)')
     wanted="$requirement $(cksum <pyproject.toml) in $PWD, Python $version"
     if [[ -f $stamp && $(<"$stamp") == "$wanted" ]] && "$folder/bin/python" -c '' 2>/dev/null; then
