@@ -203,7 +203,7 @@ ONE_DEVICE = Layout((1, 1), ())
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """What one process does: train up to step `stop`, saving after every `every` steps."""
+    """The work of one process: train up to step `stop`, and save after every `every` steps."""
 
     name: str
     layout: Layout

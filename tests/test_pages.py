@@ -77,6 +77,18 @@ def test_every_link_to_a_file_leads_to_one():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+@pytest.mark.parametrize("script", ["demo", "interop", "test"])
+def test_without_a_python_a_script_says_in_one_line_what_to_do(script):
+    done = subprocess.run(
+        [ROOT / "scripts" / script],
+        env={**os.environ, "PYTHON": "/nowhere/python"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: PYTHON=/nowhere/python is not a Python >= 3.11 that runs\n"
+
+
 @pytest.mark.parametrize("devices", [1, 8])
 def test_the_example_of_readme_runs_as_it_stands_and_prints_what_is_shown(tmp_path, devices):
     ((_, program),) = blocks(README)
