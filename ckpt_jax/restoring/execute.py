@@ -202,7 +202,9 @@ def execute(
     """
     calls = [_accepted(call, live) for call in plan.calls]
     values: dict[int, dict[str, Any]] = {}
-    for r, value in zip(plan.reads, read(plan, reader, options, meeting), strict=True):
+    found = read(plan, reader, options, meeting)
+    found = host.in_formats(found, [r.value for r in plan.reads])
+    for r, value in zip(plan.reads, found, strict=True):
         if r.target.kind == "array" and not isinstance(value, jax.Array):
             value = host.put([np.asarray(value)], host.placement(r.value))[0]
         if r.target.weak_type:  # or the same program would be compiled anew, and promote otherwise

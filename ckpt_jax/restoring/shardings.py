@@ -64,7 +64,7 @@ def with_shardings(
     """Those of some values for which there is a wish, with it, and what is wrong with wishes."""
     problems: Problems = []
     wishes: dict[Place, Any] = {}
-    if isinstance(shardings, jax.sharding.Sharding):
+    if isinstance(shardings, _LEAVES):
         wishes = dict.fromkeys(structs, shardings)
     elif callable(shardings) and view_of(shardings) is None:
         for (node, name), struct in structs.items():
@@ -76,6 +76,8 @@ def with_shardings(
         struct = structs[place]
         if wish is None:
             continue
+        if isinstance(wish, _LEAVES):
+            wish = host.on_devices(wish)
         if not isinstance(wish, jax.sharding.Sharding):
             problems.append((graph.value_path(*place), _no_sharding(wish)))
         elif problem := host.placement_problem(struct.shape, wish):
@@ -102,7 +104,7 @@ def _by_tree(
     others = [_Edges(other) for other in known]
     for labels, wish in sorted(_flatten(tree), key=lambda entry: len(entry[0])):
         path = "/".join([readable(local_name(label)) for label in labels])
-        if not isinstance(wish, jax.sharding.Sharding):
+        if not isinstance(wish, _LEAVES):
             problems.append((path, _no_sharding(wish)))
             continue
         ahead = [local_name(label) for label in labels[: len(root)]]
@@ -162,5 +164,8 @@ _LEAVES = (jax.sharding.Sharding, jax.sharding.PartitionSpec)
 
 def _no_sharding(wish: Any) -> str:
     if isinstance(wish, jax.sharding.PartitionSpec):
-        return f"{wish} needs a mesh: give jax.sharding.NamedSharding(mesh, {wish})"
+        return (
+            f"{wish} needs a mesh: restore under jax.set_mesh(mesh), or give "
+            f"jax.sharding.NamedSharding(mesh, {wish})"
+        )
     return f"expected a jax.sharding.Sharding, got {type(wish).__qualname__}"

@@ -196,12 +196,15 @@ class Restoration:
     def _reopened(self) -> Iterator[CheckpointReader]:
         """The checkpoint again, if it still is the one that the restore began with. The reader of
         a directory holds no files: it is kept, with its index."""
-        reader = self._reader or CheckpointReader(self._location, self._context.storage)
-        if reader.generation != self._generation:
+        storage = self._context.storage
+        if storage.generation(self._location) != self._generation:
+            self._reader = None
             raise CheckpointNotFoundError(
-                f"{self.path} was replaced since it was restored; what still waits for values of "
-                "it cannot have them. Restore it again."
+                f"{self.path} was replaced or removed since it was restored; values of it that "
+                "still wait are lost. Restore a checkpoint that is there, or keep this one until "
+                "all objects exist."
             )
+        reader = self._reader or CheckpointReader(self._location, storage)
         try:
             yield reader
         except CorruptCheckpointError as error:
@@ -211,6 +214,7 @@ class Restoration:
             if os.path.isdir(self._location):
                 self._reader = reader
             else:
+                self._reader = None
                 reader.close()
 
     def _create_slots(self, live: LiveGraph) -> bool:
@@ -297,7 +301,8 @@ class Restoration:
             if (only is None or parent in only) and self.saved.carries_values(saved):
                 owner, path = places.of(parent)
                 for trackable in live.awaiting(parent):
-                    waiting = _Waiting(self, saved, weakref.ref(owner), path)
+                    other = None if owner is trackable else owner
+                    waiting = _Waiting(self, saved, other, path)
                     await_child(trackable, label, waiting)
                     self._rank.wait()
         if self._open_slots:
@@ -332,16 +337,22 @@ def restore_pairs(
 
 
 class _Waiting:
-    """A saved node that waits for its object; see `trackable.base.Pending`."""
+    """A saved node that waits for its object; see `objects.pending.Pending`.
 
-    def __init__(self, restoration: Restoration, saved: int, owner: weakref.ref[Any], path: str):
+    A copy of the parent waits, too. A pickle does not, because the restore is of this process.
+    """
+
+    def __init__(self, restoration: Restoration, saved: int, owner: Any, path: str):
+        """`owner` and `path` are the place of the parent; None for the parent itself."""
         self.restoration = restoration
         self.saved = saved
-        self._owner, self._path = owner, path
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._path = path
 
     def attach(self, parent: Any, label: Label, child: Any) -> Any:
+        owner = parent if self._owner is None else self._owner()
         path = "/".join(filter(None, (self._path, escape(local_name(label)))))
-        return self.restoration.attach(child, self.saved, (self._owner(), path))
+        return self.restoration.attach(child, self.saved, (owner, path))
 
     def attached(self) -> None:
         self.restoration.attached()
@@ -350,4 +361,34 @@ class _Waiting:
         node = self.restoration.saved.nodes[self.saved]
         if len(node.attributes) == 1 and not node.children:
             return node.attributes[0].spec
+        return None
+
+    def __copy__(self) -> _Waiting:
+        return self
+
+    def __deepcopy__(self, memo: object) -> _Waiting:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Pickled, (self.restoration.path,)
+
+
+class _Pickled:
+    """What is left of a value that waited when its parent was pickled."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def attach(self, parent: Any, label: Label, child: Any) -> Any:
+        _log.warning(
+            "%s.%s was to get values of %s when the object was pickled. The pickle does not have "
+            "them: restore the checkpoint again.",
+            *(type(parent).__qualname__, label, self.path),
+        )
+        return child
+
+    def attached(self) -> None:
+        pass
+
+    def initial_value(self) -> None:
         return None

@@ -240,6 +240,40 @@ def weakly_typed(array: jax.Array) -> jax.Array:
     return jax.device_put(weak, array.sharding) if weak.dtype == array.dtype else array
 
 
+def in_formats(arrays: Sequence[Any], targets: Sequence[Any]) -> list[Any]:
+    """Restored values in the memory layouts (`Format`) that their targets have or ask for."""
+    wanted = {
+        number: format
+        for number, (array, target) in enumerate(zip(arrays, targets, strict=True))
+        if isinstance(array, jax.Array)
+        and (format := _format_of(target)) is not None
+        and array.format.layout != format.layout
+    }
+    if not wanted:
+        return list(arrays)
+    with jax.enable_x64(True):
+        moved = jax.device_put([arrays[number] for number in wanted], list(wanted.values()))
+    changed = dict(zip(wanted, moved, strict=True))
+    return [changed.get(number, array) for number, array in enumerate(arrays)]
+
+
+def _format_of(target: Any) -> Any | None:
+    """The layout and sharding of a target, unless it leaves the layout to JAX."""
+    if isinstance(target, jax.Array):
+        # With one axis there is one layout. One that is not committed lies as JAX chose.
+        if target.ndim < 2 or not target.committed or target.is_deleted():
+            return None
+    elif not isinstance(target, jax.ShapeDtypeStruct):
+        return None
+    if jnp.issubdtype(target.dtype, jax.dtypes.extended):
+        return None
+    format = target.format
+    layout = None if format is None else format.layout
+    if layout is None or (not layout.tiling and [*layout.major_to_minor] == [*range(target.ndim)]):
+        return None
+    return format
+
+
 @lru_cache(maxsize=4096)
 def _device_boxes(
     sharding: jax.sharding.Sharding, shape: Shape
@@ -285,14 +319,50 @@ def placement(value: Any) -> jax.sharding.Sharding | None:
     """The sharding that a target asks for; None where it leaves that to JAX."""
     if isinstance(value, jax.Array):
         return value.sharding if value.committed else None
-    return value.sharding if isinstance(value, jax.ShapeDtypeStruct) else None
+    sharding = value.sharding if isinstance(value, jax.ShapeDtypeStruct) else None
+    return None if sharding is None else on_devices(sharding)
+
+
+def on_devices(sharding: Any) -> Any:
+    """A sharding that lies on an abstract mesh, or a bare spec, on the mesh of `jax.set_mesh`.
+
+    It stays what it is if no mesh is set, or one with other axes.
+    """
+    if isinstance(sharding, jax.sharding.PartitionSpec):
+        mesh = jax.sharding.get_mesh()
+        return sharding if mesh.empty else jax.sharding.NamedSharding(mesh, sharding)
+    if not _is_abstract(sharding):
+        return sharding
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or dict(mesh.shape) != dict(sharding.mesh.shape):
+        return sharding
+    return jax.sharding.NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+
+
+def _is_abstract(sharding: Any) -> bool:
+    return isinstance(sharding, jax.sharding.NamedSharding) and isinstance(
+        sharding.mesh, jax.sharding.AbstractMesh
+    )
 
 
 def placement_problem(shape: Shape, sharding: jax.sharding.Sharding | None) -> str | None:
     """Why an array of `shape` cannot lie on `sharding`."""
     if sharding is None:
         return None
+    if _is_abstract(sharding):
+        return _no_devices(sharding)
     return _placement_problem(tuple(shape), sharding)
+
+
+def _no_devices(sharding: Any) -> str:
+    axes = ", ".join(f"{name}={size}" for name, size in sharding.mesh.shape.items())
+    mesh = jax.sharding.get_mesh()
+    found = "no mesh is set" if mesh.empty else f"the mesh that is set is {dict(mesh.shape)}"
+    return (
+        f"expected devices, got the spec {sharding.spec} on an abstract mesh ({axes}), and "
+        f"{found}: restore under jax.set_mesh(mesh), or pass options=CheckpointOptions("
+        "shardings=...)"
+    )
 
 
 @lru_cache(maxsize=4096)
