@@ -22,7 +22,15 @@ from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, SaverRef, Slot, has_values
 from ckpt_jax.graph.specs import LeafSpec, ShardingSpec
 from ckpt_jax.objects.delegate import DELEGATE, delegate_of
-from ckpt_jax.objects.views import Below, NoState, SlotEntry, View, view_of
+from ckpt_jax.objects.views import (
+    NoState,
+    OptimizerView,
+    ParameterPath,
+    SlotEntry,
+    View,
+    slots_of,
+    view_of,
+)
 
 Describe = Callable[[Any], tuple[LeafSpec, ShardingSpec | None]]
 SaverOf = Callable[[Any], str | None]
@@ -220,15 +228,14 @@ class _Walk:
         """Slot variables, named after their variable; only where both ends are in the graph."""
         regular = len(self.objects)
         for node in range(regular):
-            entries = tuple(self.views[node].slots(self.objects[node]))
+            entries = tuple(slots_of(self.views[node], self.objects[node]))
             if not entries:
                 continue
-            places = self.places(
-                node, [e.variable for e in entries if isinstance(e.variable, Below)]
-            )
+            paths = [e.variable for e in entries if isinstance(e.variable, ParameterPath)]
+            places = self.places(node, paths)
             for entry in entries:
-                if isinstance(entry.variable, Below):
-                    owner = places.get(entry.variable.path)
+                if isinstance(entry.variable, ParameterPath):
+                    owner = places.get(entry.variable)
                 else:
                     owner = self.node_of.get(id(delegate_of(entry.variable)))
                 if owner is not None:
@@ -249,15 +256,16 @@ class _Walk:
         self.variables[slot] = entry.variable
         self.slots.setdefault(optimizer, []).append(Slot(variable, entry.name, slot))
 
-    def places(self, optimizer: int, wanted: Sequence[Below]) -> dict[tuple[Label, ...], int]:
-        """The nodes of variables that are given as places in a tree of parameters.
+    def places(self, optimizer: int, wanted: Sequence[ParameterPath]) -> dict[ParameterPath, int]:
+        """The nodes of variables that are given as paths in a tree of parameters.
 
         The tree is the one that the optimizer knows; else, of the objects that have something
-        at every place, the one that is called like parameters or a model, or is the nearest.
+        at every path, the one that is called like parameters or a model, or is the nearest.
         """
-        if not wanted:
+        view = self.views[optimizer]
+        if not wanted or not isinstance(view, OptimizerView):
             return {}
-        parameters = self.views[optimizer].parameters(self.objects[optimizer])
+        parameters = view.parameters(self.objects[optimizer])
         if parameters is not None:
             for node, obj in enumerate(self.objects):
                 if obj is parameters:
@@ -269,20 +277,20 @@ class _Walk:
             if (there := self.below(node, wanted))
         ]
 
-        def merit(candidate: tuple[int, dict[tuple[Label, ...], int]]) -> tuple[bool, int, int]:
+        def merit(candidate: tuple[int, dict[ParameterPath, int]]) -> tuple[bool, int, int]:
             key = self.keys[candidate[0]].split("/")
             common = [a == b for a, b in zip(key, own, strict=False)]
             return key[-1] in ("params", "model"), (*common, False).index(False), -candidate[0]
 
         return max(found, key=merit)[1] if found else {}
 
-    def below(self, node: int, wanted: Sequence[Below]) -> dict[tuple[Label, ...], int]:
-        """Nodes by their place below `node`; none at all unless every place is there."""
+    def below(self, node: int, wanted: Sequence[ParameterPath]) -> dict[ParameterPath, int]:
+        """Nodes by their path below `node`; none at all unless every path is there."""
         edges: dict[int, dict[Label, int]] = {}
-        found: dict[tuple[Label, ...], int] = {}
+        found: dict[ParameterPath, int] = {}
         for variable in wanted:
             here: int | None = node
-            for label in variable.path:
+            for label in variable.steps:
                 if here not in edges:
                     edges[here] = dict(self.children[here])
                 here = edges[here].get(label)
@@ -290,15 +298,15 @@ class _Walk:
                     return {}
             if not self.attributes[here]:
                 return {}
-            found[variable.path] = here
+            found[variable] = here
         return found
 
     def add_as_children(self, optimizer: int, entries: Sequence[SlotEntry]) -> None:
         trees: dict[Label, Any] = {}
         for name, variable, value in entries:
-            if isinstance(variable, Below):
+            if isinstance(variable, ParameterPath):
                 tree, label = trees, cast(Label, name)
-                for step in variable.path:
+                for step in variable.steps:
                     tree, label = tree.setdefault(label, {}), step
                 tree[label] = value
         prefix = f"{self.keys[optimizer]}/" if self.keys[optimizer] else ""

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from ckpt_jax.errors import RegistrationError
 from ckpt_jax.objects.trackable import PythonState
-from ckpt_jax.objects.views import mark_views, remove_views_since
+from ckpt_jax.objects.views import view_registration_scope
 
 C = TypeVar("C", bound=type)
 SaveFn = Callable[[dict[str, Any], str], "str | list[str] | None"]
@@ -153,15 +153,15 @@ def unregister_checkpoint_saver(name: str) -> None:
 @contextlib.contextmanager
 def registration_scope() -> Iterator[None]:
     """Undoes, on leaving, the registrations of savers, classes and views made inside."""
-    savers, classes, views = dict(_savers), dict(_classes), mark_views()
+    savers, classes = dict(_savers), dict(_classes)
     try:
-        yield
+        with view_registration_scope():
+            yield
     finally:
         _savers.clear()
         _savers.update(savers)
         _classes.clear()
         _classes.update(classes)
-        remove_views_since(views)
 
 
 # --- classes ---------------------------------------------------------------------------

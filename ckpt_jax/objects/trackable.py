@@ -25,7 +25,7 @@ from ckpt_jax.graph.labels import PYTHON_STATE, VARIABLE_VALUE, Label
 from ckpt_jax.objects.containers import unmarked, wrap
 from ckpt_jax.objects.pending import PENDING, received
 from ckpt_jax.objects.state import NoDependency, holds_state
-from ckpt_jax.objects.views import NoState, SlotEntry, View, add_view, view_of
+from ckpt_jax.objects.views import NoState, OptimizerView, SlotEntry, View, add_view, view_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -419,7 +419,7 @@ def no_automatic_dependency_tracking(method_or_object: Any) -> Any:
 # --- views -----------------------------------------------------------------------------
 
 
-class TrackableView(View):
+class TrackableView(OptimizerView):
     """Children and values of a `Trackable`, the string of a `PythonState`, or both."""
 
     identity = True
