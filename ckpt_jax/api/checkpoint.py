@@ -23,7 +23,8 @@ from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.metrics import METER, SaveWatch
 from ckpt_jax.objects.delegate import delegate_of
 from ckpt_jax.objects.registry import saver_name
-from ckpt_jax.objects.trackable import AutoTrackable, TrackableView, Variable
+from ckpt_jax.objects.trackable import AutoTrackable, replace_children
+from ckpt_jax.objects.variable import Variable
 from ckpt_jax.objects.views import ForwardingView, View, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.current import current
@@ -460,7 +461,7 @@ class _RootedView(ForwardingView):
         attached: dict[Label, Any] = {
             label: child for label, child in changed.items() if label in names
         }
-        TrackableView().rebuild(self.checkpoint, attached)
+        replace_children(self.checkpoint, attached)
         own = {label: child for label, child in changed.items() if label not in attached}
         return super().rebuild(obj, own) if own else obj
 

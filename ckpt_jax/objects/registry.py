@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ckpt_jax.errors import RegistrationError
-from ckpt_jax.objects.trackable import PythonState
+from ckpt_jax.objects.python_state import PythonState
 from ckpt_jax.objects.views import view_registration_scope
 
 C = TypeVar("C", bound=type)
