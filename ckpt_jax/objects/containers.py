@@ -7,14 +7,15 @@ A container may be assigned to an attribute. `wrap` decides what the attribute t
   come. A wrapper is a node of the object graph. An element that is put into it receives the
   restore that waits for its position or key.
 * A tuple is rebuilt around its wrapped parts, if it has any.
-* Any other container stays exactly what it is: it is a *value*, a pytree. It holds arrays, or
+* Any other container is a *value*, a pytree, and stays exactly what it is. It holds arrays, or
   things that have no view (devices, shardings), and perhaps plain data beside them. `jax.tree.map`
-  must find the same structure in it as in its gradients, and so must `jax.device_put`.
+  must find the same structure in parameters and in their gradients, and `jax.device_put` in
+  arrays and in their shardings.
 
 A wrapper *shares* the list or dict that it was made of (its storage): a change through either is
-seen through both. The wrapper itself never changes the storage without being told to. It wraps
-nested containers when they are read, and leaves the storage alone. If a restore replaces an
-immutable element, the wrapper takes a copy as its new storage.
+seen through both. Only the program changes the storage. Nested containers are wrapped when they
+are read, and the storage keeps the plain ones. If a restore replaces an immutable element, the
+wrapper takes a copy as its new storage.
 
 The wrappers are subclasses of list and dict for `isinstance`, but the elements are not in the
 memory of the base class. CPython's own fast paths are for the exact builtin types; for a subclass

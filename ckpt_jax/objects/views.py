@@ -1,9 +1,9 @@
 """Views: how the object graph sees an object.
 
 A view answers questions about the objects of one kind. What are an object's children and its own
-values? What is the object with new children, or with new values? Who notices that it gets another
-child? An object that is changed is returned: the same object if it is mutable, a rebuilt one if it
-is not. By this rule one restore changes a Flax module in place and rebuilds a pytree.
+values? What is the object with new children, or with new values? Who notices if it gets another
+child? `rebuild` and `assign` return the object to use from then on: the same object if it is
+mutable, a rebuilt one if it is not. So a Flax module is changed in place, and a pytree is rebuilt.
 
 An optimizer has *slot variables*, such as a momentum for each parameter. An `OptimizerView` shows
 them, too. A `ForwardingView` passes all questions on to another view.
@@ -25,7 +25,7 @@ from ckpt_jax.graph.labels import Label
 
 
 class NoState(Exception):
-    """Raised by a view whose object has nothing to save; the message says what to do instead."""
+    """Raised by a view if an object has nothing to save; the message says what to do instead."""
 
 
 class View:
@@ -95,7 +95,7 @@ class SlotEntry(NamedTuple):
 
 
 class OptimizerView(View):
-    """A view of objects that may be optimizers."""
+    """A view of objects that may have slot variables."""
 
     def slots(self, obj: Any) -> Iterable[SlotEntry]:
         """The slot variables.
