@@ -4,9 +4,7 @@ import copy
 import enum
 import gc
 import logging
-from collections.abc import Callable
 
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -476,20 +474,3 @@ def test_extend_knows_who_came_first_when_objects_were_combined():
     before = match(saved, early)
     late = extend(Match(before.bound, {}, before.conflicts), saved, live, [(3, 1)])
     assert late.conflicts == match(saved, live).conflicts
-
-
-class Activated(eqx.Module):
-    w: jax.Array
-    activation: Callable[[jax.Array], jax.Array]
-
-
-def test_functions_of_an_equinox_module_are_no_state_if_it_is_the_root_of_a_checkpoint(path):
-    ckpt.Checkpoint(Activated(jnp.ones(2), jax.nn.relu), step=1).write(path)
-    fresh = ckpt.Checkpoint(Activated(jnp.zeros(2), jax.nn.relu), step=0)
-    fresh.read(path).assert_consumed()
-    assert (fresh.root.w.tolist(), fresh.root.activation, fresh.step) == ([1, 1], jax.nn.relu, 1)
-
-
-def test_a_wrapped_list_that_is_the_root_of_a_checkpoint_is_called_a_list(path):
-    ckpt.Checkpoint(Model(l=[var(1.0)]).l).write(path)
-    assert ckpt.object_metadata(path).nodes[0].type_name == "list"

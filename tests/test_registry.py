@@ -180,18 +180,15 @@ def test_a_scope_undoes_classes_and_views_too(tmp_path):
         ckpt.save(tmp_path / "b", Point())
 
 
-@pytest.mark.parametrize(
-    "obj", ["nnx.Rngs(0)", "linen.Dense(2).bind({'params': {'bias': 1.0, 'kernel': 2.0}})"]
-)
-def test_a_scope_leaves_the_views_of_flax_that_it_was_the_first_to_need(obj):
-    program = f"""if True:
+def test_a_scope_leaves_the_views_of_flax_that_it_was_the_first_to_need():
+    program = """if True:
         import ckpt_jax as ckpt
         from flax import linen, nnx
-        obj = {obj}
+        objects = nnx.Rngs(0), linen.Dense(2).bind({"params": {"bias": 1.0}})
         with ckpt.registration_scope():
-            before = ckpt.list_objects(obj)
-        after = ckpt.list_objects(obj)
-        print(len(before) > 1 and list(map(type, before)) == list(map(type, after)))
+            before = ckpt.list_objects(objects)
+        after = ckpt.list_objects(objects)
+        print([type(obj).__name__ for obj in before] == [type(obj).__name__ for obj in after])
     """
     run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert run.stdout.strip() == "True", run.stderr
