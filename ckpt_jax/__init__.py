@@ -25,6 +25,7 @@ from ckpt_jax.api.inspect import (
 from ckpt_jax.api.latest import checkpoints_iterator, latest_checkpoint
 from ckpt_jax.api.nodes import restore_nodes
 from ckpt_jax.api.per_process import PerProcess
+from ckpt_jax.api.preflight import preflight
 from ckpt_jax.api.revive import load_object, save_object
 from ckpt_jax.api.status import LoadStatus
 from ckpt_jax.api.tree import load, plan_restore, restore, save
@@ -77,7 +78,6 @@ from ckpt_jax.options import (
     ShardByDevice,
     ShardByProcess,
 )
-from ckpt_jax.processes.preflight import preflight
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.adapters import CheckpointAdapter, ReshardCallback
 from ckpt_jax.restoring.reader import CheckpointReader

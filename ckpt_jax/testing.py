@@ -256,7 +256,7 @@ class SaverTests:
             yield get_saver(name)
 
 
-def _read(path: str, **named: Any) -> Checkpoint:
+def _read(path: str | None, **named: Any) -> Checkpoint:
     """A checkpoint of these objects, restored."""
     checkpoint = Checkpoint(**named)
     checkpoint.read(path).expect_partial()

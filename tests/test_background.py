@@ -369,7 +369,7 @@ def test_a_save_that_skips_still_raises_what_failed_before(tmp_path: Path):
     checkpoint.save(
         tmp_path / "c", ckpt.CheckpointOptions(enable_async=True, write_callbacks=(fail,))
     )
-    thread = checkpoint._background()._thread
+    thread = checkpoint._runs().background._thread
     assert thread is not None
     thread.join()
     with pytest.raises(ckpt.AsyncSaveError, match="no more room"):
@@ -399,7 +399,7 @@ def test_an_error_outlives_its_checkpoint_and_is_told_at_exit(tmp_path: Path):
         checkpoint.save(
             sys.argv[1], ckpt.CheckpointOptions(enable_async=True, write_callbacks=(fail,))
         )
-        checkpoint._background()._thread.join()
+        checkpoint._runs().background._thread.join()
         del checkpoint
         gc.collect()
         """,

@@ -486,7 +486,7 @@ def test_where_a_save_may_be_skipped_what_failed_before_is_raised_all_the_same(t
         checkpoint.write(
             tmp_path / "a", CheckpointOptions(enable_async=True, write_callbacks=refusing)
         )
-        checkpoint._background()._is_done.wait()
+        checkpoint._runs().background._is_done.wait()
         try:
             checkpoint.write(tmp_path / "b", options)
         except ckpt.AsyncSaveError as error:

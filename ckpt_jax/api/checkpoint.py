@@ -6,11 +6,10 @@ names it was given are attached to it as further children; without one it is the
 
 from __future__ import annotations
 
-import inspect
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -20,29 +19,23 @@ from ckpt_jax.api.status import LoadStatus
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.trace import LiveGraph
-from ckpt_jax.metrics import METER, SaveWatch
+from ckpt_jax.metrics import METER
 from ckpt_jax.objects.delegate import delegate_of
 from ckpt_jax.objects.registry import saver_name
 from ckpt_jax.objects.trackable import AutoTrackable, replace_children
 from ckpt_jax.objects.variable import Variable
 from ckpt_jax.objects.views import ForwardingView, View, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
-from ckpt_jax.processes.current import current
+from ckpt_jax.processes.context import Context, current_context
 from ckpt_jax.processes.meeting import Meeting
+from ckpt_jax.restoring.execute import together
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.restoring.rename import rename as renamed
-from ckpt_jax.restoring.run import together
 from ckpt_jax.restoring.waiting import Restoration
-from ckpt_jax.saving.background import Background
-from ckpt_jax.saving.pipeline import begin
+from ckpt_jax.saving.pipeline import SaveRequest
+from ckpt_jax.saving.run import SaveRuns, Unrecorded
 from ckpt_jax.store.state_file import CheckpointState, update_checkpoint_state
-
-# A path; None with `when_busy="skip"` alone, so that nobody else has to rule None out.
-SavedPath = str | Any
-
-# Of a save whose outcome is not known: the meeting; what counts it, records it, or takes it back.
-Doubt = tuple[Meeting, Callable[[], None], Callable[[], None], Callable[[], None]]
 
 
 class Checkpoint(AutoTrackable):
@@ -123,26 +116,20 @@ class Checkpoint(AutoTrackable):
 
     # --- verbs -------------------------------------------------------------------------
 
-    def write(self, path: Path, options: CheckpointOptions | None = None) -> SavedPath:
+    def write(self, path: Path, options: CheckpointOptions | None = None) -> str | None:
         """Saves to exactly `path`, without a number, a counter or the state file.
 
         Returns:
-          The path of the checkpoint. Pairs with `read`. None where another save was in flight
-          and `when_busy="skip"` says not to wait for it.
+          The path of the checkpoint. Pairs with `read`. None if another save was in flight and
+          `when_busy="skip"` says not to wait for it.
         """
         options = given(options)
-        path = os.fsdecode(path)
-        watch = METER.saving()
-        with ExitStack() as stack:
-            meeting = self._meet(path, options, stack)
-            with self._turn(options, meeting) as is_mine:
-                if not is_mine:
-                    return None
-                self._settle(options)
-                self._write(path, options, watch, meeting, stack)
-        return path
+        request = request_for(self, os.fsdecode(path), options)
+        return self._runs().save(
+            request.path, options, current_context(), lambda meeting: Unrecorded(request)
+        )
 
-    def save(self, prefix: Path, options: CheckpointOptions | None = None) -> SavedPath:
+    def save(self, prefix: Path, options: CheckpointOptions | None = None) -> str | None:
         """Saves to `f"{prefix}-{n}"` with n one above `save_counter`, which it advances.
 
         The state file `checkpoint` of the directory then names this checkpoint as the latest.
@@ -153,8 +140,8 @@ class Checkpoint(AutoTrackable):
           options: how; `enable_async=True` returns as soon as the values are safe from changes.
 
         Returns:
-          The path of the checkpoint. Pairs with `restore`. None where another save was in
-          flight and `when_busy="skip"` says not to wait for it; the counter stays as it is.
+          The path of the checkpoint. Pairs with `restore`. None if another save was in flight
+          and `when_busy="skip"` says not to wait for it; the counter then stays as it is.
 
         Raises:
           UnsaveableError: naming every value that cannot be saved; nothing was written.
@@ -163,115 +150,13 @@ class Checkpoint(AutoTrackable):
           OSError: the file system refused something; the earlier checkpoints are as they were.
         """
         options = given(options)
-        watch = METER.saving()
-        with ExitStack() as stack:
-            meeting = self._meet(os.fsdecode(prefix), options, stack)
-            with self._turn(options, meeting) as is_mine:
-                if not is_mine:
-                    return None
-                self._settle(options)
-                number = self.save_counter + 1
-                path = f"{os.fsdecode(prefix)}-{number}"
-                # Of now: the program may have gone elsewhere when it is committed.
-                directory = os.path.realpath(os.path.dirname(path))
-
-                def committed() -> None:
-                    if meeting.leads:
-                        state = CheckpointState(os.path.join(directory, os.path.basename(path)))
-                        update_checkpoint_state(directory, state)
-
-                def counted() -> None:
-                    self._count(number)
-
-                def failed() -> None:  # a save that failed has not happened
-                    self._count(number - 1)
-
-                counted()
-                self._write(path, options, watch, meeting, stack, committed, counted, failed)
-        return path
-
-    @contextmanager
-    def _turn(self, options: CheckpointOptions, meeting: Meeting) -> Iterator[bool]:
-        """The right to save; see `Background.turn`. Of several processes, 0 decides on a skip."""
-        background = self._background()
-        # Where one of several processes would not take part, the others would wait for it.
-        is_alone = meeting.count == 1
-        with background.turn(options.when_busy, is_refused=is_alone) as is_mine:
-            if options.when_busy == "wait" or meeting.led(is_mine) == is_mine:
-                yield is_mine
-            elif is_mine:  # process 0 is not done with a save that this one is done with
-                yield False
-            else:
-                with background.turn(is_refused=is_alone) as is_mine:
-                    yield is_mine
-
-    def _settle(self, options: CheckpointOptions) -> None:
-        """Counts saves that had failed here, in doubt, but not on process 0."""
-        doubts, seconds = self._doubts(), options.timeout_seconds
-        while doubts and (is_done := doubts[0][0].done_after_all(seconds)) is not None:
-            _, counted, committed, failed = doubts.pop(0)
-            if is_done:
-                counted()
-                committed()
-            else:
-                failed()
-
-    def _doubts(self) -> list[Doubt]:
-        return self.__dict__.setdefault("_self_doubts", [])
-
-    def _meet(self, path: str, options: CheckpointOptions, stack: ExitStack) -> Meeting:
-        """Meets the other processes for a save, before anything that could fail here."""
-        meeting = current().meeting(f"saving {path}", options.timeout_seconds)
-        return stack.enter_context(meeting)
-
-    def _write(
-        self,
-        path: str,
-        options: CheckpointOptions,
-        watch: SaveWatch,
-        meeting: Meeting,
-        stack: ExitStack,
-        committed: Callable[[], None] = lambda: None,
-        counted: Callable[[], None] = lambda: None,
-        failed: Callable[[], None] = lambda: None,
-    ) -> None:
-        """Writes to `path` and calls back, here or in the background.
-
-        `stack` holds the meeting. It is taken over where the work goes to the background. `failed`
-        takes back what `counted` has done.
-        """
-
-        def undone() -> None:
-            failed()
-            if meeting.is_in_doubt:
-                meeting.stays_open = True
-                self._doubts().append((meeting, counted, committed, failed))
-
-        undo = stack.enter_context(ExitStack())
-        undo.callback(undone)
-        finish = begin(self._trace, path, options, meeting, overwrite=True, watch=watch)
-
-        def kept() -> None:
-            undo.pop_all()
-            if not meeting.leads:  # whatever becomes of the callbacks
-                committed()
-
-        def then() -> None:
-            _call_back(options.write_callbacks, path)
-            if meeting.leads:
-                committed()
-
-        if not options.enable_async:
-            finish(kept, then)
-            return
-        watch.unblocked()
-        later = stack.pop_all()
-
-        def work() -> None:
-            with later:
-                finish(kept, then)
-
-        self._background().start(work, f"saving {path}", options.timeout_seconds)
+        prefix = os.fsdecode(prefix)
+        return self._runs().save(
+            prefix,
+            options,
+            current_context(),
+            lambda meeting: _Numbered(self, prefix, options, meeting),
+        )
 
     def read(
         self,
@@ -281,18 +166,19 @@ class Checkpoint(AutoTrackable):
         rename: Iterable[Rule] = (),
     ) -> LoadStatus:
         """Restores what `write` saved, without touching the save counter; see `restore`."""
-        options = given(options)
-        with self._turn_to_restore(path, options) as meeting:
-            return self._read(path, options, rename, meeting)
+        options, context = given(options), current_context()
+        with self._turn_to_restore(path, options, context) as meeting:
+            return self._read(path, options, rename, meeting, context)
 
     @contextmanager
     def _turn_to_restore(
-        self, path: Path | None, options: CheckpointOptions
+        self, path: Path | None, options: CheckpointOptions, context: Context
     ) -> Iterator[Meeting | None]:
-        is_alone = current().count == 1  # the others restore, and so does this one
+        processes = context.processes
+        is_alone = processes.count == 1  # the others restore, and so does this one
         with (
-            together(path, options) as meeting,
-            self._background().turn(is_refused=is_alone),
+            together(path, options, processes) as meeting,
+            self._runs().background.turn(is_refused=is_alone),
         ):
             yield meeting
 
@@ -302,12 +188,13 @@ class Checkpoint(AutoTrackable):
         options: CheckpointOptions,
         rename: Iterable[Rule],
         meeting: Meeting | None,
+        context: Context,
     ) -> LoadStatus:
         if path is None:
             return LoadStatus(None, self._trace_for_restore)
-        with METER.restoring(lambda: CheckpointReader(path)) as reader:
+        with context.meter.restoring(lambda: CheckpointReader(path, context.storage)) as reader:
             saved = renamed(reader.object_graph, rename)
-            restoration = Restoration(reader.path, saved, options, self._trace_for_restore)
+            restoration = Restoration(reader.path, saved, options, self._trace_for_restore, context)
             root = restoration.run(reader, meeting)
         if self.__dict__["_self_rooted"] and root is not self._root_object():
             self.__dict__["_self_root"] = root
@@ -341,11 +228,11 @@ class Checkpoint(AutoTrackable):
           AsyncSaveError: an earlier save failed in the background. With one process nothing was
             restored; with several all was, because those that know of no error restore.
         """
-        options = given(options)
-        with self._turn_to_restore(path, options) as meeting:
+        options, context = given(options), current_context()
+        with self._turn_to_restore(path, options, context) as meeting:
             self._counter()
-            self._settle(options)
-            return self._read(path, options, rename, meeting)
+            self._runs().settle_doubts(options.timeout_seconds)
+            return self._read(path, options, rename, meeting, context)
 
     def freeze(self) -> FrozenSaver:
         """A saver of the objects that are here now, which need not be traced again.
@@ -364,20 +251,15 @@ class Checkpoint(AutoTrackable):
         Raises:
           AsyncSaveError: it failed; the cause is chained.
         """
-        self._background().wait()
+        self._runs().background.wait()
 
-    def _background(self) -> Background:
-        return self.__dict__.setdefault("_self_background", Background())
+    def _runs(self) -> SaveRuns:
+        return self.__dict__.setdefault("_self_runs", SaveRuns())
 
     @property
     def save_counter(self) -> int:
         """How many times `save` has been called, this checkpoint's past included."""
         return int(self._counter().value)
-
-    def _count(self, number: int) -> None:
-        counter = self._counter()
-        is_own = isinstance(counter, _Counter)
-        counter._value = number if is_own else np.asarray(number, counter.dtype)
 
     @property
     def root(self) -> Any:
@@ -386,8 +268,7 @@ class Checkpoint(AutoTrackable):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, here or in another process, saves on its own.
-        own = ("_self_background", "_self_doubts")
-        return {name: value for name, value in self.__dict__.items() if name not in own}
+        return {name: value for name, value in self.__dict__.items() if name != "_self_runs"}
 
     # --- the graph ---------------------------------------------------------------------
 
@@ -480,9 +361,46 @@ def _is_empty_container(root: Any) -> bool:
     return isinstance(root, list | tuple | dict) and not root
 
 
-def _call_back(callbacks: Iterable[Callable[..., Any]], path: str) -> None:
-    for callback in callbacks:
-        if inspect.signature(callback).parameters:
-            callback(path)
-        else:
-            callback()
+# --- bookkeeping -----------------------------------------------------------------------
+
+
+class _Numbered:
+    """A save that the save counter numbers, and that the state file names as the latest."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, prefix: str, options: CheckpointOptions, meeting: Meeting
+    ):
+        self._checkpoint, self._options, self._meeting = checkpoint, options, meeting
+        self._number = checkpoint.save_counter + 1
+        self._path = f"{prefix}-{self._number}"
+        # Of now: the program may have gone elsewhere when it is committed.
+        self._directory = os.path.realpath(os.path.dirname(self._path))
+
+    def begin(self) -> SaveRequest:
+        set_save_counter(self._checkpoint, self._number)
+        return request_for(self._checkpoint, self._path, self._options)
+
+    def record(self) -> None:
+        if self._meeting.leads:
+            latest = os.path.join(self._directory, os.path.basename(self._path))
+            update_checkpoint_state(self._directory, CheckpointState(latest))
+
+    def undo(self) -> None:
+        set_save_counter(self._checkpoint, self._number - 1)
+
+
+def set_save_counter(checkpoint: Checkpoint, number: int) -> None:
+    """Sets `save_counter`, whatever kind of variable holds it."""
+    counter = checkpoint._counter()
+    is_own = isinstance(counter, _Counter)
+    counter._value = number if is_own else np.asarray(number, counter.dtype)
+
+
+def save_runs_of(checkpoint: Checkpoint) -> SaveRuns:
+    """The saves of a checkpoint, for those who number and record them in another way."""
+    return checkpoint._runs()
+
+
+def request_for(checkpoint: Checkpoint, path: str, options: CheckpointOptions) -> SaveRequest:
+    """What it is to save a checkpoint to `path`."""
+    return SaveRequest(path, checkpoint._trace, options)

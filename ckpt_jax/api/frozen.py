@@ -20,14 +20,13 @@ from typing import Any
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.nodes import Node, ObjectGraph
 from ckpt_jax.matching.trace import LiveGraph
-from ckpt_jax.metrics import METER
 from ckpt_jax.objects.views import ParameterPath, SlotEntry, slots_of, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
-from ckpt_jax.processes.current import current
-from ckpt_jax.restoring.reader import CheckpointReader
-from ckpt_jax.restoring.run import together
-from ckpt_jax.restoring.waiting import restore_bound
-from ckpt_jax.saving.pipeline import write_checkpoint
+from ckpt_jax.processes.context import current_context
+from ckpt_jax.restoring.execute import opened
+from ckpt_jax.restoring.waiting import restore_pairs
+from ckpt_jax.saving.pipeline import SaveRequest
+from ckpt_jax.saving.run import save_once
 from ckpt_jax.values.leaves import describe
 
 
@@ -76,12 +75,8 @@ class FrozenSaver:
           ValueError: edges, or the kind, dtype or shape of a value, are not what was frozen.
             All of them are named; nothing was written.
         """
-        path = os.fsdecode(path)
-        options = given(options)
-        watch = METER.saving()
-        with current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
-            write_checkpoint(self._current, path, options, meeting, overwrite=True, watch=watch)
-        return path
+        request = SaveRequest(os.fsdecode(path), self._current, given(options))
+        return save_once(request, current_context())
 
     def restore(self, path: Path, options: CheckpointOptions | None = None) -> None:
         """Restores every value from the key it was saved under; what else is there is ignored.
@@ -97,10 +92,10 @@ class FrozenSaver:
           CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
         """
         options = given(options)
-        with together(path, options) as meeting, CheckpointReader(path) as reader:
+        with opened(path, options, current_context()) as (reader, meeting):
             live = self._current()
             bound = _by_key(reader.object_graph, live.graph)
-            restore_bound(reader, live, bound, options, meeting)
+            restore_pairs(reader, live, bound, options, meeting)
 
     def _current(self) -> LiveGraph:
         """The frozen graph with the objects and values of this moment."""

@@ -15,9 +15,9 @@ from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects.views import view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
-from ckpt_jax.restoring.reader import CheckpointReader
-from ckpt_jax.restoring.run import together
-from ckpt_jax.restoring.waiting import restore_bound
+from ckpt_jax.processes.context import current_context
+from ckpt_jax.restoring.execute import opened
+from ckpt_jax.restoring.waiting import restore_pairs
 
 
 def restore_nodes(
@@ -57,7 +57,7 @@ def restore_nodes(
         raise ValueError("restore_nodes needs the path of a checkpoint, got None")
     if not isinstance(nodes, Mapping):
         raise ValueError(f"expected a dict of objects by node id, got {type(nodes).__qualname__}")
-    with together(path, options) as meeting, CheckpointReader(path) as reader:
+    with opened(path, options, current_context()) as (reader, meeting):
         saved = reader.object_graph
         traced = {node: live_graph(obj) for node, obj in nodes.items() if _is_mutable(obj)}
         if problems := [
@@ -67,7 +67,7 @@ def restore_nodes(
             raise ValueError(f"{reader.path}: nothing was restored:\n{lines}")
         live = _without_edges(traced, saved)
         bound = {node: number for number, node in enumerate(traced)}
-        restore_bound(reader, live, bound, options, meeting)
+        restore_pairs(reader, live, bound, options, meeting)
 
 
 def _is_mutable(obj: Any) -> bool:

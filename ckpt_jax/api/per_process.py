@@ -16,7 +16,6 @@ is whose, unless a merge function does.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -28,13 +27,14 @@ from ckpt_jax.graph import codec
 from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.match import match
-from ckpt_jax.matching.plan import plan_read
 from ckpt_jax.objects.registry import IsExactly, register_checkpoint_saver
 from ckpt_jax.objects.views import View, add_view
 from ckpt_jax.options import DEFAULT
 from ckpt_jax.processes.current import current
+from ckpt_jax.restoring.adapters import Adapted
 from ckpt_jax.restoring.reader import CheckpointReader
-from ckpt_jax.restoring.run import execute, fits, require_fit
+from ckpt_jax.restoring.rename import Renamed
+from ckpt_jax.restoring.run import EVERYTHING, plan
 from ckpt_jax.saving.pipeline import encoded_values
 from ckpt_jax.store.seal import seal, unseal
 
@@ -148,11 +148,10 @@ def _graphs(reader: CheckpointReader, name: str) -> list[ObjectGraph]:
 
 def _own_value(reader: CheckpointReader, saved: ObjectGraph, target: Any, root: str) -> Any:
     live = live_graph(target, root)
-    found = match(saved, live.graph)
-    plan = plan_read(saved, live, found, path=reader.path, fits=fits(cast=False))
-    left_over = (*plan.report.unexpected, *plan.report.deferred)  # nothing appears later here
-    require_fit(replace(plan.report, unexpected=left_over, deferred=()))
-    return execute(plan, live, reader, DEFAULT)[0]
+    adapted = Adapted(Renamed(saved), match(saved, live.graph))
+    planned = plan(reader, adapted, live, DEFAULT).without_deferral(lambda entry: False)
+    planned.require(EVERYTHING)
+    return planned.execute(DEFAULT)[0]
 
 
 def _loaded(reader: CheckpointReader, saved: ObjectGraph) -> Any:

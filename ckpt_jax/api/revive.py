@@ -22,7 +22,6 @@ import contextlib
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import jax
@@ -48,7 +47,6 @@ from ckpt_jax.graph.saved_objects import (
 )
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.match import match
-from ckpt_jax.matching.plan import plan_read
 from ckpt_jax.metrics import METER
 from ckpt_jax.objects import registry
 from ckpt_jax.objects.python_state import PythonState
@@ -56,18 +54,22 @@ from ckpt_jax.objects.trackable import AutoTrackable, Trackable
 from ckpt_jax.objects.variable import Variable
 from ckpt_jax.objects.views import View, view_of
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
-from ckpt_jax.processes.current import current
+from ckpt_jax.processes.context import current_context
 from ckpt_jax.report import ReportEntry
+from ckpt_jax.restoring.adapters import Adapted
 from ckpt_jax.restoring.reader import CheckpointReader
-from ckpt_jax.restoring.run import abstract_only, execute, fits, require_fit
-from ckpt_jax.saving.pipeline import write_checkpoint
+from ckpt_jax.restoring.rename import Renamed
+from ckpt_jax.restoring.run import Demand, plan
+from ckpt_jax.saving.pipeline import SaveRequest
+from ckpt_jax.saving.run import save_once
 from ckpt_jax.store.seal import seal
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import decode, struct_of
 
-_ADVICE = (
+_DEMAND = Demand(
     "Nothing was restored. A class that changed since can read what it wrote in "
-    "_deserialize_from_proto; ckpt.load reads the values without any class."
+    "_deserialize_from_proto; ckpt.load reads the values without any class.",
+    missing=False,
 )
 
 
@@ -108,20 +110,14 @@ def save_object(
       >>> anew.layers[0].value, anew.layers[1]["scale"].item()
       (Array([0., 1.], dtype=float32), 3.0)
     """
-    path = os.fsdecode(path)
-    options = given(options)
-    watch = METER.saving()
-    with current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
-        write_checkpoint(
-            lambda: lasting(live_graph(obj, for_restore=False)),
-            path,
-            options,
-            meeting,
-            overwrite=overwrite,
-            watch=watch,
-            extra=lambda live: {SAVED_OBJECTS_KEY: seal(encode(live.graph, recorded(live)))},
-        )
-    return path
+    request = SaveRequest(
+        os.fsdecode(path),
+        lambda: lasting(live_graph(obj, for_restore=False)),
+        given(options),
+        overwrite=overwrite,
+        extra=lambda live: {SAVED_OBJECTS_KEY: seal(encode(live.graph, recorded(live)))},
+    )
+    return save_once(request, current_context())
 
 
 @without_gc()
@@ -389,23 +385,16 @@ class _Revival:
             if saved in self.filled and live.objects[node] is self.made[saved]
         }
         only = frozenset(range(len(live.objects))) - placed.keys()
-        plan = plan_read(
-            self.graph, live, found, path=self.reader.path, fits=fits(cast=False), only=only
-        )
-        done = plan.used | set(placed.values())
+        adapted = Adapted(Renamed(self.graph), found)
+        planned = plan(self.reader, adapted, live, DEFAULT, only=only)
+        done = planned.reads.used | set(placed.values())
         lost = [
             ReportEntry(self.graph.paths[node] or "(root)", found=found_there)
             for node, entry in enumerate(self.graph.nodes)
             if node not in done and (found_there := _values_of(entry))
         ]
-        fatal = replace(
-            plan.report,
-            missing=abstract_only(plan.report.missing, live),
-            unexpected=tuple(lost),
-            deferred=(),
-        )
-        require_fit(fatal, _ADVICE)
-        root, _ = execute(plan, live, self.reader, DEFAULT)
+        planned.with_unexpected(lost).require(_DEMAND)
+        root, _ = planned.execute(DEFAULT)
         self.check_complete(root)
         return root
 

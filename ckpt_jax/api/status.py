@@ -17,7 +17,7 @@ from ckpt_jax.graph.nodes import pretty_name
 from ckpt_jax.matching.match import Match, match
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.report import RestoreReport
-from ckpt_jax.restoring.run import plan_restoring
+from ckpt_jax.restoring.run import look
 from ckpt_jax.restoring.waiting import Restoration
 
 _MAX_LISTED = 10
@@ -155,10 +155,8 @@ class LoadStatus:
         restoration = self._done
         live = self._trace()
         found = match(restoration.saved, live.graph)
-        plan, _ = plan_restoring(
-            restoration.renamed, live, found, restoration.path, restoration.options
-        )
-        return live, found, replace(plan.report, nbytes=restoration.nbytes)
+        _, report = look(restoration.renamed, found, live, restoration.path, restoration.options)
+        return live, found, replace(report, nbytes=restoration.nbytes)
 
     def _skips_slots(self) -> bool:
         return self._done.options.skip_slot_variables

@@ -14,38 +14,29 @@ from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, has_values
 from ckpt_jax.graph.patterns import Selection, selects
 from ckpt_jax.matching.live import live_graph
-from ckpt_jax.matching.match import match
-from ckpt_jax.matching.plan import ReadPlan
-from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.metrics import METER
 from ckpt_jax.objects.delegate import delegate_of
 from ckpt_jax.options import CheckpointOptions, Path, given
-from ckpt_jax.processes.current import current
+from ckpt_jax.processes.context import current_context
 from ckpt_jax.report import ReportEntry, RestoreReport, near_miss, nearest
-from ckpt_jax.restoring.adapters import settle
-from ckpt_jax.restoring.derived import FittedReader
+from ckpt_jax.restoring.execute import opened
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.restoring.rename import rename as renamed
-from ckpt_jax.restoring.run import (
-    abstract_only,
-    execute,
-    nbytes_to_read,
-    plan_restoring,
-    require_fit,
-    together,
-)
+from ckpt_jax.restoring.run import Demand, PlannedRestore, plan_whole, require_fit
 from ckpt_jax.restoring.shardings import Place, Structs, with_shardings
-from ckpt_jax.saving.pipeline import write_checkpoint
+from ckpt_jax.saving.pipeline import SaveRequest
+from ckpt_jax.saving.run import save_once
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import struct_of
 
 T = TypeVar("T")
-_ADVICE = (
+_STRICT = Demand(
     "Nothing was read or changed. Pass a target that fits, rename=[(saved, target), ...] for "
     "values that moved, strict=False where only one side has a value, or "
     "options=CheckpointOptions(cast=True) to convert dtypes."
 )
+_LENIENT = replace(_STRICT, missing=False, unexpected=False)
 
 
 def save(
@@ -73,19 +64,13 @@ def save(
       ...     load(path)
       {'w': array([0, 1, 2]), 'step': 7}
     """
-    path = os.fsdecode(path)
-    options = given(options)
-    watch = METER.saving()
-    with current().meeting(f"saving {path}", options.timeout_seconds) as meeting:
-        write_checkpoint(
-            lambda: live_graph(tree, for_restore=False),
-            path,
-            options,
-            meeting,
-            overwrite=overwrite,
-            watch=watch,
-        )
-    return path
+    request = SaveRequest(
+        os.fsdecode(path),
+        lambda: live_graph(tree, for_restore=False),
+        given(options),
+        overwrite=overwrite,
+    )
+    return save_once(request, current_context())
 
 
 @without_gc()
@@ -136,18 +121,10 @@ def restore(
       {'w': Array([0., 1., 2.], dtype=float32), 'step': 7}
     """
     options = given(options)
-    with (
-        together(path, options) as meeting,
-        METER.restoring(lambda: CheckpointReader(path)) as reader,
-    ):
-        live = live_graph(target)
-        plan, source = _plan(reader, live, rename, options)
-        fatal = plan.report
-        if not strict:
-            missing = abstract_only(fatal.missing, live)
-            fatal = replace(fatal, unexpected=(), missing=missing)
-        require_fit(fatal, _ADVICE)
-        root, _ = execute(plan, live, source, options, meeting)
+    with opened(path, options, current_context()) as (reader, meeting):
+        planned = _plan(reader, target, rename, options)
+        planned.require(_STRICT if strict else _LENIENT)
+        root, _ = planned.execute(options, meeting)
     return target if root is delegate_of(target) else root
 
 
@@ -176,30 +153,16 @@ def plan_restore(
       (['step'], ['loss'])
     """
     with CheckpointReader(path) as reader:
-        plan, source = _plan(reader, live_graph(target), rename, given(options))
-        return replace(plan.report, nbytes=nbytes_to_read(plan, source))
+        planned = _plan(reader, target, rename, given(options))
+        return replace(planned.report, nbytes=planned.nbytes)
 
 
 def _plan(
-    reader: CheckpointReader, live: LiveGraph, rules: Iterable[Rule], options: CheckpointOptions
-) -> tuple[ReadPlan, FittedReader]:
-    saved = renamed(reader.object_graph, rules)
-    settled = settle(saved, live, lambda graph: match(graph, live.graph), reader)
-    plan, problems = plan_restoring(settled.saved, live, settled.found, reader.path, options)
-    # Nothing appears later in a functional restore: what would wait is unexpected.
-    report = plan.report
-    left_over = [
-        entry
-        for entry in (*report.unexpected, *report.deferred)
-        if not _is_bookkeeping(reader.object_graph, entry)
-    ]
-    report = replace(
-        report,
-        unexpected=tuple(left_over),
-        deferred=(),
-        mismatched=(*problems, *report.mismatched),
-    )
-    return replace(plan, report=report), FittedReader(reader, saved.derived, settled.inputs)
+    reader: CheckpointReader, target: Any, rules: Iterable[Rule], options: CheckpointOptions
+) -> PlannedRestore:
+    graph = reader.object_graph
+    planned = plan_whole(reader, renamed(graph, rules), live_graph(target), options)
+    return planned.without_deferral(lambda entry: _is_bookkeeping(graph, entry))
 
 
 def _is_bookkeeping(saved: ObjectGraph, entry: ReportEntry) -> bool:

@@ -1,20 +1,14 @@
 """CheckpointManager: numbered checkpoints in a directory, of which the unneeded are removed.
 
-A *managed* checkpoint is one that this manager wrote, or an earlier manager of the directory
-as the state file says. The manager removes no other. What becomes of the managed ones:
-
-save      the new checkpoint is committed, then recorded: metrics first, then the state file
-select    a retention policy looks at all of them and names the numbers to keep
-sweep     the others go, the oldest first: kept for ever where `keep_checkpoint_every_n_hours`
-          says so, else removed
-record    metrics and state file once more
+A *managed* checkpoint is one that this manager wrote, or an earlier manager of the directory as
+the state file says. The manager removes no other; `collection` says when.
 
 Checkpoints are in the order of their numbers, except that the one saved last is the latest
-whatever its number, so that going back to an earlier step and on from there works. Times
-decide nothing but `keep_checkpoint_every_n_hours`.
+whatever its number, so that going back to an earlier step and on from there works. Times decide
+nothing but `keep_checkpoint_every_n_hours`.
 
-Where there are several processes, process 0 does all of this, and the others read from the state
-file what came of it. Which checkpoint is restored is for process 0 to say.
+If there are several processes, process 0 records and removes, and the others read the outcome
+from the state file. Process 0 says which checkpoint is restored.
 """
 
 from __future__ import annotations
@@ -22,40 +16,30 @@ from __future__ import annotations
 import logging
 import operator
 import os
-import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from ckpt_jax.api.checkpoint import Checkpoint
-from ckpt_jax.api.latest import (
-    checkpoint_exists,
-    older_checkpoints,
-    problem_with,
-    remove_checkpoint,
-)
+from ckpt_jax.api.checkpoint import Checkpoint, request_for, save_runs_of, set_save_counter
+from ckpt_jax.api.preflight import preflight
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_jax.graph.labels import VARIABLE_VALUE
-from ckpt_jax.manage.ledger import Ledger, read_ledger, recovered, write_ledger
+from ckpt_jax.manage.collection import Collection
 from ckpt_jax.manage.retention import (
     CheckpointRecord,
     KeepAny,
     KeepLatest,
     RetentionPolicy,
-    Sweep,
-    plan_sweep,
 )
-from ckpt_jax.metrics import METER
 from ckpt_jax.objects.views import view_of
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
+from ckpt_jax.processes.context import current_context
 from ckpt_jax.processes.current import current
-from ckpt_jax.processes.meeting import Processes
-from ckpt_jax.processes.preflight import preflight
-from ckpt_jax.store.directory import number_of
-from ckpt_jax.store.staging import STAGING, is_abandoned, remove_abandoned
+from ckpt_jax.processes.meeting import Meeting, Processes
+from ckpt_jax.saving.pipeline import SaveRequest
 
 SECONDS_PER_HOUR = 3600
 
@@ -136,18 +120,18 @@ class CheckpointManager:
             raise TypeError(f"init_fn must be a function of no argument, got {init_fn!r}")
         if os.path.basename(checkpoint_name) != checkpoint_name:
             raise ValueError(f"expected a name without directories, got {checkpoint_name!r}")
-        given = KeepAny(tuple(policies))
+        further = KeepAny(tuple(policies))
         self._checkpoint = checkpoint
         self._given = os.fsdecode(directory)
         # What that means now, also when the program has gone elsewhere since.
         self._directory = os.path.abspath(self._given)
-        self._policy = (
-            None if max_to_keep is None else KeepAny((KeepLatest(max_to_keep), *given.policies))
+        policy = (
+            None if max_to_keep is None else KeepAny((KeepLatest(max_to_keep), *further.policies))
         )
         hours = keep_checkpoint_every_n_hours
         if hours is not None and hours < 0:
             raise ValueError(f"expected keep_checkpoint_every_n_hours of 0 or more, got {hours}")
-        self._preserve_interval_seconds = hours * SECONDS_PER_HOUR if hours else None
+        preserve_interval_seconds = hours * SECONDS_PER_HOUR if hours else None
         self._name = checkpoint_name
         self._step_counter = step_counter
         self._interval = checkpoint_interval
@@ -156,7 +140,9 @@ class CheckpointManager:
         self._last_path: str | None = None  # what was saved or restored at that step
         self._failed_after: list[int | None] = []  # the last step before a save that has failed
         self._clock = clock
-        self._ledger = recovered(self._directory, clock())
+        self._collection = Collection(
+            self._directory, checkpoint_name, policy, preserve_interval_seconds, clock()
+        )
 
     # --- verbs -------------------------------------------------------------------------
 
@@ -200,53 +186,20 @@ class CheckpointManager:
         """
         options = given(options)
         step = None if self._interval is None else as_integer(self._step_counter)
+        runs = save_runs_of(self._checkpoint)
         if step is not None:
-            self._checkpoint._settle(options)  # by which it may be due
+            runs.settle_doubts(options.timeout_seconds)  # by which it may be due
             if not self._is_due(step, check_interval):
                 return None
-        watch = METER.saving()
+
+        def open_books(meeting: Meeting) -> _ManagedSave | None:
+            if step is not None and not self._is_due(step, check_interval):
+                return None  # another thread has saved this step meanwhile
+            return _ManagedSave(self, meeting, options, step, checkpoint_number, metrics)
+
         prefix = os.path.join(self._directory, self._name)
-        with ExitStack() as stack:
-            meeting = self._checkpoint._meet(prefix, options, stack)
-            with self._checkpoint._turn(options, meeting) as is_mine:
-                if not is_mine or (step is not None and not self._is_due(step, check_interval)):
-                    return None  # another thread saves, or has saved this step meanwhile
-                self._checkpoint._settle(options)
-                count, last_step = self._checkpoint.save_counter + 1, self._last_step
-
-                def committed() -> None:
-                    if meeting.leads:
-                        self._record(CheckpointRecord(number, self._clock(), scores, path))
-                    else:
-                        self._follow()
-
-                def counted() -> None:
-                    self._checkpoint._count(count)
-                    self._last_step = step
-                    self._failed_after.clear()
-
-                def failed() -> None:  # a save that failed has not happened
-                    self._checkpoint._count(count - 1)
-                    # Other processes may not know yet, and all have to find the same steps due.
-                    if meeting.count == 1 or not (options.enable_async or meeting.is_in_doubt):
-                        self._last_step = last_step
-                    elif not meeting.is_in_doubt:
-                        self._failed_after.append(last_step)
-
-                counted()
-                try:
-                    scores = _scores(metrics)
-                    number = count if checkpoint_number is None else as_integer(checkpoint_number)
-                    if number < 0:
-                        raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
-                except BaseException:
-                    failed()
-                    raise
-                self._last_path = path = f"{prefix}-{number}"
-                self._checkpoint._write(
-                    path, options, watch, meeting, stack, committed, counted, failed
-                )
-        return self._shown(path)
+        path = runs.save(prefix, options, current_context(), open_books)
+        return path and self._shown(path)
 
     def _is_due(self, step: int, check_interval: bool) -> bool:
         if self._last_step is None:
@@ -257,7 +210,9 @@ class CheckpointManager:
 
     def _has_saved_step(self) -> bool:
         """Whether the latest checkpoint is of the step where the program is."""
-        is_latest = self._last_path is not None and self._last_path == self._ledger.latest
+        is_latest = (
+            self._last_path is not None and self._last_path == self._collection.ledger.latest
+        )
         return (
             is_latest
             and self._interval is not None
@@ -302,7 +257,7 @@ class CheckpointManager:
         seconds = DEFAULT.timeout_seconds
         with processes.meeting(f"restoring from {self._directory}", seconds) as meeting:
             self.sync()
-            paths = meeting.conclude(None, lambda _: self._candidates())
+            paths = meeting.conclude(None, lambda _: self._collection.candidates())
         if not paths:
             if self._init_fn is not None:
                 self._init_fn()
@@ -311,11 +266,6 @@ class CheckpointManager:
         if self._interval is not None:
             self._last_step, self._last_path = as_integer(self._step_counter), path
         return self._shown(path)
-
-    def _candidates(self) -> list[str]:
-        """What there is to restore, best first."""
-        latest = self._ledger.latest
-        return [latest, *older_checkpoints(self._directory, latest)] if latest else []
 
     def _restore_newest(self, paths: Sequence[str], processes: Processes) -> str:
         first: Exception | None = None
@@ -364,21 +314,12 @@ class CheckpointManager:
         what = f"collecting in {self._directory}"
         with (
             current().meeting(what, seconds) as meeting,
-            self._checkpoint._background().turn(),
+            save_runs_of(self._checkpoint).background.turn(),
         ):
-            removed = meeting.conclude(None, lambda _: self._collect(dry_run))
+            removed = meeting.conclude(None, lambda _: self._collection.collect(dry_run))
             if not meeting.leads:
-                self._follow()
+                self._collection.follow()
         return [self._shown(path) for path in removed]
-
-    def _collect(self, dry_run: bool) -> list[str]:
-        sweep = self._plan_sweep()
-        leftovers = self._leftovers()
-        if not (sweep.preserve or sweep.remove or leftovers) or not self._is_latest_usable():
-            return []
-        if dry_run:
-            return [*(record.path for record in sweep.remove), *leftovers]
-        return [*self._sweep(sweep), *(p for p in leftovers if _attempt(remove_abandoned, p))]
 
     def sync(self) -> None:
         """Waits for a save in the background.
@@ -421,7 +362,7 @@ class CheckpointManager:
 
         That it is still there is not checked; `ckpt.latest_checkpoint` does that.
         """
-        latest = self._ledger.latest
+        latest = self._collection.ledger.latest
         return latest and self._shown(latest)
 
     @property
@@ -430,75 +371,61 @@ class CheckpointManager:
 
         Those that are kept for ever are not among them.
         """
-        return [self._shown(record.path) for record in self._ledger.records]
+        return [self._shown(record.path) for record in self._collection.ledger.records]
 
     def _shown(self, path: str) -> str:
         """A path of this manager as it begins with the directory that was given."""
         directory, name = os.path.split(path)
         return os.path.join(self._given, name) if directory == self._directory else path
 
-    # --- after the commit --------------------------------------------------------------
 
-    def _record(self, record: CheckpointRecord) -> None:
-        """Makes a checkpoint that was just committed the latest, and sweeps."""
-        ledger = self._ledger.with_latest(record)
-        write_ledger(self._directory, ledger)
-        self._ledger = ledger
-        sweep = self._plan_sweep()
-        if (sweep.preserve or sweep.remove) and self._is_latest_usable():
-            self._sweep(sweep)
+class _ManagedSave:
+    """The bookkeeping of one save of a manager."""
 
-    def _follow(self) -> None:
-        """Takes over what process 0 has recorded."""
-        self._ledger = read_ledger(self._directory) or self._ledger
+    def __init__(
+        self,
+        manager: CheckpointManager,
+        meeting: Meeting,
+        options: CheckpointOptions,
+        step: int | None,
+        number: Any,
+        metrics: Mapping[str, Any] | None,
+    ):
+        self._manager, self._meeting, self._options = manager, meeting, options
+        self._step, self._last_step = step, manager._last_step
+        self._count = manager.checkpoint.save_counter + 1
+        self._given_number, self._given_metrics = number, metrics
+        self._record: CheckpointRecord | None = None
 
-    def _plan_sweep(self) -> Sweep:
-        records, last_preserved = self._ledger.records, self._ledger.last_preserved
-        if self._policy is None:
-            return Sweep(records, (), (), last_preserved)
-        return plan_sweep(records, self._policy, self._preserve_interval_seconds, last_preserved)
+    def begin(self) -> SaveRequest:
+        manager, number = self._manager, self._given_number
+        set_save_counter(manager.checkpoint, self._count)
+        manager._last_step = self._step
+        manager._failed_after.clear()
+        scores = _scores(self._given_metrics)
+        number = self._count if number is None else as_integer(number)
+        if number < 0:
+            raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
+        path = os.path.join(manager._directory, f"{manager._name}-{number}")
+        manager._last_path = path
+        self._record = CheckpointRecord(number, 0.0, scores, path)
+        return request_for(manager.checkpoint, path, self._options)
 
-    def _is_latest_usable(self) -> bool:
-        latest = self._ledger.latest
-        problem = problem_with(latest) if latest else "there is none"
-        if problem is not None:
-            _log.warning(
-                "%s: nothing is removed, because the latest checkpoint is not usable: %s",
-                *(self._directory, problem),
-            )
-        return problem is None
+    def record(self) -> None:
+        assert self._record is not None
+        if self._meeting.leads:
+            self._manager._collection.record(replace(self._record, time=self._manager._clock()))
+        else:
+            self._manager._collection.follow()
 
-    def _sweep(self, sweep: Sweep) -> list[str]:
-        """Removes what the plan says; what cannot be removed stays managed, for the next time."""
-        removed: list[str] = []
-        stay: list[CheckpointRecord] = []
-        for record in sweep.remove:
-            if not checkpoint_exists(record.path):
-                _log.warning("%s was to be removed, but is there no longer", record.path)
-            elif _attempt(remove_checkpoint, record.path) or not checkpoint_exists(record.path):
-                removed.append(record.path)
-            else:
-                stay.append(record)
-        records = (*sweep.keep, *stay)
-        self._ledger = Ledger(self._ledger.latest, records, sweep.last_preserved)
-        try:
-            write_ledger(self._directory, self._ledger)
-        except OSError as error:  # the file still names the latest, and some that are gone
-            _log.warning("%s: what was removed could not be recorded: %s", self._directory, error)
-        return removed
-
-    def _leftovers(self) -> list[str]:
-        """Abandoned staging directories that a later save has made pointless."""
-        latest = number_of(self._ledger.latest or "")
-        if latest is None or not os.path.isdir(self._directory):
-            return []
-        own = re.compile(rf"{re.escape(self._name)}-(\d+)")
-        return [
-            path
-            for name in sorted(os.listdir(self._directory))
-            if (staging := STAGING.match(name)) and (of := own.fullmatch(staging["name"]))
-            if int(of[1]) <= latest and is_abandoned(path := os.path.join(self._directory, name))
-        ]
+    def undo(self) -> None:
+        manager, meeting = self._manager, self._meeting
+        set_save_counter(manager.checkpoint, self._count - 1)
+        # Other processes may not know yet, and all have to find the same steps due.
+        if meeting.count == 1 or not (self._options.enable_async or meeting.is_in_doubt):
+            manager._last_step = self._last_step
+        elif not meeting.is_in_doubt:
+            manager._failed_after.append(self._last_step)
 
 
 def _first_problem(problems: Sequence[str | None]) -> str | None:
@@ -507,15 +434,6 @@ def _first_problem(problems: Sequence[str | None]) -> str | None:
         if problem is not None:
             return problem if len(problems) == 1 else f"process {process}: {problem}"
     return None
-
-
-def _attempt(remove: Callable[[str], bool | None], path: str) -> bool:
-    """Whether `path` was removed; the save before it has succeeded, so it must not fail."""
-    try:
-        return remove(path) is not False
-    except OSError as error:
-        _log.warning("%s could not be removed: %s", path, error)
-        return False
 
 
 # --- numbers ---------------------------------------------------------------------------

@@ -57,6 +57,7 @@ class ReadPlan:
     reads: tuple[Read, ...]
     calls: tuple[SaverCall, ...]
     used: frozenset[int] = frozenset()
+    conflicting: tuple[ReportEntry, ...] = ()
 
 
 def plan_read(
@@ -108,6 +109,7 @@ class _Planner:
         self.reads: list[Read] = []
         self.calls: dict[str, list[dict[str, int]]] = {}  # by saver
         self.used: set[tuple[int, str]] = set()  # (saved node, attribute) with a place to go
+        self.conflicting: list[ReportEntry] = []
         self.entries: dict[str, list[ReportEntry]] = {
             kind: [] for kind in ("restored", "missing", "unexpected", "mismatched", "deferred")
         }
@@ -257,7 +259,7 @@ class _Planner:
             what = f"one object in the program, but two values in the checkpoint: {paths}"
             if not self.live.views[node].mutable:
                 what += "; a copy or an abstract target (jax.eval_shape) takes both"
-            self.entries["mismatched"].append(ReportEntry(here, "", "", what))
+            self.conflicting.append(ReportEntry(here, "", "", what))
             self.used.update((two, name) for name in _value_names(self.saved.nodes[two]))
 
     def finish(self, path: str) -> ReadPlan:
@@ -273,7 +275,7 @@ class _Planner:
             restored=tuple(self.entries["restored"]),
             missing=tuple(self.entries["missing"]),
             unexpected=tuple(self.entries["unexpected"]),
-            mismatched=tuple(self.entries["mismatched"]),
+            mismatched=(*self.entries["mismatched"], *self.conflicting),
             deferred=tuple(self.entries["deferred"]),
             renamed=renamed,
         )
@@ -285,7 +287,7 @@ class _Planner:
             for node in {node for node, _ in self.used}
             if all((node, name) in self.used for name in _value_names(self.saved.nodes[node]))
         )
-        return ReadPlan(report, tuple(self.reads), calls, used)
+        return ReadPlan(report, tuple(self.reads), calls, used, tuple(self.conflicting))
 
     def with_hints(self) -> list[ReportEntry]:
         spare = [entry.path for kind in ("unexpected", "deferred") for entry in self.entries[kind]]

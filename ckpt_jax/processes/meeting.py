@@ -40,6 +40,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from enum import Enum
 from types import TracebackType
 from typing import Any
 
@@ -136,6 +137,16 @@ class Processes:
         return self._nonce
 
 
+class State(Enum):
+    """How far a meeting is, for one of its processes."""
+
+    OPEN = "the others do not depend on this process yet; its error becomes the outcome"
+    REPORTED = "this process has reported, and does not know the outcome yet"
+    DECIDED = "all have reported, and process 0 has decided to act"
+    SETTLED = "the outcome is known, or is this process's own error"
+    DOUBTFUL = "this process has reported and has left without knowing the outcome"
+
+
 class Meeting:
     """One thing that all processes do together; see the module.
 
@@ -145,8 +156,6 @@ class Meeting:
     Attributes:
       index, count: of the processes.
       what: names it in errors.
-      is_in_doubt: whether this process has reported, and does not know what came of it.
-      stays_open: whether it wants to look for that later, with `done_after_all`.
     """
 
     def __init__(self, processes: Processes, number: int, what: str, timeout_seconds: float):
@@ -156,15 +165,22 @@ class Meeting:
         self._processes = processes
         self._number = number
         self._timeout = timeout_seconds
-        self.is_in_doubt = False
-        self.stays_open = False
-        self._has_decided = False  # process 0: the decision is to commit
-        self._is_settled = processes.count == 1  # the outcome is known, or is nobody's business
+        self._state = State.SETTLED if processes.count == 1 else State.OPEN
+        self._is_kept = False  # to be asked for the outcome later
 
     @property
     def leads(self) -> bool:
         """Whether this is the process that acts for all."""
         return self.index == 0
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether this process has reported, and does not know the outcome."""
+        return self._state in (State.REPORTED, State.DOUBTFUL)
+
+    def keep(self) -> None:
+        """Keeps the meeting open if it is left in doubt, for `done_after_all`."""
+        self._is_kept = True
 
     @property
     def token(self) -> str:
@@ -217,14 +233,10 @@ class Meeting:
           BarrierTimeoutError: naming the processes that did not report in time.
           ProcessError: another process failed, or does something else.
         """
-        if self.count == 1:
-            return act([report])
         if not self.leads:
-            return self._hear_after(report)
-        reports = self._gathered(report)
-        result = act(reports)
-        self._tell("outcome", json.dumps({"result": result}))
-        self._is_settled = True
+            return self.report(report)
+        result = act(self.gather(report))
+        self.announce(result)
         return result
 
     def done_after_all(self, timeout_seconds: float) -> bool | None:
@@ -238,13 +250,23 @@ class Meeting:
             return None
         if found is None:
             return None
-        self.is_in_doubt = False
+        self._state = State.SETTLED
         self._processes._close(self._number)
         return "result" in json.loads(found)
 
     # --- process 0 -----------------------------------------------------------------------
 
-    def _gathered(self, own: Any) -> list[Any]:
+    def gather(self, own: Any) -> list[Any]:
+        """The reports of all processes, in their order; for process 0, whose own is given.
+
+        From here on the others wait for `announce`.
+
+        Raises:
+          BarrierTimeoutError: naming the processes that did not report in time.
+          ProcessError: another process failed, or does something else.
+        """
+        if self.count == 1:
+            return [own]
         self._tell("reports/0", "")
         deadline = time.monotonic() + self._timeout
         pause, longest = _POLL_SECONDS
@@ -264,11 +286,17 @@ class Meeting:
         self._check_same([{"what": self._kind()}, *others])
         if not self._tell("decision", COMMIT):
             raise self._heard(self._list(self._timeout)["decision"])
-        self._has_decided = True
+        self._state = State.DECIDED
         oldest = min([self._processes._oldest_open(), *(other["open"] for other in others)])
         with contextlib.suppress(TimeoutError, ConnectionError):  # keys may wait for the next time
             self._processes._sweep(oldest)
         return [own, *(other["report"] for other in others)]
+
+    def announce(self, result: Any) -> None:
+        """Tells the others what came of their reports: JSON's kinds of values; for process 0."""
+        if self.count > 1:
+            self._tell("outcome", json.dumps({"result": result}))
+            self._state = State.SETTLED
 
     def _check_same(self, reports: list[dict[str, Any]]) -> None:
         others = tuple(k for k, r in enumerate(reports) if r["what"] != reports[0]["what"])
@@ -282,10 +310,16 @@ class Meeting:
 
     # --- the other processes -------------------------------------------------------------
 
-    def _hear_after(self, report: Any) -> Any:
+    def report(self, report: Any) -> Any:
+        """Reports, and waits for what process 0 announces; for the other processes.
+
+        Raises:
+          BarrierTimeoutError: naming the processes that did not report in time.
+          ProcessError: another process failed, or does something else.
+        """
         oldest = self._processes._oldest_open()
         said = {"what": self._kind(), "open": oldest, "report": report}
-        self.is_in_doubt = True
+        self._state = State.REPORTED
         self._tell(f"reports/{self.index}", json.dumps(said))
         outcome = self._wait_for("outcome")
         if outcome is None:
@@ -295,7 +329,7 @@ class Meeting:
             late = [k for k in range(self.count) if f"reports/{k}" not in found]
             raise self._late(late or [0], unknown="decision" in found)
         result = self._result(outcome)
-        self._is_settled, self.is_in_doubt = True, False
+        self._state = State.SETTLED
         return result
 
     def _result(self, said: str) -> Any:
@@ -318,7 +352,7 @@ class Meeting:
         try:
             self.tell(kind, error, traceback)
         finally:
-            if not (self.is_in_doubt and self.stays_open):
+            if not (self.is_in_doubt and self._is_kept):
                 self._processes._close(self._number)
 
     def tell(
@@ -334,17 +368,18 @@ class Meeting:
           ProcessError, BarrierTimeoutError: the error of another process that had failed before,
             instead of one about files, which went because of that.
         """
-        if error is None or self._is_settled:
+        if error is None or self._state in (State.SETTLED, State.DOUBTFUL):
             return
-        self._is_settled = True
-        heard = self._announce(error)
+        before = self._state
+        self._state = State.DOUBTFUL if before is State.REPORTED else State.SETTLED
+        heard = self._announce(error, has_decided=before is State.DECIDED)
         if heard is None:
             return
         if isinstance(error, OSError) and not isinstance(error, CheckpointError):
             raise heard from error
         error.add_note(f"Another process had failed before: {heard}")
 
-    def _announce(self, error: BaseException) -> CheckpointError | None:
+    def _announce(self, error: BaseException, *, has_decided: bool) -> CheckpointError | None:
         """Tells the others; returns the error of one that failed before."""
         text = json.dumps({"error": described(error, self.index, self.what)})
         patience = min(self._timeout, _PATIENCE_SECONDS)
@@ -352,7 +387,7 @@ class Meeting:
             if self.leads:  # the others may still be waiting for that
                 self._run_name(patience)
                 self._tell("led", text, patience)
-            if not self._has_decided and not self._tell("decision", text, patience):
+            if not has_decided and not self._tell("decision", text, patience):
                 decision = self._list(patience)["decision"]
                 if decision != COMMIT:
                     return self._heard(decision)
@@ -360,14 +395,14 @@ class Meeting:
                     # Process 0 cannot have decided so without this one's report; if that was
                     # given, the wait for the outcome is what failed.
                     return None
-            self.is_in_doubt = False
+            self._state = State.SETTLED
             self._tell("outcome", text, patience)
         except CheckpointError as unheard:
             error.add_note(f"The other processes could not be told: {unheard}")
         return None
 
     def _heard(self, text: str) -> CheckpointError:
-        self._is_settled, self.is_in_doubt = True, False
+        self._state = State.SETTLED
         said = json.loads(text)["error"]
         processes = tuple(said["processes"])
         message = f"{self.what}: {said['message']}"

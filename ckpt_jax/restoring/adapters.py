@@ -6,9 +6,9 @@ it returns gives a `ReshardCallback` for each child, under its name in the check
 read in another way: under another name (`object_name`), from other values
 (`update_restore_inputs`), as something made of them (`reshard`).
 
-`settle` works this into the saved graph before anything is planned. A renamed child is an edge
+`adapt` works this into the saved graph before anything is planned. A renamed child is an edge
 with another label; a resharded value has the spec of its target. Match, plan, deferral, report
-and status see an ordinary graph. `reading` then reads such a value by way of its callback.
+and status see an ordinary graph. Reading such a value calls its callback (`derived`).
 
 A slot variable follows its variable: the callback is propagated to the slots.
 """
@@ -16,21 +16,22 @@ A slot variable follows its variable: the callback is propagated to the slots.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 
+from ckpt_jax.errors import RestoreMismatchError
 from ckpt_jax.graph.boxes import Box
 from ckpt_jax.graph.dtypes import BYTES
 from ckpt_jax.graph.global_names import own_values
-from ckpt_jax.graph.labels import Label, local_name
+from ckpt_jax.graph.labels import Label, local_name, object_key_of, path_of
 from ckpt_jax.graph.nodes import ObjectGraph, object_keys
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.match import Match
 from ckpt_jax.matching.trace import LiveGraph
-from ckpt_jax.report import ReportEntry
+from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.values import host
@@ -121,40 +122,85 @@ class CheckpointAdapter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Inputs:
-    """What a resharded value is made of, and what it has to become."""
+class Resharded:
+    """A value that the callback of an adapter makes whole, of the values that it asked for.
+
+    Attributes:
+      callback: makes it.
+      keys, boxes: of the stored values, as the callback asked for them.
+      spec: of the value that has to come out.
+    """
 
     callback: ReshardCallback
     keys: tuple[str, ...]
     boxes: tuple[Box | None, ...]
-    target: LeafSpec
+    spec: LeafSpec
+
+    @property
+    def stored(self) -> LeafSpec:
+        """As the report shows it: what is stored may be of any number and shape."""
+        return self.spec
+
+    @property
+    def reshaped(self) -> bool:
+        return False
+
+    def __str__(self) -> str:
+        return str(self.spec)
+
+    def make(
+        self, values: Sequence[Any], request: jax.ShapeDtypeStruct | None, *, cast: bool, path: str
+    ) -> Any:
+        """The value, placed as `request` says.
+
+        Args:
+          values: those of `keys` and `boxes`.
+          request: the shape, dtype and sharding that is wanted; None for a numpy array.
+          cast: whether the dtype may change.
+          path: of the checkpoint, for the report.
+
+        Raises:
+          RestoreMismatchError: the callback gave another shape or dtype.
+        """
+        struct = request or struct_of(self.spec)
+        result = np.asarray(self.callback.reshard(values, struct))
+        if cast:
+            result = result.astype(struct.dtype)
+        if (result.shape, result.dtype) != (struct.shape, struct.dtype):
+            what = (
+                f"expected {struct.dtype}{list(struct.shape)} from "
+                f"{type(self.callback).__qualname__}.reshard, got "
+                f"{result.dtype}{list(result.shape)}"
+            )
+            where = path_of(object_key_of(self.keys[0]))
+            report = RestoreReport(path, mismatched=(ReportEntry(where, what=what),))
+            raise RestoreMismatchError(f"{where}: {what}. Nothing was changed", report)
+        return result if request is None else host.put([result], request.sharding)[0]
 
 
 @dataclass(frozen=True, slots=True)
-class Settled:
+class Adapted:
     """A saved graph as the live objects want it read, and its match with them.
 
     Attributes:
       saved: the graph, with adapted edges and specs. Node ids and keys are as they were. Its
-        problems are also what adapters asked for in vain.
+        problems include what adapters asked for in vain.
       found: the match.
       callbacks: by saved node.
-      inputs: by checkpoint key, of the values that are resharded.
     """
 
     saved: Renamed
     found: Match
-    callbacks: Mapping[int, ReshardCallback]
-    inputs: Mapping[str, Inputs]
+    callbacks: Mapping[int, ReshardCallback] = field(default_factory=dict)
 
 
-def settle(
+def adapt(
     renamed: Renamed,
     live: LiveGraph,
     rematch: Callable[[ObjectGraph], Match],
     reader: CheckpointReader,
     callbacks: Mapping[int, ReshardCallback] | None = None,
-) -> Settled:
+) -> Adapted:
     """Matches two graphs, and lets the live objects say how the saved one is read.
 
     Args:
@@ -186,10 +232,15 @@ def settle(
         saved = own_values(saved, live.graph, found.bound)
         found = rematch(saved)
     paths = {**renamed.graph.other_paths(saved), **renamed.saved_paths}
-    saved, inputs, problems = _with_inputs(saved, live, found, reader, known)
-    problems = (*renamed.problems, *problems)
-    fitted = replace(renamed, graph=saved, saved_paths=paths, problems=problems)
-    return Settled(fitted, found, known, inputs)
+    saved, resharded, problems = _with_resharded(saved, live, found, reader, known)
+    as_wanted = replace(
+        renamed,
+        graph=saved,
+        saved_paths=paths,
+        problems=(*renamed.problems, *problems),
+        derived={**renamed.derived, **resharded},
+    )
+    return Adapted(as_wanted, found, known)
 
 
 def _adapter_of(obj: Any, path: str) -> CheckpointAdapter | None:
@@ -224,18 +275,18 @@ def _adapted_edges(
     return tuple(edges)
 
 
-def _with_inputs(
+def _with_resharded(
     saved: ObjectGraph,
     live: LiveGraph,
     found: Match,
     reader: CheckpointReader,
     callbacks: Mapping[int, ReshardCallback],
-) -> tuple[ObjectGraph, dict[str, Inputs], tuple[ReportEntry, ...]]:
+) -> tuple[ObjectGraph, dict[str, Resharded], tuple[ReportEntry, ...]]:
     """The graph with the specs that resharding leads to, and without what it takes in."""
-    inputs: dict[str, Inputs] = {}
+    resharded: dict[str, Resharded] = {}
     problems: list[ReportEntry] = []
     if not callbacks:
-        return saved, inputs, ()
+        return saved, resharded, ()
     nodes = list(saved.nodes)
     for source, callback in callbacks.items():
         target = found.bound.get(source, -1)
@@ -255,17 +306,18 @@ def _with_inputs(
                 what = f"{type(callback).__qualname__}.update_restore_inputs {problem}"
                 problems.append(ReportEntry(path, str(spec), str(attribute.spec), what))
             there = tuple([key for key in keys if reader.has_tensor(key)])
-            inputs[attribute.key] = Inputs(callback, there, tuple(boxes), spec)
+            resharded[attribute.key] = Resharded(callback, there, tuple(boxes), spec)
             attributes = list(nodes[source].attributes)
             attributes[number] = replace(attribute, spec=spec)
             nodes[source] = replace(nodes[source], attributes=tuple(attributes))
-    taken_in = {key for entry in inputs.values() for key in entry.keys} - inputs.keys()
+    taken_in = {key for made in resharded.values() for key in made.keys} - resharded.keys()
     for node, entry in enumerate(nodes):
         if taken_in and node not in found.bound:
             rest = [attribute for attribute in entry.attributes if attribute.key not in taken_in]
             if len(rest) < len(entry.attributes):
                 nodes[node] = replace(entry, attributes=tuple(rest))
-    return replace(saved, nodes=tuple(nodes)) if inputs else saved, inputs, tuple(problems)
+    changed = replace(saved, nodes=tuple(nodes)) if resharded else saved
+    return changed, resharded, tuple(problems)
 
 
 def _reshards(callback: ReshardCallback) -> bool:

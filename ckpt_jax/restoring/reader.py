@@ -26,10 +26,8 @@ from ckpt_jax.io import Source, read_values
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
 from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.restoring.formats import NamedValues, open_foreign
-from ckpt_jax.store.directory import require_checkpoint
-from ckpt_jax.store.fetch import ShardedReader
 from ckpt_jax.store.seal import unseal
-from ckpt_jax.store.stack import MANIFEST
+from ckpt_jax.store.storage import POSIX, Storage
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import as_saved
 
@@ -41,6 +39,7 @@ class CheckpointReader:
 
     Args:
       path: of a checkpoint directory, or of a file in a format that `restoring.formats` knows.
+      storage: where the path lies.
 
     Use it as a context manager, or `close` it, to let go of the files.
 
@@ -50,14 +49,13 @@ class CheckpointReader:
     Source: `tf.train.load_checkpoint`, `tf.train.CheckpointReader`.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, storage: Storage = POSIX):
         self.path = os.fsdecode(path)
-        self.identity = _identity(self.path)
+        self._storage = storage
+        self.generation = storage.generation(self.path)
         try:
             foreign = open_foreign(self.path)
-            if foreign is None:
-                require_checkpoint(self.path)
-            self._source: Source = foreign or ShardedReader(os.path.abspath(self.path))
+            self._source: Source = foreign or storage.open(self.path)
         except CorruptCheckpointError as error:
             self.check_not_replaced(error)
             raise
@@ -75,7 +73,7 @@ class CheckpointReader:
 
     def check_not_replaced(self, error: CorruptCheckpointError) -> None:
         """What looks like damage may be another checkpoint, saved to this path meanwhile."""
-        if _identity(self.path) != self.identity:
+        if self._storage.generation(self.path) != self.generation:
             raise CheckpointNotFoundError(
                 f"{self.path} was replaced or removed while it was being read; nothing of it was "
                 "used. Read it again."
@@ -264,12 +262,3 @@ def _dtype(name: str) -> np.dtype:
         return dtype_of(name)
     except ValueError:
         return np.dtype(object)
-
-
-def _identity(path: str) -> tuple[int, int, int] | None:
-    """What tells a checkpoint from others of the same path; None where there is none."""
-    try:
-        manifest = os.stat(os.path.join(path, MANIFEST))
-    except OSError:
-        return None
-    return manifest.st_dev, manifest.st_ino, manifest.st_mtime_ns

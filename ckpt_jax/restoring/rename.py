@@ -38,7 +38,16 @@ from ckpt_jax.graph.patterns import (
     odd_wildcards,
 )
 from ckpt_jax.report import ReportEntry, near_miss, nearest
-from ckpt_jax.restoring.transforms import Cast, Derived, Stack, Step, Transform, Unstack, derive
+from ckpt_jax.restoring.transforms import (
+    Cast,
+    Derivation,
+    Derived,
+    Stack,
+    Step,
+    Transform,
+    Unstack,
+    derive,
+)
 
 Rule = tuple[Pattern, str, *tuple[Transform, ...]]
 _MAX_LISTED = 6
@@ -58,7 +67,7 @@ class Renamed:
     graph: ObjectGraph
     saved_paths: Mapping[int, str] = field(default_factory=dict)
     problems: tuple[ReportEntry, ...] = ()
-    derived: Mapping[str, Derived] = field(default_factory=dict)
+    derived: Mapping[str, Derivation] = field(default_factory=dict)
 
 
 def rename(graph: ObjectGraph, rules: Iterable[Rule]) -> Renamed:

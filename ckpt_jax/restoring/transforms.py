@@ -253,9 +253,33 @@ class Take(Step):
         return [part.squeeze(self.axis) for part in parts]
 
 
+class Derivation(Protocol):
+    """A value that is made of stored ones: by rules (`Derived`), or by an adapter."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Checkpoint keys of the stored values."""
+        ...
+
+    @property
+    def stored(self) -> LeafSpec:
+        """What the first of them is."""
+        ...
+
+    @property
+    def spec(self) -> LeafSpec:
+        """What comes out."""
+        ...
+
+    @property
+    def reshaped(self) -> bool:
+        """Whether more than the dtype changes."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Derived:
-    """A value that is made of stored ones.
+    """A value that transforms make of stored ones, box by box.
 
     Attributes:
       keys: checkpoint keys of the stored values, in the order in which they are stacked.

@@ -11,7 +11,7 @@ import itertools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,48 +22,24 @@ from ckpt_jax.graph.nodes import ObjectGraph, pretty_name, reachable
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.match import Match, extend, match
-from ckpt_jax.matching.plan import plan_read
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects.delegate import delegate_of
 from ckpt_jax.objects.pending import await_child
 from ckpt_jax.options import CheckpointOptions
+from ckpt_jax.processes.context import Context
 from ckpt_jax.processes.meeting import Meeting
-from ckpt_jax.restoring.adapters import ReshardCallback, settle
-from ckpt_jax.restoring.derived import FittedReader
+from ckpt_jax.restoring.adapters import ReshardCallback, adapt
+from ckpt_jax.restoring.execute import together
+from ckpt_jax.restoring.identity import Bindings, ObjectNumbers
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
-from ckpt_jax.restoring.run import (
-    abstract_only,
-    execute,
-    fits,
-    nbytes_to_read,
-    plan_restoring,
-    require_fit,
-    together,
-)
+from ckpt_jax.restoring.run import EVERYTHING, Demand, plan, plan_pairs
 from ckpt_jax.values import host
 
 _log = logging.getLogger("ckpt_jax")
 _MAX_LOGGED = 10
 _uids = itertools.count(1)
-_restored_by: dict[int, tuple[weakref.ref[Any], int]] = {}  # id(object) -> (object, uid)
-
-
-def _note_restored(obj: Any, uid: int) -> None:
-    """Remembers the restore that an object's values come from, as long as it lives."""
-    if _has_weakrefs(obj):
-        key = id(obj)
-        _restored_by[key] = weakref.ref(obj, lambda _: _restored_by.pop(key, None)), uid
-
-
-def _restored_uid(obj: Any) -> int:
-    ref, uid = _restored_by.get(id(obj), (None, 0))
-    return uid if ref is not None and ref() is obj else 0
-
-
-def _has_weakrefs(obj: Any) -> bool:
-    """Whether an object can be told from its replacement without keeping it alive."""
-    return type(obj).__weakrefoffset__ != 0
+_restored_by = ObjectNumbers()  # the uid of the restore that an object's values come from
 
 
 def log_conflicts(saved: ObjectGraph, found: Match) -> None:
@@ -81,10 +57,14 @@ def log_conflicts(saved: ObjectGraph, found: Match) -> None:
         )
 
 
-_ADVICE = (
+# Values may appear later on either side, and objects are shared as the program shares them.
+_GROWING = Demand(
     "Nothing was read or changed. Pass objects that fit, rename=[(saved, target), ...] for values "
     "that moved (or, to a path that the program lacks, for those that it shall not take), or "
-    "options=CheckpointOptions(cast=True) to convert dtypes."
+    "options=CheckpointOptions(cast=True) to convert dtypes.",
+    missing=False,
+    unexpected=False,
+    conflicts=False,
 )
 
 
@@ -131,6 +111,7 @@ class Restoration:
         renamed: Renamed,
         options: CheckpointOptions,
         trace: Callable[[], LiveGraph],
+        context: Context,
     ):
         """`trace` is a method of the object that is restored; it is not kept alive."""
         self.path = path
@@ -138,17 +119,16 @@ class Restoration:
         self.renamed = renamed
         self.options = options
         self.uid = next(_uids)
+        self._context = context
         self.nbytes = 0
         self.left_over = _LeftOver(path, renamed.graph)
         finalizer = weakref.finalize(self, self.left_over.log)
         finalizer.atexit = False  # at interpreter exit nobody is waiting any more
-        self._bound: dict[int, list[weakref.ref[Any]]] = {}  # saved node -> its mutable objects
-        self._source_of: dict[int, int] = {}  # id of an object -> the saved node it was bound to
+        self._bindings = Bindings()
         self._callbacks: Mapping[int, ReshardCallback] = {}  # by saved node
         self._reader: CheckpointReader | None = None  # for what is attached later
-        self._identity: Any = None  # of the checkpoint
+        self._generation: Hashable = None  # of the checkpoint
         self._trace = weakref.WeakMethod(trace)
-        self._met: set[int] = set()  # saved nodes that have been bound, to whatever
         self._open_slots = [
             slot for slot in renamed.graph.slots() if not options.skip_slot_variables
         ]
@@ -160,7 +140,7 @@ class Restoration:
 
     def run(self, reader: CheckpointReader, meeting: Meeting | None = None) -> Any:
         """Restores what is there and lets the rest wait; returns the root."""
-        self._identity = reader.identity
+        self._generation = reader.generation
         try:
             live = self._traced()
             assert live is not None
@@ -174,7 +154,10 @@ class Restoration:
         key = self.saved.object_keys[saved]
         live = live_graph(child, key)
         before = Match(self._bound_near(live, saved), {})
-        with together(self.path, self.options) as meeting, self._reopened() as reader:
+        with (
+            together(self.path, self.options, self._context.processes) as meeting,
+            self._reopened() as reader,
+        ):
             root = self._bind(
                 live,
                 lambda graph: extend(before, graph, live.graph, [(saved, 0)]),
@@ -187,12 +170,17 @@ class Restoration:
     def attached(self) -> None:
         """Restores slots of which one end has just come. Where the other is, only a walk from
         the root can tell."""
-        ends = [slot for slot in self._open_slots if {slot[0], slot[1].variable} <= self._met]
+        ends = [
+            slot for slot in self._open_slots if {slot[0], slot[1].variable} <= self._bindings.met
+        ]
         live = self._traced() if ends else None
         if live is None:
             return
         slots = frozenset([slot.node for _, slot in ends])
-        with together(self.path, self.options) as meeting, self._reopened() as reader:
+        with (
+            together(self.path, self.options, self._context.processes) as meeting,
+            self._reopened() as reader,
+        ):
             self._bind(live, lambda saved: match(saved, live.graph), reader, meeting, slots)
 
     def _traced(self) -> LiveGraph | None:
@@ -208,8 +196,8 @@ class Restoration:
     def _reopened(self) -> Iterator[CheckpointReader]:
         """The checkpoint again, if it still is the one that the restore began with. The reader of
         a directory holds no files: it is kept, with its index."""
-        reader = self._reader or CheckpointReader(self._location)
-        if reader.identity != self._identity:
+        reader = self._reader or CheckpointReader(self._location, self._context.storage)
+        if reader.generation != self._generation:
             raise CheckpointNotFoundError(
                 f"{self.path} was replaced since it was restored; what still waits for values of "
                 "it cannot have them. Restore it again."
@@ -247,13 +235,14 @@ class Restoration:
         """What is bound already of the saved nodes below `root`, and of the objects in `live`; in
         the node ids of `live`, -1 for objects outside of it. The rest does not matter, and is not
         looked at: what is attached part by part would take quadratic time."""
+        bindings = self._bindings
         node_of = {id(obj): i for i, obj in enumerate(live.objects)}
         near = reachable(self.saved, [root])
-        near.update([self._source_of[i] for i in node_of if i in self._source_of])
+        near.update([n for obj in live.objects if (n := bindings.node_of(obj)) is not None])
         return {
             saved: node_of.get(id(obj), -1)
-            for saved in sorted(near & self._bound.keys())
-            if (obj := self._bound[saved][0]()) is not None
+            for saved in sorted(near & bindings.nodes())
+            if (obj := bindings.first(saved)) is not None
         }
 
     @host.without_gc()
@@ -272,84 +261,68 @@ class Restoration:
           among: saved nodes: nothing else is restored. All by default.
           root_key: the escaped path of the root of `live`.
         """
-        settled = settle(self.renamed, live, rematch, reader, self._callbacks)
-        saved, found = settled.saved, settled.found
+        adapted = adapt(self.renamed, live, rematch, reader, self._callbacks)
+        saved, found = adapted.saved, adapted.found
         only = None
         if among is not None:
             new = [found.bound[node] for node in among if node in found.bound]
             only = frozenset(reachable(live.graph, new))
-        newer = frozenset(
+        older = frozenset(
             i
             for i, obj in enumerate(live.objects)
-            if (only is None or i in only) and _restored_uid(obj) < self.uid
+            if (only is None or i in only) and (_restored_by.get(obj) or 0) < self.uid
         )
-        plan, problems = plan_restoring(
-            saved, live, found, self.path, self.options, only=newer, root_key=root_key
-        )
-        fatal = replace(
-            plan.report,
-            missing=abstract_only(plan.report.missing, live),
-            mismatched=(
-                *problems,
-                *[entry for entry in plan.report.mismatched if entry.expected],
-            ),
-            unexpected=(),
-        )
-        require_fit(fatal, _ADVICE)
-        source = FittedReader(reader, saved.derived, settled.inputs)
-        root, new = execute(plan, live, source, self.options, meeting)
-        self.nbytes += nbytes_to_read(plan, source)
-        self.renamed, self._callbacks = saved, settled.callbacks
-        for value in new:
-            _note_restored(value, self.uid)
-        self.left_over.nodes -= plan.used
+        planned = plan(reader, adapted, live, self.options, only=older, root_key=root_key)
+        planned.require(_GROWING)
+        root, values = planned.execute(self.options, meeting)
+        self.nbytes += planned.nbytes
+        self.renamed, self._callbacks = saved, adapted.callbacks
+        for value in values:
+            _restored_by.set(value, self.uid)
+        self.left_over.nodes -= planned.reads.used
         if only is None:
             log_conflicts(saved.graph, found)
         self._remember(live, found, only)
         return root
 
     def _remember(self, live: LiveGraph, found: Match, only: frozenset[int] | None) -> None:
-        self._met.update(found.bound)
-        self._open_slots = [slot for slot in self._open_slots if slot[1].node not in self._met]
+        met = self._bindings.met
+        met.update(found.bound)
+        self._open_slots = [slot for slot in self._open_slots if slot[1].node not in met]
         for saved, node in [*found.bound.items(), *found.shared]:
             if node >= 0 and (only is None or node in only) and live.views[node].mutable:
                 obj = live.objects[node]
-                _note_restored(obj, max(self.uid, _restored_uid(obj)))
-                if _has_weakrefs(obj):
-                    self._bound.setdefault(saved, []).append(weakref.ref(obj))
-                    self._source_of[id(obj)] = saved
+                _restored_by.set(obj, max(self.uid, _restored_by.get(obj) or 0))
+                self._bindings.bind(saved, obj)
         for (parent, label), saved in found.frontier.items():
             if (only is None or parent in only) and self.saved.carries_values(saved):
                 for trackable in live.awaiting(parent):
                     await_child(trackable, label, _Waiting(self, saved))
 
     def is_bound(self, saved: int, obj: Any) -> bool:
-        """Whether this restore has bound a saved node to this object. An object that cannot be
-        referred to weakly (an nnx.Variable) is known by its place."""
-        return not _has_weakrefs(obj) or any(ref() is obj for ref in self._bound.get(saved, ()))
+        """Whether this restore has bound a saved node to this object; see `identity`."""
+        return self._bindings.holds(saved, obj)
 
 
-def restore_bound(
+def restore_pairs(
     reader: CheckpointReader,
     live: LiveGraph,
     bound: Mapping[int, int],
     options: CheckpointOptions,
     meeting: Meeting | None,
 ) -> None:
-    """Restores what live nodes take from the saved ones that are bound to them, whatever edges
-    lead there; what else the checkpoint has is ignored.
+    """Restores live nodes from the saved ones that are bound to them, by whatever edges they are
+    reached. What else the checkpoint has is ignored.
 
     Raises:
       RestoreMismatchError: naming all that is missing or differs. Nothing was changed.
     """
-    found = Match(bound, {})
-    saved = reader.object_graph
-    plan = plan_read(saved, live, found, path=reader.path, fits=fits(options.cast))
-    require_fit(replace(plan.report, unexpected=(), deferred=()))
-    execute(plan, live, reader, options, meeting)
+    planned = plan_pairs(reader, live, bound, options)
+    planned.require(replace(EVERYTHING, unexpected=False))
+    planned.execute(options, meeting)
     uid = next(_uids)
     for obj in live.objects:
-        _note_restored(obj, uid)
+        _restored_by.set(obj, uid)
 
 
 class _Waiting:

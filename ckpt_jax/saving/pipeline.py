@@ -1,13 +1,14 @@
 """Saving: from live objects to a committed checkpoint directory.
 
 trace      the object graph, and every value that is in it
-encode     each value as an array or a byte string; what cannot be saved is named here
-snapshot   host buffers: from here on the program may go on changing its objects
+encode     each value as an array or a byte string; values that cannot be saved are named here
+snapshot   host buffers: from here on the program may change its objects
 write      shards into a staging directory, registered savers first
 commit     one transaction for graph and index, then one rename
+finish     write callbacks and records, then the other processes hear of the checkpoint
 
-Where there are several processes, each does all of this for its own slices up to the commit,
-which process 0 does for all of them when their reports are in (`multihost`).
+If there are several processes, each does this for its own slices up to the commit. Process 0
+commits for all of them when it has their reports (`processes.meeting`).
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import astuple, dataclass
+from types import TracebackType
 from typing import Any
 
 from ckpt_jax import io
@@ -32,9 +34,9 @@ from ckpt_jax.processes.meeting import Meeting, described
 from ckpt_jax.progress import progress
 from ckpt_jax.saving.snapshot import snapshot
 from ckpt_jax.saving.write import plan_write, write
-from ckpt_jax.store.directory import Staging
 from ckpt_jax.store.fetch import read_index
 from ckpt_jax.store.seal import seal
+from ckpt_jax.store.storage import Storage
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import encode
 
@@ -43,135 +45,175 @@ _MAX_PARTS = 256  # of a graph, in what a process says of it
 _MAX_LISTED = 10
 
 
-def write_checkpoint(
-    live: Callable[[], LiveGraph],
-    path: str,
-    options: CheckpointOptions,
-    meeting: Meeting,
-    *,
-    overwrite: bool,
-    watch: SaveWatch,
-    extra: Callable[[LiveGraph], Mapping[str, bytes]] = lambda live: {},
-) -> None:
-    """Writes a traced graph to `path`, or leaves everything as it was and raises."""
-    begin(live, path, options, meeting, overwrite=overwrite, watch=watch, extra=extra)()
+@dataclass(frozen=True, slots=True)
+class SaveRequest:
+    """What to save, where, and how.
+
+    Attributes:
+      path: of the checkpoint, the same on all processes.
+      trace: gives the objects as they are now.
+      options: how to save.
+      overwrite: whether a checkpoint at `path` may be replaced.
+      extra: makes small entries of the traced objects, which are committed with their graph.
+    """
+
+    path: str
+    trace: Callable[[], LiveGraph]
+    options: CheckpointOptions
+    overwrite: bool = True
+    extra: Callable[[LiveGraph], Mapping[str, bytes]] = lambda live: {}
 
 
-@without_gc()
-def begin(
-    trace: Callable[[], LiveGraph],
-    path: str,
-    options: CheckpointOptions,
-    meeting: Meeting,
-    *,
-    overwrite: bool,
-    watch: SaveWatch,
-    extra: Callable[[LiveGraph], Mapping[str, bytes]] = lambda live: {},
-) -> Callable[..., None]:
-    """The part of a save that has to see the objects as they are now.
+class StagedSave:
+    """One save whose values are safe from changes, on its way to its path.
+
+    Making it is the part of a save that has to see the objects as they are now. The stages
+    follow once and in this order, on any thread, inside a `with` block:
+
+        with staged:
+            staged.commit(staged.write())
+            staged.finish(act)
+
+    An error in the block reaches the other processes before files go, and leaves everything as
+    it was, unless it comes from `finish`.
 
     Args:
-      trace: gives the objects.
-      path: of the checkpoint, the same on all processes.
-      options: how to save.
-      meeting: with the other processes. It has to be entered, and be left after the rest.
-      overwrite: whether a checkpoint at `path` may be replaced.
+      request: what to save.
+      storage: where the path lies.
+      meeting: with the other processes. It is entered, and it is left after the block.
       watch: measures the save.
-      extra: small entries that are committed with the object graph.
-
-    Returns:
-      The rest, to be called once, on any thread: it writes and commits. Nothing that the
-      program does meanwhile can change what is written. It takes two functions of no argument,
-      which are called on each process when the checkpoint is there: `kept`, and then `then`, on
-      process 0 before the others know of it. What `then` raises takes nothing back. Where it
-      does so on process 0, the others call `kept` alone, and fail, too.
     """
-    live = trace()
-    process = meeting.index
-    values = encoded_values(live)
-    taken = snapshot(values, copy=options.enable_async, process=process, count=meeting.count)
-    plan = plan_write(taken, options.sharding_policy)
-    graph, more = seal(codec.encode(live.graph)), extra(live)
-    digest, parts = "", {}
-    if meeting.count > 1:  # one process has nobody to agree with
-        digest, parts = hashlib.sha256(graph).hexdigest(), _digests_of_parts(live.graph)
-    staging = Staging.of(path, meeting.token)
-    shards = os.path.join(staging.directory, SHARDS)
-    mine = f"{process:05d}-"
-    with ExitStack() as stack:
-        if meeting.leads:
-            stack.enter_context(staging.claimed(overwrite=overwrite, durable=options.durable))
-        else:
-            stack.enter_context(
-                staging.joined(
-                    shards,
-                    mine,
-                    durable=options.durable,
-                    is_lost=lambda: not meeting.is_in_doubt,
-                )
-            )
-        stack.push(meeting.tell)  # before files go, or others would fail with that
-        os.makedirs(shards, exist_ok=True)
-        prefix = os.path.join(shards, mine if meeting.count > 1 else "")
-        registered = _registered_shards(live, prefix)
-        later = stack.pop_all()
 
-    def finish(
-        kept: Callable[[], None] = lambda: None, then: Callable[[], None] = lambda: None
+    @without_gc()
+    def __init__(self, request: SaveRequest, storage: Storage, meeting: Meeting, watch: SaveWatch):
+        options = request.options
+        self._request, self._meeting, self._watch = request, meeting, watch
+        live = request.trace()
+        taken = snapshot(
+            encoded_values(live),
+            copy=options.enable_async,
+            process=meeting.index,
+            count=meeting.count,
+        )
+        self._nbytes = taken.nbytes
+        self._plan = plan_write(taken, options.sharding_policy)
+        graph = seal(codec.encode(live.graph))
+        self._small = {**request.extra(live), OBJECT_GRAPH_KEY: graph}
+        self._digest, self._parts = "", {}
+        if meeting.count > 1:  # one process has nobody to agree with
+            self._digest = hashlib.sha256(graph).hexdigest()
+            self._parts = _digests_of_parts(live.graph)
+        self._staging = storage.stage(request.path, meeting.token)
+        self._shards = os.path.join(self._staging.directory, SHARDS)
+        self._failure: str | None = None  # of process 0, after the commit
+        with ExitStack() as stack:
+            stack.enter_context(self._held_staging())
+            stack.push(meeting.tell)  # before files go, or others would fail with that
+            os.makedirs(self._shards, exist_ok=True)
+            mine = self._own_names() if meeting.count > 1 else ""
+            self._registered = _registered_shards(live, os.path.join(self._shards, mine))
+            self._held = stack.pop_all()
+
+    @property
+    def path(self) -> str:
+        """Of the checkpoint."""
+        return self._request.path
+
+    def _held_staging(self) -> AbstractContextManager[None]:
+        """Holds the staging directory. What has failed in it is removed at the end."""
+        request, meeting = self._request, self._meeting
+        durable = request.options.durable
+        if meeting.leads:
+            return self._staging.claimed(overwrite=request.overwrite, durable=durable)
+        return self._staging.joined(
+            self._shards,
+            self._own_names(),
+            durable=durable,
+            is_lost=lambda: not meeting.is_in_doubt,
+        )
+
+    def _own_names(self) -> str:
+        """What the names of this process's shards begin with."""
+        return f"{self._meeting.index:05d}-"
+
+    def __enter__(self) -> StagedSave:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
-        failures: list[BaseException] = []
-        with later, progress(options.progress, f"saving {path}", taken.nbytes) as advance:
+        self._held.__exit__(kind, error, traceback)
+
+    def write(self) -> _Report:
+        """Writes the shards of this process; returns what the others have to know of them."""
+        options = self._request.options
+        with progress(options.progress, f"saving {self._request.path}", self._nbytes) as advance:
 
             def wrote(nbytes: int) -> None:
-                watch.wrote(nbytes)
+                self._watch.wrote(nbytes)
                 advance(nbytes)
 
-            written = [*registered, *write(plan, shards, options, process, wrote)]
-            watch.wrote(sum([read_index(shard).total_nbytes for shard in registered]))
-            report = _Report(
-                os.path.basename(staging.path),
-                digest,
-                parts,
-                tuple([os.path.relpath(shard, staging.directory) for shard in written]),
-            )
-
-            def commit(reports: list[Any]) -> str | None:
-                found = [_Report(*said) for said in reports]
-                _check_agreement(found, meeting.what)
-                _check_shared(found, staging.directory, meeting.what)
-                directories = [
-                    os.path.normpath(os.path.join(staging.directory, shard))
-                    for each in found
-                    for shard in each.shards
+            written = write(self._plan, self._shards, options, self._meeting.index, wrote)
+        self._watch.wrote(sum([read_index(shard).total_nbytes for shard in self._registered]))
+        return _Report(
+            os.path.basename(self._staging.path),
+            self._digest,
+            self._parts,
+            tuple(
+                [
+                    os.path.relpath(shard, self._staging.directory)
+                    for shard in (*self._registered, *written)
                 ]
-                small = {**more, OBJECT_GRAPH_KEY: graph}
-                io.merge_shards(directories, staging.directory, extra=small, options=options)
-                staging.publish(overwrite=overwrite, durable=options.durable)
-                later.close()
-                watch.committed(path)
-                kept()
-                try:
-                    with meeting.ending():
-                        then()
-                except BaseException as error:  # raised when the others know of the checkpoint
-                    failures.append(error)
-                    return described(error, process, meeting.what)["message"]
-                return None
+            ),
+        )
 
-            failed = meeting.conclude(astuple(report), commit)
-            if failures:
-                raise failures[0]
-            if meeting.leads:
-                return
-            watch.committed(path)
-            kept()
-            if failed is not None:
-                what = f"{meeting.what}: the checkpoint was committed, but then {failed}"
-                raise ProcessError(what, (0,))
+    def commit(self, report: _Report) -> None:
+        """Makes the shards of all processes the checkpoint at the path.
+
+        Process 0 does, when it has the reports of all. The others wait until it has finished.
+        """
+        if self._meeting.leads:
+            reports = [_Report(*said) for said in self._meeting.gather(astuple(report))]
+            self._publish(reports)
+            self._held.close()
+        else:
+            self._failure = self._meeting.report(astuple(report))
+        self._watch.committed(self._request.path)
+
+    def _publish(self, reports: Sequence[_Report]) -> None:
+        staging, request = self._staging, self._request
+        _check_agreement(reports, self._meeting.what)
+        _check_shared(reports, staging.directory, self._meeting.what)
+        shards = [
+            os.path.normpath(os.path.join(staging.directory, shard))
+            for report in reports
+            for shard in report.shards
+        ]
+        io.merge_shards(shards, staging.directory, extra=self._small, options=request.options)
+        staging.publish(overwrite=request.overwrite, durable=request.options.durable)
+
+    def finish(self, act: Callable[[], None]) -> None:
+        """Calls `act` now that the checkpoint is there: on process 0 before the others know of it.
+
+        An error of `act` takes nothing back. If process 0 has one, the others raise it, too,
+        instead of calling `act`.
+        """
+        meeting = self._meeting
+        if self._failure is not None:
+            what = f"{meeting.what}: the checkpoint was committed, but then {self._failure}"
+            raise ProcessError(what, (0,))
+        try:
             with meeting.ending():
-                then()
-
-    return finish
+                act()
+        except BaseException as error:
+            if meeting.leads:
+                meeting.announce(described(error, meeting.index, meeting.what)["message"])
+            raise
+        if meeting.leads:
+            meeting.announce(None)
 
 
 @dataclass(frozen=True, slots=True)

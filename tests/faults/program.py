@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import ckpt_jax as ckpt
+from ckpt_jax.api.checkpoint import set_save_counter
 from faults.values import checkpoint_of, tree_of
 
 C = ctypes.CDLL(None)
@@ -34,14 +35,14 @@ def overwrite(directory):
 def counted(directory):
     """A save that goes on from the latest."""
     checkpoint = checkpoint_of(3)
-    checkpoint._count(2)
+    set_save_counter(checkpoint, 2)
     checkpoint.save(directory / "ckpt")
 
 
 def managed(directory, options=None):
     """A save after which the manager removes the oldest."""
     checkpoint = checkpoint_of(3)
-    checkpoint._count(2)
+    set_save_counter(checkpoint, 2)
     manager = ckpt.CheckpointManager(checkpoint, directory, max_to_keep=2)
     manager.save(metrics={"loss": 3.0}, options=options)
     manager.sync()

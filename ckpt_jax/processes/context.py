@@ -1,0 +1,38 @@
+"""Context: what a save or a restore needs from its surroundings, as one argument.
+
+The verbs of the program take it from the running process; everything below them is given it, so
+that every stage can be run in memory, as one of several processes, against another clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ckpt_jax.metrics import METER, Meter
+from ckpt_jax.processes.current import current
+from ckpt_jax.processes.meeting import Processes
+from ckpt_jax.store.storage import POSIX, Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """The surroundings of a save or a restore.
+
+    Attributes:
+      processes: of the program.
+      storage: where checkpoints lie.
+      meter: the clock, and what saves and restores have cost so far.
+    """
+
+    processes: Processes
+    storage: Storage = POSIX
+    meter: Meter = METER
+
+
+def current_context() -> Context:
+    """The surroundings of this process.
+
+    Raises:
+      RuntimeError: JAX has several processes, but no coordination service.
+    """
+    return Context(current())

@@ -1,0 +1,260 @@
+"""Execute: reads the values of a plan, and assigns them.
+
+read    only the values that this process's devices need; each array once per dtype and placement
+assign  in place if an object is mutable, else by rebuilding it
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+from ckpt_jax.errors import ProcessError, RegistrationError, RestoreMismatchError
+from ckpt_jax.graph.dtypes import dtype_of
+from ckpt_jax.graph.labels import object_key_of, path_of
+from ckpt_jax.matching.assign import assign
+from ckpt_jax.matching.plan import Read, ReadPlan, SaverCall
+from ckpt_jax.matching.trace import LiveGraph
+from ckpt_jax.objects import registry
+from ckpt_jax.options import CheckpointOptions
+from ckpt_jax.processes.context import Context
+from ckpt_jax.processes.meeting import Meeting, Processes
+from ckpt_jax.progress import Advance, progress
+from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
+from ckpt_jax.restoring.derived import DerivedReader
+from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.values import host
+from ckpt_jax.values.leaves import ARRAY_KINDS, decode
+from ckpt_jax.values.replicas import gather, parted
+
+Reader = CheckpointReader | DerivedReader
+
+_ADVICE = "Nothing was changed. Pass a target that can hold this value."
+
+
+@contextmanager
+def together(
+    path: Any, options: CheckpointOptions, processes: Processes
+) -> Iterator[Meeting | None]:
+    """A meeting for a restore in which processes hand values to each other; else None.
+
+    It has to begin before anything that can fail on one process alone, because the others would
+    wait for what that process reads.
+    """
+    if path is None or not options.broadcast or processes.count == 1:
+        yield None
+        return
+    what = f"restoring {os.fsdecode(path)}"
+    with processes.meeting(what, options.timeout_seconds) as meeting:
+        yield meeting
+
+
+@contextmanager
+def opened(
+    path: Any, options: CheckpointOptions, context: Context
+) -> Iterator[tuple[CheckpointReader, Meeting | None]]:
+    """A checkpoint that is restored at once: its reader, and the meeting of `together`."""
+    with (
+        together(path, options, context.processes) as meeting,
+        context.meter.restoring(lambda: CheckpointReader(path, context.storage)) as reader,
+    ):
+        yield reader, meeting
+
+
+def read(
+    plan: ReadPlan, reader: Reader, options: CheckpointOptions, meeting: Meeting | None
+) -> list[Any]:
+    """The value of each `Read` of a plan, each array once per dtype and placement."""
+    total = nbytes_to_read(plan, reader) if options.progress else 0
+    with progress(options.progress, f"restoring {reader.path}", total) as advance:
+        return _read(plan, reader, options, meeting, advance)
+
+
+def _read(
+    plan: ReadPlan,
+    reader: Reader,
+    options: CheckpointOptions,
+    meeting: Meeting | None,
+    advance: Advance,
+) -> list[Any]:
+    requests: dict[tuple[str, Any, Any], int] = {}
+    order = [requests.setdefault(_identity(r), len(requests)) for r in plan.reads]
+    first: dict[int, Read] = {}
+    for number, r in zip(order, plan.reads, strict=True):
+        first.setdefault(number, r)
+    found: list[Any] = [None] * len(first)
+    shared = _shared(first) if meeting is not None else {}
+    # One pass serves each key once; a key that is wanted in several ways takes further passes.
+    todo = dict(first)
+    while todo:
+        batch: dict[str, int] = {}
+        for number, r in todo.items():
+            batch.setdefault(r.key, number)
+        asked = {key: _request(first[number], shared.get(number)) for key, number in batch.items()}
+        for key, data in reader.read(asked, options, advance).items():
+            r = first[batch[key]]
+            try:
+                found[batch[key]] = decode(data, r.saved, r.target, r.value)
+            except (OverflowError, ValueError) as error:
+                entry = ReportEntry(path_of(object_key_of(key)), str(r.target), str(r.saved))
+                problem = replace(entry, what=str(error))
+                report = RestoreReport(reader.path, mismatched=(problem,))
+                raise RestoreMismatchError(describe_problems(report, _ADVICE), report) from error
+        for number in batch.values():
+            del todo[number]
+    if meeting is not None:
+        _hand_over(found, {number: first[number] for number in shared}, meeting)
+    return [found[number] for number in order]
+
+
+def _shared(reads: Mapping[int, Read]) -> dict[int, jax.sharding.Sharding]:
+    """For reads whose bytes several processes need, the layout in which each is read once."""
+    shared: dict[int, jax.sharding.Sharding] = {}
+    for number, r in reads.items():
+        if r.target.kind == "array" and r.saved.kind in ARRAY_KINDS:
+            sharding = host.placement(r.value)
+            layout = sharding and parted(sharding, r.saved.shape, dtype_of(r.target.dtype))
+            if layout is not None:
+                shared[number] = layout
+    return shared
+
+
+def _hand_over(found: list[Any], reads: Mapping[int, Read], meeting: Meeting) -> None:
+    """Gathers what was read in parts.
+
+    Devices wait for each other without a deadline: so that nobody is missing, all processes say
+    first that they have read their parts, and of which values.
+    """
+    shardings = [host.placement(r.value) for r in reads.values()]
+    names = [f"{r.key} {r.target} {to}" for r, to in zip(reads.values(), shardings, strict=True)]
+    meeting.conclude(hashlib.sha256("\n".join(names).encode()).hexdigest(), _check_same_reads)
+    if not reads:
+        return
+    arrays = gather([found[number] for number in reads], [to for to in shardings if to is not None])
+    for number, array in zip(reads, arrays, strict=True):
+        found[number] = array
+
+
+def _check_same_reads(digests: list[str]) -> None:
+    others = tuple(k for k, digest in enumerate(digests) if digest != digests[0])
+    if others:
+        raise ProcessError(
+            f"the targets of processes {', '.join(map(str, others))} are not that of process 0; "
+            "with options.broadcast=True all processes restore the same",
+            others,
+        )
+
+
+def _identity(read: Read) -> tuple[str, Any, Any]:
+    return read.key, read.target, host.placement(read.value)
+
+
+def _request(
+    read: Read, layout: jax.sharding.Sharding | None = None
+) -> jax.ShapeDtypeStruct | None:
+    if read.target.kind not in ("array", "prng_key"):
+        return None
+    if read.saved.kind not in (*ARRAY_KINDS, "prng_key") and read.target.kind == "array":
+        return None  # a Python number: its range is checked before it becomes an array
+    return jax.ShapeDtypeStruct(
+        read.saved.shape,
+        dtype_of(read.target.dtype),
+        sharding=layout or host.placement(read.value),
+    )
+
+
+def nbytes_to_read(plan: ReadPlan, reader: Reader) -> int:
+    """Bytes of values that this process needs for a plan, each once."""
+    nbytes: dict[str, int] = {}
+    for r in plan.reads:
+        sharding = host.placement(r.value) if r.target.kind in ("array", "prng_key") else None
+        size = reader.stored_nbytes(r.key)
+        if sharding is not None:
+            size = size * host.wanted_size(sharding, r.saved.shape) // max(prod(r.saved.shape), 1)
+        nbytes[r.key] = max(size, nbytes.get(r.key, 0))
+    return sum(nbytes.values())
+
+
+@host.transfers_allowed()
+def execute(
+    plan: ReadPlan,
+    live: LiveGraph,
+    reader: Reader,
+    options: CheckpointOptions,
+    meeting: Meeting | None = None,
+) -> tuple[Any, list[Any]]:
+    """Reads what a plan says and puts it into the live objects; returns the root and the values.
+
+    `meeting` is that of `together`: without it, each process reads all that it needs.
+    """
+    calls = [_accepted(call, live) for call in plan.calls]
+    values: dict[int, dict[str, Any]] = {}
+    for r, value in zip(plan.reads, read(plan, reader, options, meeting), strict=True):
+        if r.target.kind == "array" and not isinstance(value, jax.Array):
+            value = host.put([np.asarray(value)], host.placement(r.value))[0]
+        if r.target.weak_type:  # or the same program would be compiled anew, and promote otherwise
+            value = host.weakly_typed(value)
+        values.setdefault(r.node, {})[r.name] = value
+    replaced: dict[int, Any] = {}
+    for saver, nodes in calls:
+        objects = {name: live.objects[node] for name, node in nodes.items()}
+        new = _restored(saver, objects, reader.path)
+        if lost := [name for name, obj in objects.items() if name not in new and is_abstract(obj)]:
+            raise RegistrationError(
+                f"restore_fn of the checkpoint saver {saver.name!r} returned no values for "
+                f"{', '.join(lost)}, and there are none in the target that could stay"
+            )
+        replaced.update({nodes[name]: value for name, value in new.items()})
+    root = assign(live, values, replaced)
+    return root, [*replaced.values(), *(v for of_node in values.values() for v in of_node.values())]
+
+
+def _accepted(call: SaverCall, live: LiveGraph) -> tuple[registry.RegisteredSaver, dict[str, int]]:
+    """The saver that a checkpoint names, and the nodes that it takes; others are skipped."""
+    saver = registry.get_saver(call.saver)
+    nodes = {name: n for name, n in call.nodes.items() if saver.predicate(live.objects[n])}
+    if saver.strict_predicate_restore and len(nodes) < len(call.nodes):
+        refused = [live.graph.paths[n] for name, n in call.nodes.items() if name not in nodes]
+        raise RegistrationError(
+            f"the checkpoint saver {call.saver!r} cannot be used to restore {', '.join(refused)}: "
+            "its predicate refuses the objects there"
+        )
+    return saver, nodes
+
+
+def _restored(
+    saver: registry.RegisteredSaver, objects: dict[str, Any], path: str
+) -> Mapping[str, Any]:
+    """What a saver puts in the place of immutable objects, by name."""
+    if not objects:
+        return {}
+    result = saver.restore_fn(dict(objects), path)
+    if result is None:
+        return {}
+    if not isinstance(result, Mapping):
+        raise RegistrationError(
+            f"restore_fn of the checkpoint saver {saver.name!r} must return None or a dict of new "
+            f"values by name, got {type(result).__name__}"
+        )
+    if unknown := [name for name in result if name not in objects]:
+        raise RegistrationError(
+            f"restore_fn of the checkpoint saver {saver.name!r} returned values for {unknown}, "
+            f"but was given {list(objects)}"
+        )
+    return result
+
+
+def is_abstract(value: Any) -> bool:
+    """Whether a target describes an array and holds none, or one that was deleted or donated."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return True
+    return isinstance(value, jax.Array) and not isinstance(value, Tracer) and value.is_deleted()

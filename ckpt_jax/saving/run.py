@@ -1,0 +1,199 @@
+"""Save runs: one save from the call to the record, here or in the background.
+
+A run first meets the other processes, before anything that could fail here alone. Then it waits
+for its *turn*, because the saves of one `Checkpoint` come one after the other. Then it stages the
+values, and goes on in the background if it may.
+
+*Bookkeeping* is what the owner of a save does about it: count it, record it, or take it back.
+
+A run is *in doubt* if this process has reported its shards and has not heard what became of
+them. It then counts as failed. If process 0 turns out to have committed it, it is counted and
+recorded before the next save, so that all processes go on from the same number.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ckpt_jax.options import CheckpointOptions
+from ckpt_jax.processes.context import Context
+from ckpt_jax.processes.meeting import Meeting
+from ckpt_jax.saving.background import Background
+from ckpt_jax.saving.pipeline import SaveRequest, StagedSave
+
+
+class Bookkeeping(Protocol):
+    """What the owner of a save does about it."""
+
+    def begin(self) -> SaveRequest:
+        """Counts the save, and says what to save. Called again if a save in doubt was done."""
+        ...
+
+    def record(self) -> None:
+        """Records that the checkpoint is there: on process 0 before the others know of it."""
+        ...
+
+    def undo(self) -> None:
+        """Takes back what `begin` has done, as far as it came: the save has not happened."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Unrecorded:
+    """The bookkeeping of a save that has no number and no record."""
+
+    request: SaveRequest
+
+    def begin(self) -> SaveRequest:
+        return self.request
+
+    def record(self) -> None:
+        pass
+
+    def undo(self) -> None:
+        pass
+
+
+Open = Callable[[Meeting], Bookkeeping | None]
+
+
+def save_once(request: SaveRequest, context: Context) -> str:
+    """Saves in the foreground, without a turn, a number or a record; returns the path."""
+    watch = context.meter.saving()
+    what, seconds = f"saving {request.path}", request.options.timeout_seconds
+    with (
+        context.processes.meeting(what, seconds) as meeting,
+        StagedSave(request, context.storage, meeting, watch) as staged,
+    ):
+        staged.commit(staged.write())
+        staged.finish(lambda: None)
+    return request.path
+
+
+class SaveRuns:
+    """The save runs of one owner: whose turn it is, and which runs are in doubt."""
+
+    def __init__(self) -> None:
+        self.background = Background()
+        self._doubts: list[SaveRun] = []
+
+    def save(
+        self, path: str, options: CheckpointOptions, context: Context, open_books: Open
+    ) -> str | None:
+        """One save.
+
+        Args:
+          path: names it in errors.
+          options: how to save.
+          context: the surroundings.
+          open_books: called when it is this save's turn; None if there is nothing to save then.
+
+        Returns:
+          The path of the checkpoint. None if there was nothing to save, or if another save was
+          in flight and `when_busy="skip"` says not to wait for it.
+        """
+        watch = context.meter.saving()
+        with ExitStack() as stack:
+            meeting = stack.enter_context(
+                context.processes.meeting(f"saving {path}", options.timeout_seconds)
+            )
+            with self._turn(options, meeting) as is_mine:
+                if not is_mine:
+                    return None
+                self.settle_doubts(options.timeout_seconds)
+                books = open_books(meeting)
+                if books is None:
+                    return None
+                run = stack.enter_context(SaveRun(self, books, meeting))
+                request = books.begin()
+                staged = StagedSave(request, context.storage, meeting, watch)
+                if not options.enable_async:
+                    run.finish(staged, options)
+                    return request.path
+                watch.unblocked()
+                held = stack.pop_all()  # the meeting and the run are left in the background
+
+                def work() -> None:
+                    with held:
+                        run.finish(staged, options)
+
+                self.background.start(work, f"saving {request.path}", options.timeout_seconds)
+        return request.path
+
+    @contextmanager
+    def _turn(self, options: CheckpointOptions, meeting: Meeting) -> Iterator[bool]:
+        """The right to save; see `Background.turn`. Of several processes, 0 decides on a skip."""
+        # If one of several processes did not take part, the others would wait for it.
+        is_alone = meeting.count == 1
+        with self.background.turn(options.when_busy, is_refused=is_alone) as is_mine:
+            if options.when_busy == "wait" or meeting.led(is_mine) == is_mine:
+                yield is_mine
+            elif is_mine:  # process 0 is not done with a save that this one is done with
+                yield False
+            else:
+                with self.background.turn(is_refused=is_alone) as is_mine:
+                    yield is_mine
+
+    def settle_doubts(self, timeout_seconds: float) -> None:
+        """Counts the saves that had failed here, in doubt, but not on process 0."""
+        while self._doubts:
+            is_done = self._doubts[0].meeting.done_after_all(timeout_seconds)
+            if is_done is None:
+                return
+            books = self._doubts.pop(0).books
+            if is_done:
+                books.begin()
+                books.record()
+            else:
+                books.undo()
+
+    def doubt(self, run: SaveRun) -> None:
+        """Keeps a run whose outcome is not known, to ask for it before the next save."""
+        run.meeting.keep()
+        self._doubts.append(run)
+
+
+class SaveRun:
+    """One save that has its turn. Leaving its block takes back a save that has failed."""
+
+    def __init__(self, runs: SaveRuns, books: Bookkeeping, meeting: Meeting):
+        self.books, self.meeting = books, meeting
+        self._runs = runs
+        self._is_committed = False
+
+    def __enter__(self) -> SaveRun:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if not self._is_committed:
+            self.books.undo()
+            if self.meeting.is_in_doubt:
+                self._runs.doubt(self)
+
+    def finish(self, staged: StagedSave, options: CheckpointOptions) -> None:
+        """Writes, commits and records; on any thread."""
+        meeting, path = self.meeting, staged.path
+        with staged:
+            staged.commit(staged.write())
+            self._is_committed = True
+            if not meeting.leads:  # whatever becomes of the callbacks
+                self.books.record()
+
+            def act() -> None:
+                _call_back(options.write_callbacks, path)
+                if meeting.leads:
+                    self.books.record()
+
+            staged.finish(act)
+
+
+def _call_back(callbacks: Iterable[Callable[..., Any]], path: str) -> None:
+    for callback in callbacks:
+        if inspect.signature(callback).parameters:
+            callback(path)
+        else:
+            callback()
