@@ -10,14 +10,14 @@ the same: every object of the program that has values got them. The save counter
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ckpt_jax.graph.labels import SAVE_COUNTER
 from ckpt_jax.graph.nodes import pretty_name
 from ckpt_jax.matching.match import Match, match
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.report import RestoreReport
-from ckpt_jax.restoring.run import look
+from ckpt_jax.restoring.run import look, truly_restored
 from ckpt_jax.restoring.waiting import Restoration
 
 _MAX_LISTED = 10
@@ -56,7 +56,7 @@ class LoadStatus:
         """Every value on either side, as things stand now."""
         if self._restoration is None:
             return RestoreReport("(no checkpoint)")
-        return self._look()[2]
+        return self._look().report
 
     def assert_consumed(self, *, limit: int | None = _MAX_LISTED) -> LoadStatus:
         """Every value in the checkpoint has a place in the program, and the other way round.
@@ -69,15 +69,14 @@ class LoadStatus:
         """
         self._done.left_over.is_expected = True  # whoever asserts has been told
         self.assert_existing_objects_matched(limit=limit)
-        live, found, report = self._look()
-        saved = self._done.saved
+        now, saved = self._look(), self._done.saved
         if saved.named:
             return self
         unresolved = [
             f"Unresolved object in checkpoint {pretty_name(saved, node)}: {what}"
-            for node, what in self._unresolved(live, found)
+            for node, what in self._unresolved(now)
         ]
-        unused = [f"Unused attributes in checkpoint: {entry}" for entry in report.unexpected]
+        unused = [f"Unused attributes in checkpoint: {entry}" for entry in now.report.unexpected]
         _fail("values of the checkpoint have no place in the program", unresolved or unused, limit)
         return self
 
@@ -90,21 +89,15 @@ class LoadStatus:
         Raises:
           AssertionError: naming the objects that did not.
         """
-        live, found, _ = self._look()
-        sources, saved = found.sources(), self._done.saved.nodes
-        skipped = live.graph.slot_nodes if self._skips_slots() else frozenset()
+        now = self._look()
+        graph = now.live.graph
+        skipped = graph.slot_nodes if self._skips_slots() else frozenset()
         if self._done.saved.named:
-            skipped |= {n for label, n in live.graph.nodes[0].children if label == SAVE_COUNTER}
+            skipped |= {n for label, n in graph.nodes[0].children if label == SAVE_COUNTER}
         unmatched = [
-            pretty_name(live.graph, node)
-            for node, entry in enumerate(live.graph.nodes)
-            if entry.attributes
-            and node not in skipped
-            and (
-                node not in sources
-                or not (saved[sources[node]].attributes or saved[sources[node]].saver)
-                or not self._holds(live, sources[node], node)
-            )
+            pretty_name(graph, node)
+            for node, entry in enumerate(graph.nodes)
+            if (entry.attributes or entry.saver) and node not in (skipped | now.given)
         ]
         _fail("objects of the program are not in the checkpoint", unmatched, limit)
         return self
@@ -117,14 +110,14 @@ class LoadStatus:
         """
         if self._done.saved.named:
             return self.assert_consumed()
-        live, found, _ = self._look()
-        if len(found.bound) <= 1:
-            if len(live.graph.nodes) <= 1:
+        now = self._look()
+        if len(now.found.bound) <= 1:
+            if len(now.live.graph.nodes) <= 1:
                 raise AssertionError("Nothing to load: the program tracks no objects")
             raise AssertionError(
                 "Nothing but the root was matched with the checkpoint. It holds "
                 f"{_listed(list(self._done.saved.paths[1:]))}; the program has "
-                f"{_listed(list(live.graph.paths[1:]))}"
+                f"{_listed(list(now.live.graph.paths[1:]))}"
             )
         return self
 
@@ -151,31 +144,53 @@ class LoadStatus:
             raise AssertionError(_NO_CHECKPOINT)
         return self._restoration
 
-    def _look(self) -> tuple[LiveGraph, Match, RestoreReport]:
+    def _look(self) -> _Look:
         restoration = self._done
         live = self._trace()
         found = match(restoration.saved, live.graph)
-        _, report = look(restoration.renamed, found, live, restoration.path, restoration.options)
-        return live, found, replace(report, nbytes=restoration.nbytes)
+        reads, report = look(
+            restoration.renamed, found, live, restoration.path, restoration.options
+        )
+        given = restoration.given_nodes(live)
+        report = truly_restored(report, reads, live, given)
+        return _Look(live, found, given, replace(report, nbytes=restoration.nbytes))
 
     def _skips_slots(self) -> bool:
         return self._done.options.skip_slot_variables
 
-    def _holds(self, live: LiveGraph, saved: int, node: int) -> bool:
-        """Whether a live node still is the object that the restore bound. Values without an
-        identity of their own (leaves of a pytree) are known by their place."""
-        return not live.views[node].mutable or self._done.is_bound(saved, live.objects[node])
-
-    def _unresolved(self, live: LiveGraph, found: Match) -> list[tuple[int, str]]:
+    def _unresolved(self, now: _Look) -> list[tuple[int, str]]:
+        """Saved nodes with values that no object of the program has now, and what they hold."""
         saved = self._done.saved
-        skipped = saved.slot_nodes if self._skips_slots() else frozenset()
+        nodes = now.live.graph.nodes
+        taken = {
+            saved
+            for live, saved in now.found.sources().items()
+            # An object that takes no values leaves them unused, which is another complaint.
+            if live in now.given or not (nodes[live].attributes or nodes[live].saver)
+        }
+        if self._skips_slots():
+            taken |= saved.slot_nodes
         return [
             (node, ", ".join(str(attribute.spec) for attribute in entry.attributes))
             for node, entry in enumerate(saved.nodes)
-            if entry.attributes
-            and node not in skipped
-            and (node not in found.bound or not self._holds(live, node, found.bound[node]))
+            if entry.attributes and node not in taken
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """The program as it is now, beside the checkpoint.
+
+    Attributes:
+      live, found: the program's objects, and their match with the saved graph.
+      given: the nodes that the restore, or a later one, has really given values.
+      report: every value on either side.
+    """
+
+    live: LiveGraph
+    found: Match
+    given: frozenset[int]
+    report: RestoreReport
 
 
 def _listed(names: list[str]) -> str:

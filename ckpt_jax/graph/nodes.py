@@ -11,7 +11,7 @@ Nothing here holds arrays, devices or files; a `LeafSpec` and a `ShardingSpec` a
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -80,11 +80,14 @@ class ObjectGraph:
     """Nodes, and the escaped path of each along its first breadth-first discovery.
 
     `named` says that it was made of global names, for a file that has no object graph.
+    `slot_aliases` has further (optimizer, variable, slot name) of slot variables, for variables
+    that may as well be meant; see `matching.trace`.
     """
 
     nodes: tuple[Node, ...]
     object_keys: tuple[str, ...] = field(repr=False)
     named: bool = False
+    slot_aliases: Mapping[tuple[int, int, str], int] = field(default_factory=dict, repr=False)
 
     @cached_property
     def paths(self) -> tuple[str, ...]:
@@ -106,7 +109,8 @@ class ObjectGraph:
 
     def slot(self, optimizer: int, variable: int, name: str) -> int | None:
         """The slot variable of an optimizer for a variable."""
-        return self._slot_nodes.get((optimizer, variable, name))
+        key = optimizer, variable, name
+        return self._slot_nodes.get(key, self.slot_aliases.get(key))
 
     @cached_property
     def slot_of(self) -> dict[int, tuple[int, Slot]]:

@@ -88,6 +88,7 @@ def extend(
             # Two leaves of the program where the checkpoint has one: both take its value.
             shared.append((saved_node, live_node))
             taken[live_node] = saved_node
+            queue.extend(_slot_pairs(saved, live, bound, shared, saved_node))
             continue
         if known_live is not None:
             conflicts.append(Conflict(saved_node, live_node, known_saved, known_live))
@@ -107,7 +108,7 @@ def extend(
             else:
                 frontier.pop((live_node, label), None)
                 queue.append((child, there))
-        queue.extend(_slot_pairs(saved, live, bound, saved_node))
+        queue.extend(_slot_pairs(saved, live, bound, shared, saved_node))
     return Match(
         MappingProxyType(bound), MappingProxyType(frontier), tuple(conflicts), tuple(shared)
     )
@@ -140,13 +141,27 @@ def _edges(children: Iterable[tuple[Label, int]]) -> dict[Label, int]:
 
 
 def _slot_pairs(
-    saved: ObjectGraph, live: ObjectGraph, bound: Mapping[int, int], node: int
+    saved: ObjectGraph,
+    live: ObjectGraph,
+    bound: Mapping[int, int],
+    shared: Sequence[tuple[int, int]],
+    node: int,
 ) -> list[tuple[int, int]]:
-    """Slots that the binding of `node`, as optimizer or as variable, makes known."""
+    """Slots that the binding of `node`, as optimizer or as variable, makes known.
+
+    If the checkpoint has one variable where the program has several, an optimizer of the program
+    may hold slots for any of them.
+    """
     slots = [(node, slot) for slot in saved.nodes[node].slots if slot.variable in bound]
     slots += [entry for entry in saved.slots_of_variable.get(node, ()) if entry[0] in bound]
+    if not slots:
+        return []
+    further: dict[int, list[int]] = {}
+    for source, there in shared:
+        further.setdefault(source, []).append(there)
     return [
         (slot.node, there)
         for optimizer, slot in slots
-        if (there := live.slot(bound[optimizer], bound[slot.variable], slot.name)) is not None
+        for variable in (bound[slot.variable], *further.get(slot.variable, ()))
+        if (there := live.slot(bound[optimizer], variable, slot.name)) is not None
     ]

@@ -239,26 +239,19 @@ class _Planner:
         ]
 
     def conflicts(self) -> None:
-        """One object or array of the program where the checkpoint has two values."""
+        """One object of the program that would get two values of the checkpoint.
+
+        Equal identity of immutable values means nothing: each place takes its own value.
+        """
         pairs = [
             (conflict.live, conflict.bound_saved, conflict.saved)
             for conflict in self.match.conflicts
             if conflict.bound_saved is not None
         ]
-        first: dict[int, int] = {}
-        apart = self.live.graph.slot_nodes  # some begin as the very array that they belong to
-        for node, source in sorted(self.sources.items()):
-            view = self.live.views[node] if node >= 0 and node not in apart else None
-            if view is not None and view.identity and not view.mutable:
-                other = first.setdefault(id(self.live.objects[node]), source)
-                if other != source:
-                    pairs.append((node, other, source))
         for node, one, two in pairs:
             here = self.live.graph.paths[node]
             paths = f"{self.saved.paths[one]} and {self.saved.paths[two]}"
             what = f"one object in the program, but two values in the checkpoint: {paths}"
-            if not self.live.views[node].mutable:
-                what += "; a copy or an abstract target (jax.eval_shape) takes both"
             self.conflicting.append(ReportEntry(here, "", "", what))
             self.used.update((two, name) for name in _value_names(self.saved.nodes[two]))
 

@@ -12,6 +12,7 @@ passes on.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -31,6 +32,9 @@ from ckpt_jax.objects.views import (
     slots_of,
     view_of,
 )
+
+# Names of copies of parameters, which no optimizer is made for.
+_COPY = re.compile(r"(^|_)(ema|ref|reference|target|teacher|old|prev|best|avg|average|swa)(_|$)")
 
 Describe = Callable[[Any], tuple[LeafSpec, ShardingSpec | None]]
 SaverOf = Callable[[Any], str | None]
@@ -109,6 +113,7 @@ class _Walk:
     children: list[tuple[tuple[Label, int], ...]] = field(default_factory=list)
     slots: dict[int, list[Slot]] = field(default_factory=dict)
     variables: dict[int, Any] = field(default_factory=dict)
+    slot_aliases: dict[tuple[int, int, str], int] = field(default_factory=dict)
     node_of: dict[int, int] = field(default_factory=dict)  # by id, of objects with an identity
     problems: list[tuple[str, str]] = field(default_factory=list)
 
@@ -232,19 +237,22 @@ class _Walk:
             if not entries:
                 continue
             paths = [e.variable for e in entries if isinstance(e.variable, ParameterPath)]
-            places = self.places(node, paths)
+            trees = self.places(node, paths)
             for entry in entries:
                 if isinstance(entry.variable, ParameterPath):
-                    owner = places.get(entry.variable)
+                    owners = [tree[entry.variable] for tree in trees]
                 else:
                     owner = self.node_of.get(id(delegate_of(entry.variable)))
-                if owner is not None:
-                    self.add_slot(node, owner, entry, regular)
-            if not places:
+                    owners = [] if owner is None else [owner]
+                if owners:
+                    slot = self.add_slot(node, owners[0], entry, regular)
+                    for other in owners[1:]:
+                        self.slot_aliases[node, other, entry.name] = slot
+            if not trees:
                 self.add_as_children(node, entries)
         self.run()
 
-    def add_slot(self, optimizer: int, variable: int, entry: SlotEntry, regular: int) -> None:
+    def add_slot(self, optimizer: int, variable: int, entry: SlotEntry, regular: int) -> int:
         key = labels.slot_key(self.keys[variable], self.keys[optimizer], entry.name)
         slot = self.enter(entry.value, key, tie=False)
         if slot < regular:
@@ -255,34 +263,39 @@ class _Walk:
             self.problems.append((labels.path_of(self.keys[slot]), what))
         self.variables[slot] = entry.variable
         self.slots.setdefault(optimizer, []).append(Slot(variable, entry.name, slot))
+        return slot
 
-    def places(self, optimizer: int, wanted: Sequence[ParameterPath]) -> dict[ParameterPath, int]:
+    def places(
+        self, optimizer: int, wanted: Sequence[ParameterPath]
+    ) -> list[dict[ParameterPath, int]]:
         """The nodes of variables that are given as paths in a tree of parameters.
 
-        The tree is the one that the optimizer knows; else, of the objects that have something
-        at every path, the one that is called like parameters or a model, or is the nearest.
+        Returns:
+          The trees that may be meant, the likeliest first. If the optimizer has its parameters at
+          hand, these are the trees that are the same object. There may be several, because a
+          copy of the parameters often begins as the very same tree. Else it is the tree that is
+          called like parameters or a model, or is the nearest.
         """
         view = self.views[optimizer]
         if not wanted or not isinstance(view, OptimizerView):
-            return {}
+            return []
         parameters = view.parameters(self.objects[optimizer])
-        if parameters is not None:
-            for node, obj in enumerate(self.objects):
-                if obj is parameters:
-                    return self.below(node, wanted)
+        same = [node for node, obj in enumerate(self.objects) if obj is parameters]
+        is_known = parameters is not None and bool(same)
+        candidates = same if is_known else range(len(self.children))
         own = self.keys[optimizer].split("/")
-        found = [
-            (node, there)
-            for node in range(len(self.children))
-            if (there := self.below(node, wanted))
-        ]
 
-        def merit(candidate: tuple[int, dict[ParameterPath, int]]) -> tuple[bool, int, int]:
+        def merit(candidate: tuple[int, Any]) -> tuple[int, ...]:
             key = self.keys[candidate[0]].split("/")
-            common = [a == b for a, b in zip(key, own, strict=False)]
-            return key[-1] in ("params", "model"), (*common, False).index(False), -candidate[0]
+            common = (*[a == b for a, b in zip(key, own, strict=False)], False).index(False)
+            is_named = key[-1] in ("params", "model")
+            is_original = not any(map(_COPY.search, key))
+            near = (common, is_named) if is_known else (is_named, common)
+            return is_original, *near, -candidate[0]
 
-        return max(found, key=merit)[1] if found else {}
+        found = [(node, there) for node in candidates if (there := self.below(node, wanted))]
+        trees = [there for _, there in sorted(found, key=merit, reverse=True)]
+        return trees if is_known else trees[:1]
 
     def below(self, node: int, wanted: Sequence[ParameterPath]) -> dict[ParameterPath, int]:
         """Nodes by their path below `node`; none at all unless every path is there."""
@@ -356,7 +369,7 @@ class _Walk:
                 for i, (obj, view, children, attributes, saver, has) in enumerate(rows)
             ]
         )
-        graph = ObjectGraph(nodes, tuple(self.keys))
+        graph = ObjectGraph(nodes, tuple(self.keys), slot_aliases=self.slot_aliases)
         columns = (tuple(self.objects), tuple(self.views), tuple(self.values))
         return LiveGraph(graph, *columns, self.variables)
 

@@ -191,10 +191,14 @@ def execute(
     reader: Reader,
     options: CheckpointOptions,
     meeting: Meeting | None = None,
-) -> tuple[Any, list[Any]]:
-    """Reads what a plan says and puts it into the live objects; returns the root and the values.
+) -> tuple[Any, frozenset[int]]:
+    """Reads what a plan says and puts it into the live objects.
 
-    `meeting` is that of `together`: without it, each process reads all that it needs.
+    Args:
+      meeting: that of `together`; without it, each process reads all that it needs.
+
+    Returns:
+      The root, and the nodes that were really given values.
     """
     calls = [_accepted(call, live) for call in plan.calls]
     values: dict[int, dict[str, Any]] = {}
@@ -214,8 +218,8 @@ def execute(
                 f"{', '.join(lost)}, and there are none in the target that could stay"
             )
         replaced.update({nodes[name]: value for name, value in new.items()})
-    root = assign(live, values, replaced)
-    return root, [*replaced.values(), *(v for of_node in values.values() for v in of_node.values())]
+    given = frozenset([*values, *(node for _, nodes in calls for node in nodes.values())])
+    return assign(live, values, replaced), given
 
 
 def _accepted(call: SaverCall, live: LiveGraph) -> tuple[registry.RegisteredSaver, dict[str, int]]:

@@ -24,6 +24,8 @@ from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.restoring.adapters import Adapted, adapt
 from ckpt_jax.restoring.derived import DerivedReader
 from ckpt_jax.restoring.execute import execute, is_abstract, nbytes_to_read
+from ckpt_jax.restoring.identity import Places
+from ckpt_jax.restoring.precedence import Rank
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.shardings import placed
@@ -117,13 +119,26 @@ class PlannedRestore:
         require_fit(report, demand.advice)
 
     def execute(
-        self, options: CheckpointOptions, meeting: Meeting | None = None
-    ) -> tuple[Any, list[Any]]:
-        """Reads the values and puts them into the objects; returns the root and the values.
+        self,
+        options: CheckpointOptions,
+        meeting: Meeting | None = None,
+        *,
+        rank: Rank | None = None,
+        root_place: tuple[Any, str] = (None, ""),
+    ) -> tuple[Any, frozenset[int]]:
+        """Reads the values and puts them into the objects.
 
-        `meeting` is that of `together`: without it, each process reads all that it needs.
+        Args:
+          meeting: that of `together`; without it, each process reads all that it needs.
+          rank: of the restore; a new one by default.
+          root_place: where the root of the objects lies, if it is a value; see `Places`.
+
+        Returns:
+          The root, and the nodes that were really given values.
         """
-        return execute(self.reads, self.live, self._source, options, meeting)
+        root, given = execute(self.reads, self.live, self._source, options, meeting)
+        (rank or Rank()).gave(Places(self.live, root_place), given)
+        return root, given
 
 
 def plan_whole(
@@ -252,6 +267,43 @@ def abstract_only(entries: tuple[ReportEntry, ...], live: LiveGraph) -> tuple[Re
         if is_abstract(value)
     }
     return tuple([entry for entry in entries if entry.path in empty])
+
+
+def truly_restored(
+    report: RestoreReport, reads: ReadPlan, live: LiveGraph, given: frozenset[int]
+) -> RestoreReport:
+    """A report in which only the values of some nodes count as restored.
+
+    The others would match, but appeared or replaced an object after the restore: they are missing.
+    """
+    paths = live.graph.paths
+    lost = {live.graph.value_path(r.node, r.name) for r in reads.reads if r.node not in given}
+    lost |= {paths[n] for call in reads.calls for n in call.nodes.values() if n not in given}
+    if not lost:
+        return report
+
+    def kept(entries: tuple[ReportEntry, ...]) -> tuple[ReportEntry, ...]:
+        return tuple([entry for entry in entries if entry.path not in lost])
+
+    missing = [
+        replace(entry, what=f"expected {entry.expected}, {_TOO_LATE}", nearest=())
+        for entry in report.restored
+        if entry.path in lost
+    ]
+    return replace(
+        report,
+        restored=kept(report.restored),
+        missing=(*report.missing, *missing),
+        renamed=kept(report.renamed),
+        reshaped=kept(report.reshaped),
+        dtype_changes=kept(report.dtype_changes),
+    )
+
+
+_TOO_LATE = (
+    "which the checkpoint has, but it came into this place after the restore and was not "
+    "restored; restore again"
+)
 
 
 def require_fit(report: RestoreReport, advice: str) -> None:

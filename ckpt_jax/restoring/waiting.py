@@ -7,7 +7,6 @@ object that is dropped is dropped.
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import weakref
@@ -17,7 +16,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
-from ckpt_jax.graph.labels import Label
+from ckpt_jax.graph.labels import Label, escape, local_name
 from ckpt_jax.graph.nodes import ObjectGraph, pretty_name, reachable
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.live import live_graph
@@ -30,7 +29,8 @@ from ckpt_jax.processes.context import Context
 from ckpt_jax.processes.meeting import Meeting
 from ckpt_jax.restoring.adapters import ReshardCallback, adapt
 from ckpt_jax.restoring.execute import together
-from ckpt_jax.restoring.identity import Bindings, ObjectNumbers
+from ckpt_jax.restoring.identity import Bindings, Places
+from ckpt_jax.restoring.precedence import Rank
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.run import EVERYTHING, Demand, plan, plan_pairs
@@ -38,8 +38,6 @@ from ckpt_jax.values import host
 
 _log = logging.getLogger("ckpt_jax")
 _MAX_LOGGED = 10
-_uids = itertools.count(1)
-_restored_by = ObjectNumbers()  # the uid of the restore that an object's values come from
 
 
 def log_conflicts(saved: ObjectGraph, found: Match) -> None:
@@ -101,7 +99,6 @@ class Restoration:
     Attributes:
       path: of the checkpoint.
       renamed: its object graph, under the names of the program.
-      uid: grows with every restore; the values of a later one win.
       nbytes: how much it has read so far.
     """
 
@@ -118,12 +115,12 @@ class Restoration:
         self._location = os.path.abspath(path)  # the program may go elsewhere
         self.renamed = renamed
         self.options = options
-        self.uid = next(_uids)
         self._context = context
         self.nbytes = 0
         self.left_over = _LeftOver(path, renamed.graph)
         finalizer = weakref.finalize(self, self.left_over.log)
         finalizer.atexit = False  # at interpreter exit nobody is waiting any more
+        self._rank = Rank()
         self._bindings = Bindings()
         self._callbacks: Mapping[int, ReshardCallback] = {}  # by saved node
         self._reader: CheckpointReader | None = None  # for what is attached later
@@ -144,12 +141,13 @@ class Restoration:
         try:
             live = self._traced()
             assert live is not None
-            return self._bind(live, lambda saved: match(saved, live.graph), reader, meeting)
+            rematch = lambda saved: match(saved, live.graph)  # noqa: E731
+            return self._bind(live, rematch, reader, meeting, self._root_place())
         except BaseException:
             self.left_over.is_expected = True  # the error says enough
             raise
 
-    def attach(self, child: Any, saved: int) -> Any:
+    def attach(self, child: Any, saved: int, place: tuple[Any, str]) -> Any:
         """Restores into an object that appeared where `saved` was awaited; returns it."""
         key = self.saved.object_keys[saved]
         live = live_graph(child, key)
@@ -163,6 +161,7 @@ class Restoration:
                 lambda graph: extend(before, graph, live.graph, [(saved, 0)]),
                 reader,
                 meeting,
+                place,
                 root_key=key,
             )
         return child if root is delegate_of(child) else root
@@ -181,7 +180,8 @@ class Restoration:
             together(self.path, self.options, self._context.processes) as meeting,
             self._reopened() as reader,
         ):
-            self._bind(live, lambda saved: match(saved, live.graph), reader, meeting, slots)
+            rematch = lambda saved: match(saved, live.graph)  # noqa: E731
+            self._bind(live, rematch, reader, meeting, self._root_place(), slots)
 
     def _traced(self) -> LiveGraph | None:
         """The objects of the program, with what slot variables its optimizers had to make; None
@@ -252,12 +252,14 @@ class Restoration:
         rematch: Callable[[ObjectGraph], Match],
         reader: CheckpointReader,
         meeting: Meeting | None,
+        place: tuple[Any, str],
         among: frozenset[int] | None = None,
         root_key: str = "",
     ) -> Any:
         """Reads and assigns what a match says; returns the root.
 
         Args:
+          place: of the root, if it is a value.
           among: saved nodes: nothing else is restored. All by default.
           root_key: the escaped path of the root of `live`.
         """
@@ -267,41 +269,48 @@ class Restoration:
         if among is not None:
             new = [found.bound[node] for node in among if node in found.bound]
             only = frozenset(reachable(live.graph, new))
-        older = frozenset(
-            i
-            for i, obj in enumerate(live.objects)
-            if (only is None or i in only) and (_restored_by.get(obj) or 0) < self.uid
-        )
-        planned = plan(reader, adapted, live, self.options, only=older, root_key=root_key)
+        places = Places(live, place)
+        every = range(len(places)) if only is None else only
+        todo = frozenset(every) - self._rank.settled(places)
+        planned = plan(reader, adapted, live, self.options, only=todo, root_key=root_key)
         planned.require(_GROWING)
-        root, values = planned.execute(self.options, meeting)
+        root, given = planned.execute(self.options, meeting, rank=self._rank, root_place=place)
         self.nbytes += planned.nbytes
         self.renamed, self._callbacks = saved, adapted.callbacks
-        for value in values:
-            _restored_by.set(value, self.uid)
-        self.left_over.nodes -= planned.reads.used
+        sources = found.sources()
+        self.left_over.nodes -= planned.reads.used & {sources[node] for node in given}
         if only is None:
             log_conflicts(saved.graph, found)
-        self._remember(live, found, only)
+        self._remember(live, places, found, only)
         return root
 
-    def _remember(self, live: LiveGraph, found: Match, only: frozenset[int] | None) -> None:
+    def _remember(
+        self, live: LiveGraph, places: Places, found: Match, only: frozenset[int] | None
+    ) -> None:
         met = self._bindings.met
         met.update(found.bound)
         self._open_slots = [slot for slot in self._open_slots if slot[1].node not in met]
         for saved, node in [*found.bound.items(), *found.shared]:
             if node >= 0 and (only is None or node in only) and live.views[node].mutable:
-                obj = live.objects[node]
-                _restored_by.set(obj, max(self.uid, _restored_by.get(obj) or 0))
-                self._bindings.bind(saved, obj)
+                self._bindings.bind(saved, live.objects[node], places.referable_owner(node))
         for (parent, label), saved in found.frontier.items():
             if (only is None or parent in only) and self.saved.carries_values(saved):
+                owner, path = places.of(parent)
                 for trackable in live.awaiting(parent):
-                    await_child(trackable, label, _Waiting(self, saved))
+                    waiting = _Waiting(self, saved, weakref.ref(owner), path)
+                    await_child(trackable, label, waiting)
+                    self._rank.wait()
+        if self._open_slots:
+            self._rank.wait()
 
-    def is_bound(self, saved: int, obj: Any) -> bool:
-        """Whether this restore has bound a saved node to this object; see `identity`."""
-        return self._bindings.holds(saved, obj)
+    def given_nodes(self, live: LiveGraph) -> frozenset[int]:
+        """The nodes of the program's objects that have values of this restore or a later one."""
+        return self._rank.settled(Places(live, self._root_place()))
+
+    def _root_place(self) -> tuple[Any, str]:
+        """Where the root lies, if it is a value: in the checkpoint that holds it."""
+        trace = self._trace()
+        return getattr(trace, "__self__", None), ""
 
 
 def restore_pairs(
@@ -320,20 +329,19 @@ def restore_pairs(
     planned = plan_pairs(reader, live, bound, options)
     planned.require(replace(EVERYTHING, unexpected=False))
     planned.execute(options, meeting)
-    uid = next(_uids)
-    for obj in live.objects:
-        _restored_by.set(obj, uid)
 
 
 class _Waiting:
     """A saved node that waits for its object; see `trackable.base.Pending`."""
 
-    def __init__(self, restoration: Restoration, saved: int):
+    def __init__(self, restoration: Restoration, saved: int, owner: weakref.ref[Any], path: str):
         self.restoration = restoration
         self.saved = saved
+        self._owner, self._path = owner, path
 
     def attach(self, parent: Any, label: Label, child: Any) -> Any:
-        return self.restoration.attach(child, self.saved)
+        path = "/".join(filter(None, (self._path, escape(local_name(label)))))
+        return self.restoration.attach(child, self.saved, (self._owner(), path))
 
     def attached(self) -> None:
         self.restoration.attached()
