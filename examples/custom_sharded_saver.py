@@ -2,26 +2,26 @@
 
 `PartitionedEmbedding` spreads the rows of a table over devices the way recommender systems
 do: a hash of the row's number picks its bucket, the buckets are uneven, and each is an array
-of its own on one device. How many buckets there are follows from the machine, so it must not
-follow into the file. The saver registered here therefore stores one array (rows, dim) in the
-order of row numbers, under the object's own name, and with that
+of its own on one device. The machine decides how many buckets there are, so the file must not
+depend on their number. The saver that is registered here stores one array (rows, dim) in the
+order of row numbers, under the object's own name. Because of that,
 
 * the table restores onto any number of buckets and devices,
-* a program without this class reads it as the plain array that it is: whole, any box of it,
-  or placed on a mesh of its own,
+* a program without this class reads it as a plain array: whole, any box of it, or placed on a
+  mesh of its own,
 * a checkpoint in which the table was still a plain array restores into the buckets.
 
-How hashed buckets become slices. A slice is a box, and the rows of a bucket are strewn over
-the table: a bucket alone would be as many slices as it has rows. So rows change hands on the
-host first. Each bucket keeps its rows sorted, which makes the part of it that belongs into a
-run of consecutive rows a run itself, found by bisection. The table is cut into as many runs
-as there are devices, and each run is put together from all buckets and written as one slice,
-in a shard of its own. Beyond the buckets' host copies this takes one run of memory. (This is
-one process. Where the buckets lie on several, the devices would exchange rows, as any lookup
-does, before each process writes runs of them.)
+How hashed buckets become slices. A slice is a box, and the rows of a bucket are scattered over
+the table: a bucket alone would be as many slices as it has rows. So the rows are put in order on
+the host first. The table is cut into as many runs of consecutive rows as there are devices. Each
+bucket keeps its rows sorted, so its share of a run is one piece of the bucket, found by
+bisection. Each run is put together from all buckets and written as one slice, in a shard of its
+own. This takes the memory of one run, besides the host copies of the buckets. (This example has
+one process. If the buckets were on several processes, their devices would first exchange rows, as
+any lookup does, and then each process would write its runs.)
 
-The table's `scale` is an ordinary child: it is saved and restored as usual, registered saver
-or not. Exits with 1 if a check fails.
+The table's `scale` is an ordinary child: it is saved and restored as usual, with or without a
+registered saver. The program exits with 1 if a check fails.
 """
 
 import itertools
@@ -65,7 +65,7 @@ class PartitionedEmbedding(ckpt.AutoTrackable):
         bucket_of = bucket_of_row(np.arange(self.shape[0]), num_buckets)
         self.rows = ckpt.NoDependency([np.flatnonzero(bucket_of == i) for i in range(num_buckets)])
         self.scale = ckpt.Variable(jnp.ones(()))
-        # State, but the saver's: as a tracked child it would also be saved bucket by bucket.
+        # The saver saves the buckets. As a tracked child they would be saved a second time.
         self.buckets = ckpt.NoDependency(None)
         if isinstance(table, np.ndarray):
             self.assign([table[rows] for rows in self.rows])
@@ -86,14 +86,14 @@ class PartitionedEmbedding(ckpt.AutoTrackable):
         return ((int(a), int(b)) for a, b in itertools.pairwise(bounds))
 
     def shares(self, run: tuple[int, int]) -> Iterator[tuple[int, slice, np.ndarray]]:
-        """What each bucket has of a run: (bucket, its part of the bucket, its rows in the run)."""
+        """The share of each bucket in a run: (bucket, part of the bucket, its rows in the run)."""
         for bucket, rows in enumerate(self.rows):
             first, last = np.searchsorted(rows, run)
             yield bucket, slice(first, last), rows[first:last] - run[0]
 
 
 def bucket_of_row(rows: np.ndarray, num_buckets: int) -> np.ndarray:
-    """The bucket of each row: neighbours are strewn, sizes vary as they do with real hashes."""
+    """The bucket of each row: neighbours are scattered, and sizes vary as with real hashes."""
     x = rows.astype(np.uint32)
     for _ in range(2):
         x = (x ^ (x >> np.uint32(16))) * np.uint32(0x45D9F3B)
@@ -121,7 +121,7 @@ def save_tables(tables: dict[str, PartitionedEmbedding], file_prefix: str) -> li
 def restore_tables(tables: dict[str, PartitionedEmbedding], merged_prefix: str) -> None:
     """Reads each table run by run into its buckets, however it was cut when it was saved.
 
-    Where the checkpoint holds a plain array, the name is the key of that array.
+    If the checkpoint holds a plain array, the name is the key of that array.
     """
     with ckpt.load_checkpoint(merged_prefix) as reader:
         shapes, dtypes = reader.get_variable_to_shape_map(), reader.get_variable_to_dtype_map()
@@ -189,7 +189,7 @@ def main() -> int:
         one_array = [key for key, _ in ckpt.list_variables(path) if "scale" not in key]
         checks["the file holds one array and no buckets"] = one_array == ["embedding"]
 
-        # And the other way round: the default saver's plain array into buckets.
+        # The other way round: a plain array, saved by the default saver, into buckets.
         before = ckpt.Checkpoint(embedding=plain).write(pathlib.Path(directory) / "plain")
         migrated = PartitionedEmbedding(abstract, 21, devices)
         ckpt.Checkpoint(embedding=migrated).read(before).expect_partial()

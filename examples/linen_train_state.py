@@ -3,7 +3,7 @@
 A multilayer perceptron fits the XOR of two inputs' signs. Its `TrainState` is split over
 a 4 x 2 mesh of virtual CPU devices, saved halfway, and restored on a 2 x 4 mesh into an
 abstract state: shapes, dtypes and the new shardings, but no arrays. Training then goes on
-there, and ends where a run that never stopped ends. Exits with 1 if it does not.
+there, and ends with the state of a run that never stopped. The program exits with 1 if it does not.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def abstract(mesh_shape: tuple[int, int]) -> TrainState:
 
 @jax.jit
 def train_step(state: TrainState) -> tuple[TrainState, jax.Array]:
-    """One step on a batch that depends on `state.step` only; the new state and the loss."""
+    """One step on a batch that depends only on `state.step`; returns the new state and the loss."""
     x = jax.random.normal(jax.random.key(state.step), (256, 2))
     y = (x[:, 0] * x[:, 1] > 0).astype(jnp.int32)
 
@@ -91,7 +91,7 @@ def main() -> int:
             pass  # leaving the block asserts that the checkpoint and the state match fully
         restored = checkpoint.state
 
-        # Any part can be read without the classes that were saved, and without a target.
+        # Any part can be read without a target and without the classes of the saved objects.
         params = ckpt.load(path, only="state/params/**")["state"]["params"]
 
     resumed, resumed_loss = train(restored, steps)

@@ -1,18 +1,18 @@
 """Several processes: four train and save together, two go on, one looks at the result.
 
 This program starts its own processes, which `jax.distributed` joins on this machine as it would
-join the machines of a cluster. What a checkpoint needs from a cluster is a directory that all
+join the machines of a cluster. A checkpoint needs one thing from a cluster: a directory that all
 processes share.
 
 first     4 processes with 2 devices each. The weights lie over all of them; every process reads
           its own rows of the data, and says so in a `ckpt.PerProcess`. A `CheckpointManager`
           saves in the background: each process writes its own slices, process 0 commits.
-second    2 processes with 4 devices each, another mesh. Each reads the slices that its devices
-          need. Where four processes were in the data does not say where two go on, so a merge
-          function does.
+second    2 processes with 4 devices each, on another mesh. Each reads the slices that its devices
+          need. The positions of four processes in the data do not say where two processes go on,
+          so a merge function says it.
 after     this process alone loads the last checkpoint, without a target.
 
-Exits with 1 if a check fails.
+The program exits with 1 if a check fails.
 """
 
 import hashlib
@@ -40,7 +40,7 @@ PHASES = {"first": (4, 2, 6), "second": (2, 4, 10)}  # processes, devices of eac
 
 
 def work(phase: str, index: int, port: str, directory: str) -> None:
-    """Trains, from wherever the latest checkpoint is, and prints what came of it."""
+    """Trains on from the latest checkpoint, if there is one, and prints the outcome as JSON."""
     count, devices, last = PHASES[phase]
     jax.distributed.initialize(f"localhost:{port}", count, index)
     mesh = Mesh(np.array(jax.devices()).reshape(count, devices), ("data", "model"))
@@ -51,14 +51,14 @@ def work(phase: str, index: int, port: str, directory: str) -> None:
     rows = ROWS // count  # this process's part of a step
 
     def merge(positions: list, index: int, count: int) -> int:
-        """The next row of each process, of the first one that no step has used."""
+        """The next row of this process, counted from the first row that no step has used."""
         return min(positions) + index * (ROWS // count)
 
     checkpoint = ckpt.Checkpoint(
         weights=weights, step=0, next_row=ckpt.PerProcess(index * rows, merge)
     )
     manager = ckpt.CheckpointManager(checkpoint, directory, max_to_keep=2)
-    manager.restore_or_initialize()  # checks the directory, too; all restore the same
+    manager.restore_or_initialize()  # also checks the directory; all processes restore the same
     restored = digest(checkpoint.weights)
     first = checkpoint.step + 1
     batch = NamedSharding(mesh, P("data"))
@@ -88,7 +88,7 @@ def work(phase: str, index: int, port: str, directory: str) -> None:
 
 
 def rows_from(start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Consecutive rows of an endless table, and what the weights should make of them."""
+    """Consecutive rows of an endless table, and the outputs that belong to them."""
     rows = range(start, start + count)
     x = np.stack([np.random.default_rng(row).normal(size=FEATURES) for row in rows])
     return x.astype(np.float32), (x @ TRUTH).astype(np.float32)
@@ -106,7 +106,7 @@ def error_of(weights: jax.Array) -> jax.Array:
 
 
 def digest(weights: jax.Array) -> str:
-    """What a copy of all weights hashes to, wherever they lie."""
+    """A hash of all weights, on whatever devices they lie."""
     everywhere = NamedSharding(weights.sharding.mesh, P())
     whole = jax.jit(lambda w: w, out_shardings=everywhere)(weights)
     return digest_of(np.asarray(whole.addressable_data(0)))
@@ -120,7 +120,7 @@ def digest_of(array: np.ndarray) -> str:
 
 
 def start(phase: str, directory: str) -> list[dict]:
-    """Runs the processes of a phase; what each of them said."""
+    """Runs the processes of a phase; returns what each of them printed."""
     count, devices, _ = PHASES[phase]
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -130,16 +130,23 @@ def start(phase: str, directory: str) -> list[dict]:
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
     }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, __file__, phase, str(index), str(port), directory],
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(count)
-    ]
-    outputs = [process.communicate(timeout=240)[0] for process in processes]
+    processes: list[subprocess.Popen[str]] = []
+    print(f"{phase}: {count} processes with {devices} devices each ...", flush=True)
+    try:
+        for index in range(count):
+            process = subprocess.Popen(
+                [sys.executable, __file__, phase, str(index), str(port), directory],
+                env=environment,
+                stdout=subprocess.PIPE,
+                text=True,
+                start_new_session=True,  # Ctrl-C reaches this program alone, which ends the others
+            )
+            processes.append(process)
+        outputs = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()  # if this program was interrupted; else they have ended
+            process.wait()
     if any(process.returncode for process in processes):
         sys.exit(f"{phase}: a process failed")
     return [json.loads(output.splitlines()[-1]) for output in outputs]
@@ -162,12 +169,12 @@ def main() -> int:
         "what 2 processes restore is bit-equal to what 4 saved": all(
             each["restored"] == first[0]["digest"] for each in second
         ),
-        "each process goes on with the rows that nobody has read": [
+        "each process continues with rows that no process has read": [
             each["next_row"] for each in (*first, *second)
         ]
         == [48, 50, 52, 54, 80, 84],
         "one process loads what 2 saved": digest_of(final["weights"]) == second[0]["digest"],
-        "the error goes on falling": second[0]["error"] < first[0]["error"],
+        "the error continues to fall": second[0]["error"] < first[0]["error"],
     }
     for check, passed in checks.items():
         print("ok    " if passed else "FAILED", check)
@@ -178,4 +185,8 @@ if __name__ == "__main__":
     if len(sys.argv) == 5:
         work(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])
     else:
-        sys.exit(main())
+        try:
+            sys.exit(main())
+        except KeyboardInterrupt:
+            print("\nInterrupted.", file=sys.stderr)
+            sys.exit(130)

@@ -4,16 +4,16 @@ Adam's first moment is an average of gradients, and training hardly notices when
 rounds it. Here it is float32 in memory and, in the checkpoint, an int8 code per element and
 a float32 scale per block of 256: a bit more than a quarter of the bytes.
 
-Which values may lose precision is the program's decision, not the saver's. The program wraps
-just those in `Approximate` when it saves, and in the target when it restores; everything else
-is saved bit for bit by the default saver. An `Approximate` is immutable, so the restore
-function returns new ones, and the library rebuilds the optimizer's state around them.
+The program decides which values may lose precision, not the saver. It wraps these values in
+`Approximate` when it saves, and in the target when it restores. The default saver saves
+everything else bit for bit. An `Approximate` is immutable, so the restore function returns new
+objects, and the library rebuilds the optimizer's state around them.
 
 Two details make it a saver for sharded training:
 
-* Blocks lie along the last axis, so the codes have the shape of the value. Codes and scales
-  are computed where the value lies, in one compiled function, and each device's part is
-  written as a slice of its own.
+* Blocks lie along the last axis, so the codes have the shape of the value. One compiled function
+  computes codes and scales on the devices that hold the value, and each device's part is written
+  as a separate slice.
 * Restoring reads the codes straight onto the sharding of the target, as int8.
 
 The example fits a small network on a mesh of 8 virtual CPU devices, saves it once with the
@@ -38,14 +38,14 @@ from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
 
-BLOCK, LEVELS = 256, 127  # a scale for so many elements; codes are -127 to 127
+BLOCK, LEVELS = 256, 127  # elements per scale; codes are -127 to 127
 WIDTH, STEPS = 512, 10
 
 
 @dataclasses.dataclass(frozen=True)
 class Approximate:
-    """A float32 array that may come back a little different, within 1/254 of its block's
-    largest magnitude. In a target it may be a `jax.ShapeDtypeStruct`."""
+    """A float32 array that may come back a little different: by at most 1/254 of the largest
+    magnitude in its block. In a target it may be a `jax.ShapeDtypeStruct`."""
 
     value: Any
 
@@ -64,7 +64,7 @@ def quantize(value: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def dequantize(codes: jax.Array, scales: jax.Array) -> jax.Array:
-    """The values that codes and scales stand for, in the shape of `codes`."""
+    """The values that codes and scales represent, in the shape of `codes`."""
     blocks = in_blocks(codes).astype(jnp.float32) * scales[..., None]
     return blocks.reshape(*codes.shape[:-1], -1)[..., : codes.shape[-1]]
 
@@ -103,7 +103,7 @@ def restore_quantized(values: dict[str, Approximate], merged_prefix: str) -> dic
 
 def register() -> None:
     """Makes the saver known; a checkpoint refers to it as "Examples.Approximate"."""
-    # Nothing in an `Approximate` is for the default saver: it has no children.
+    # The default saver saves nothing of an `Approximate`, which therefore has no children.
     ckpt.register_view(Approximate, children=lambda obj: {}, rebuild=lambda obj, children: obj)
     ckpt.register_checkpoint_saver(
         package="Examples",
@@ -158,7 +158,7 @@ def abstract(mesh_shape: tuple[int, int]) -> State:
 
 @functools.partial(jax.jit, static_argnames="steps")
 def train(state: State, steps: int) -> tuple[State, jax.Array]:
-    """Some steps on fixed data; the new state and the last loss."""
+    """Some steps on fixed data; returns the new state and the last loss."""
     x = jax.random.normal(jax.random.key(1), (64, WIDTH))
     y = jnp.sin(3.0 * x[:, : WIDTH // 4 + 1])
 
@@ -210,7 +210,8 @@ def main() -> int:
         "parameters and second moments are bit-equal": same(without_mu(small), without_mu(state)),
         "everything lies on the other mesh": jax.tree.map(lambda leaf: leaf.sharding, small)
         == jax.tree.map(lambda leaf: leaf.sharding, target),
-        "training goes on alike": abs(exact_loss - small_loss) < 0.02 * exact_loss,
+        "training continues with about the same loss": abs(exact_loss - small_loss)
+        < 0.02 * exact_loss,
     }
     for check, passed in checks.items():
         print("ok    " if passed else "FAILED", check)

@@ -7,27 +7,27 @@ standard library. One training run is carried by three processes:
    every few steps. It is killed with SIGKILL while it runs.
 2. The second resumes from `ckpt.latest_checkpoint` on a 2 x 4 mesh, with other partition
    specs: the matrices are now split over both axes.
-3. The third resumes from what the second left, and finishes on a single device.
+3. The third resumes from the last checkpoint of the second, and finishes on a single device.
 
-What each of them needs for that:
+How each of them can do that:
 
 * Everything that changes is in the checkpoint: parameters, both AdamW moments, the
-  dropout streams (key and count), and the step, which is the optimizer's own.
-* Batches are a pure function of the step, so there is no data state to save.
-* Restoring is abstract first: `nnx.eval_shape` builds model and optimizer without
-  memory, each leaf is given its sharding on the new mesh, and `restore` reads into every
-  device just the part that it holds. Nothing is initialised only to be overwritten.
+  dropout streams (key and count), and the step, which the optimizer keeps.
+* Batches are a pure function of the step, so the data has no state to save.
+* The target of a restore is abstract: `nnx.eval_shape` builds model and optimizer without
+  memory for arrays, and each leaf gets its sharding on the new mesh. `restore` then reads
+  for each device only the part that it holds. Nothing is initialised and then overwritten.
 
 The example then compares the run with one that nobody interrupted, and exits with 1 if
 
 * the state after a restore is not, bit for bit, the state that was saved (each save notes
   a digest of all leaves in a log beside the checkpoints),
 * a restored leaf has another sharding than it was asked to have, or
-* the losses differ by more than a small tolerance. They are not bit-equal across meshes,
-  nor is that to be expected: another mesh adds the same floats in another order.
+* the losses differ by more than a small tolerance. They cannot be bit-equal across meshes,
+  because another mesh adds the same floats in another order.
 
-Run it with `python examples/resume_on_another_mesh.py`; it needs no accelerator, no
-download and about a minute on two cores.
+Run it with `python examples/resume_on_another_mesh.py`. It needs no accelerator and no
+download, and takes about a minute on two cores.
 """
 
 import argparse
@@ -37,6 +37,7 @@ import hashlib
 import json
 import math
 import multiprocessing
+import multiprocessing.process
 import pathlib
 import random
 import re
@@ -48,6 +49,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, TypeAlias
+
+if __name__ == "__main__":  # Ctrl-C during an import ends the program without a traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +108,7 @@ Optimizer: TypeAlias = nnx.Optimizer[LanguageModel]
 
 
 def build() -> tuple[LanguageModel, Optimizer]:
-    """A new model and its optimizer; the second stream of `Rngs` is used while training."""
+    """A new model and its optimizer. Dropout uses the second stream of `Rngs` in training."""
     model = LanguageModel(nnx.Rngs(params=0, dropout=1))
     return model, nnx.Optimizer(model, optax.adamw(3e-3), wrt=nnx.Param)
 
@@ -138,16 +142,16 @@ def batch_of(step: int) -> np.ndarray:
     return text[starts[:, None] + np.arange(SEQUENCE + 1)].astype(np.int32)
 
 
-# Layouts: which mesh, and which leaf is split how ----------------------------------------
+# Layouts: a mesh, and how each leaf is split on it ---------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
     """A mesh of ('data', 'model') and the partition specs of the leaves on it.
 
-    A leaf gets the spec of the first pattern found in its path, else it is replicated.
-    AdamW's moments have the paths of their parameters behind a prefix, and so the same
-    specs.
+    A leaf gets the spec of the first pattern that is found in its path. If there is none, it
+    is replicated. The paths of AdamW's moments end with the paths of their parameters, so
+    moments get the same specs.
     """
 
     mesh_shape: tuple[int, int]
@@ -199,7 +203,7 @@ ONE_DEVICE = Layout((1, 1), ())
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """What one process does: train up to step `stop`, saving after every `every` steps."""
+    """The work of one process: train up to step `stop`, and save after every `every` steps."""
 
     name: str
     layout: Layout
@@ -267,10 +271,10 @@ def create(layout: Layout) -> tuple[LanguageModel, Optimizer]:
 def compile_step(
     layout: Layout, model: LanguageModel, optimizer: Optimizer
 ) -> Callable[[LanguageModel, Optimizer, jax.Array], jax.Array]:
-    """`train_step`, which takes and leaves every leaf in its sharding of the layout.
+    """`train_step`, which takes and returns every leaf in its sharding of the layout.
 
-    Without that the compiler is free to choose the shardings of what it updates, and the
-    layout drifts: the second step would compile anew for what came out of the first.
+    Without these shardings, the compiler is free to choose where updated leaves lie. The
+    layout would drift, and the second step would be compiled again for the first one's outcome.
     """
     model_shardings = nnx.StateSharding(layout.shardings(nnx.state(model)))
     optimizer_shardings = nnx.StateSharding(layout.shardings(nnx.state(optimizer)))
@@ -301,7 +305,7 @@ def digest(model: LanguageModel, optimizer: Optimizer) -> str:
 
 
 def note(directory: pathlib.Path, **record: object) -> None:
-    """Append one record: a single small write, which a kill does not tear apart."""
+    """Append one record, in a single small write that a kill cannot cut in two."""
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / "log.jsonl").open("a") as file:
         file.write(json.dumps(record) + "\n")
@@ -323,24 +327,49 @@ def notes(directory: pathlib.Path, event: str, phase: str | None = None) -> list
 
 
 def run(phase: Phase, directory: pathlib.Path, kill_after: int | None = None) -> None:
-    """Run a phase in a process of its own; raises if that ends otherwise than it should.
+    """Run a phase in a process of its own; raises if its exit code is unexpected.
 
     With `kill_after`, the process gets a SIGKILL at some moment after that step.
     """
+    print("   starting, and compiling the training step ...", flush=True)
     process = multiprocessing.get_context("spawn").Process(target=train, args=(phase, directory))
+    # The process inherits that Ctrl-C is ignored: this program handles it for both.
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     process.start()
-    while kill_after is not None and process.is_alive():
-        if any(record["step"] >= kill_after for record in notes(directory, "trained")):
-            time.sleep(random.uniform(0.0, 0.1))
-            process.kill()
-            break
-        time.sleep(0.01)
-    process.join()
+    signal.signal(signal.SIGINT, handler)
+    try:
+        follow(process, phase, directory, kill_after)
+    finally:
+        process.kill()  # if it is time, or this program was interrupted; else it has ended
+        process.join()
     expected = 0 if kill_after is None else -signal.SIGKILL
     if process.exitcode != expected:
         raise RuntimeError(
             f"the {phase.name} process ended with {process.exitcode}, expected {expected}"
         )
+
+
+def follow(
+    process: multiprocessing.process.BaseProcess,
+    phase: Phase,
+    directory: pathlib.Path,
+    kill_after: int | None,
+) -> None:
+    """Print what the process saves, until it ends or it is time to kill it."""
+    printed = 0
+    alive = True
+    while alive:
+        alive = process.is_alive()  # before the log is read: at the end, the log is complete
+        trained = {record["step"]: record for record in notes(directory, "trained", phase.name)}
+        saved = notes(directory, "saved", phase.name)
+        for record in saved[printed:]:
+            loss = trained[record["step"]]["loss"]
+            print(f"   step {record['step']:>4}  loss {loss:.4f}  saved", flush=True)
+        printed = len(saved)
+        if kill_after is not None and max(trained, default=0) >= kill_after:
+            time.sleep(random.uniform(0.0, 0.1))
+            return
+        time.sleep(0.02)
 
 
 def compare(phase: Phase, directory: pathlib.Path, reference: pathlib.Path) -> float:
@@ -359,7 +388,7 @@ TABLE_HEADER = (
 
 
 def table_row(phase: Phase, directory: pathlib.Path, difference: float) -> tuple[str, ...]:
-    """What the table says about a phase."""
+    """The row of the table about a phase."""
     trained = notes(directory, "trained", phase.name)
     saves = [record["seconds"] for record in notes(directory, "saved", phase.name)]
     restores = [record["seconds"] for record in notes(directory, "restored", phase.name)]
@@ -392,14 +421,23 @@ def demonstrate(directory: pathlib.Path, steps: int) -> bool:
     unbroken = Phase("uninterrupted", FOUR_BY_TWO, steps, every)
     interrupted, reference = directory / "interrupted", directory / "uninterrupted"
 
+    print(
+        f"Three processes share one training run of {steps} steps, on virtual CPU devices. "
+        "With 120 steps this\ntakes about a minute on two cores.\n"
+    )
+    print(f"1. The first process trains on a 4 x 2 mesh and saves every {every} steps.")
     run(first, interrupted, kill_after=4 * every + random.randrange(every))
     last = notes(interrupted, "trained")[-1]["step"]
     path = ckpt.latest_checkpoint(interrupted)
-    print(f"The first process was killed after step {last}; the newest checkpoint is {path}.\n")
+    print(f"   killed (SIGKILL) after step {last}; the newest checkpoint is {path}")
+    print("2. The second process resumes from that checkpoint, on a 2 x 4 mesh.")
     run(second, interrupted)
+    print("3. The third process resumes from the last checkpoint of the second, on one device.")
     run(third, interrupted)
+    print("4. To compare with: a run of the same steps on a 4 x 2 mesh that nobody interrupts.")
     run(unbroken, reference)
 
+    print("\nThe last column is the largest difference of a loss from the uninterrupted run's.\n")
     differences = [compare(phase, interrupted, reference) for phase in (first, second, third)]
     print_table(
         [
@@ -428,18 +466,23 @@ def demonstrate(directory: pathlib.Path, steps: int) -> bool:
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--directory", type=pathlib.Path, help="default: a temporary one")
+    parser.add_argument("--directory", type=pathlib.Path, help="default: a temporary directory")
     parser.add_argument("--steps", type=int, default=120, help="of the whole run, at least 24")
     args = parser.parse_args()
     if args.steps < 24:
-        parser.error("--steps must be at least 24, so that there is a middle to be killed in")
-    if args.directory is None:
-        with tempfile.TemporaryDirectory() as temporary:
-            return 0 if demonstrate(pathlib.Path(temporary), args.steps) else 1
-    if (args.directory / "interrupted").exists() or (args.directory / "uninterrupted").exists():
-        parser.error(f"{args.directory} holds an earlier run; name another directory")
-    return 0 if demonstrate(args.directory, args.steps) else 1
+        parser.error("--steps must be at least 24, so that the run can be killed halfway")
+    try:
+        if args.directory is None:
+            with tempfile.TemporaryDirectory() as temporary:
+                return 0 if demonstrate(pathlib.Path(temporary), args.steps) else 1
+        if (args.directory / "interrupted").exists() or (args.directory / "uninterrupted").exists():
+            parser.error(f"{args.directory} holds an earlier run; name another directory")
+        return 0 if demonstrate(args.directory, args.steps) else 1
+    except KeyboardInterrupt:
+        print("\nInterrupted.", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 if __name__ == "__main__":

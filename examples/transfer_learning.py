@@ -1,8 +1,8 @@
 """Transfer learning: the trained encoder of one model goes into another, moments included.
 
-The new model calls the encoder "backbone", and its head is new. Its optimizer has another chain.
-What both have comes from the checkpoint, the moments of the encoder's parameters with them; what
-is new keeps its initial value; the report says which is which.
+The new model calls the encoder "backbone", its head is new, and its optimizer has another chain.
+The encoder's parameters and their moments come from the checkpoint. New parameters keep their
+initial values. The report says which is which.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         path = ckpt.Checkpoint(model=classifier, optimizer=old).save(f"{directory}/pretrained")
 
-        # The five lines.
+        # These lines are the transfer.
         model = Regressor(nnx.Rngs(1))
         tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
         optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)

@@ -1,18 +1,19 @@
-"""Agreeing on a step, in memory: threads that share a dict."""
+"""Agreeing on a step, in memory: threads that share a service."""
 
 import threading
 
 import pytest
-from test_multihost import SECONDS, Dictionary
 
 import ckpt_jax as ckpt
-from ckpt_jax.processes import common_step as agreeing
 from ckpt_jax.processes.common_step import CommonStep
 from ckpt_jax.processes.meeting import Processes
+from ckpt_jax.testing import MemoryService
+
+SECONDS = 60.0  # the longest wait for what comes at once
 
 
 def agreements(count):
-    service = Dictionary()
+    service = MemoryService()
     return [CommonStep(Processes(k, count, service)) for k in range(count)]
 
 
@@ -53,7 +54,7 @@ def test_nobody_stops_where_nobody_asks():
 
 
 def test_who_gives_no_answer_is_named():
-    lonely = CommonStep(Processes(0, 3, Dictionary()), answer_seconds=0.1)
+    lonely = CommonStep(Processes(0, 3, MemoryService()), answer_seconds=0.1)
     lonely.ask()
     with pytest.raises(ckpt.BarrierTimeoutError, match="processes 1, 2 of 3") as found:
         stop_of(lonely)
@@ -61,7 +62,7 @@ def test_who_gives_no_answer_is_named():
 
 
 def test_agreements_one_after_the_other_do_not_know_of_each_other():
-    processes = [Processes(k, 2, service) for service in [Dictionary()] for k in range(2)]
+    processes = [Processes(k, 2, service) for service in [MemoryService()] for k in range(2)]
     earlier = [CommonStep(each) for each in processes]
     earlier[0].ask()
     assert [common.close() for common in earlier] == [None, None]
@@ -71,10 +72,11 @@ def test_agreements_one_after_the_other_do_not_know_of_each_other():
         common.close()
 
 
-def test_who_has_left_its_loop_is_not_waited_for(monkeypatch):
-    monkeypatch.setattr(agreeing, "_LISTEN_SECONDS", 0.01)
-    service = Dictionary()
-    first, second = [CommonStep(Processes(k, 2, service), SECONDS) for k in range(2)]
+def test_who_has_left_its_loop_is_not_waited_for():
+    service = MemoryService()
+    first, second = [
+        CommonStep(Processes(k, 2, service), SECONDS, listen_seconds=0.01) for k in range(2)
+    ]
     assert [first.is_passed() for _ in range(3)] == [False] * 3
     first.close()
     assert service.get("ckpt_jax/steps/1/passed/0", SECONDS) == "3"
@@ -84,7 +86,7 @@ def test_who_has_left_its_loop_is_not_waited_for(monkeypatch):
     second.close()
 
 
-class Failing(Dictionary):
+class Failing(MemoryService):
     """A service of which one call fails, once."""
 
     def __init__(self, verb, name, error):

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import signal
 import subprocess
 import sys
 
@@ -67,6 +68,25 @@ def test_the_resumed_run_does_not_mix_with_an_earlier_one(tmp_path):
     code, output = run("resume_on_another_mesh.py", "--directory", tmp_path)
     assert code == 2
     assert "holds an earlier run" in output
+
+
+def test_ctrl_c_ends_the_demo_and_its_processes_in_one_line(tmp_path):
+    arguments = ["resume_on_another_mesh.py", "--steps", "36", "--directory", str(tmp_path)]
+    with subprocess.Popen(
+        [sys.executable, *arguments],
+        cwd=EXAMPLES,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as demo:
+        assert any(line.endswith("saved\n") for line in iter(demo.stdout.readline, ""))
+        os.killpg(demo.pid, signal.SIGINT)
+        rest = demo.stdout.read()  # ends when no process is left that could write
+    assert demo.returncode == 130
+    assert rest.endswith("\nInterrupted.\n")
+    assert "Traceback" not in rest
 
 
 def test_a_train_state_continues_on_another_mesh():

@@ -1,4 +1,4 @@
-"""Meetings of processes, and saves that need them, in memory: threads that share a dict."""
+"""Meetings of processes, and saves that need them, in memory: threads that share a service."""
 
 import os
 import threading
@@ -9,68 +9,12 @@ import pytest
 
 import ckpt_jax as ckpt
 from ckpt_jax.options import CheckpointOptions
-from ckpt_jax.processes.current import simulated
 from ckpt_jax.processes.meeting import COMMIT, Processes
 from ckpt_jax.store import staging
+from ckpt_jax.testing import MemoryService, run_processes
 
 SECONDS = 60.0  # what nobody should have to wait for
 SHORT = 0.2
-
-
-class Dictionary:
-    """The service, as a dict."""
-
-    def __init__(self):
-        self.values = {}
-        self.changed = threading.Condition()
-        self.waits = {}
-
-    def set(self, key, value, timeout_seconds):
-        with self.changed:
-            if key in self.values:
-                return False
-            self.values[key] = value
-            self.changed.notify_all()
-            return True
-
-    def get(self, key, timeout_seconds):
-        with self.changed:
-            name = threading.current_thread().name
-            self.waits[name] = self.waits.get(name, 0) + 1
-            self.changed.wait_for(lambda: key in self.values, timeout_seconds)
-            return self.values.get(key)
-
-    def list(self, prefix, timeout_seconds):
-        with self.changed:
-            return {key: value for key, value in self.values.items() if key.startswith(prefix)}
-
-    def delete(self, prefix, timeout_seconds):
-        with self.changed:
-            for key in [key for key in self.values if key.startswith(prefix)]:
-                del self.values[key]
-
-
-def together(count, program, service=None):
-    """Runs `program(processes)` on a thread for each process; what each returned or raised."""
-    service = service or Dictionary()
-    results = [None] * count
-
-    def run(index):
-        processes = Processes(index, count, service)
-        with simulated(processes):
-            try:
-                results[index] = program(processes)
-            except Exception as error:
-                results[index] = error
-
-    threads = [
-        threading.Thread(target=run, args=[index], name=f"p{index}") for index in range(count)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
 
 
 def meet(processes, report=None, act=list, what="meeting", seconds=SECONDS):
@@ -88,7 +32,7 @@ def test_process_0_acts_on_the_reports_of_all_and_all_hear_what_came_of_it():
         acted.append(threading.current_thread().name)
         return [sum(reports), reports]
 
-    results = together(3, lambda p: meet(p, 10**p.index, act))
+    results = run_processes(3, lambda p: meet(p, 10**p.index, act))
     assert results == [[111, [1, 10, 100]]] * 3
     assert acted == ["p0"]
 
@@ -107,7 +51,7 @@ def test_who_fails_before_its_report_fails_all_at_once(failing):
                 raise ValueError("no space")
             return meeting.conclude(None, list)
 
-    results = together(3, program)
+    results = run_processes(3, program)
     assert str(results.pop(failing)) == "no space"
     for error in results:
         assert isinstance(error, ckpt.ProcessError)
@@ -120,7 +64,7 @@ def test_what_process_0_says_beforehand_is_heard_by_all():
         with processes.meeting("meeting", SECONDS) as meeting:
             return meeting.led(processes.index), meeting.conclude(None, len)
 
-    assert together(3, program) == [(0, 3)] * 3
+    assert run_processes(3, program) == [(0, 3)] * 3
 
 
 def test_who_waits_for_process_0_to_say_something_hears_of_its_failure_or_names_it():
@@ -130,7 +74,7 @@ def test_who_waits_for_process_0_to_say_something_hears_of_its_failure_or_names_
                 raise ValueError("no")
             meeting.led(None)
 
-    first, second = together(2, failing)
+    first, second = run_processes(2, failing)
     assert isinstance(first, ValueError)
     assert isinstance(second, ckpt.ProcessError)
     assert "process 0 failed with ValueError: no" in str(second)
@@ -140,14 +84,14 @@ def test_who_waits_for_process_0_to_say_something_hears_of_its_failure_or_names_
             with processes.meeting("meeting", 0.1) as meeting:
                 meeting.led(None)
 
-    absent, waiting = together(2, late)
+    absent, waiting = run_processes(2, late)
     assert absent is None
     assert isinstance(waiting, ckpt.BarrierTimeoutError)
     assert waiting.processes == (0,)
 
 
 def test_where_process_0_fails_to_act_all_fail():
-    results = together(3, lambda p: meet(p, None, lambda reports: 1 / 0))
+    results = run_processes(3, lambda p: meet(p, None, lambda reports: 1 / 0))
     assert isinstance(results[0], ZeroDivisionError)
     for error in results[1:]:
         assert isinstance(error, ckpt.ProcessError)
@@ -164,7 +108,7 @@ def test_an_interrupted_process_is_interrupted_and_the_others_hear_of_it():
         except KeyboardInterrupt:
             return "interrupted"
 
-    error, interrupted = together(2, program)
+    error, interrupted = run_processes(2, program)
     assert interrupted == "interrupted"
     assert "process 1 failed with KeyboardInterrupt" in str(error)
 
@@ -186,7 +130,7 @@ def test_who_is_late_is_named_by_all_the_others(late):
         except ckpt.BarrierTimeoutError as error:
             return error
 
-    results = together(4, program)
+    results = run_processes(4, program)
     for error in results:
         assert isinstance(error, ckpt.BarrierTimeoutError), error
         assert error.processes == late
@@ -208,7 +152,7 @@ def test_a_process_that_hears_nothing_after_the_decision_says_that_it_does_not_k
             if processes.index == 1:
                 heard.set()
 
-    committed, error = together(2, program)
+    committed, error = run_processes(2, program)
     assert committed == "committed"
     assert isinstance(error, ckpt.BarrierTimeoutError)
     assert error.processes == (0,)
@@ -216,7 +160,7 @@ def test_a_process_that_hears_nothing_after_the_decision_says_that_it_does_not_k
 
 
 def test_processes_that_do_different_things_are_told_so():
-    results = together(2, lambda p: meet(p, what="saving x" if p.index else "restoring x"))
+    results = run_processes(2, lambda p: meet(p, what="saving x" if p.index else "restoring x"))
     for error in results:
         assert isinstance(error, ckpt.ProcessError)
         assert "process 0: restoring\n" in str(error)
@@ -224,7 +168,7 @@ def test_processes_that_do_different_things_are_told_so():
 
 
 def test_the_service_does_not_fill_up():
-    service = Dictionary()
+    service = MemoryService()
     sizes = []
 
     def program(processes):
@@ -233,7 +177,7 @@ def test_the_service_does_not_fill_up():
             if processes.index == 0:
                 sizes.append(len(service.values))
 
-    together(3, program, service)
+    run_processes(3, program, service)
     assert max(sizes) <= 20
 
 
@@ -247,7 +191,7 @@ def test_meetings_that_overlap_do_not_lose_each_others_outcome():
         with first:
             return first.conclude(processes.index, list)
 
-    assert together(2, program) == [[0, 1], [0, 1]]
+    assert run_processes(2, program) == [[0, 1], [0, 1]]
 
 
 def test_tokens_agree_and_differ_from_meeting_to_meeting():
@@ -259,11 +203,11 @@ def test_tokens_agree_and_differ_from_meeting_to_meeting():
                 meeting.conclude(None, list)
         return tokens
 
-    first, other = together(2, program)
+    first, other = run_processes(2, program)
     assert first == other
     assert len({*first}) == 2
     assert all(len(token) == 32 and int(token, 16) >= 0 for token in first)
-    assert together(2, program)[0] != first
+    assert run_processes(2, program)[0] != first
 
 
 # --- saving ----------------------------------------------------------------------------
@@ -288,13 +232,13 @@ def blank_state(merge=None):
 
 
 def test_a_save_waits_twice_at_most(tmp_path):
-    service = Dictionary()
+    service = MemoryService()
 
     def program(processes):
         for number in range(3):
             ckpt.save(tmp_path / str(number), state_of(processes.index))
 
-    assert together(2, program, service) == [None, None]
+    assert run_processes(2, program, service) == [None, None]
     # Process 1 waits for three outcomes, and once for the name of the run.
     assert service.waits == {"p1": 4}
 
@@ -310,7 +254,7 @@ def test_values_of_the_host_are_those_of_process_0_and_others_are_each_ones_own(
         }
         return ckpt.restore(path, target)
 
-    for index, restored in enumerate(together(3, program)):
+    for index, restored in enumerate(run_processes(3, program)):
         assert restored["data"].value == {"position": 10 + index, "seen": ["a"] * (index + 1)}
         assert restored["step"] == 3
         assert np.array_equal(restored["w"], np.arange(12.0).reshape(3, 4))
@@ -320,7 +264,7 @@ def test_values_of_the_host_are_those_of_process_0_and_others_are_each_ones_own(
 
 def test_another_number_of_processes_is_an_error_unless_they_are_merged(tmp_path):
     path = tmp_path / "a"
-    together(3, lambda p: ckpt.save(path, state_of(p.index)))
+    run_processes(3, lambda p: ckpt.save(path, state_of(p.index)))
 
     def merge(values, index, count):
         return {"positions": [value["position"] for value in values][index::count]}
@@ -329,7 +273,7 @@ def test_another_number_of_processes_is_an_error_unless_they_are_merged(tmp_path
         ckpt.restore(path, blank_state())
     alone = ckpt.restore(path, blank_state(merge))
     assert alone["data"].value == {"positions": [10, 11, 12]}
-    two = together(2, lambda p: ckpt.restore(path, blank_state(merge))["data"].value)
+    two = run_processes(2, lambda p: ckpt.restore(path, blank_state(merge))["data"].value)
     assert two == [{"positions": [10, 12]}, {"positions": [11]}]
 
 
@@ -344,7 +288,7 @@ def test_different_objects_are_no_save_and_leave_nothing(tmp_path):
         layers = [{"w": np.zeros(3)}, {"w": np.zeros(3 + (processes.index == 2))}]
         ckpt.save(tmp_path / "a", {"layers": layers, "step": 1})
 
-    for error in together(4, program):
+    for error in run_processes(4, program):
         assert isinstance(error, ckpt.ProcessError)
         assert error.processes == (2,)
         assert "the objects of process 2 are not those of process 0" in str(error)
@@ -356,7 +300,7 @@ def test_different_places_are_no_save(tmp_path):
     def program(processes):
         ckpt.save(tmp_path / f"a-{processes.index}", {"w": np.zeros(3)})
 
-    for error in together(2, program):
+    for error in run_processes(2, program):
         assert "save to different places: process 0 a-0, process 1 a-1" in str(error)
     assert os.listdir(tmp_path) == []
 
@@ -392,7 +336,7 @@ def test_a_save_that_fails_on_one_process_fails_on_all_and_can_be_repeated(
         checkpoint.sync()
         return errors, os.path.basename(path)
 
-    results = together(3, program)
+    results = run_processes(3, program)
     for index, (errors, name) in enumerate(results):
         (error,) = errors
         assert "iterator lost" in str(error)
@@ -418,7 +362,7 @@ def test_a_failed_background_save_is_raised_on_all_and_the_next_one_works(tmp_pa
         checkpoint.sync()
         return True
 
-    assert together(2, program) == [True, True]
+    assert run_processes(2, program) == [True, True]
     assert ckpt.load(tmp_path / "free")["w"].tolist() == [0, 1, 2]
 
 
@@ -439,7 +383,7 @@ def test_the_next_save_raises_on_each_process_what_failed_in_the_background(tmp_
             checkpoint.sync()
             return str(error)
 
-    for message in together(3, program):
+    for message in run_processes(3, program):
         assert "not today" in message
     # It has begun all the same: had one of them no error, it would have waited for the others.
     assert sorted(os.listdir(tmp_path)) == ["a", "b"]
@@ -468,7 +412,7 @@ def test_process_0_says_for_all_whether_a_save_is_skipped(tmp_path, busy):
         return found
 
     expected = [None, 1] if busy == 0 else [str(tmp_path / "c-2"), 2]
-    assert together(3, program) == [expected] * 3
+    assert run_processes(3, program) == [expected] * 3
     names = {"c-1", "checkpoint", "managed"} if busy == 0 else {"c-1", "c-2", "checkpoint"}
     assert names <= set(os.listdir(tmp_path)) <= names | {"managed"}
 
@@ -495,7 +439,7 @@ def test_where_a_save_may_be_skipped_what_failed_before_is_raised_all_the_same(t
             failed = None
         return failed, checkpoint.write(tmp_path / "c", options)
 
-    for index, found in enumerate(together(2, program)):
+    for index, found in enumerate(run_processes(2, program)):
         # What process 0 calls back belongs to the save, which has then failed for all.
         assert found == (True if failing in (0, index) else None, str(tmp_path / "c"))
     assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
@@ -514,7 +458,7 @@ def test_files_that_go_with_the_failure_of_another_process_are_not_what_is_raise
         finally:
             failed.set()
 
-    first, other = together(2, program)
+    first, other = run_processes(2, program)
     assert str(first) == "no space"
     assert str(other) == "meeting: process 0 failed with ValueError: no space"
     assert isinstance(other.__cause__, FileNotFoundError)
@@ -538,7 +482,7 @@ def test_a_late_process_leaves_nothing_behind(tmp_path):
         finally:
             over.set()
 
-    for error in together(2, program):
+    for error in run_processes(2, program):
         assert isinstance(error, ckpt.BarrierTimeoutError)
         assert error.processes == (1,)
     assert os.listdir(tmp_path) == []
@@ -589,7 +533,7 @@ def test_what_fails_after_the_commit_takes_nothing_back_on_any_process(
         manager.sync()
         return found, manager.latest_checkpoint, [os.path.basename(p) for p in manager.checkpoints]
 
-    results = together(3, program)
+    results = run_processes(3, program)
     for index, (found, latest, known) in enumerate(results):
         expected = ["ckpt-1", "ckpt-2", "ckpt-3", "ckpt-4"]
         # What fails on process 0 keeps the checkpoint from being recorded: all are told.
@@ -615,7 +559,7 @@ def test_an_error_of_one_background_save_is_raised_once_and_fails_no_other(tmp_p
         checkpoint.sync()
         return [type(each) is str for each in found], checkpoint.save_counter
 
-    for index, (worked, count) in enumerate(together(3, program)):
+    for index, (worked, count) in enumerate(run_processes(3, program)):
         # At once where it failed; some hear of it in time for that, others with the next save.
         assert worked.count(False) == 1
         assert not worked[1] if index == failing else not (worked[1] and worked[2])
@@ -679,7 +623,7 @@ def test_what_a_process_stages_for_its_next_save_is_safe_from_one_that_is_late(t
         checkpoint.sync()
         return found
 
-    results = together(2, program)
+    results = run_processes(2, program)
     assert kept == [True, True, True]
     # Process 0 hears of the error in the background, and tells with its next save.
     assert results[0] == ["ckpt-1", "ckpt-2", ckpt.AsyncSaveError, "ckpt-3"]
@@ -695,7 +639,7 @@ def test_who_fails_says_so_before_it_removes_what_others_work_on(
         monkeypatch.setattr(staging, "_lock", lambda *descriptor: staging.Lock.NONE)
     is_written, is_telling, is_reported = (threading.Event() for _ in range(3))
 
-    class Watched(Dictionary):
+    class Watched(MemoryService):
         def set(self, key, value, timeout_seconds):
             if threading.current_thread().name == "p1":
                 is_reported.set()
@@ -716,7 +660,7 @@ def test_who_fails_says_so_before_it_removes_what_others_work_on(
 
         ckpt.save(tmp_path / "a", {"table": Table(save)})
 
-    failed, other = together(2, program, Watched())
+    failed, other = run_processes(2, program, Watched())
     assert str(failed) == "no space"
     assert isinstance(other, ckpt.ProcessError)
     assert "process 0 failed with OSError: no space" in str(other)
@@ -745,7 +689,7 @@ def test_who_leaves_last_removes_what_has_failed(tmp_path, tables, first):
             if processes.index == first:
                 is_left.set()
 
-    results = together(2, program)
+    results = run_processes(2, program)
     assert [type(error) for error in results] == [
         OSError if index == first else ckpt.ProcessError for index in (0, 1)
     ]
@@ -774,11 +718,13 @@ def test_who_does_not_know_whether_process_0_goes_on_leaves_it_what_it_has_writt
             if processes.index:
                 is_gone.set()
 
-    saved, error = together(2, program)
+    saved, error = run_processes(2, program)
     assert saved is None
     assert isinstance(error, ckpt.BarrierTimeoutError) and "is not known" in str(error)
     assert ckpt.verify(tmp_path / "a").ok
-    restored = together(2, lambda p: ckpt.restore(tmp_path / "a", {"data": ckpt.PerProcess(9)}))
+    restored = run_processes(
+        2, lambda p: ckpt.restore(tmp_path / "a", {"data": ckpt.PerProcess(9)})
+    )
     assert [found["data"].value for found in restored] == [0, 1]
     assert os.listdir(tmp_path) == ["a"]
 
@@ -788,7 +734,7 @@ def test_process_0_may_fail_before_anybody_knows_the_name_of_the_run(tmp_path):
         value = object() if processes.index == 0 else 1
         ckpt.save(tmp_path / "a", {"data": ckpt.PerProcess(0), "value": value}, options=ASYNC)
 
-    failed, *others = together(3, program)
+    failed, *others = run_processes(3, program)
     assert not isinstance(failed, ckpt.ProcessError)
     for error in others:
         assert isinstance(error, ckpt.ProcessError), error
@@ -796,14 +742,14 @@ def test_process_0_may_fail_before_anybody_knows_the_name_of_the_run(tmp_path):
 
 
 def test_a_decision_that_comes_through_after_all_is_taken_back_by_the_outcome():
-    class Slow(Dictionary):
+    class Slow(MemoryService):
         def set(self, key, value, timeout_seconds):
             is_new = super().set(key, value, timeout_seconds)
             if value == COMMIT:
                 raise TimeoutError("no answer")
             return is_new
 
-    first, other = together(2, meet, Slow())
+    first, other = run_processes(2, meet, Slow())
     assert isinstance(first, ckpt.BarrierTimeoutError) and "no answer" in str(first)
     assert isinstance(other, ckpt.BarrierTimeoutError) and "process 0 gave up" in str(other)
 
@@ -811,7 +757,7 @@ def test_a_decision_that_comes_through_after_all_is_taken_back_by_the_outcome():
 def test_all_find_the_same_steps_due_whenever_they_hear_of_a_save_that_failed(tmp_path):
     is_passed = threading.Event()  # step 2, by process 0, which does not know yet
 
-    class Late(Dictionary):
+    class Late(MemoryService):
         def list(self, prefix, timeout_seconds):
             if prefix == "ckpt_jax/0/" and threading.current_thread().name == "ckpt-save":
                 assert is_passed.wait(SECONDS)
@@ -843,13 +789,15 @@ def test_all_find_the_same_steps_due_whenever_they_hear_of_a_save_that_failed(tm
             found.append("failed")
         return [*found, save(3), save(4), save(6)], manager.sync()
 
-    first, second = together(2, program, Late())
+    first, second = run_processes(2, program, Late())
     # The one has its error at once, the other later; after `sync` the same step is due again.
     assert first == ([True, False, False, "failed", True, False, True], None)
     assert second == (["failed", False, False, True, False, True], None)
     for number, step in (("ckpt-1", 3), ("ckpt-2", 6)):
         path, own = tmp_path / number, [ckpt.PerProcess(0), ckpt.PerProcess(0)]
-        together(2, lambda p, own=own, path=path: ckpt.Checkpoint(own=own[p.index]).restore(path))
+        run_processes(
+            2, lambda p, own=own, path=path: ckpt.Checkpoint(own=own[p.index]).restore(path)
+        )
         assert [each.value for each in own] == [step, step]
 
 
@@ -883,7 +831,7 @@ def test_all_find_the_same_steps_due_after_one_did_not_know_of_a_failure(tmp_pat
                     is_gone.set()
         return found
 
-    assert together(2, program) == [["failed", True, False, False, True]] * 2
+    assert run_processes(2, program) == [["failed", True, False, False, True]] * 2
 
 
 def test_what_cannot_be_metrics_fails_the_save_on_all_processes(tmp_path):
@@ -893,7 +841,7 @@ def test_what_cannot_be_metrics_fails_the_save_on_all_processes(tmp_path):
         options = CheckpointOptions(timeout_seconds=SECONDS)
         return attempts(lambda number: manager.save(options=options, metrics=metrics), 1)
 
-    assert together(2, program) == [[TypeError], [ckpt.ProcessError]]
+    assert run_processes(2, program) == [[TypeError], [ckpt.ProcessError]]
 
 
 def test_a_metric_that_is_none_fails_the_save_on_all_processes(tmp_path):
@@ -903,7 +851,7 @@ def test_a_metric_that_is_none_fails_the_save_on_all_processes(tmp_path):
         return attempts(lambda number: manager.save(metrics={"loss": loss if not number else 1}), 2)
 
     heard = [ckpt.ProcessError, "ckpt-1"]
-    assert together(3, program) == [heard, [ValueError, "ckpt-1"], heard]
+    assert run_processes(3, program) == [heard, [ValueError, "ckpt-1"], heard]
 
 
 def test_a_write_callback_that_saves_is_refused_where_others_would_wait(tmp_path):
@@ -920,7 +868,7 @@ def test_a_write_callback_that_saves_is_refused_where_others_would_wait(tmp_path
         checkpoint.save(tmp_path / "ckpt", CheckpointOptions(write_callbacks=[save_other]))
         return errors, os.path.basename(other.save(tmp_path / "other"))
 
-    for errors, name in together(2, program):
+    for errors, name in run_processes(2, program):
         (error,) = errors
         assert "other cannot begin at the end of saving" in error
         assert name == "other-1"
@@ -960,7 +908,7 @@ def test_who_does_not_know_whether_its_save_was_committed_goes_on_from_where_the
             names += attempts(lambda _: manager.save() or "not due", 1)
         return names, [os.path.basename(path) for path in manager.checkpoints]
 
-    for names, known in together(2, program):
+    for names, known in run_processes(2, program):
         assert names == ["not due", "ckpt-2", "not due", "ckpt-3"]
         assert known == ["ckpt-1", "ckpt-2", "ckpt-3"]
 
@@ -986,12 +934,12 @@ def test_who_does_not_know_counts_before_it_restores_and_not_after(tmp_path):
         checkpoint.restore(tmp_path / "a-1")
         return os.path.basename(first), os.path.basename(checkpoint.save(tmp_path / "a"))
 
-    assert together(2, program) == [("a-3", "a-2")] * 2
+    assert run_processes(2, program) == [("a-3", "a-2")] * 2
 
 
 def test_the_service_does_not_fill_up_where_a_write_ended_in_doubt(tmp_path):
     heard = threading.Event()
-    service = Dictionary()
+    service = MemoryService()
 
     def program(processes):
         def linger():
@@ -1009,7 +957,7 @@ def test_the_service_does_not_fill_up_where_a_write_ended_in_doubt(tmp_path):
         for _ in range(10):
             checkpoint.write(tmp_path / "a")
 
-    assert together(2, program, service) == [None, None]
+    assert run_processes(2, program, service) == [None, None]
     assert len(service.values) <= 10
 
 
@@ -1017,7 +965,7 @@ def test_a_save_to_a_directory_that_is_not_shared_says_so(tmp_path):
     def program(processes):
         ckpt.save(tmp_path / str(processes.index) / "a", state_of(processes.index))
 
-    results = together(3, program)
+    results = run_processes(3, program)
     for error in results:
         assert isinstance(error, ckpt.ProcessError)
         assert error.processes == (1, 2)
@@ -1049,7 +997,7 @@ def test_with_broadcast_a_process_that_cannot_restore_fails_all_and_none_falls_b
         ckpt.restore(path, {"w": np.zeros(3, int)}, options=options)
         return found, checkpoint.save(tmp_path / "ckpt")
 
-    for index, (found, saved) in enumerate(together(2, program)):
+    for index, (found, saved) in enumerate(run_processes(2, program)):
         own = [ckpt.CheckpointNotFoundError, ckpt.RestoreMismatchError]
         assert found == (own if index == failing else [ckpt.ProcessError] * 2)
         assert saved == str(tmp_path / "ckpt-1")
@@ -1080,7 +1028,7 @@ def test_an_error_of_the_background_of_one_process_keeps_none_from_restoring(
         return error, checkpoint.w.tolist(), checkpoint.save(tmp_path / "ckpt")
 
     saved = str(tmp_path / "ckpt-2")
-    assert together(2, program) == [
+    assert run_processes(2, program) == [
         (None, [0, 1, 2], saved),
         (ckpt.AsyncSaveError, [0, 1, 2], saved),
     ]
@@ -1106,7 +1054,7 @@ def test_all_managers_know_the_same_checkpoints(tmp_path):
         path = ckpt.CheckpointManager(fresh, tmp_path).restore_or_initialize()
         return known, os.path.basename(path), fresh.w.tolist(), fresh.data.value
 
-    for index, result in enumerate(together(3, program)):
+    for index, result in enumerate(run_processes(3, program)):
         known = [["ckpt-1"], ["ckpt-1", "ckpt-2"], ["ckpt-2", "ckpt-3"], ["ckpt-3", "ckpt-4"]]
         assert result == (known, "ckpt-4", [3.0] * 3, 30 + index)
     assert sorted(os.listdir(tmp_path)) == [
@@ -1140,7 +1088,7 @@ def test_what_one_process_cannot_restore_is_restored_by_none(tmp_path, caplog):
             manager.save()
         return os.path.basename(manager.restore_or_initialize()), checkpoint.step
 
-    assert together(3, program) == [("ckpt-1", 1)] * 3
+    assert run_processes(3, program) == [("ckpt-1", 1)] * 3
     assert "process 1: unreadable here" in caplog.text
 
 
@@ -1148,7 +1096,7 @@ def test_what_one_process_cannot_restore_is_restored_by_none(tmp_path, caplog):
 
 
 def test_a_shared_directory_passes_and_stays_empty(tmp_path):
-    assert together(3, lambda p: ckpt.preflight(tmp_path / "new")) == [None] * 3
+    assert run_processes(3, lambda p: ckpt.preflight(tmp_path / "new")) == [None] * 3
     assert os.listdir(tmp_path / "new") == []
 
 
@@ -1158,7 +1106,7 @@ def test_who_cannot_write_is_named(tmp_path):
     def program(processes):
         ckpt.preflight(tmp_path / ("file" if processes.index == 1 else "new"))
 
-    for error in together(3, program):
+    for error in run_processes(3, program):
         assert isinstance(error, ckpt.PreflightError)
         assert [k for k, _ in error.problems] == [1]
         assert "cannot write" in str(error)
@@ -1175,13 +1123,13 @@ def test_a_preflight_that_is_given_up_leaves_no_file(tmp_path):
         finally:
             over.set()
 
-    for error in together(2, program):
+    for error in run_processes(2, program):
         assert isinstance(error, ckpt.BarrierTimeoutError)
     assert os.listdir(tmp_path) == []
 
 
 def test_who_does_not_share_the_directory_is_named(tmp_path):
-    results = together(3, lambda p: ckpt.preflight(tmp_path / str(p.index == 2)))
+    results = run_processes(3, lambda p: ckpt.preflight(tmp_path / str(p.index == 2)))
     for error in results:
         assert isinstance(error, ckpt.PreflightError)
         what = dict(error.problems)

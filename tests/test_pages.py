@@ -12,13 +12,13 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from flax.training.train_state import TrainState
 
 import ckpt_jax as ckpt
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = ROOT / "README.md"
-MIGRATING = ROOT / "docs" / "migrating.md"
+DOCS = ROOT / "docs"
+MIGRATING = DOCS / "migrating.md"
 
 
 def blocks(page):
@@ -30,69 +30,99 @@ def blocks(page):
     ]
 
 
-def execute(page, names, only=None):
+def execute(page, names):
     """Runs the blocks of a page in one namespace; errors have the page's lines."""
     for line, code in blocks(page):
-        if only is None or only in code:
-            exec(compile("\n" * (line - 1) + code, page, "exec"), names)
+        exec(compile("\n" * (line - 1) + code, page, "exec"), names)
     return names
 
 
-class Model(nnx.Module):
-    """The program that README.md leaves open."""
+def shown(page, first):
+    """What a page shows as printed: the block without a language that begins with `first`."""
+    found = re.search(rf"^```\n({re.escape(first)}.*?)^```$", page.read_text(), re.DOTALL | re.M)
+    assert found is not None, first
+    return found.group(1)
 
-    def __init__(self, *, rngs):
-        self.dense = nnx.Linear(8, 4, rngs=rngs)
 
-
-def new_model_and_optimizer():
-    model = Model(rngs=nnx.Rngs(0))
-    return model, nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+def run(program, directory, **environment):
+    """Runs a program in a process and a directory of its own; its exit code and its output."""
+    (directory / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
+    return done.returncode, done.stdout
 
 
 def test_every_block_of_python_on_a_page_is_run():
-    pages = {page.name: len(blocks(page)) for page in [README, *ROOT.glob("docs/*.md")]}
-    assert {name for name, count in pages.items() if count} == {README.name, MIGRATING.name}
-    assert pages[README.name] == 5
-
-
-def test_what_readme_says_of_objects_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    model, optimizer = new_model_and_optimizer()
-    names = {"model": model, "optimizer": optimizer, "tx": optax.adam(1e-3), "Model": Model}
-    execute(README, names, only="checkpoint.save(")
-    assert names["model"] is not model
-    np.testing.assert_array_equal(names["model"].dense.kernel[...], model.dense.kernel[...])
-
-    names |= {"ckpt": ckpt, "model": {"w": 1}}
-    execute(README, names, only="ckpt.save_object")
-    assert names["model"] == {"w": 1}
-
-
-def test_what_readme_says_of_trees_and_of_rules_runs(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    params = {"dense": {"kernel": jnp.ones((8, 4))}}
-    state = TrainState.create(apply_fn=print, params=params, tx=optax.adam(1e-3))
-    abstract = jax.eval_shape(lambda: state)
-    names = {"ckpt": ckpt, "state": state, "abstract_state": abstract, "other_state": abstract}
-    execute(README, names, only="ckpt.plan_restore(")
-    assert jax.tree.structure(names["state"]) == jax.tree.structure(state)
-    np.testing.assert_array_equal(names["params"]["params"]["dense"]["kernel"], np.ones((8, 4)))
-
-    saved = {
-        "encoder": {"w": jnp.ones(2)},
-        "head": {"weight": jnp.ones((2, 3))},
-        "net": {"layers_0": {"w": jnp.zeros(2)}, "layers_1": {"w": jnp.ones(2)}},
-        "embed": jnp.ones(2),
+    pages = {page.name for page in [README, *DOCS.glob("*.md")] if blocks(page)}
+    assert pages == {
+        "README.md",
+        "guide.md",
+        "migrating.md",
+        "renaming.md",
+        "several-processes.md",
+        "testing.md",  # run by tests/testing/test_testing_page.py
     }
-    target = {
-        "backbone": {"w": jnp.zeros(2)},
-        "head": {"kernel": jnp.zeros((3, 2))},
-        "net": {"layers": {"w": jnp.ones((2, 2))}},
-        "embed": jnp.zeros(2, jnp.bfloat16),
+    assert len(blocks(README)) == 1
+
+
+def test_every_link_to_a_file_leads_to_one():
+    for page in [*ROOT.glob("*.md"), *DOCS.glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("script", ["demo", "interop", "test"])
+def test_without_a_python_a_script_says_in_one_line_what_to_do(script):
+    done = subprocess.run(
+        [ROOT / "scripts" / script],
+        env={**os.environ, "PYTHON": "/nowhere/python"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: PYTHON=/nowhere/python is not a Python >= 3.11 that runs\n"
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_example_of_readme_runs_as_it_stands_and_prints_what_is_shown(tmp_path, devices):
+    ((_, program),) = blocks(README)
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    code, output = run(program, tmp_path, XLA_FLAGS=flags, PYTHONWARNINGS="error")
+    assert code == 0, output
+    assert output == shown(README, "step ")
+
+
+def test_the_guide_runs_and_restores_what_was_saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = execute(DOCS / "guide.md", {})
+    restored = names["checkpoint"].model.dense.kernel[...]
+    saved = names["Model"](rngs=nnx.Rngs(0)).dense.kernel[...]
+    np.testing.assert_array_equal(restored, saved)
+    assert ckpt.latest_checkpoint("runs/a").endswith("ckpt-2")
+    ones = np.ones((8, 4))
+    np.testing.assert_array_equal(names["state"].params["dense"]["kernel"], ones)
+    np.testing.assert_array_equal(names["params"]["params"]["dense"]["kernel"], ones)
+    assert names["model"]["step"] == 100
+
+
+def test_the_page_on_renaming_runs_and_the_rules_do_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    restored = execute(DOCS / "renaming.md", {})["restored"]
+    expected = {
+        "backbone": {"w": np.ones(2)},
+        "head": {"kernel": np.ones((3, 2))},
+        "net": {"layers": {"w": np.array([[0, 0], [1, 1]])}},
+        "embed": np.ones(2, jnp.bfloat16),
     }
-    names |= {"path": ckpt.save("old", saved), "state": target}
-    execute(README, names, only="rename=[")
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    assert restored["embed"].dtype == jnp.bfloat16
 
 
 def test_the_error_that_readme_shows_is_the_one_that_is_raised(tmp_path, monkeypatch):
@@ -104,23 +134,20 @@ def test_the_error_that_readme_shows_is_the_one_that_is_raised(tmp_path, monkeyp
     target = {"params": {"dense": {"kernel": jnp.ones((64, 10))}, "head": {"bias": jnp.ones(10)}}}
     with pytest.raises(ckpt.RestoreMismatchError) as caught:
         ckpt.restore(path, target)
-    pattern = r"^```\n(runs/b/step-100 does not fit.*?)^```$"
-    shown = re.search(pattern, README.read_text(), re.DOTALL | re.MULTILINE)
-    assert shown is not None
-    assert str(caught.value).split() == shown.group(1).split()
+    assert str(caught.value).split() == shown(README, "runs/b/step-100 does not fit").split()
 
 
-def test_what_readme_says_of_several_processes_runs_on_one(tmp_path):
+def test_the_page_on_several_processes_runs_on_one(tmp_path):
     """Without `initialize`, and in another directory."""
-    model, optimizer = new_model_and_optimizer()
+    model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
     names = {
         "ckpt": ckpt,
         "model": model,
-        "optimizer": optimizer,
+        "optimizer": nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param),
         "iterator_state": {"position": 7},
         "when_the_number_of_processes_changes": lambda states: states[0],
     }
-    ((_, code),) = [block for block in blocks(README) if "jax.distributed" in block[1]]
+    ((_, code),) = blocks(DOCS / "several-processes.md")
     code = code.replace("jax.distributed.initialize()\n", "")
     code = code.replace("/shared/runs", str(tmp_path))
     exec(code, names)
@@ -149,16 +176,6 @@ else:
 def test_the_page_on_migrating_runs_and_a_resumed_run_ends_as_an_unbroken_one(tmp_path):
     """In a process of its own, with the warnings of Orbax."""
     program = "\n".join(code for _, code in blocks(MIGRATING))
-    program += CHECKS
-    (tmp_path / "program.py").write_text(program)
-    done = subprocess.run(
-        [sys.executable, "program.py"],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stdout
-    assert "never used" not in done.stdout
+    code, output = run(program + CHECKS, tmp_path)
+    assert code == 0, output
+    assert "never used" not in output

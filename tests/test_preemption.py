@@ -1,6 +1,7 @@
 """Preemption: real signals to real processes, which are told apart by what they print."""
 
 import asyncio
+import ctypes
 import os
 import signal
 import socket
@@ -16,9 +17,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_multihost import together
 
 import ckpt_jax as ckpt
+from ckpt_jax.testing import run_processes
 
 
 @pytest.fixture
@@ -489,6 +490,20 @@ def test_with_jaxs_service_all_processes_save_at_one_step(
     assert ckpt.verify(tmp_path / "ckpt-1").ok
 
 
+def test_a_signal_that_the_system_delivers_to_another_thread_than_the_main_one_is_noticed(
+    tmp_path: Path, programs
+):
+    """As it may if the main thread has no processor at that moment. A loop that waits for nothing
+    still has to hear of it."""
+    child = programs(WORKER, tmp_path, free_port(), 1, 0, signal.SIGUSR1)
+    assert child.stdout.readline() == "ready\n"
+    threads = [int(name) for name in os.listdir(f"/proc/{child.pid}/task")]
+    other = next(thread for thread in threads if thread != child.pid)
+    assert ctypes.CDLL(None).tgkill(child.pid, other, signal.SIGUSR1) == 0
+    assert child.stdout.readline().split()[1:] == ["True", "ckpt-1"]
+    assert child.wait() == 0
+
+
 def test_an_error_that_one_process_alone_has_does_not_keep_the_others_from_the_last_save(tmp_path):
     def program(processes):
         def refuse():
@@ -502,7 +517,7 @@ def test_an_error_that_one_process_alone_has_does_not_keep_the_others_from_the_l
         assert handler.reached(7)
         return os.path.basename(handler.saved)
 
-    assert together(3, program) == ["ckpt-2"] * 3
+    assert run_processes(3, program) == ["ckpt-2"] * 3
 
 
 def test_a_callback_that_fails_in_one_process_alone_leaves_it_with_what_all_have_saved(tmp_path):
@@ -523,7 +538,7 @@ def test_a_callback_that_fails_in_one_process_alone_leaves_it_with_what_all_have
         assert handler.reached(7)  # and there is nothing to save together any more
         return os.path.basename(handler.saved)
 
-    assert together(3, program) == ["ckpt-1"] * 3
+    assert run_processes(3, program) == ["ckpt-1"] * 3
 
 
 class Once(ckpt.PythonState):
@@ -561,7 +576,7 @@ def test_after_a_last_save_that_failed_all_processes_find_the_same_steps_due(tmp
         assert manager.save() is not None
         return handler.reached(7), os.path.basename(handler.saved)
 
-    assert together(3, program) == [(True, "ckpt-2")] * 3
+    assert run_processes(3, program) == [(True, "ckpt-2")] * 3
 
 
 def test_a_last_save_that_failed_is_tried_again_with_jaxs_service_too(tmp_path: Path, programs):

@@ -7,14 +7,11 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
-
-pytest.register_assert_rewrite("ckpt_jax.testing")
-from ckpt_jax.testing import SaverTests  # noqa: E402
+from ckpt_jax.testing import SaverTests
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 

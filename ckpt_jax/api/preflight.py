@@ -1,8 +1,8 @@
 """Preflight: finding out, before training time is lost, that saving would not work.
 
-Every process writes a small file into the directory and says so, then looks for the files of
-all the others and says which it does not see. What is wrong anywhere becomes one error on all
-processes.
+Every process writes a small file into the directory and says so. Then it looks for the files of
+all the others and says which of them it does not see. The problems of all processes become one
+error, which all of them raise.
 """
 
 from __future__ import annotations
@@ -14,58 +14,78 @@ import socket
 from ckpt_jax.errors import PreflightError
 from ckpt_jax.options import DEFAULT, Path
 from ckpt_jax.processes.current import current
+from ckpt_jax.processes.meeting import Processes
 
 
 def preflight(
     directory: Path,
     timeout_seconds: float = DEFAULT.timeout_seconds,
 ) -> None:
-    """Checks that all processes can write to a directory, and that it is one for all of them.
+    """Checks that all processes can write to a directory, and that all of them share it.
 
-    To be called on all processes. `CheckpointManager.restore_or_initialize` calls it where
-    there are several.
+    All processes have to call it. If there are several, `CheckpointManager.restore_or_initialize`
+    does.
 
     Args:
-      directory: where checkpoints will go; it is made.
+      directory: the directory for the checkpoints. It is created if it does not exist.
       timeout_seconds: the longest wait for another process.
 
     Raises:
-      PreflightError: naming each process that cannot write there, or sees another directory.
-      BarrierTimeoutError: a process did not come.
+      PreflightError: names each process that cannot write there, or sees another directory.
+      BarrierTimeoutError: a process did not call it in time.
 
     Example:
       >>> import tempfile
       >>> preflight(tempfile.mkdtemp())
     """
-    directory = os.path.abspath(os.fsdecode(directory))
-    processes = current()
+    _check(os.path.abspath(os.fsdecode(directory)), current(), timeout_seconds)
+
+
+def _check(directory: str, processes: Processes, timeout_seconds: float) -> None:
     with contextlib.ExitStack() as stack:
         with processes.meeting(f"checking {directory}", timeout_seconds) as meeting:
             token = meeting.token
             names = [f".preflight-{token}-{k}" for k in range(meeting.count)]
             own = os.path.join(directory, names[meeting.index])
             stack.callback(_remove, own)
-            problem = _written(own, token)
+            problem = _write(own, token)
             hosts = meeting.conclude([socket.gethostname(), problem], lambda reports: reports)
         with processes.meeting(f"checking {directory}", timeout_seconds) as meeting:
             unseen = [k for k, name in enumerate(names) if not _holds(directory, name, token)]
-            seen_by_all = meeting.conclude(unseen, lambda reports: reports)
-    problems = [(k, f"({host}) {problem}") for k, (host, problem) in enumerate(hosts) if problem]
-    failed = {k for k, _ in problems}
-    for k, unseen in enumerate(seen_by_all):
-        if k not in failed and (others := sorted({*unseen} - failed)):
-            listed = ", ".join(f"{other} ({hosts[other][0]})" for other in others)
-            problems.append((k, f"({hosts[k][0]}) does not see what was written by {listed}"))
+            unseen_by = meeting.conclude(unseen, lambda reports: reports)
+    problems = _problems(hosts, unseen_by)
     if problems:
-        lines = "\n".join(f"  process {k} {what}" for k, what in sorted(problems))
+        lines = "\n".join(f"  process {k} {what}" for k, what in problems)
         raise PreflightError(
             f"{directory} cannot take the checkpoints of {processes.count} processes:\n{lines}\n"
             "Every process has to be able to write there, and all have to share it.",
-            tuple(sorted(problems)),
+            problems,
         )
 
 
-def _written(path: str, content: str) -> str | None:
+def _problems(
+    hosts: list[tuple[str, str | None]], unseen_by: list[list[int]]
+) -> tuple[tuple[int, str], ...]:
+    """What is wrong, by process.
+
+    Args:
+      hosts: for each process, its host's name and why it could not write, or None if it could.
+      unseen_by: for each process, the processes whose files it does not see.
+
+    Example:
+      >>> _problems([("a", None), ("b", None)], [[], [0]])
+      ((1, '(b) does not see what was written by 0 (a)'),)
+    """
+    problems = [(k, f"({host}) {problem}") for k, (host, problem) in enumerate(hosts) if problem]
+    failed = {k for k, _ in problems}
+    for k, unseen in enumerate(unseen_by):
+        if k not in failed and (others := sorted({*unseen} - failed)):
+            listed = ", ".join(f"{other} ({hosts[other][0]})" for other in others)
+            problems.append((k, f"({hosts[k][0]}) does not see what was written by {listed}"))
+    return tuple(sorted(problems))
+
+
+def _write(path: str, content: str) -> str | None:
     """Writes a small file; returns why that was not possible."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -77,7 +97,7 @@ def _written(path: str, content: str) -> str | None:
 
 
 def _remove(path: str) -> None:
-    with contextlib.suppress(OSError):  # it could not be written, and that is said already
+    with contextlib.suppress(OSError):  # it was never written, and the error says so already
         os.unlink(path)
 
 

@@ -1,23 +1,23 @@
 """Preemption: a last save when the machine is about to be taken away.
 
 The notice is a signal, SIGTERM by default. The place to save is the next *step boundary*, where
-the objects are whole; the training loop says when it is there. Who decides at which boundary:
+the objects are whole; the training loop says when it is there. How the boundary is chosen:
 
-* One process on its own saves at the first boundary after the signal. If none comes before the
-  grace period is over, or a second signal says that there is less time than thought, a thread
-  saves at once, whatever the objects are like in the middle of a step: such a checkpoint may
-  hold parameters of one step and optimizer state of another, and a save may fail because a
-  step has donated its arrays. It is for programs whose steps are longer than the notice; the
-  next boundary, if there is one, saves again.
-* Where there are several processes, JAX's preemption service spreads SIGTERM to all of them and
-  agrees on a step that all will reach. JAX has a handler of its own for SIGTERM then, which
-  stays; other signals are passed on to it. Where that service is off, the handler here takes
-  SIGTERM, too, and `agreeing` does the same. Nobody saves in the middle of a step there, because
-  processes have to save together.
+* A single process saves at the first boundary after the signal. If none comes before the grace
+  period is over, or if a second signal says that there is less time than expected, a thread
+  saves at once, even in the middle of a step: such a checkpoint may hold parameters of one step
+  and optimizer state of another, and the save may fail because the step has donated its arrays.
+  This is for programs whose steps are longer than the notice. If a boundary still comes, it
+  saves again.
+* If there are several processes, JAX's preemption service spreads SIGTERM to all of them, and they
+  agree on a step that all will reach. JAX then has a handler of its own for SIGTERM, which
+  stays; other signals are passed on to it as SIGTERM. If that service is off, the handler here
+  takes SIGTERM too, and `processes.common_step` finds the step. Several processes never save in
+  the middle of a step, because they have to save together.
 
-Python runs signal handlers on the main thread, between two of its instructions, which may be long
-after the signal where that thread waits for a device. The thread that watches the clock is
-therefore told by the interpreter's wakeup file, to which the signal itself writes.
+Python runs signal handlers on the main thread, between two of its instructions. While that thread
+waits for a device, this may be long after the signal. The thread that watches the grace period is
+therefore told through the interpreter's wakeup file, to which the signal itself writes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from types import FrameType
 
@@ -41,6 +41,7 @@ from ckpt_jax.errors import AsyncSaveError
 from ckpt_jax.manage.manager import CheckpointManager
 from ckpt_jax.processes.common_step import CommonStep
 from ckpt_jax.processes.current import current
+from ckpt_jax.processes.meeting import Processes
 
 Save = Callable[[int | None], str | None]
 Agree = Callable[[int, bool], bool]
@@ -52,26 +53,26 @@ class PreemptionHandler:
     """Saves when the program is told to end, at a step boundary if there is time for one.
 
     Use it as a context manager around the training loop, on the main thread. A signal then
-    does not end the program by itself; the loop does, when `reached` says so.
+    does not end the program by itself; the loop ends when `reached` says so.
 
     Args:
-      manager: saves the checkpoint; its `checkpoint_interval` is not asked.
-      grace_seconds: how long after the first signal a step boundary is awaited before the
-        objects are saved as they are; keep it as much shorter than the real notice as a save
-        takes. None waits for a boundary however long. Without effect where steps are agreed
-        on between processes.
-      signals: what announces the end.
-      save: how to save, given the step that was reached last: a function of it that returns
-        the path, or None where it has saved nothing: then the next step boundary tries again. By
-        default `manager.save(check_interval=False)`, numbered by the save counter;
+      manager: saves the checkpoint. Its `checkpoint_interval` is ignored.
+      grace_seconds: how long to wait for a step boundary after the first signal before the
+        objects are saved as they are. The real notice has to be longer, by the time that a save
+        takes. None waits for a boundary however long it takes. It has no effect if processes
+        agree on a step.
+      signals: the signals that announce the end.
+      save: a function that saves. It is given the step that was reached last, and returns the
+        path, or None if it has saved nothing: then the next step boundary tries again. By
+        default `manager.save(check_interval=False)`, which numbers by the save counter;
         `lambda step: manager.save(step)` numbers by step.
-      agree: whether to save at a step, given the step and whether this process has had a
-        signal. It is asked at every step until it says yes, and has to give the same answer in
-        all processes.
-        By default as the module describes; JAX's service is used where it is on.
+      agree: a function that decides whether to save at a step, given the step and whether this
+        process has had a signal. It is asked at every step until it says yes, and has to give
+        the same answer in all processes. By default, a single process decides alone, and several
+        processes agree through JAX's preemption service, or without it if it is off.
 
     Raises:
-      ValueError: a negative time; on entering, where another thread than the main one does so.
+      ValueError: `grace_seconds` is negative; or, on entering, this is not the main thread.
 
     Source: `tf.distribute.experimental.PreemptionCheckpointHandler`, which wraps the step.
 
@@ -105,16 +106,14 @@ class PreemptionHandler:
         self._signals = tuple(signals)
         self._save = save or (lambda step: manager.save(check_interval=False))
         self._given_agree = agree
-        self._agree: Agree = agree or _on_my_own
-        self._ask: Callable[[], None] = lambda: None  # the other processes to stop
-        self._forwards = False  # to JAX, which has its own handler of SIGTERM
+        self._agree: Agree = agree or _alone
+        self._pass_on: Callable[[], None] = lambda: None  # the notice, to the other processes
         self._noticed = False
         self._step: int | None = None
         self._saved: str | None = None
         self._is_agreed = False
         self._is_done = False
-        self._saving = threading.Lock()
-        self._deadline: float | None = None
+        self._saving = threading.Lock()  # held by the thread that saves
         self._undo = ExitStack()
 
     @property
@@ -124,7 +123,7 @@ class PreemptionHandler:
 
     @property
     def saved(self) -> str | None:
-        """The path of the checkpoint that was saved because of a signal; None where there is none.
+        """The path of the checkpoint that was saved because of a signal; None if there is none.
 
         It is committed: a save in the background has been waited for.
         """
@@ -142,28 +141,34 @@ class PreemptionHandler:
         """Takes the signals; `undo` gives them back."""
         signals = self._signals
         if self._given_agree is None:
-            # Releases of JAX without this setting have the service always.
-            has_service = getattr(jax.config, "jax_enable_preemption_service", True)
-            if jax.distributed.is_initialized() and has_service:
-                self._agree, self._forwards = _agreed_by_jax, True
+            if _has_preemption_service():
+                self._agree, self._pass_on = _agreed_by_jax, _notify_jax
                 signals = tuple([number for number in signals if number != signal.SIGTERM])
-            elif (processes := current()).count > 1:
-                common = CommonStep(processes)
-                undo.callback(common.close)
-                self._agree, self._ask = lambda step, noticed: common.is_passed(), common.ask
             else:
-                self._start_watching(undo)
+                self._agree_among(current(), undo)
         for number in signals:
             previous = signal.signal(number, self._notice)
             # A handler that no Python code installed cannot be put back.
             undo.callback(signal.signal, number, previous or signal.SIG_DFL)
 
+    def _agree_among(self, processes: Processes, undo: ExitStack) -> None:
+        """Chooses how to agree without JAX's service."""
+        if processes.count > 1:
+            common = CommonStep(processes)
+            undo.callback(common.close)
+            self._agree, self._pass_on = lambda step, noticed: common.is_passed(), common.ask
+        else:
+            watch = _GraceWatch(
+                self._signals, self._grace_seconds, self._set_noticed, self._save_at_once
+            )
+            watch.start(undo)
+
     def __exit__(self, *exception: object) -> None:
         self._undo.close()
         if self._noticed and self._saved is None:
             _log.warning(
-                "a preemption notice came, but the loop has ended without a step boundary since "
-                "at which a save succeeded: nothing was saved"
+                "a preemption notice came, but no step boundary at which a save succeeded has come "
+                "since, and the loop has ended: nothing was saved"
             )
 
     def reached(self, step: int) -> bool:
@@ -178,6 +183,10 @@ class PreemptionHandler:
         Raises:
           Whatever saving raises; an error of an earlier save in the background is logged.
         """
+        # Gives up the GIL for a moment. If the system delivers a signal to another thread, the main
+        # thread of Python 3.11 hears of it when it takes the GIL again, which a loop of steps that
+        # never wait may never do.
+        time.sleep(0)
         self._step = step
         if not self._is_done and (self._is_agreed or self._agree(step, self._noticed)):
             # JAX says so once; after a save that failed, all processes try again.
@@ -192,43 +201,11 @@ class PreemptionHandler:
         return self._is_done
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        self._noticed = True
-        self._ask()
-        if self._forwards:
-            os.kill(os.getpid(), signal.SIGTERM)
+        self._set_noticed()
+        self._pass_on()
 
-    def _start_watching(self, undo: ExitStack) -> None:
-        """Starts the thread that saves at once, and says how to end it."""
-        notices, wakeup = socket.socketpair()
-        wakeup.setblocking(False)
-        previous = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
-        watcher = threading.Thread(
-            target=self._watch, args=[notices, previous], name="ckpt-preempt", daemon=True
-        )
-        undo.callback(notices.close)
-        undo.callback(watcher.join)
-        undo.callback(wakeup.close)  # which ends what the watcher reads
-        undo.callback(signal.set_wakeup_fd, previous)
-        watcher.start()
-
-    def _watch(self, notices: socket.socket, previous_fd: int) -> None:
-        """Waits for a second signal or the end of the grace period, and then saves at once."""
-        numbers = self._numbers(notices, previous_fd)
-        if next(numbers, None) is None:
-            return
+    def _set_noticed(self) -> None:
         self._noticed = True
-        if self._grace_seconds is not None and math.isfinite(self._grace_seconds):
-            self._deadline = time.monotonic() + self._grace_seconds
-        try:
-            second = next(numbers, None)
-        except (TimeoutError, BlockingIOError):
-            self._save_at_once(f"no step boundary came within {self._grace_seconds} s of a signal")
-        else:
-            if second is not None:
-                self._save_at_once(f"a second signal came ({signal.Signals(second).name})")
-        self._deadline = None
-        for _ in self._numbers(notices, previous_fd):
-            pass  # others may still wait for theirs
 
     def _save_at_once(self, why: str) -> None:
         with self._saving:
@@ -237,27 +214,9 @@ class PreemptionHandler:
             _log.warning("%s: saving in the middle of a step", why)
             try:
                 self._save_now(self._step)
-                self._manager._make_due()  # again, when the step is over
-            except Exception:  # there is nobody else to tell, and a boundary may yet come
+                self._manager._make_due()  # so that the boundary after this step saves again
+            except Exception:  # nobody waits for this thread, and a boundary may yet come
                 _log.exception("the save in the middle of a step failed")
-
-    def _numbers(self, notices: socket.socket, previous_fd: int) -> Iterator[int]:
-        """Our signals as they come; others go to whoever had the wakeup file before.
-
-        Raises:
-          TimeoutError, BlockingIOError: the deadline is over.
-        """
-        while True:
-            deadline = self._deadline
-            notices.settimeout(deadline and max(0.0, deadline - time.monotonic()))
-            found = notices.recv(1)
-            if not found:
-                return
-            if found[0] in self._signals:
-                yield found[0]
-            elif previous_fd != -1:
-                with contextlib.suppress(OSError):  # it is full or gone, as the interpreter ignores
-                    os.write(previous_fd, found)
 
     def _save_now(self, step: int | None) -> None:
         try:
@@ -265,14 +224,14 @@ class PreemptionHandler:
         except AsyncSaveError as error:  # of an earlier save, which must not prevent this one
             _log.error("%s", error, exc_info=error.__cause__)
         before = self._manager.latest_checkpoint
-        # A manager does not save one step twice: then what is there is what is wanted.
+        # A manager saves a step only once: if this step has been saved, that checkpoint counts.
         is_there = self._manager._has_saved_step()
         if not is_there:
             self._manager._make_due()
         try:
             try:
                 path = self._save(step)
-            finally:  # all processes wait, whichever of them has failed already
+            finally:  # all processes wait, even one that has failed already
                 self._manager.sync()
         except Exception:  # maybe of a callback in this process alone, after the commit for all
             self._saved = self._later_than(before)
@@ -284,9 +243,99 @@ class PreemptionHandler:
         return latest if latest != before else None
 
 
-def _on_my_own(step: int, noticed: bool) -> bool:
+class _GraceWatch:
+    """The thread that calls `save_at_once` at a second signal, or when the grace period is over.
+
+    Args:
+      signals: the signals that count. Others go to the wakeup file that was there before.
+      grace_seconds: from the first signal on; None for no end.
+      notice: called at the first signal.
+      save_at_once: called with the reason, at most once.
+      clock: tells the seconds; the grace period is measured by it.
+    """
+
+    def __init__(
+        self,
+        signals: tuple[signal.Signals, ...],
+        grace_seconds: float | None,
+        notice: Callable[[], None],
+        save_at_once: Callable[[str], None],
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._signals = signals
+        self._grace_seconds = grace_seconds
+        self._notice = notice
+        self._save_at_once = save_at_once
+        self._clock = clock
+
+    def start(self, undo: ExitStack) -> None:
+        """Starts the thread; `undo` ends it and gives the wakeup file back."""
+        notices, wakeup = socket.socketpair()
+        wakeup.setblocking(False)
+        previous_fd = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        watcher = threading.Thread(
+            target=self._watch, args=[notices, previous_fd], name="ckpt-preempt", daemon=True
+        )
+        undo.callback(notices.close)
+        undo.callback(watcher.join)
+        undo.callback(wakeup.close)  # the thread then reads the end of the file, and ends
+        undo.callback(signal.set_wakeup_fd, previous_fd)
+        watcher.start()
+
+    def _watch(self, notices: socket.socket, previous_fd: int) -> None:
+        if self._next_signal(notices, previous_fd, None) is None:
+            return
+        self._notice()
+        deadline = None
+        if self._grace_seconds is not None and math.isfinite(self._grace_seconds):
+            deadline = self._clock() + self._grace_seconds
+        try:
+            second = self._next_signal(notices, previous_fd, deadline)
+        except (TimeoutError, BlockingIOError):
+            self._save_at_once(f"no step boundary came within {self._grace_seconds} s of a signal")
+        else:
+            if second is not None:
+                self._save_at_once(f"a second signal came ({signal.Signals(second).name})")
+        while self._next_signal(notices, previous_fd, None) is not None:
+            pass  # the owner of the previous wakeup file may still wait for other signals
+
+    def _next_signal(
+        self, notices: socket.socket, previous_fd: int, deadline: float | None
+    ) -> int | None:
+        """Waits for one of our signals, and passes others on; None when the file is closed.
+
+        Raises:
+          TimeoutError, BlockingIOError: the deadline is over.
+        """
+        while True:
+            left = None if deadline is None else max(0.0, deadline - self._clock())
+            notices.settimeout(left)
+            found = notices.recv(1)
+            if not found:
+                return None
+            if found[0] in self._signals:
+                return found[0]
+            if previous_fd != -1:
+                # The file may be full or gone; the interpreter ignores that, too.
+                with contextlib.suppress(OSError):
+                    os.write(previous_fd, found)
+
+
+def _has_preemption_service() -> bool:
+    """Whether JAX's preemption service is on."""
+    # Releases of JAX without this setting always have the service.
+    is_enabled = getattr(jax.config, "jax_enable_preemption_service", True)
+    return jax.distributed.is_initialized() and is_enabled
+
+
+def _alone(step: int, noticed: bool) -> bool:
+    """How a single process decides."""
     return noticed
 
 
 def _agreed_by_jax(step: int, noticed: bool) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
+
+
+def _notify_jax() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,19 +1,19 @@
-"""Agreeing on a step: how processes that pass the same steps choose one at which all of them stop.
+"""Agreeing on a step: processes that pass the same steps choose one at which all of them stop.
 
-Any of them may ask for it, at any time. On each process a thread waits for that. When it comes,
-the thread says how many steps its process has passed, and lets it pass no other until all have
-said so. The step after the farthest is the common one: nobody has passed it, and all will come
-to it.
+Any process may ask for it at any time. In each process a thread waits until one does. The thread
+then says how many steps its process has passed, and holds the process at its next step until all
+processes have said so. The step after the farthest is the common one: no process has passed it,
+and all will come to it.
 
-Only the threads wait for each other, so that it does no harm if a program waits in the middle of
-a step for devices of another process, and nothing is asked at a step as long as nobody wants to
-stop. The keys of the n-th agreement, below "ckpt_jax/steps/n/":
+Only these threads wait for each other. A program may therefore wait in the middle of a step for
+devices of another process, and a step costs no communication as long as no process wants to stop.
+The keys of the n-th agreement, below "ckpt_jax/steps/n/":
 
-    asked       there when somebody has asked
+    asked       set if a process has asked
     passed/k    how many steps process k has passed
 
-A process that has left its loop says so, too: it passes no other step, so that who asks later
-hears of no step that all come to, but need not wait for it either.
+A process that has left its loop also sets its `passed/k`, and will pass no other step. A process
+that asks afterwards then need not wait for it, but finds no step to which all come.
 """
 
 from __future__ import annotations
@@ -28,25 +28,34 @@ from ckpt_jax.processes.service import Service
 
 _log = logging.getLogger("ckpt_jax")
 _ANSWER_SECONDS = 30.0  # the threads answer at once, if their processes are there
-_LISTEN_SECONDS = 10.0  # between two looks whether anybody still wants to know
+_LISTEN_SECONDS = 10.0  # after this time a thread looks whether its process has left the loop
 
 
 class CommonStep:
-    """One agreement. To be made on all processes, in the program's order.
+    """One agreement. All processes make it, in the same order as their other agreements.
 
     Args:
-      processes: of which there are several.
-      answer_seconds: the longest wait for another process, once somebody has asked.
+      processes: the processes that agree; more than one.
+      answer_seconds: the longest wait for another process, once a process has asked.
+      listen_seconds: how long to wait for a process to ask, before looking whether this one has
+        left its loop.
     """
 
-    def __init__(self, processes: Processes, answer_seconds: float = _ANSWER_SECONDS):
+    def __init__(
+        self,
+        processes: Processes,
+        answer_seconds: float = _ANSWER_SECONDS,
+        listen_seconds: float = _LISTEN_SECONDS,
+    ):
         assert processes.service is not None
         self._service: Service = processes.service
         self._index, self._count = processes.index, processes.count
         self._key = f"ckpt_jax/steps/{processes.next_agreement()}"
         self._answer_seconds = answer_seconds
-        self._wanted: SimpleQueue[bool] = SimpleQueue()  # which a signal handler may fill
+        self._listen_seconds = listen_seconds
+        self._wanted: SimpleQueue[bool] = SimpleQueue()  # a signal handler may put into it
         self._is_closed = False
+        # Held during the agreement, so that this process passes no step meanwhile.
         self._agreeing = threading.Lock()
         self._passed = 0
         self._common: int | None = None
@@ -55,20 +64,23 @@ class CommonStep:
             threading.Thread(target=work, name="ckpt-agree", daemon=True).start()
 
     def ask(self) -> None:
-        """Asks all processes to stop; to be called from anywhere, a signal handler too."""
+        """Asks all processes to stop. Any thread may call it, and so may a signal handler."""
         self._wanted.put(True)
 
     def close(self) -> None:
-        """Ends the threads, in a while."""
+        """Says that this process has left its loop. The threads end some time later."""
         self._is_closed = True
         self._wanted.put(False)
 
     def is_passed(self) -> bool:
-        """Says that this process has passed a step; whether it is the common one, or later.
+        """Says that this process has passed a step.
+
+        Returns:
+          Whether it is the common step, or a later one.
 
         Raises:
-          BarrierTimeoutError: somebody has asked, but not all processes have answered.
-          ProcessError: somebody has asked, but the coordination service is gone.
+          BarrierTimeoutError: a process has asked, but not all processes have answered.
+          ProcessError: a process has asked, but the coordination service is gone.
         """
         with self._agreeing:
             if self._error is not None:
@@ -105,13 +117,13 @@ class CommonStep:
                 self._error = kind(f"agreeing on a step to stop at: {error}", (0,))
 
     def _is_asked(self) -> bool:
-        """Waits until somebody has asked, or nobody here will stop any more."""
+        """Waits for a process to ask; False if this one has left its loop before that."""
         while not self._is_closed:
             try:
-                if self._service.get(f"{self._key}/asked", _LISTEN_SECONDS) is not None:
+                if self._service.get(f"{self._key}/asked", self._listen_seconds) is not None:
                     return True
             except TimeoutError as error:  # the service hangs; it may come back
-                _log.warning("whether a process asks to stop is not known at present: %s", error)
+                _log.warning("cannot hear at present whether a process asks to stop: %s", error)
         return False
 
     def _answer(self) -> None:

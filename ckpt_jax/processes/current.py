@@ -1,4 +1,4 @@
-"""Which processes there are: those of `jax.distributed`, or those that a test plays."""
+"""The processes of this program: those of `jax.distributed`, or those that a test simulates."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ckpt_jax.processes.service import CoordinationService
 from ckpt_jax.values.jax_internals import service_client
 
 _simulated: ContextVar[Processes | None] = ContextVar("ckpt_jax_processes", default=None)
-
-
+# The client of JAX's service, and the processes that share it. It is kept because `Processes`
+# counts meetings.
 _present: tuple[Any, Processes] | None = None
-
-
 _present_lock = threading.Lock()
 
 
 def current() -> Processes:
-    """The processes of this program.
+    """The processes of this program, as this process sees them.
+
+    Only public functions and methods ask for them; they pass them on to the functions below.
 
     Raises:
       RuntimeError: JAX has several processes, but no coordination service.
@@ -50,7 +50,7 @@ def current() -> Processes:
 
 @contextlib.contextmanager
 def simulated(processes: Processes) -> Iterator[None]:
-    """Lets a thread act as one of several processes."""
+    """Lets the current thread act as one of several processes while the block runs."""
     token = _simulated.set(processes)
     try:
         yield

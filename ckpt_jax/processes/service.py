@@ -1,4 +1,8 @@
-"""What the processes of a program share: keys and values, each of which is set once."""
+"""The coordination service: keys and values that the processes of a program share.
+
+A key is set only once. That makes the service a place for decisions: if several processes try to
+decide the same thing, the first one does, and the others hear what it was.
+"""
 
 from __future__ import annotations
 
@@ -12,22 +16,22 @@ from ckpt_jax.store.workers import started
 
 
 class Service(Protocol):
-    """Keys and values that all processes share. Every call ends within its time.
+    """Keys and values that all processes share.
 
-    Each raises TimeoutError where the service does not answer in time, and ConnectionError
-    where it is gone.
+    Every call ends within its time. It raises TimeoutError if the service does not answer in time,
+    and ConnectionError if the service is gone.
     """
 
     def set(self, key: str, value: str, timeout_seconds: float) -> bool:
-        """Sets a key that has no value yet; says whether it had none."""
+        """Sets a key that has no value yet. Returns False, and changes nothing, if it has one."""
         ...
 
     def get(self, key: str, timeout_seconds: float) -> str | None:
-        """Waits for the value of a key; None where the time ends before it has one."""
+        """Waits for the value of a key. Returns None if it has none when the time is over."""
         ...
 
     def list(self, prefix: str, timeout_seconds: float) -> dict[str, str]:
-        """The keys below a prefix that ends in "/", and their values."""
+        """The whole keys below a prefix that ends in "/", and their values."""
         ...
 
     def delete(self, prefix: str, timeout_seconds: float) -> None:
@@ -38,8 +42,11 @@ class Service(Protocol):
 class CoordinationService:
     """The service of `jax.distributed`.
 
-    Its client waits for ever for a service whose process is stopped: hence a thread for each
-    call, which is left behind where the call does not end.
+    JAX's client waits forever if the process with the service is stopped. Each call therefore has
+    a thread of its own, which is left behind if the call does not end.
+
+    Args:
+      client: JAX's client of the service.
     """
 
     def __init__(self, client: Any):

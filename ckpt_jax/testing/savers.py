@@ -1,7 +1,8 @@
 """A conformance suite for registered savers.
 
-The author of a saver subclasses `SaverTests`, says how to make an object and how to compare
-two, and pytest runs every promise of `ckpt_jax.register_checkpoint_saver` against the saver:
+A *saver* writes and reads the objects of one kind itself, instead of having them taken apart. The
+author of a saver subclasses `SaverTests`, says how to make an object and how to compare two, and
+pytest runs every promise of `ckpt_jax.register_checkpoint_saver` against the saver:
 
     from ckpt_jax.testing import SaverTests
 
@@ -49,40 +50,40 @@ from ckpt_jax.options import CheckpointOptions
 
 
 class SaverTests:
-    """What every registered saver has to get right. Subclass it, with a name that pytest collects.
+    """The tests that every registered saver has to pass.
 
-    Override `register`, `make_object`, `make_empty` and `assert_same`; also `make_resharded`
-    where the objects hold arrays that may lie on other devices. Objects may be mutable, or
-    immutable values of which the saver's restore function returns new ones.
+    Subclass it, with a name that pytest collects. Override `register`, `make_object`, `make_empty`
+    and `assert_same`; also `make_resharded` if the objects hold arrays that may lie on other
+    devices. Objects may be mutable. If they are not, the saver's restore function returns new ones.
     """
 
     # --- to override -------------------------------------------------------------------
 
     def register(self) -> None:
-        """Registers the saver, and views where it needs some; undone after each test.
+        """Registers the saver, and views if it needs them. This is undone after each test.
 
-        If that happens when a module is imported, nothing is left to do here.
+        If the saver is registered when a module is imported, nothing is left to do here.
         """
         raise NotImplementedError
 
     def make_object(self, seed: int) -> Any:
-        """An object that the saver takes; those of different seeds differ."""
+        """An object that the saver accepts. Objects of different seeds differ."""
         raise NotImplementedError
 
     def make_empty(self) -> Any:
-        """What such an object is restored into: of the same shape, with other values."""
+        """An object to restore into: of the same shape, with values of its own."""
         raise NotImplementedError
 
     def assert_same(self, a: Any, b: Any) -> None:
         """Raises AssertionError unless two objects hold the same values, children included.
 
-        For a saver that loses precision this allows for as much, and for no more.
+        If the saver loses precision, this accepts that loss and no more.
         """
         raise NotImplementedError
 
     def make_resharded(self) -> Any | None:
-        """Like `make_empty`, with its arrays on other devices or cut otherwise; None if there
-        is no such thing."""
+        """Like `make_empty`, with its arrays on other devices or divided differently; None if
+        the objects hold no such arrays."""
         return None
 
     # --- the tests ---------------------------------------------------------------------
@@ -251,8 +252,8 @@ class SaverTests:
         with registration_scope():
             self.register()
             name = saver_name(self.make_object(0))
-            assert name is not None, "no registered saver takes what make_object makes"
-            assert saver_name(self.make_empty()) == name, "the saver does not take an empty object"
+            assert name is not None, "no registered saver accepts what make_object makes"
+            assert saver_name(self.make_empty()) == name, "the saver refuses what make_empty makes"
             yield get_saver(name)
 
 
@@ -266,7 +267,7 @@ def _read(path: str | None, **named: Any) -> Checkpoint:
 def _register_again(
     saver: RegisteredSaver, *, save_fn: Any = None, strict: bool | None = None
 ) -> None:
-    """Replaces a saver by one that differs in a part."""
+    """Replaces a saver by one with another `save_fn` or another strictness."""
     unregister_checkpoint_saver(saver.name)
     package, _, name = saver.name.partition(".")
     register_checkpoint_saver(
