@@ -56,20 +56,20 @@ from ckpt_jax.manage.retention import (
 )
 from ckpt_jax.objects.delegate import DelegatingTrackable
 from ckpt_jax.objects.optax_states import OptaxState, optax_state
+from ckpt_jax.objects.python_state import PythonState
 from ckpt_jax.objects.registry import (
     register_checkpoint_saver,
     register_serializable,
     registration_scope,
 )
+from ckpt_jax.objects.state import NoDependency
 from ckpt_jax.objects.trackable import (
     AutoTrackable,
-    NoDependency,
-    PythonState,
     SlotOwner,
     Trackable,
-    Variable,
     no_automatic_dependency_tracking,
 )
+from ckpt_jax.objects.variable import Variable
 from ckpt_jax.objects.views import register_view
 from ckpt_jax.options import (
     CheckpointOptions,

@@ -4,8 +4,10 @@ import copy
 import gc
 import os
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -943,6 +945,23 @@ def test_a_root_may_be_given_by_a_weak_reference(prefix, no_gc):
     assert variable() is None
     with pytest.raises(AssertionError, match="garbage-collected"):
         checkpoint.save(prefix)
+
+
+class Activated(eqx.Module):
+    w: jax.Array
+    activation: Callable[[jax.Array], jax.Array]
+
+
+def test_the_functions_of_an_equinox_module_are_no_state_of_a_rooted_checkpoint(path):
+    ckpt.Checkpoint(Activated(jnp.ones(2), jax.nn.relu), step=1).write(path)
+    fresh = ckpt.Checkpoint(Activated(jnp.zeros(2), jax.nn.relu), step=0)
+    fresh.read(path).assert_consumed()
+    assert (fresh.root.w.tolist(), fresh.root.activation, fresh.step) == ([1, 1], jax.nn.relu, 1)
+
+
+def test_a_wrapped_list_as_root_is_called_a_list(path):
+    ckpt.Checkpoint(Model(l=[var(1.0)]).l).write(path)
+    assert ckpt.object_metadata(path).nodes[0].type_name == "list"
 
 
 # --- lifetimes --------------------------------------------------------------------------

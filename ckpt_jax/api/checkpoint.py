@@ -22,8 +22,9 @@ from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.metrics import METER
 from ckpt_jax.objects.delegate import delegate_of
 from ckpt_jax.objects.registry import saver_name
-from ckpt_jax.objects.trackable import AutoTrackable, TrackableView, Variable
-from ckpt_jax.objects.views import SlotEntry, View, view_of
+from ckpt_jax.objects.trackable import AutoTrackable, replace_children
+from ckpt_jax.objects.variable import Variable
+from ckpt_jax.objects.views import ForwardingView, View, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import Context, current_context
 from ckpt_jax.processes.meeting import Meeting
@@ -304,7 +305,7 @@ def _child(obj: Any, label: Label) -> Any:
     return dict(view.children(obj)).get(label) if view is not None else None
 
 
-class _RootedView(View):
+class _RootedView(ForwardingView):
     """A root object with the names that its Checkpoint attaches to it."""
 
     identity = True
@@ -316,6 +317,7 @@ class _RootedView(View):
         self.view = view
         self.container = view.container
         self.mutable = view.mutable
+        self.has_functions = view.has_functions
         own = dict(view.children(root))
         children: dict[Label, Any] = {**checkpoint.trackable_children()}
         for name in own.keys() & children.keys():
@@ -324,43 +326,28 @@ class _RootedView(View):
         self.own_names = own.keys()
         self.checkpoint = checkpoint
 
+    def shown(self, obj: Any) -> tuple[View, Any]:
+        return self.view, obj
+
     @property
     def attached(self) -> dict[Label, Any]:
         children = self.checkpoint.trackable_children()
         return {name: child for name, child in children.items() if name not in self.own_names}
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
-        return [*self.view.children(obj), *self.attached.items()]
+        return [*super().children(obj), *self.attached.items()]
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         names = self.attached.keys()
         attached: dict[Label, Any] = {
             label: child for label, child in changed.items() if label in names
         }
-        TrackableView().rebuild(self.checkpoint, attached)
+        replace_children(self.checkpoint, attached)
         own = {label: child for label, child in changed.items() if label not in attached}
-        return self.view.rebuild(obj, own) if own else obj
+        return super().rebuild(obj, own) if own else obj
 
     def awaiting(self, obj: Any) -> tuple[Any, ...]:
-        return (*self.view.awaiting(obj), self.checkpoint)
-
-    def values(self, obj: Any) -> Mapping[str, Any]:
-        return self.view.values(obj)
-
-    def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
-        return self.view.assign(obj, values)
-
-    def slots(self, obj: Any) -> Iterable[SlotEntry]:
-        return self.view.slots(obj)
-
-    def parameters(self, obj: Any) -> Any | None:
-        return self.view.parameters(obj)
-
-    def replaces_slots(self, obj: Any) -> bool:
-        return self.view.replaces_slots(obj)
-
-    def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
-        return self.view.with_slots(obj, changed)
+        return (*super().awaiting(obj), self.checkpoint)
 
 
 def _unknown(name: str, value: Any) -> str:

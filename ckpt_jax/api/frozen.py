@@ -20,7 +20,7 @@ from typing import Any
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.nodes import Node, ObjectGraph
 from ckpt_jax.matching.trace import LiveGraph
-from ckpt_jax.objects.views import Below, SlotEntry, view_of
+from ckpt_jax.objects.views import ParameterPath, SlotEntry, slots_of, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
 from ckpt_jax.restoring.execute import opened
@@ -110,12 +110,12 @@ class FrozenSaver:
                 problems.append(f"{graph.paths[node]}: has {len(now)} children, not {len(edges)}")
             if entry.slots:
                 variables = self._live.variables
-                slots = views[node].slots(objects[node])
+                slots = slots_of(views[node], objects[node])
                 now |= {_slot_label(slot.name, slot.variable): slot.value for slot in slots}
                 edges += [(_slot_label(s.name, variables[s.node]), s.node) for s in entry.slots]
             for label, child in edges:
                 if label not in now:
-                    why = _absence(label, views[node].slots(objects[node]))
+                    why = _absence(label, slots_of(views[node], objects[node]))
                     problems.append(f"{graph.paths[child]}: {why}")
                 elif views[child].mutable:
                     if now[label] is not objects[child]:
@@ -146,7 +146,7 @@ def _absence(label: Label, slots: Iterable[SlotEntry]) -> str:
 
 
 def _slot_label(name: str, variable: Any) -> Any:
-    return name, variable if isinstance(variable, Below) else id(variable)
+    return name, variable if isinstance(variable, ParameterPath) else id(variable)
 
 
 def _changed(graph: ObjectGraph, values: list[Mapping[str, Any]]) -> list[str]:

@@ -49,7 +49,9 @@ from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.match import match
 from ckpt_jax.metrics import METER
 from ckpt_jax.objects import registry
-from ckpt_jax.objects.trackable import AutoTrackable, PythonState, Trackable, Variable
+from ckpt_jax.objects.python_state import PythonState
+from ckpt_jax.objects.trackable import AutoTrackable, Trackable
+from ckpt_jax.objects.variable import Variable
 from ckpt_jax.objects.views import View, view_of
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context

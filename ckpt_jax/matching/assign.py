@@ -8,6 +8,7 @@ from typing import Any
 
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.matching.trace import LiveGraph
+from ckpt_jax.objects.views import OptimizerView
 
 
 def assign(
@@ -36,16 +37,16 @@ def assign(
         if not new or node in replaced or not (children or live.graph.nodes[node].slots):
             continue
         changed: dict[Label, Any] = {label: new[child] for label, child in children if child in new}
-        result = obj = live.objects[node]
+        result, view = live.objects[node], live.views[node]
         if changed:
-            result = live.views[node].rebuild(obj, changed)
+            result = view.rebuild(result, changed)
         slots = {
             (slot.name, live.variables[slot.node]): new[slot.node]
             for slot in live.graph.nodes[node].slots
             if slot.node in new
         }
-        if slots:
-            result = live.views[node].with_slots(result, slots)
-        if result is not obj:
+        if slots and isinstance(view, OptimizerView):
+            result = view.with_slots(result, slots)
+        if result is not live.objects[node]:
             new[node] = result
     return new.get(0, live.objects[0])

@@ -17,6 +17,7 @@ from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, reachable
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.match import Match
 from ckpt_jax.matching.trace import LiveGraph
+from ckpt_jax.objects.views import OptimizerView
 from ckpt_jax.report import ReportEntry, RestoreReport, nearest
 
 Fits = Callable[[LeafSpec, LeafSpec, Any], str | None]
@@ -131,8 +132,8 @@ class _Planner:
     def fixed_slots(self, only: frozenset[int] | None) -> None:
         """Slot variables that can neither change nor be replaced."""
         for optimizer, node in enumerate(self.live.graph.nodes):
-            obj = self.live.objects[optimizer]
-            if not node.slots or self.live.views[optimizer].replaces_slots(obj):
+            obj, view = self.live.objects[optimizer], self.live.views[optimizer]
+            if not isinstance(view, OptimizerView) or not node.slots or view.replaces_slots(obj):
                 continue
             what = (
                 f"a slot variable that cannot change: let {type(obj).__qualname__}.slots() give a "

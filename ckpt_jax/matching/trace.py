@@ -23,7 +23,15 @@ from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, SaverRef, Slot, has_values
 from ckpt_jax.graph.specs import LeafSpec, ShardingSpec
 from ckpt_jax.objects.delegate import DELEGATE, delegate_of
-from ckpt_jax.objects.views import Below, NoState, SlotEntry, View, view_of
+from ckpt_jax.objects.views import (
+    NoState,
+    OptimizerView,
+    ParameterPath,
+    SlotEntry,
+    View,
+    slots_of,
+    view_of,
+)
 
 # Names of copies of parameters, which no optimizer is made for.
 _COPY = re.compile(r"(^|_)(ema|ref|reference|target|teacher|old|prev|best|avg|average|swa)(_|$)")
@@ -225,15 +233,14 @@ class _Walk:
         """Slot variables, named after their variable; only where both ends are in the graph."""
         regular = len(self.objects)
         for node in range(regular):
-            entries = tuple(self.views[node].slots(self.objects[node]))
+            entries = tuple(slots_of(self.views[node], self.objects[node]))
             if not entries:
                 continue
-            trees = self.places(
-                node, [e.variable for e in entries if isinstance(e.variable, Below)]
-            )
+            paths = [e.variable for e in entries if isinstance(e.variable, ParameterPath)]
+            trees = self.places(node, paths)
             for entry in entries:
-                if isinstance(entry.variable, Below):
-                    owners = [tree[entry.variable.path] for tree in trees]
+                if isinstance(entry.variable, ParameterPath):
+                    owners = [tree[entry.variable] for tree in trees]
                 else:
                     owner = self.node_of.get(id(delegate_of(entry.variable)))
                     owners = [] if owner is None else [owner]
@@ -258,8 +265,10 @@ class _Walk:
         self.slots.setdefault(optimizer, []).append(Slot(variable, entry.name, slot))
         return slot
 
-    def places(self, optimizer: int, wanted: Sequence[Below]) -> list[dict[tuple[Label, ...], int]]:
-        """The nodes of variables that are given as places in a tree of parameters.
+    def places(
+        self, optimizer: int, wanted: Sequence[ParameterPath]
+    ) -> list[dict[ParameterPath, int]]:
+        """The nodes of variables that are given as paths in a tree of parameters.
 
         Returns:
           The trees that may be meant, the likeliest first. If the optimizer has its parameters at
@@ -267,9 +276,10 @@ class _Walk:
           copy of the parameters often begins as the very same tree. Else it is the tree that is
           called like parameters or a model, or is the nearest.
         """
-        if not wanted:
+        view = self.views[optimizer]
+        if not wanted or not isinstance(view, OptimizerView):
             return []
-        parameters = self.views[optimizer].parameters(self.objects[optimizer])
+        parameters = view.parameters(self.objects[optimizer])
         same = [node for node, obj in enumerate(self.objects) if obj is parameters]
         is_known = parameters is not None and bool(same)
         candidates = same if is_known else range(len(self.children))
@@ -287,13 +297,13 @@ class _Walk:
         trees = [there for _, there in sorted(found, key=merit, reverse=True)]
         return trees if is_known else trees[:1]
 
-    def below(self, node: int, wanted: Sequence[Below]) -> dict[tuple[Label, ...], int]:
-        """Nodes by their place below `node`; none at all unless every place is there."""
+    def below(self, node: int, wanted: Sequence[ParameterPath]) -> dict[ParameterPath, int]:
+        """Nodes by their path below `node`; none at all unless every path is there."""
         edges: dict[int, dict[Label, int]] = {}
-        found: dict[tuple[Label, ...], int] = {}
+        found: dict[ParameterPath, int] = {}
         for variable in wanted:
             here: int | None = node
-            for label in variable.path:
+            for label in variable.steps:
                 if here not in edges:
                     edges[here] = dict(self.children[here])
                 here = edges[here].get(label)
@@ -301,15 +311,15 @@ class _Walk:
                     return {}
             if not self.attributes[here]:
                 return {}
-            found[variable.path] = here
+            found[variable] = here
         return found
 
     def add_as_children(self, optimizer: int, entries: Sequence[SlotEntry]) -> None:
         trees: dict[Label, Any] = {}
         for name, variable, value in entries:
-            if isinstance(variable, Below):
+            if isinstance(variable, ParameterPath):
                 tree, label = trees, cast(Label, name)
-                for step in variable.path:
+                for step in variable.steps:
                     tree, label = tree.setdefault(label, {}), step
                 tree[label] = value
         prefix = f"{self.keys[optimizer]}/" if self.keys[optimizer] else ""

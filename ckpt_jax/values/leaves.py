@@ -21,7 +21,7 @@ from jax.core import Tracer
 
 from ckpt_jax.graph.dtypes import dtype_name, dtype_of
 from ckpt_jax.graph.specs import OPEN, LeafSpec, ShardingSpec
-from ckpt_jax.objects.trackable import PythonState
+from ckpt_jax.objects.python_state import PythonState
 
 ARRAY_KINDS = frozenset(["array", "numpy", "numpy_scalar", ""])
 _INT64 = range(-(2**63), 2**63)
