@@ -105,21 +105,17 @@ def encode(graph: ObjectGraph) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
-def decode(data: bytes, *, foreign: bool = False) -> ObjectGraph:
+def decode(data: bytes) -> ObjectGraph:
     """The graph in an unsealed `TrackableObjectGraph` message.
 
-    Args:
-      data: the message.
-      foreign: whether it may come from TensorFlow, which writes no format version.
-
     Raises:
-      CorruptCheckpointError: the bytes are no such message or contradict themselves.
+      CorruptCheckpointError: the bytes are no such message or contradict themselves. A graph
+        that TensorFlow wrote is refused, too: it has no format version.
       UnsupportedFormatError: they come from a newer format.
     """
     with decoding("object graph"):
         message = pb.TrackableObjectGraph.FromString(data)
-        if message.format_version or not foreign:
-            check_version(message.format_version, FORMAT_VERSION)
+        check_version(message.format_version, FORMAT_VERSION)
         return _decode(message)
 
 

@@ -32,8 +32,7 @@ class Conflict:
 
     saved: int
     live: int
-    bound_saved: int | None  # what `live` is bound to
-    bound_live: int | None  # what `saved` is bound to
+    bound_saved: int | None  # the saved node that `live` is bound to, if it is bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +89,13 @@ def extend(
             taken[live_node] = saved_node
             continue
         if known_live is not None:
-            conflicts.append(Conflict(saved_node, live_node, known_saved, known_live))
+            conflicts.append(Conflict(saved_node, live_node, known_saved))
             continue
         if known_saved is None:
             taken[live_node] = saved_node
         elif saved.nodes[saved_node].attributes:
             # Two saved values for one live one. (Two saved containers may become one object.)
-            conflicts.append(Conflict(saved_node, live_node, known_saved, None))
+            conflicts.append(Conflict(saved_node, live_node, known_saved))
         bound[saved_node] = live_node
         theirs, ours = _aligned(saved.nodes[saved_node], live.nodes[live_node])
         here = _edges(ours)

@@ -1,6 +1,6 @@
 """Plan: from a match to what has to be read, with every problem known before a byte is.
 
-A `ReadPlan` lists one `Read` per value that the program takes from the checkpoint and one
+A `ReadPlan` lists one `ValueRead` per value that the program takes from the checkpoint and one
 `SaverCall` per registered saver, next to a report that accounts for every value on either
 side. `assign` executes the other end: it puts the values that were read into the live
 objects, in place where they are mutable, by rebuilding where they are not.
@@ -24,7 +24,7 @@ _MAX_HINTS = 50  # looking for near names costs time for each missing one
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ValueRead:
     """One value to read: from checkpoint key `key` into attribute `name` of a live node."""
 
     node: int
@@ -53,7 +53,7 @@ class ReadPlan:
     """
 
     report: RestoreReport
-    reads: tuple[Read, ...]
+    reads: tuple[ValueRead, ...]
     calls: tuple[SaverCall, ...]
     used: frozenset[int] = frozenset()
 
@@ -104,7 +104,7 @@ class _Planner:
         self.saved_paths = saved_paths
         self.skipped_saved = saved.slot_nodes if skip_slots else frozenset()
         self.skipped_live = live.graph.slot_nodes if skip_slots else frozenset()
-        self.reads: list[Read] = []
+        self.reads: list[ValueRead] = []
         self.calls: dict[str, list[dict[str, int]]] = {}  # by saver
         self.used: set[tuple[int, str]] = set()  # (saved node, attribute) with a place to go
         self.entries: dict[str, list[ReportEntry]] = {
@@ -201,7 +201,7 @@ class _Planner:
             self.entries["mismatched"].append(entry)
         else:
             self.entries["restored"].append(entry)
-            read = Read(node_id, target.name, found.key, found.spec, spec, value)
+            read = ValueRead(node_id, target.name, found.key, found.spec, spec, value)
             self.reads.append(read)
 
     def original(self, node: int, attribute: Attribute) -> str:

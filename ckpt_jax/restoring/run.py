@@ -27,7 +27,7 @@ from ckpt_jax.graph.labels import object_key_of, path_of
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.assign import assign
 from ckpt_jax.matching.match import Match
-from ckpt_jax.matching.plan import Read, ReadPlan, SaverCall, plan_read
+from ckpt_jax.matching.plan import ReadPlan, SaverCall, ValueRead, plan_read
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects import registry
 from ckpt_jax.options import CheckpointOptions
@@ -185,7 +185,7 @@ def together(path: Any, options: CheckpointOptions) -> Iterator[Meeting | None]:
 def read(
     plan: ReadPlan, reader: Reader, options: CheckpointOptions, meeting: Meeting | None
 ) -> list[Any]:
-    """The value of each `Read` of a plan, each array once per dtype and placement."""
+    """The value of each `ValueRead` of a plan, each array once per dtype and placement."""
     total = nbytes_to_read(plan, reader) if options.progress else 0
     with progress(options.progress, f"restoring {reader.path}", total) as advance:
         return _read(plan, reader, options, meeting, advance)
@@ -200,7 +200,7 @@ def _read(
 ) -> list[Any]:
     requests: dict[tuple[str, Any, Any], int] = {}
     order = [requests.setdefault(_identity(r), len(requests)) for r in plan.reads]
-    first: dict[int, Read] = {}
+    first: dict[int, ValueRead] = {}
     for number, r in zip(order, plan.reads, strict=True):
         first.setdefault(number, r)
     found: list[Any] = [None] * len(first)
@@ -228,7 +228,7 @@ def _read(
     return [found[number] for number in order]
 
 
-def _shared(reads: Mapping[int, Read]) -> dict[int, jax.sharding.Sharding]:
+def _shared(reads: Mapping[int, ValueRead]) -> dict[int, jax.sharding.Sharding]:
     """For reads whose bytes several processes need, the layout in which each is read once."""
     shared: dict[int, jax.sharding.Sharding] = {}
     for number, r in reads.items():
@@ -240,7 +240,7 @@ def _shared(reads: Mapping[int, Read]) -> dict[int, jax.sharding.Sharding]:
     return shared
 
 
-def _hand_over(found: list[Any], reads: Mapping[int, Read], meeting: Meeting) -> None:
+def _hand_over(found: list[Any], reads: Mapping[int, ValueRead], meeting: Meeting) -> None:
     """Gathers what was read in parts.
 
     Devices wait for each other without a deadline: so that nobody is missing, all processes say
@@ -266,12 +266,12 @@ def _check_same_reads(digests: list[str]) -> None:
         )
 
 
-def _identity(read: Read) -> tuple[str, Any, Any]:
+def _identity(read: ValueRead) -> tuple[str, Any, Any]:
     return read.key, read.target, host.placement(read.value)
 
 
 def _request(
-    read: Read, layout: jax.sharding.Sharding | None = None
+    read: ValueRead, layout: jax.sharding.Sharding | None = None
 ) -> jax.ShapeDtypeStruct | None:
     if read.target.kind not in ("array", "prng_key"):
         return None

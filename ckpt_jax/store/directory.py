@@ -222,10 +222,10 @@ def check_replaceable(path: str, overwrite: bool) -> None:
 def _publish(staging: str, path: str, *, overwrite: bool, durable: bool) -> None:
     """Gives `staging` the name `path`; where that cannot be made durable, all is as before."""
     new = os.stat(staging)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as exits:
         with contextlib.suppress(FileNotFoundError):
             # While it may have to come back, nobody may take it for abandoned.
-            stack.enter_context(held(path))
+            exits.enter_context(held(path))
         undo = _take_name(staging, path, overwrite)
         if not durable:
             return

@@ -25,10 +25,10 @@ from ckpt_jax.graph.boxes import Box
 from ckpt_jax.store.gather import (
     Geometry,
     Pieces,
-    Read,
+    RangeRead,
     Request,
     Run,
-    Stacks,
+    StackTable,
     geometry_of,
     runs_of,
 )
@@ -102,7 +102,7 @@ class ShardedReader:
         self.directory = os.path.abspath(directory)
         self.index = read_index(self.directory)
         self.bytes_read = 0
-        self._stacks = Stacks(self.index)
+        self._stacks = StackTable(self.index)
         self._context = new_context()
         self._stores: dict[int, ts.TensorStore] | None = {}
         self._sound: set[int] = set()  # shards whose files are as large as they have to be
@@ -189,7 +189,7 @@ class ShardedReader:
         runs = runs_of(pieces, self._stacks)
         memory = _Memory(sum(run.nbytes for run in runs))
         reads = (read for run in runs for read in run.reads(self._stacks))
-        in_flight: deque[tuple[Read, ts.WriteFutures]] = deque()
+        in_flight: deque[tuple[RangeRead, ts.WriteFutures]] = deque()
         held = 0
         waiting = next(reads, None)
         try:
@@ -217,7 +217,7 @@ class ShardedReader:
             for _, future in in_flight:  # they write into our buffers
                 future.commit.exception()
 
-    def _start(self, read: Read, memory: _Memory) -> ts.WriteFutures:
+    def _start(self, read: RangeRead, memory: _Memory) -> ts.WriteFutures:
         run = read.run
         store = self._store(run.stack)
         if run.buffer is None:
@@ -273,7 +273,7 @@ class ShardedReader:
         return os.path.normpath(os.path.join(self.directory, shard.directory))
 
     def _corrupt(
-        self, error: ValueError, read: Read, pieces: Pieces, requests: Sequence[Request]
+        self, error: ValueError, read: RangeRead, pieces: Pieces, requests: Sequence[Request]
     ) -> Exception:
         run = read.run
         here = range(run.first, run.last)

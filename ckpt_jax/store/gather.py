@@ -29,7 +29,7 @@ RUN_NBYTES = 16 << 20
 Request = tuple[str, Sequence[Box]]
 
 
-class Stacks:
+class StackTable:
     """The stacks of all shards under one numbering, as columns."""
 
     def __init__(self, index: Index):
@@ -41,7 +41,7 @@ class Stacks:
         self.chunk_nbytes = np.array([s.chunk_nbytes for s in stacks], np.int64)
         self.row_nbytes = np.array([s.row_nbytes for s in stacks], np.int64)
 
-    def nbytes_decoded(self, read: Read) -> int:
+    def nbytes_decoded(self, read: RangeRead) -> int:
         chunk = int(self.chunk_nbytes[read.run.stack])
         stop = min(round_up(read.stop, chunk), int(self.row_nbytes[read.run.stack]))
         return (stop - read.start // chunk * chunk) * (read.run.nbytes // read.run.pitch)
@@ -116,7 +116,7 @@ def geometry_of(layouts: Sequence[Layout], wanted: Sequence[Box], *, views: bool
                 viewed[i].append((start, stop))
                 pieces.append((i, start, stop, Use(number, shape_of(box), None, strides)))
                 continue
-            for part in _cut(common, strides):
+            for part in _bounded_parts(common, strides):
                 start, stop = _range(part, origin, strides, dtype.itemsize)
                 use = Use(number, shape_of(part), slices(part, box), strides)
                 pieces.append((i, start, stop, use))
@@ -134,7 +134,7 @@ def _range(part: Box, origin: Box, strides: tuple[int, ...], itemsize: int) -> t
     return start, start + span + itemsize
 
 
-def _cut(part: Box, strides: tuple[int, ...]) -> Iterator[Box]:
+def _bounded_parts(part: Box, strides: tuple[int, ...]) -> Iterator[Box]:
     """`part` in parts that span no more than `RUN_NBYTES`, so that scratch memory is bounded."""
     axis = next((i for i, (a, b) in enumerate(part) if b - a > 1), None)
     if axis is None or (part[axis][1] - part[axis][0]) * strides[axis] <= RUN_NBYTES:
@@ -144,7 +144,7 @@ def _cut(part: Box, strides: tuple[int, ...]) -> Iterator[Box]:
     step = max(1, RUN_NBYTES // strides[axis])
     for a in range(first, last, step):
         smaller = (*part[:axis], (a, min(a + step, last)), *part[axis + 1 :])
-        yield from _cut(smaller, strides) if step == 1 else [smaller]
+        yield from _bounded_parts(smaller, strides) if step == 1 else [smaller]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -153,7 +153,7 @@ class Pieces:
 
     Attributes:
       request, use: position of the request, and of the use in its geometry.
-      stack, row, start, stop: the place of the bytes; the stack in `Stacks` numbering.
+      stack, row, start, stop: the place of the bytes; the stack in `StackTable` numbering.
       view: whether a view would do.
     """
 
@@ -169,7 +169,7 @@ class Pieces:
     def of(
         cls,
         index: Index,
-        stacks: Stacks,
+        stacks: StackTable,
         requests: Sequence[Request],
         geometries: Sequence[Geometry],
     ) -> Pieces:
@@ -227,7 +227,7 @@ class Run:
     viewed: bool
     buffer: np.ndarray | None = field(default=None)
 
-    def reads(self, stacks: Stacks) -> Iterator[Read]:
+    def reads(self, stacks: StackTable) -> Iterator[RangeRead]:
         """This run in one read, or in several that end with a chunk if it is too large."""
         chunk = int(stacks.chunk_nbytes[self.stack])
         step = max(1, RUN_NBYTES // chunk) * chunk
@@ -237,12 +237,12 @@ class Run:
             if stop - start > RUN_NBYTES:
                 stop = min(stop, start // chunk * chunk + step)
             nbytes = (stop - start) * (self.nbytes // self.pitch)
-            yield Read(self, start, stop, nbytes, stop == self.stop)
+            yield RangeRead(self, start, stop, nbytes, stop == self.stop)
             start = stop
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class RangeRead:
     """Bytes `start` to `stop` of the rows of a run."""
 
     run: Run
@@ -252,7 +252,7 @@ class Read:
     last: bool
 
 
-def runs_of(pieces: Pieces, stacks: Stacks) -> list[Run]:
+def runs_of(pieces: Pieces, stacks: StackTable) -> list[Run]:
     """Joins pieces to runs, in the order in which requests need them."""
     if not pieces.row.size:
         return []

@@ -58,8 +58,8 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class Stack:
-    """A two-dimensional array of bytes; see `index.proto`."""
+class StackShape:
+    """The sizes of a stack; see `index.proto`."""
 
     rows: int
     row_nbytes: int
@@ -72,29 +72,8 @@ class Shard:
 
     id: str
     directory: str
-    stacks: tuple[Stack, ...]
+    stacks: tuple[StackShape, ...]
     files_nbytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StoredSlice:
-    """A box of an array, and the place of its bytes."""
-
-    box: Box
-    shard: int
-    stack: int
-    row: int
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What is stored under one key."""
-
-    dtype: str
-    shape: Shape
-    slices: tuple[StoredSlice, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,19 +135,6 @@ class Index:
     def layout_of(self, key: str) -> Layout:
         """The layout of the first slice of `key`, for its dtype and shape."""
         return self.layouts[self.patterns[self.pattern[self.number[key]]][0]]
-
-    def entry(self, key: str) -> Entry:
-        """The dtype, shape and slices stored under `key`, ordered by box."""
-        number = self.number[key]
-        rows = slice(self.starts[number], self.starts[number + 1])
-        layouts = [self.layouts[i] for i in self.patterns[self.pattern[number]]]
-        columns = (self.shard, self.stack, self.row, self.offset)
-        places = zip(*[column[rows].tolist() for column in columns], strict=True)
-        slices = [
-            StoredSlice(layout.box, shard, stack, row, offset, layout.nbytes)
-            for layout, (shard, stack, row, offset) in zip(layouts, places, strict=True)
-        ]
-        return Entry(layouts[0].dtype, layouts[0].shape, tuple(slices))
 
     def nbytes(self, key: str) -> int:
         """The size of what is stored under `key`."""
@@ -271,7 +237,7 @@ def _shard(message: index_pb2.Shard) -> Shard:
     stacks = []
     for s in message.stacks:
         _check(0 < s.rows < _LIMIT and 0 < s.chunk_nbytes <= s.row_nbytes < _LIMIT, "stack size")
-        stacks.append(Stack(s.rows, s.row_nbytes, s.chunk_nbytes))
+        stacks.append(StackShape(s.rows, s.row_nbytes, s.chunk_nbytes))
     return Shard(message.id, directory, tuple(stacks), message.files_nbytes)
 
 

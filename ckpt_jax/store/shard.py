@@ -13,8 +13,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
-from contextlib import ExitStack
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,7 @@ from ckpt_jax.graph.boxes import Box, Shape, inside, shape_of, whole
 from ckpt_jax.graph.dtypes import BYTES, dtype_name
 from ckpt_jax.store.batches import batches
 from ckpt_jax.store.durable import fsync_directory, fsync_file
-from ckpt_jax.store.index import INDEX_KEY, Index, Layout, Shard, Stack
+from ckpt_jax.store.index import INDEX_KEY, Index, Layout, Shard, StackShape
 from ckpt_jax.store.stack import (
     ALIGNMENT,
     DATA,
@@ -72,7 +71,6 @@ def write_shard(
     compression: str | None = None,
     durable: bool = True,
     max_inflight_bytes: int = 16 << 20,
-    pool: Executor | None = None,
     written: Callable[[int], object] = lambda nbytes: None,
 ) -> int:
     """Writes `slices` and their index to a new database in `directory`.
@@ -85,7 +83,6 @@ def write_shard(
       compression: None or "zstd".
       durable: return only when all of it would survive a power failure.
       max_inflight_bytes: bound on the memory for encoded copies and packs.
-      pool: where files are flushed meanwhile; a private thread by default.
       written: called with the number of bytes of slices that were written since the last call.
 
     Returns:
@@ -109,9 +106,7 @@ def write_shard(
     flushed: set[str] = set()
     flushes: list[Future[None]] = []
     data = os.path.join(directory, DATA)
-    with ExitStack() as stack:
-        if pool is None and durable:
-            pool = stack.enter_context(Workers(1, "ckpt-flush"))
+    with Workers(1 if durable else 0, "ckpt-flush") as flusher:
         created: set[int] = set()
         try:
             while group is not None:
@@ -120,10 +115,10 @@ def write_shard(
                 _write_group(directory, context, plan.index, group, created, level, last=last)
                 written(sum([transfer.payload for transfer in group]))
                 group = following
-                if durable and pool is not None:
+                if durable:
                     new = set(os.listdir(data)) - flushed
                     flushed |= new
-                    flushes += [pool.submit(fsync_file, os.path.join(data, f)) for f in new]
+                    flushes += [flusher.submit(fsync_file, os.path.join(data, f)) for f in new]
         except ValueError as error:
             raise storage_error(error, directory) from error
         for flush in flushes:
@@ -204,7 +199,8 @@ def _plan(slices: Mapping[str, Value], max_pack_nbytes: int) -> _Plan:
                 payloads[pack] += nbytes
                 sizes[pack] = offset + nbytes
     stacks = [
-        Stack(len(rows.get(i, "1")), nbytes, chunk_nbytes(nbytes)) for i, nbytes in enumerate(sizes)
+        StackShape(len(rows.get(i, "1")), nbytes, chunk_nbytes(nbytes))
+        for i, nbytes in enumerate(sizes)
     ]
     shard = Shard(secrets.token_hex(8), ".", tuple(stacks))
     return _Plan(_index(shard, keys, list(layouts), places), rows, packs, payloads)

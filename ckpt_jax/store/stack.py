@@ -17,7 +17,7 @@ from typing import Any
 import tensorstore as ts
 
 from ckpt_jax.errors import CheckpointError
-from ckpt_jax.store.index import Stack
+from ckpt_jax.store.index import StackShape
 
 CHUNK_NBYTES = 1 << 20  # what chunks come close to: small reads stay small, overhead too
 ALIGNMENT = 64  # of slices in rows and of results in memory; what JAX aliases without a copy
@@ -84,7 +84,7 @@ def open_stack(
     context: ts.Context,
     shard_id: str,
     number: int,
-    stack: Stack,
+    stack: StackShape,
     *,
     create: bool = False,
     level: int = LEVELS[None],

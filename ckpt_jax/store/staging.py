@@ -160,14 +160,14 @@ def leave(staging: str, share: Callable[[], None]) -> None:
 
 def _hold_on_new(staging: str) -> ExitStack | None:
     """Holds new staging; None where it was taken for abandoned before that."""
-    with ExitStack() as stack:
+    with ExitStack() as exits:
         try:
-            lock = stack.enter_context(held(staging))
+            lock = exits.enter_context(held(staging))
         except FileNotFoundError:
             return None
         if lock is Lock.THEIRS or not os.path.exists(staging):
             return None
-        return stack.pop_all()
+        return exits.pop_all()
 
 
 def _remove(staging: str) -> None:
@@ -252,9 +252,9 @@ def remove_abandoned(staging: str) -> bool:
     Raises:
       OSError: it could not be removed, or not all of it.
     """
-    with ExitStack() as stack:
+    with ExitStack() as exits:
         try:
-            lock = stack.enter_context(locked(staging))
+            lock = exits.enter_context(locked(staging))
         except OSError:  # it is gone, it is a link, or it may not be opened
             return False
         if not _is_abandoned(staging, lock):
