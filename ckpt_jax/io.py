@@ -269,20 +269,20 @@ def _wanted(
     reader: Source, key: str, request: jax.ShapeDtypeStruct | Box | None
 ) -> tuple[Box, ...] | None:
     """The boxes to read for a request; None for a byte string."""
-    entry = reader.index.layout_of(key)
-    if entry.dtype == "bytes":
+    layout = reader.index.layout_of(key)
+    if layout.is_bytes:
         if request is not None:
             raise ValueError(f"{key!r} is a byte string; it has no boxes and no sharding")
         return None
     if request is None:
-        return (whole(entry.shape),)
+        return (whole(layout.shape),)
     if not isinstance(request, jax.ShapeDtypeStruct):
         return (_box(request),)
-    if tuple(request.shape) != tuple(entry.shape):
-        raise ValueError(f"{key!r} has shape {entry.shape}, asked for {tuple(request.shape)}")
+    if tuple(request.shape) != tuple(layout.shape):
+        raise ValueError(f"{key!r} has shape {layout.shape}, asked for {tuple(request.shape)}")
     if request.sharding is None:
-        return (whole(entry.shape),)
-    return host.wanted_boxes(request.sharding, entry.shape)
+        return (whole(layout.shape),)
+    return host.wanted_boxes(request.sharding, layout.shape)
 
 
 __all__ = ["Slice", "merge_shards", "read_slices", "write_shard"]

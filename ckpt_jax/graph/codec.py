@@ -25,7 +25,7 @@ from ckpt_jax.graph.nodes import (
     Slot,
     object_keys,
 )
-from ckpt_jax.graph.specs import LeafSpec, ShardingSpec
+from ckpt_jax.graph.specs import DTYPES_OF_KIND, LeafSpec, ShardingSpec
 from ckpt_jax.version import __version__
 
 _Reference = pb.TrackableObjectGraph.TrackableObject.ObjectReference
@@ -199,28 +199,17 @@ def _decode(message: pb.TrackableObjectGraph) -> ObjectGraph:
     return ObjectGraph(tuple(nodes), object_keys(nodes))
 
 
-_DTYPES = {  # of the kinds that are stored in one way only
-    "int": ("int64", "bytes"),
-    "bool": ("bool",),
-    "float": ("float64",),
-    "complex": ("complex128",),
-    "str": ("bytes",),
-    "bytes": ("bytes",),
-    "enum": ("bytes",),
-    "python_state": ("bytes",),
-}
-_ARRAYS = ("", "array", "numpy", "numpy_scalar", "prng_key")
-
-
 def _spec(message: pb.LeafSpec) -> LeafSpec:
-    kind, dtype, shape = message.kind, message.dtype, tuple(message.shape)
-    if kind in _ARRAYS:
-        sound = dtype != "bytes" and (kind != "numpy_scalar" or not shape)
+    spec = LeafSpec(
+        message.kind, message.dtype, tuple(message.shape), message.weak_type, message.prng_impl
+    )
+    if spec.is_array or spec.is_key:
+        sound = not spec.is_bytes and (spec.kind != "numpy_scalar" or not spec.shape)
     else:
-        sound = dtype in _DTYPES[kind] and not shape
+        sound = spec.dtype in DTYPES_OF_KIND.get(spec.kind, ()) and not spec.shape
     if not sound:
-        raise ValueError(f"a value of kind {kind!r} cannot be {dtype}{list(shape)}")
-    return LeafSpec(kind, dtype, shape, message.weak_type, message.prng_impl)
+        raise ValueError(f"a value of kind {spec.kind!r} cannot be {spec.dtype}{list(spec.shape)}")
+    return spec
 
 
 # --- edges -----------------------------------------------------------------------------

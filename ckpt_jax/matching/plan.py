@@ -14,7 +14,7 @@ from typing import Any
 
 from ckpt_jax.graph.labels import ONLY_VALUE
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, reachable
-from ckpt_jax.graph.specs import LeafSpec
+from ckpt_jax.graph.specs import OPEN, LeafSpec
 from ckpt_jax.matching.match import Match
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.report import ReportEntry, RestoreReport, nearest
@@ -191,7 +191,7 @@ class _Planner:
         self.used.add((source, found.name))
         value = self.live.values[node_id][target.name]
         # Where a function makes the value, the object takes whatever was saved.
-        is_open = target.spec == LeafSpec()
+        is_open = target.spec == OPEN
         spec = found.spec if is_open else target.spec
         problem = None if is_open else self.fits(found.spec, spec, value)
         entry = ReportEntry(

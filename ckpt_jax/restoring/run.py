@@ -40,7 +40,7 @@ from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.shardings import placed
 from ckpt_jax.values import host
-from ckpt_jax.values.leaves import ARRAY_KINDS, decode, difference
+from ckpt_jax.values.leaves import decode, difference
 from ckpt_jax.values.replicas import gather, parted
 
 Reader = CheckpointReader | FittedReader
@@ -59,7 +59,7 @@ def fits(cast: bool) -> Callable[[LeafSpec, LeafSpec, Any], str | None]:
 
     def why_not(saved: LeafSpec, target: LeafSpec, value: Any) -> str | None:
         problem = difference(saved, target, cast)
-        if problem is None and target.kind in ("array", "prng_key"):
+        if problem is None and target.is_placed:
             problem = host.placement_problem(value.shape, host.placement(value))
         return problem
 
@@ -108,7 +108,7 @@ def _with_changes(plan: ReadPlan, saved: Renamed, live: LiveGraph) -> RestoreRep
     for r in plan.reads:
         derived = saved.derived.get(r.key)
         was = derived.stored if derived else r.saved
-        differs = was.dtype != r.target.dtype and {was.kind, r.target.kind} <= ARRAY_KINDS
+        differs = was.dtype != r.target.dtype and was.is_array and r.target.is_array
         if derived or differs:
             path = live.graph.value_path(r.node, r.name)
             if derived:
@@ -232,7 +232,7 @@ def _shared(reads: Mapping[int, ValueRead]) -> dict[int, jax.sharding.Sharding]:
     """For reads whose bytes several processes need, the layout in which each is read once."""
     shared: dict[int, jax.sharding.Sharding] = {}
     for number, r in reads.items():
-        if r.target.kind == "array" and r.saved.kind in ARRAY_KINDS:
+        if r.target.is_jax_array and r.saved.is_array:
             sharding = host.placement(r.value)
             layout = sharding and parted(sharding, r.saved.shape, dtype_of(r.target.dtype))
             if layout is not None:
@@ -273,9 +273,9 @@ def _identity(read: ValueRead) -> tuple[str, Any, Any]:
 def _request(
     read: ValueRead, layout: jax.sharding.Sharding | None = None
 ) -> jax.ShapeDtypeStruct | None:
-    if read.target.kind not in ("array", "prng_key"):
+    if not read.target.is_placed:
         return None
-    if read.saved.kind not in (*ARRAY_KINDS, "prng_key") and read.target.kind == "array":
+    if read.target.is_jax_array and not (read.saved.is_array or read.saved.is_key):
         return None  # a Python number: its range is checked before it becomes an array
     return jax.ShapeDtypeStruct(
         read.saved.shape,
@@ -288,7 +288,7 @@ def nbytes_to_read(plan: ReadPlan, reader: Reader) -> int:
     """Bytes of values that this process needs for a plan, each once."""
     nbytes: dict[str, int] = {}
     for r in plan.reads:
-        sharding = host.placement(r.value) if r.target.kind in ("array", "prng_key") else None
+        sharding = host.placement(r.value) if r.target.is_placed else None
         size = reader.stored_nbytes(r.key)
         if sharding is not None:
             size = size * host.wanted_size(sharding, r.saved.shape) // max(prod(r.saved.shape), 1)
@@ -311,7 +311,7 @@ def execute(
     calls = [_accepted(call, live) for call in plan.calls]
     values: dict[int, dict[str, Any]] = {}
     for r, value in zip(plan.reads, read(plan, reader, options, meeting), strict=True):
-        if r.target.kind == "array" and not isinstance(value, jax.Array):
+        if r.target.is_jax_array and not isinstance(value, jax.Array):
             value = host.put([np.asarray(value)], host.placement(r.value))[0]
         if r.target.weak_type:  # or the same program would be compiled anew, and promote otherwise
             value = host.weakly_typed(value)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ckpt_jax.graph.boxes import Box, Shape, inside, intersect, shape_of, size_of, slices
-from ckpt_jax.graph.dtypes import BYTES, dtype_of
+from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.store.index import Index, Layout
 from ckpt_jax.store.stack import ALIGNMENT, round_up
 
@@ -87,9 +87,9 @@ class Geometry:
 
 def geometry_of(layouts: Sequence[Layout], wanted: Sequence[Box], *, views: bool) -> Geometry:
     shape = layouts[0].shape
-    dtype = np.dtype(np.uint8) if layouts[0].dtype == BYTES else dtype_of(layouts[0].dtype)
+    dtype = np.dtype(np.uint8) if layouts[0].is_bytes else dtype_of(layouts[0].dtype)
     stored = [layout.box for layout in layouts]
-    if layouts[0].dtype == BYTES:
+    if layouts[0].is_bytes:
         if any(box != () for box in wanted):
             raise ValueError("is a byte string, its only box is ()")
         shape = (layouts[0].nbytes,)

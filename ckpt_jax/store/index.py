@@ -56,6 +56,11 @@ class Layout:
     box: Box
     nbytes: int
 
+    @property
+    def is_bytes(self) -> bool:
+        """Whether it is the layout of a byte string."""
+        return self.dtype == BYTES
+
 
 @dataclass(frozen=True, slots=True)
 class StackShape:

@@ -19,11 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ckpt_jax.graph.dtypes import dtype_name, dtype_of
+from ckpt_jax.graph.dtypes import BYTES, dtype_name, dtype_of
 from ckpt_jax.graph.specs import OPEN, LeafSpec, ShardingSpec
 from ckpt_jax.objects.trackable import PythonState
 
-ARRAY_KINDS = frozenset(["array", "numpy", "numpy_scalar", ""])
 _INT64 = range(-(2**63), 2**63)
 
 
@@ -107,17 +106,17 @@ def _int_spec(value: int) -> LeafSpec:
 
 
 _INT = LeafSpec("int", "int64")
-_BIG_INT = LeafSpec("int", "bytes")
+_BIG_INT = LeafSpec("int", BYTES)
 _DESCRIBE: tuple[tuple[type | tuple[type, ...], Callable[[Any], LeafSpec]], ...] = (
     ((np.ndarray, np.generic), _numpy_spec),
-    (enum.Enum, lambda value: LeafSpec("enum", "bytes")),
+    (enum.Enum, lambda value: LeafSpec("enum", BYTES)),
     (bool, lambda value: LeafSpec("bool", "bool")),
     (int, _int_spec),
     (float, lambda value: LeafSpec("float", "float64")),
     (complex, lambda value: LeafSpec("complex", "complex128")),
-    (str, lambda value: LeafSpec("str", "bytes")),
-    (bytes, lambda value: LeafSpec("bytes", "bytes")),
-    (PythonState, lambda value: LeafSpec("python_state", "bytes")),
+    (str, lambda value: LeafSpec("str", BYTES)),
+    (bytes, lambda value: LeafSpec("bytes", BYTES)),
+    (PythonState, lambda value: LeafSpec("python_state", BYTES)),
 )
 
 
@@ -203,22 +202,22 @@ def difference(saved: LeafSpec, target: LeafSpec, cast: bool) -> str | None:
 
     A saved value without a dtype takes that of its target.
     """
-    if saved.kind in ARRAY_KINDS and not saved.dtype and target.dtype != "bytes":
+    if saved.is_array and not saved.dtype and not target.is_bytes:
         saved = replace(saved, dtype=target.dtype)
-    if saved.kind == "unreadable":
+    if saved.is_unreadable:
         return (
             f"expected {_kind(target)}, got {saved.dtype}{list(saved.shape)}, which is unreadable"
         )
     if target.kind == "python_state" and saved.kind in ("str", "bytes"):
         return None  # from a file that keeps no kinds
-    if target.kind == saved.kind and target.kind not in ARRAY_KINDS:
+    if target.kind == saved.kind and not target.is_array:
         same = (saved.prng_impl, saved.shape) == (target.prng_impl, target.shape)
         return None if same else f"expected {target}, got {saved}"
-    if "bytes" in (saved.dtype, target.dtype) or "prng_key" in (saved.kind, target.kind):
+    if saved.is_bytes or target.is_bytes or saved.is_key or target.is_key:
         return f"expected {_kind(target)}, got {_kind(saved)}"
     if saved.shape != target.shape:
         return f"expected shape {target.shape}, got {saved.shape}"
-    if target.kind in ARRAY_KINDS and saved.kind in ARRAY_KINDS:
+    if target.is_array and saved.is_array:
         if saved.dtype == target.dtype or cast:
             return None
         return f"expected dtype {target.dtype}, got {saved.dtype} (cast=True would convert it)"
@@ -229,11 +228,11 @@ def difference(saved: LeafSpec, target: LeafSpec, cast: bool) -> str | None:
 
 
 def _kind(spec: LeafSpec) -> str:
-    return str(spec) if spec.kind in (*ARRAY_KINDS, "prng_key") else f"a Python {spec.kind}"
+    return str(spec) if spec.is_array or spec.is_key else f"a Python {spec.kind}"
 
 
 def _family(spec: LeafSpec) -> str:
-    if spec.kind in ("bool", "int", "float", "complex"):
+    if spec.is_number:
         return spec.kind
     dtype = dtype_of(spec.dtype)
     if dtype.kind in "mM":
@@ -254,14 +253,14 @@ def decode(data: Any, saved: LeafSpec, target: LeafSpec, like: Any = None) -> An
       OverflowError: a Python number does not fit into the dtype of the target.
     """
     kind = target.kind
-    if kind == "prng_key":
+    if target.is_key:
         return jax.random.wrap_key_data(data, impl=target.prng_impl)
     if isinstance(data, bytes):
-        text = _decode_bytes(data, saved.kind if kind in ARRAY_KINDS else kind)
+        text = _decode_bytes(data, saved.kind if target.is_array else kind)
         return _member(like, text) if kind == "enum" and isinstance(like, enum.Enum) else text
-    if kind in ARRAY_KINDS:
+    if target.is_array:
         if dtype_name(data.dtype) != target.dtype:
-            data = _convert(data, dtype_of(target.dtype), exact=saved.kind not in ARRAY_KINDS)
+            data = _convert(data, dtype_of(target.dtype), exact=not saved.is_array)
         return data[()] if kind == "numpy_scalar" else data
     return _PYTHON.get(kind, lambda x: x)(data.item() if hasattr(data, "item") else data)
 
@@ -303,7 +302,5 @@ def _decode_bytes(data: bytes, kind: str) -> Any:
 
 def as_saved(data: Any, saved: LeafSpec) -> Any:
     """A value that was read without a target: numpy, or the Python value that it was."""
-    kind = saved.kind
-    if kind in ("array", "prng_key"):
-        kind = "numpy"
+    kind = "numpy" if saved.is_placed else saved.kind
     return decode(data, saved, LeafSpec(kind, saved.dtype, saved.shape))
