@@ -14,7 +14,6 @@ from typing import Any
 from ckpt_jax.errors import UnsaveableError
 from ckpt_jax.graph.labels import VARIABLE_VALUE
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph
-from ckpt_jax.graph.order import CyclicDependencyError
 from ckpt_jax.graph.saved_objects import (
     CONTAINERS,
     DICT,
@@ -22,6 +21,7 @@ from ckpt_jax.graph.saved_objects import (
     OBJECT,
     VALUE,
     VARIABLE,
+    CyclicDependencyError,
     SavedObject,
     has_dtype_number,
     in_order,

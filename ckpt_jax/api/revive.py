@@ -33,7 +33,6 @@ from ckpt_jax.api.recipes import TYPE_NAME, lasting, recorded
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, RegistrationError
 from ckpt_jax.graph.labels import SAVED_OBJECTS_KEY, Label
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, descendants
-from ckpt_jax.graph.order import CyclicDependencyError
 from ckpt_jax.graph.saved_objects import (
     CONTAINERS,
     DICT,
@@ -41,6 +40,7 @@ from ckpt_jax.graph.saved_objects import (
     OBJECT,
     VALUE,
     VARIABLE,
+    CyclicDependencyError,
     SavedObject,
     encode,
     in_order,

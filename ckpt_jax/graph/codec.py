@@ -1,7 +1,7 @@
-"""Codec: an object graph as the bytes of a `TrackableObjectGraph`, and back.
+"""Codec: turns an object graph into the bytes of a `TrackableObjectGraph`, and back.
 
-Bytes from a file are data from outside: whatever they say is checked (ids, labels, the format
-version) before a graph is made of it. Paths are not stored; they follow from the edges.
+Bytes from a file may contain anything. So ids, labels, specs and the format version are checked
+before a graph is made of them. Paths are not stored; they follow from the edges.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def decode(data: bytes) -> ObjectGraph:
 
 @contextmanager
 def decoding(what: str) -> Iterator[None]:
-    """Says of an error that `what` is damaged."""
+    """Raises errors of the block as a CorruptCheckpointError that says that `what` is damaged."""
     try:
         yield
     except DecodeError as error:
@@ -131,13 +131,13 @@ def decoding(what: str) -> Iterator[None]:
 
 
 def check_version(found: int, known: int) -> None:
-    """Checks that a message is of a format version that can be read here."""
+    """Checks that this library reads the format version of a message."""
     if not found:
         raise CorruptCheckpointError("there is no format version")
     if found > known:
         raise UnsupportedFormatError(
-            f"written by format {found}, this is ckpt_jax {__version__} which reads up to "
-            f"{known}; install a newer ckpt_jax"
+            f"written in format {found}, but this is ckpt_jax {__version__}, which reads formats "
+            f"up to {known}; install a newer ckpt_jax"
         )
 
 
@@ -164,7 +164,7 @@ def _decode(message: pb.TrackableObjectGraph) -> ObjectGraph:
         slots = slots_of(entry.slot_variables)
         children = references(entry.children)
         if len({(child.key_kind, child.local_name) for child in entry.children}) < len(children):
-            raise ValueError(f"node {len(nodes)} has two edges of one label")
+            raise ValueError(f"node {len(nodes)} has two edges with the same label")
         ids = [child for _, child in children]
         ids += [node for slot in slots for node in (slot.variable, slot.node)]
         if ids and not (0 <= min(ids) and max(ids) < count):
@@ -228,7 +228,7 @@ def references(entries: Any) -> tuple[tuple[Label, int], ...]:
 
 
 def _label(reference: Any) -> Label:
-    """The label of an `ObjectReference`, whose text has to be the label's own."""
+    """The label of an `ObjectReference`. Its text has to be how that label is written."""
     label = _FROM_TEXT[reference.key_kind](reference.local_name)
     if labels.local_name(label) != reference.local_name:
         raise ValueError(f"{reference.local_name!r} is not how the label {label!r} is written")
