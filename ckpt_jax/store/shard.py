@@ -1,11 +1,13 @@
 """Writing a shard: the slices of one call, in a database of their own.
 
-Big slices become rows of stacks, one stack for each size, straight from the memory that they
-lie in. Small slices are copied one after the other into packs, which are stacks of one row, so
-that ten thousand of them cost no more than a few big ones. The bytes reach the database in
-groups of bounded size, a transaction each, because TensorStore keeps an encoded copy of what
-is in a transaction. The last transaction carries the index: a database without one is the
-remains of an interrupted write.
+A *stack* is a two-dimensional array of bytes in the database. Big slices become rows of stacks,
+one stack for each size, straight from the memory that they lie in. Small slices are copied one
+after the other into *packs*, which are stacks of one row, so that ten thousand small slices cost no
+more than a few big ones.
+
+The bytes reach the database in groups of bounded size, one transaction for each group, because
+TensorStore keeps an encoded copy of everything in a transaction. The last transaction contains the
+index. So a database without an index is the remains of an interrupted write.
 """
 
 from __future__ import annotations
@@ -39,7 +41,7 @@ from ckpt_jax.store.stack import (
 from ckpt_jax.store.workers import Workers
 
 BIG_NBYTES = 256 << 10  # from here on a slice is a row of its own
-PACK_NBYTES = 16 << 20  # what a pack may grow to; the reader takes a pack in one go
+PACK_NBYTES = 16 << 20  # the largest size of a pack; the reader reads a pack in one go
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +49,8 @@ class Slice:
     """A box of a larger array.
 
     Attributes:
-      array: the contents of the box, of its shape.
-      box: where they lie in the array: one (start, stop) pair per axis.
+      array: the contents of the box; it has the shape of the box.
+      box: where the contents lie in the whole array: one (start, stop) pair per axis.
       global_shape: shape of the whole array.
 
     Example:
@@ -75,21 +77,21 @@ def write_shard(
 ) -> int:
     """Writes `slices` and their index to a new database in `directory`.
 
-    Contiguous arrays are not copied: they must not change until the call returns.
+    Contiguous arrays are not copied, so they must not change until the call returns.
 
     Args:
-      directory: does not exist yet, or is empty.
-      slices: what to store under each key: a whole array, a byte string, or boxes of an array.
+      directory: a directory that does not exist yet or is empty.
+      slices: by key, a whole array, a byte string, or boxes of an array.
       compression: None or "zstd".
-      durable: return only when all of it would survive a power failure.
+      durable: return only when the shard would survive a power failure.
       max_inflight_bytes: bound on the memory for encoded copies and packs.
       written: called with the number of bytes of slices that were written since the last call.
 
     Returns:
-      Number of bytes of all slices.
+      The number of bytes of all slices.
 
     Raises:
-      FileExistsError: `directory` holds something.
+      FileExistsError: `directory` is not empty.
       OSError: the file system refused, for lack of space or permission for example.
       ValueError: an array has a dtype that cannot be stored, or another shape than its box.
     """
@@ -98,7 +100,7 @@ def write_shard(
     plan = _plan(slices, max_inflight_bytes)
     os.makedirs(directory, exist_ok=True)
     if os.listdir(directory):
-        raise FileExistsError(f"{directory}: a shard is written to a new directory, this has files")
+        raise FileExistsError(f"{directory}: a shard needs a new directory, but this has files")
     level = LEVELS[compression]
     groups = batches(_transfers(plan, max_inflight_bytes), _nbytes_held, max_inflight_bytes)
     group: list[_Transfer] | None = next(groups, [])
@@ -134,12 +136,13 @@ def write_shard(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """The index, and where the bytes of its stacks come from.
+    """The index of the shard, and where the bytes of its stacks come from.
 
     Attributes:
-      rows: for each stack of big slices, its rows; None for a pack.
-      packs: for each pack, by stack number, the buffers that follow each other in it.
-      payloads: for each pack, its bytes without padding.
+      index: the index.
+      rows: by stack number, the rows of each stack of big slices.
+      packs: by stack number, the buffers that follow each other in each pack.
+      payloads: by stack number, the size of each pack without padding.
     """
 
     index: Index
@@ -165,7 +168,7 @@ def _plan(slices: Mapping[str, Value], max_pack_nbytes: int) -> _Plan:
     pack = -1
     for number, key in enumerate(keys):
         for part in _parts(slices[key]):
-            # What slices of one layout have in common is worked out once.
+            # The layout is worked out once for all slices that share it.
             if isinstance(part, bytes):
                 source, alike = part, (len(part),)
             else:
@@ -242,7 +245,7 @@ def _layout(key: str, part: bytes | Slice) -> Layout:
 
 
 def _buffer(source: np.ndarray | bytes) -> np.ndarray | bytes:
-    """`source` itself where it lies in memory as it will on disk and can export its bytes."""
+    """An object that exports the bytes of `source` as they are stored: itself, if it can."""
     if isinstance(source, bytes):
         return source
     if source.dtype.byteorder == ">":
@@ -261,7 +264,7 @@ def _as_bytes(source: np.ndarray | bytes) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class _Transfer:
-    """Bytes `start` to `stop` of one row of a stack; `payload` of them are no padding."""
+    """The bytes from `start` to `stop` of one row of a stack; `payload` of them are no padding."""
 
     stack: int
     row: int
@@ -277,7 +280,7 @@ def _transfers(plan: _Plan, max_nbytes: int) -> Iterator[_Transfer]:
         stack = shard.stacks[number]
         step = max(1, max_nbytes // stack.chunk_nbytes) * stack.chunk_nbytes
         for row, source in enumerate(sources):
-            source = _as_bytes(source)  # here, so that copies live no longer than their group
+            source = _as_bytes(source)  # only now, so that copies live no longer than their group
             for start in range(0, stack.row_nbytes, step):
                 stop = min(start + step, stack.row_nbytes)
                 yield _Transfer(number, row, start, stop, source, stop - start)
@@ -288,7 +291,7 @@ def _transfers(plan: _Plan, max_nbytes: int) -> Iterator[_Transfer]:
 
 def _nbytes_held(transfer: _Transfer) -> int:
     nbytes = transfer.stop - transfer.start
-    return 2 * nbytes if isinstance(transfer.source, list) else nbytes  # a pack is a copy itself
+    return 2 * nbytes if isinstance(transfer.source, list) else nbytes  # a pack is itself a copy
 
 
 def _write_group(
