@@ -1,9 +1,9 @@
-"""Values: what each kind of leaf is, how it becomes an array of bytes, and how it comes back.
+"""Leaves: how each kind of value becomes an array or a byte string, and how it is restored.
 
 Everything that is saved is an array or a byte string. A Python number becomes a rank-0 array
-(an int that int64 cannot hold becomes its decimal text), a string its UTF-8 bytes, a typed
-PRNG key its key data; the `LeafSpec` remembers what it was. Coming back, the *target* says
-what is wanted: its kind, dtype, shape and sharding.
+(an int that does not fit into int64 becomes its hexadecimal text), a string becomes its UTF-8
+bytes, a typed PRNG key its key data. The `LeafSpec` remembers what the value was. In a restore, the
+*target* (the value that the program has) says which kind, dtype, shape and sharding is wanted.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _INT64 = range(-(2**63), 2**63)
 
 
 def describe(value: Any) -> tuple[LeafSpec, ShardingSpec | None]:
-    """The spec of a value, and the sharding that it has; `OPEN` for a function that makes one.
+    """The spec and the sharding of a value; the spec is `OPEN` for a function that makes a value.
 
     Raises:
       TypeError: saying why the value cannot be saved.
@@ -52,16 +52,16 @@ def describe(value: Any) -> tuple[LeafSpec, ShardingSpec | None]:
 
 
 def evaluate(value: Any) -> Any:
-    """The value itself, where what is given is a function that makes it.
+    """The value, or, if it is a function that makes a value, what the function returns.
 
     Raises:
-      TypeError: what the function made is one, too.
+      TypeError: the function returned another function.
     """
     if not callable(value) or isinstance(value, PythonState | enum.Enum):
         return value
     made = value()
     if callable(made) and not isinstance(made, PythonState | enum.Enum):
-        raise TypeError(f"the function {value!r} gave another one, {made!r}, and no value")
+        raise TypeError(f"the function {value!r} returned another function, {made!r}, not a value")
     return made
 
 
@@ -145,7 +145,7 @@ def sharding_spec(sharding: jax.sharding.Sharding) -> ShardingSpec:
 def struct_of(
     spec: LeafSpec, sharding: jax.sharding.Sharding | None = None
 ) -> jax.ShapeDtypeStruct:
-    """What a spec is to JAX.
+    """The `jax.ShapeDtypeStruct` of a spec.
 
     Raises:
       ValueError: there is no such dtype.
@@ -153,18 +153,18 @@ def struct_of(
     return jax.ShapeDtypeStruct(spec.shape, dtype_of(spec.dtype), sharding=sharding)
 
 
-# --- out -------------------------------------------------------------------------------
+# --- saving ----------------------------------------------------------------------------
 
 
 def encode(value: Any) -> jax.Array | np.ndarray | bytes:
-    """The array or byte string that stands for a value in the file."""
+    """The array or byte string that is stored for a value."""
     if isinstance(value, jax.ShapeDtypeStruct):
         raise TypeError("a jax.ShapeDtypeStruct describes an array and holds none")
     if isinstance(value, jax.Array):
         if value.is_deleted():
             raise ValueError("the array has been deleted or donated")
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            with jax.ensure_compile_time_eval():  # a key that is no tracer has data that is none
+            with jax.ensure_compile_time_eval():  # so that the data of a key is no tracer
                 return jax.random.key_data(value)
         return value
     if isinstance(value, np.ndarray):
@@ -194,13 +194,13 @@ def _state_bytes(state: PythonState) -> bytes:
     raise TypeError(f"{kind}.serialize() must return str or bytes, got {got}")
 
 
-# --- back ------------------------------------------------------------------------------
+# --- restoring -------------------------------------------------------------------------
 
 
 def difference(saved: LeafSpec, target: LeafSpec, cast: bool) -> str | None:
-    """Why a value of spec `saved` cannot become what `target` is, or None if it can.
+    """Why a value of spec `saved` cannot be restored as `target`; None if it can.
 
-    A saved value without a dtype takes that of its target.
+    A saved value without a dtype takes the dtype of its target.
     """
     if saved.is_array and not saved.dtype and not target.is_bytes:
         saved = replace(saved, dtype=target.dtype)
@@ -209,7 +209,7 @@ def difference(saved: LeafSpec, target: LeafSpec, cast: bool) -> str | None:
             f"expected {_kind(target)}, got {saved.dtype}{list(saved.shape)}, which is unreadable"
         )
     if target.kind == "python_state" and saved.kind in ("str", "bytes"):
-        return None  # from a file that keeps no kinds
+        return None  # from a file of a format that does not record kinds
     if target.kind == saved.kind and not target.is_array:
         same = (saved.prng_impl, saved.shape) == (target.prng_impl, target.shape)
         return None if same else f"expected {target}, got {saved}"
@@ -244,13 +244,16 @@ def _family(spec: LeafSpec) -> str:
 
 
 def decode(data: Any, saved: LeafSpec, target: LeafSpec, like: Any = None) -> Any:
-    """What was read for a leaf, as the kind of value that `target` is.
+    """Turns what was read for a leaf into the kind of value that `target` is.
 
-    `data` is a numpy array or bytes, or a jax.Array where the target is one; `like` is the
-    target's present value (an enum member comes back as a member of its class).
+    Args:
+      data: a numpy array or bytes; a jax.Array if the target is one.
+      saved, target: the specs of the saved value and of the target.
+      like: the target's present value. An enum member is restored as a member of its class.
 
     Raises:
       OverflowError: a Python number does not fit into the dtype of the target.
+      ValueError: the text is not that of such a value.
     """
     kind = target.kind
     if target.is_key:
@@ -301,6 +304,6 @@ def _decode_bytes(data: bytes, kind: str) -> Any:
 
 
 def as_saved(data: Any, saved: LeafSpec) -> Any:
-    """A value that was read without a target: numpy, or the Python value that it was."""
+    """A value that was read without a target: a numpy array, or the Python value that it was."""
     kind = "numpy" if saved.is_placed else saved.kind
     return decode(data, saved, LeafSpec(kind, saved.dtype, saved.shape))
