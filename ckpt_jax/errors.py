@@ -5,7 +5,7 @@
     ├── CorruptCheckpointError    bytes differ from what was written, or are missing
     ├── UnsupportedFormatError    written in a newer format than this library reads, or by another
     ├── RestoreMismatchError      (also ValueError)  checkpoint and target disagree; has the report
-    ├── UnsaveableError           (also TypeError)  some values cannot be saved; names the path of each
+    ├── UnsaveableError           (also TypeError)  values that cannot be saved; names each path
     ├── ShardError                (also ValueError)  shards that do not make up whole arrays
     ├── RegistrationError         (also ValueError)  a registry refused a name, or does not have it
     ├── AsyncSaveError            a save in the background failed

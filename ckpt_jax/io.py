@@ -145,7 +145,8 @@ def merge_shards(
     """Makes one checkpoint directory of shards, by reference: no array byte is copied.
 
     Args:
-      prefixes: what `write_shard` returned; shards outside `destination` are moved into it.
+      prefixes: the shards, as `write_shard` returned them. Shards outside of `destination` are
+        moved into it.
       destination: the directory of the checkpoint.
       extra: small values by key that are committed in the same transaction.
       options: `durable` applies.
@@ -154,8 +155,8 @@ def merge_shards(
       `destination`.
 
     Raises:
-      ShardError: naming every array of which two shards define the same slice, on whose dtype
-        or shape shards disagree, or that has a hole.
+      ShardError: two shards have the same slice of an array, shards disagree on an array's dtype
+        or shape, or an array has a hole. All such arrays are named.
 
     Source: TensorFlow's MergeV2Checkpoints.
     """
@@ -245,9 +246,7 @@ def read_values(
             boxes.append(wanted)
     found = reader.read(
         list(zip(keys, boxes, strict=True)),
-        max_inflight_bytes=max(
-            options.max_inflight_bytes // 2, 1
-        ),  # the other half is for assembly
+        max_inflight_bytes=max(options.max_inflight_bytes // 2, 1),  # the rest is for assembly
     )
     for number, contents in found:
         key = keys[number]
