@@ -646,7 +646,7 @@ def test_tied_arrays_restore_into_a_target_that_does_not_tie_them(tmp_path):
 def test_arrays_that_differ_do_not_restore_into_one(tmp_path):
     path = save_unreadable(tmp_path / "a", {"embed": np.arange(5), "head": np.ones(5, int)})
     blank = np.zeros(5, int)
-    with pytest.raises(ckpt.RestoreMismatchError, match="two values.*embed and head; a copy or"):
+    with pytest.raises(ckpt.RestoreMismatchError, match="two values.*embed and head; to take both"):
         ckpt.restore(path, {"embed": blank, "head": blank, "filler": FILLER})
 
 
