@@ -211,7 +211,7 @@ def test_one_saved_object_does_not_become_two():
     live = graph(node(a=1, b=2), node(v=3), node(v=4), leaf(), leaf())
     found = match(saved, live)
     assert found.bound == {0: 0, 1: 1, 2: 3}
-    assert found.conflicts == (Conflict(1, 2, None, 1),)
+    assert found.conflicts == (Conflict(1, 2, None),)
 
 
 def test_one_saved_leaf_serves_every_leaf_that_asks_for_it():
@@ -232,7 +232,7 @@ def test_two_saved_values_for_one_live_value_are_a_conflict_and_the_first_counts
     saved = graph(node(a=1, b=2), node(value=True), node(value=True))
     found = match(saved, graph(node(a=1, b=1), node(value=True)))
     assert found.sources()[1] == 1
-    assert found.conflicts == (Conflict(2, 1, 1, None),)
+    assert found.conflicts == (Conflict(2, 1, 1),)
 
 
 def test_a_shallow_path_binds_before_a_deep_one():

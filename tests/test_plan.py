@@ -11,7 +11,7 @@ from ckpt_jax.graph.nodes import pretty_name, reachable
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.assign import assign
 from ckpt_jax.matching.match import match
-from ckpt_jax.matching.plan import Read, SaverCall, plan_read
+from ckpt_jax.matching.plan import SaverCall, ValueRead, plan_read
 from ckpt_jax.matching.trace import trace
 from ckpt_jax.objects.trackable import PythonState, Trackable, Variable
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
@@ -201,7 +201,7 @@ def test_several_values_are_matched_by_name():
 def test_a_read_goes_by_the_recorded_key_not_by_the_live_path():
     plan = planned({"0": 1}, [0])
     assert plan.reads == (
-        Read(
+        ValueRead(
             1, VARIABLE_VALUE, "0/.ATTRIBUTES/VARIABLE_VALUE", LeafSpec("int"), LeafSpec("int"), 0
         ),
     )

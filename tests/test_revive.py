@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 import ckpt_jax as ckpt
 from ckpt_jax.graph._proto import saved_object_graph_pb2 as pb
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
-from ckpt_jax.graph.order import CyclicDependencyError, order_by_dependency
+from ckpt_jax.graph.saved_objects import CyclicDependencyError, order_by_dependency
 from ckpt_jax.store.seal import seal, unseal
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from ckpt_jax.graph.boxes import shape_of, size_of, tiling_problem
 from ckpt_jax.saving.spread import HeldBox, spread
 
-PART_NBYTES = 64
+SHARE_NBYTES = 64
 
 
 @st.composite
@@ -29,44 +29,44 @@ def some_boxes(everywhere=False):
     )
 
 
-def loads(boxes, parts, count):
+def loads(boxes, shares, count):
     load = [0] * count
-    for part in parts:
-        load[part.process] += size_of(part.box)
+    for share in shares:
+        load[share.process] += size_of(share.box)
     return load
 
 
 @given(some_boxes())
-def test_the_parts_of_all_processes_are_the_boxes_each_element_once(case):
+def test_the_shares_of_all_processes_are_the_boxes_each_element_once(case):
     count, boxes = case
-    parts = spread(boxes, count, PART_NBYTES)
+    shares = spread(boxes, count, SHARE_NBYTES)
     for number, held in enumerate(boxes):
-        own = [part for part in parts if part.source == number]
+        own = [share for share in shares if share.source == number]
         assert own
-        assert {part.process for part in own} <= {*held.holders}
+        assert {share.process for share in own} <= {*held.holders}
         origin = [start for start, _ in held.box]
         relative = [
-            tuple((a - o, b - o) for (a, b), o in zip(part.box, origin, strict=True))
-            for part in own
+            tuple((a - o, b - o) for (a, b), o in zip(share.box, origin, strict=True))
+            for share in own
         ]
         assert tiling_problem(relative, shape_of(held.box)) is None
-        assert len(own) == 1 or all(size_of(part.box) > 0 for part in own)
+        assert len(own) == 1 or all(size_of(share.box) > 0 for share in own)
 
 
 @given(some_boxes(everywhere=True))
 def test_where_all_hold_everything_no_process_has_much_more_than_another(case):
     count, boxes = case
-    parts = spread(boxes, count, PART_NBYTES)
-    load = loads(boxes, parts, count)
-    largest = max((size_of(part.box) for part in parts), default=0)
-    assert max(load) - min(load) <= largest + uneven(boxes, parts)
+    shares = spread(boxes, count, SHARE_NBYTES)
+    load = loads(boxes, shares, count)
+    largest = max((size_of(share.box) for share in shares), default=0)
+    assert max(load) - min(load) <= largest + uneven(boxes, shares)
 
 
-def uneven(boxes, parts):
-    """By how much the parts of boxes that were cut differ, all in all."""
+def uneven(boxes, shares):
+    """By how much the shares of boxes that were cut differ, all in all."""
     total = 0
     for number, _ in enumerate(boxes):
-        sizes = [size_of(part.box) for part in parts if part.source == number]
+        sizes = [size_of(share.box) for share in shares if share.source == number]
         total += max(sizes) - min(sizes)
     return total
 
@@ -74,11 +74,11 @@ def uneven(boxes, parts):
 @given(some_boxes())
 def test_small_boxes_stay_whole(case):
     count, boxes = case
-    parts = spread(boxes, count, PART_NBYTES)
+    shares = spread(boxes, count, SHARE_NBYTES)
     for number, held in enumerate(boxes):
-        own = [part for part in parts if part.source == number]
-        if held.nbytes < 2 * PART_NBYTES:
-            assert [part.box for part in own] == [held.box]
+        own = [share for share in shares if share.source == number]
+        if held.nbytes < 2 * SHARE_NBYTES:
+            assert [share.box for share in own] == [held.box]
 
 
 def test_what_one_process_has_to_write_is_weighed_against_what_it_need_not():
@@ -89,11 +89,11 @@ def test_what_one_process_has_to_write_is_weighed_against_what_it_need_not():
 
 def test_a_large_box_is_cut_for_all_its_holders():
     held = HeldBox(((4, 8), (0, 1000)), 4000, (1, 2, 3))
-    parts = spread([held], 4, 1000)
-    assert [part.process for part in parts] == [1, 2, 3]
-    assert [part.box[0] for part in parts] == [(4, 5), (5, 6), (6, 8)]
+    shares = spread([held], 4, 1000)
+    assert [share.process for share in shares] == [1, 2, 3]
+    assert [share.box[0] for share in shares] == [(4, 5), (5, 6), (6, 8)]
     cut = np.zeros((4, 1000), int)
-    for part in parts:
-        (a, b), (c, d) = part.box
+    for share in shares:
+        (a, b), (c, d) = share.box
         cut[a - 4 : b - 4, c:d] += 1
     assert (cut == 1).all()

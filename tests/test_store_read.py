@@ -16,7 +16,7 @@ from ckpt_jax.graph.dtypes import _DTYPES
 from ckpt_jax.store import gather as gather_module
 from ckpt_jax.store import shard as shard_module
 from ckpt_jax.store.fetch import ShardedReader, read_index
-from ckpt_jax.store.index import INDEX_KEY, Index, Stack
+from ckpt_jax.store.index import INDEX_KEY, Index, StackShape
 from ckpt_jax.store.merge import merge_shards
 from ckpt_jax.store.shard import Slice, write_shard
 from ckpt_jax.store.stack import DATA, files_nbytes, new_context, open_database
@@ -388,7 +388,7 @@ def test_an_index_that_declares_more_than_the_files_hold_allocates_nothing(tmp_p
     write_shard(path, {"x": np.ones(100_000)})
 
     def inflate(index):
-        stack = Stack(1, 1 << 50, 1 << 20)
+        stack = StackShape(1, 1 << 50, 1 << 20)
         shard = dataclasses.replace(index.shards[0], stacks=(stack,))
         layout = dataclasses.replace(
             index.layouts[0], shape=(1 << 47,), box=((0, 1 << 47),), nbytes=1 << 50

@@ -14,7 +14,6 @@ from typing import Any
 from ckpt_jax.errors import UnsaveableError
 from ckpt_jax.graph.labels import VARIABLE_VALUE
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph
-from ckpt_jax.graph.order import CyclicDependencyError
 from ckpt_jax.graph.saved_objects import (
     CONTAINERS,
     DICT,
@@ -22,6 +21,7 @@ from ckpt_jax.graph.saved_objects import (
     OBJECT,
     VALUE,
     VARIABLE,
+    CyclicDependencyError,
     SavedObject,
     has_dtype_number,
     in_order,
@@ -144,8 +144,8 @@ def _check_plain(obj: Any, kind: str, node: Node) -> None:
 
 def _spec_for_saver(value: Any, kind: str, saver: str) -> LeafSpec:
     spec = describe(value)[0]
-    known = spec.kind == "array" and has_dtype_number(spec.dtype)
-    if not known and (kind == VARIABLE or spec.kind not in ("array", "numpy")):
+    known = spec.is_jax_array and has_dtype_number(spec.dtype)
+    if not known and (kind == VARIABLE or not (spec.is_jax_array or spec.is_numpy_array)):
         raise TypeError(
             f"{spec} is held by the checkpoint saver {saver!r}, and cannot be made anew for it"
         )

@@ -32,7 +32,6 @@ from ckpt_jax.api.recipes import TYPE_NAME, lasting, recorded
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, RegistrationError
 from ckpt_jax.graph.labels import SAVED_OBJECTS_KEY, Label
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, descendants
-from ckpt_jax.graph.order import CyclicDependencyError
 from ckpt_jax.graph.saved_objects import (
     CONTAINERS,
     DICT,
@@ -40,6 +39,7 @@ from ckpt_jax.graph.saved_objects import (
     OBJECT,
     VALUE,
     VARIABLE,
+    CyclicDependencyError,
     SavedObject,
     encode,
     in_order,
@@ -256,11 +256,10 @@ class _Revival:
                 continue
             (attribute,) = attributes
             spec = attribute.spec
-            if kind == VARIABLE and spec.kind == "array" and node not in early:
+            if kind == VARIABLE and spec.is_jax_array and node not in early:
                 continue
             wanted[node] = attribute
-            placed = spec.kind in ("array", "prng_key")
-            requests[attribute.key] = struct_of(spec) if placed else None
+            requests[attribute.key] = struct_of(spec) if spec.is_placed else None
         data = self.reader.read(requests)
         for node, attribute in wanted.items():
             spec = attribute.spec
@@ -300,7 +299,7 @@ class _Revival:
             struct = struct_of(spec)
         except (TypeError, ValueError) as error:
             raise self.corrupt(error) from error
-        if spec.kind == "array":
+        if spec.is_jax_array:
             return struct
         return np.broadcast_to(np.zeros((), struct.dtype), spec.shape)  # takes no memory
 

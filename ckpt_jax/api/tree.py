@@ -256,7 +256,7 @@ def _placements(
     structs = {
         place: struct_of(attribute.spec)
         for place, attribute in wanted.items()
-        if attribute.spec.kind in ("array", "numpy", "prng_key")
+        if attribute.spec.is_placed or attribute.spec.is_numpy_array
     }
     placements, problems = with_shardings(saved, structs, sharding)
     entries = tuple([ReportEntry(where, what=what) for where, what in problems])

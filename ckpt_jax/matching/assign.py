@@ -1,4 +1,4 @@
-"""Assign: puts values into live objects, in place where they are mutable, else by rebuilding."""
+"""Assign: puts values into live objects. Mutable objects are changed, immutable ones rebuilt."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def assign(
     values: Mapping[int, Mapping[str, Any]],
     replaced: Mapping[int, Any] = MappingProxyType({}),
 ) -> Any:
-    """Puts values into the live objects; returns the root to use from then on.
+    """Puts values into the live objects. Returns the root, which may be a new object.
 
     Args:
-      live: the graph to change. Mutable objects are changed in place, immutable ones rebuilt,
-        up to the nearest mutable object or the root.
+      live: the graph to change. Mutable objects are changed in place. Immutable objects are
+        rebuilt, and so are their parents, up to the nearest mutable object or the root.
       values: attribute values by node.
-      replaced: by node, what takes the place of the whole object.
+      replaced: by node, an object that replaces the whole object of the node.
     """
     new = {node: obj for node, obj in replaced.items() if obj is not live.objects[node]}
     for node, attributes in values.items():
@@ -30,8 +30,8 @@ def assign(
         result = live.views[node].assign(obj, attributes)
         if result is not obj:
             new[node] = result
-    # Immutable containers are trees, whose parents have smaller ids (and so have optimizers than
-    # their slot variables): one pass rebuilds them all.
+    # Immutable containers are trees, in which parents have smaller ids than their children;
+    # optimizers have smaller ids than their slot variables. So one pass rebuilds them all.
     for node in range(len(live.objects) - 1, -1, -1):
         children = live.graph.nodes[node].children
         if not new or node in replaced or not (children or live.graph.nodes[node].slots):

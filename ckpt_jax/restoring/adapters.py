@@ -24,7 +24,6 @@ import numpy as np
 
 from ckpt_jax.errors import RestoreMismatchError
 from ckpt_jax.graph.boxes import Box
-from ckpt_jax.graph.dtypes import BYTES
 from ckpt_jax.graph.global_names import own_values
 from ckpt_jax.graph.labels import Label, local_name, object_key_of, path_of
 from ckpt_jax.graph.nodes import ObjectGraph, object_keys
@@ -297,7 +296,7 @@ def _with_resharded(
         }
         for number, attribute in enumerate(nodes[source].attributes):
             spec = wanted.get(attribute.name)
-            if spec is None or BYTES in (spec.dtype, attribute.spec.dtype):
+            if spec is None or spec.is_bytes or attribute.spec.is_bytes:
                 continue
             struct = struct_of(spec, host.placement(live.values[target][attribute.name]))
             keys, boxes = callback.update_restore_inputs(attribute.key, struct)

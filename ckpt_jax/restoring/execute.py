@@ -22,7 +22,7 @@ from ckpt_jax.errors import ProcessError, RegistrationError, RestoreMismatchErro
 from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.labels import object_key_of, path_of
 from ckpt_jax.matching.assign import assign
-from ckpt_jax.matching.plan import Read, ReadPlan, SaverCall
+from ckpt_jax.matching.plan import ReadPlan, SaverCall, ValueRead
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects import registry
 from ckpt_jax.options import CheckpointOptions
@@ -33,7 +33,7 @@ from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.restoring.derived import DerivedReader
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.values import host
-from ckpt_jax.values.leaves import ARRAY_KINDS, decode
+from ckpt_jax.values.leaves import decode
 from ckpt_jax.values.replicas import gather, parted
 
 Reader = CheckpointReader | DerivedReader
@@ -73,7 +73,7 @@ def opened(
 def read(
     plan: ReadPlan, reader: Reader, options: CheckpointOptions, meeting: Meeting | None
 ) -> list[Any]:
-    """The value of each `Read` of a plan, each array once per dtype and placement."""
+    """The value of each `ValueRead` of a plan, each array once per dtype and placement."""
     total = nbytes_to_read(plan, reader) if options.progress else 0
     with progress(options.progress, f"restoring {reader.path}", total) as advance:
         return _read(plan, reader, options, meeting, advance)
@@ -88,7 +88,7 @@ def _read(
 ) -> list[Any]:
     requests: dict[tuple[str, Any, Any], int] = {}
     order = [requests.setdefault(_identity(r), len(requests)) for r in plan.reads]
-    first: dict[int, Read] = {}
+    first: dict[int, ValueRead] = {}
     for number, r in zip(order, plan.reads, strict=True):
         first.setdefault(number, r)
     found: list[Any] = [None] * len(first)
@@ -116,11 +116,11 @@ def _read(
     return [found[number] for number in order]
 
 
-def _shared(reads: Mapping[int, Read]) -> dict[int, jax.sharding.Sharding]:
+def _shared(reads: Mapping[int, ValueRead]) -> dict[int, jax.sharding.Sharding]:
     """For reads whose bytes several processes need, the layout in which each is read once."""
     shared: dict[int, jax.sharding.Sharding] = {}
     for number, r in reads.items():
-        if r.target.kind == "array" and r.saved.kind in ARRAY_KINDS:
+        if r.target.is_jax_array and r.saved.is_array:
             sharding = host.placement(r.value)
             layout = sharding and parted(sharding, r.saved.shape, dtype_of(r.target.dtype))
             if layout is not None:
@@ -128,7 +128,7 @@ def _shared(reads: Mapping[int, Read]) -> dict[int, jax.sharding.Sharding]:
     return shared
 
 
-def _hand_over(found: list[Any], reads: Mapping[int, Read], meeting: Meeting) -> None:
+def _hand_over(found: list[Any], reads: Mapping[int, ValueRead], meeting: Meeting) -> None:
     """Gathers what was read in parts.
 
     Devices wait for each other without a deadline: so that nobody is missing, all processes say
@@ -154,16 +154,16 @@ def _check_same_reads(digests: list[str]) -> None:
         )
 
 
-def _identity(read: Read) -> tuple[str, Any, Any]:
+def _identity(read: ValueRead) -> tuple[str, Any, Any]:
     return read.key, read.target, host.placement(read.value)
 
 
 def _request(
-    read: Read, layout: jax.sharding.Sharding | None = None
+    read: ValueRead, layout: jax.sharding.Sharding | None = None
 ) -> jax.ShapeDtypeStruct | None:
-    if read.target.kind not in ("array", "prng_key"):
+    if not read.target.is_placed:
         return None
-    if read.saved.kind not in (*ARRAY_KINDS, "prng_key") and read.target.kind == "array":
+    if read.target.is_jax_array and not (read.saved.is_array or read.saved.is_key):
         return None  # a Python number: its range is checked before it becomes an array
     return jax.ShapeDtypeStruct(
         read.saved.shape,
@@ -176,7 +176,7 @@ def nbytes_to_read(plan: ReadPlan, reader: Reader) -> int:
     """Bytes of values that this process needs for a plan, each once."""
     nbytes: dict[str, int] = {}
     for r in plan.reads:
-        sharding = host.placement(r.value) if r.target.kind in ("array", "prng_key") else None
+        sharding = host.placement(r.value) if r.target.is_placed else None
         size = reader.stored_nbytes(r.key)
         if sharding is not None:
             size = size * host.wanted_size(sharding, r.saved.shape) // max(prod(r.saved.shape), 1)
@@ -205,7 +205,7 @@ def execute(
     found = read(plan, reader, options, meeting)
     found = host.in_formats(found, [r.value for r in plan.reads])
     for r, value in zip(plan.reads, found, strict=True):
-        if r.target.kind == "array" and not isinstance(value, jax.Array):
+        if r.target.is_jax_array and not isinstance(value, jax.Array):
             value = host.put([np.asarray(value)], host.placement(r.value))[0]
         if r.target.weak_type:  # or the same program would be compiled anew, and promote otherwise
             value = host.weakly_typed(value)

@@ -30,7 +30,7 @@ from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.shardings import placed
 from ckpt_jax.values import host
-from ckpt_jax.values.leaves import ARRAY_KINDS, difference
+from ckpt_jax.values.leaves import difference
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +216,7 @@ def _fits(cast: bool) -> Callable[[LeafSpec, LeafSpec, Any], str | None]:
 
     def why_not(saved: LeafSpec, target: LeafSpec, value: Any) -> str | None:
         problem = difference(saved, target, cast)
-        if problem is None and target.kind in ("array", "prng_key"):
+        if problem is None and target.is_placed:
             problem = host.placement_problem(value.shape, host.placement(value))
         return problem
 
@@ -231,7 +231,7 @@ def _with_changes(plan: ReadPlan, saved: Renamed, live: LiveGraph) -> RestoreRep
     for r in plan.reads:
         derived = saved.derived.get(r.key)
         was = derived.stored if derived else r.saved
-        differs = was.dtype != r.target.dtype and {was.kind, r.target.kind} <= ARRAY_KINDS
+        differs = was.dtype != r.target.dtype and was.is_array and r.target.is_array
         if derived or differs:
             path = live.graph.value_path(r.node, r.name)
             if derived:

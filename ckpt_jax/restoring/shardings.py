@@ -41,7 +41,7 @@ def placed(
         return live, []
     structs: Structs = {}
     for node, attribute in live.graph.attributes():
-        if attribute.spec.kind in ("array", "prng_key"):
+        if attribute.spec.is_placed:
             value = live.values[node][attribute.name]
             structs[node, attribute.name] = jax.ShapeDtypeStruct(value.shape, value.dtype)
     wishes, problems = with_shardings(

@@ -25,8 +25,6 @@ from ckpt_jax.graph.specs import LeafSpec
 
 ANY_DTYPE = ""  # of a value that takes the dtype of its target
 Span = tuple[int, int]
-_ARRAYS = ("array", "numpy", "numpy_scalar", "")
-_NUMBERS = ("int", "float", "complex", "bool")
 
 
 class Step(Protocol):
@@ -125,9 +123,9 @@ class Cast(Step):
         return [self._one(spec) for spec in specs]
 
     def _one(self, spec: LeafSpec) -> LeafSpec:
-        if spec.kind not in (*_ARRAYS, *_NUMBERS) or spec.dtype == "bytes":
+        if not (spec.is_array or spec.is_number) or spec.is_bytes:
             raise ValueError(f"{self} needs numbers, and found {spec}")
-        kind = "numpy_scalar" if spec.kind in _NUMBERS else spec.kind
+        kind = "numpy_scalar" if spec.is_number else spec.kind
         return LeafSpec(kind, self.dtype or ANY_DTYPE, spec.shape)
 
     def pull(self, span: Span, box: Box) -> tuple[Span, Box]:
@@ -337,14 +335,14 @@ def derive(keys: Sequence[str], specs: Sequence[LeafSpec], steps: Sequence[Step]
 
 def _rank(spec: LeafSpec) -> int:
     """Number of axes that a program sees; key data has one more."""
-    return len(spec.shape) - (spec.kind == "prng_key")
+    return len(spec.shape) - spec.is_key
 
 
 def _alike(spec: LeafSpec, other: LeafSpec) -> bool:
-    facts = [(s.shape, s.dtype, s.prng_impl, s.kind == "prng_key") for s in (spec, other)]
+    facts = [(s.shape, s.dtype, s.prng_impl, s.is_key) for s in (spec, other)]
     return facts[0] == facts[1]
 
 
 def _require_array(spec: LeafSpec, transform: object) -> None:
-    if spec.kind not in (*_ARRAYS, "prng_key") or spec.dtype == "bytes":
+    if not (spec.is_array or spec.is_key) or spec.is_bytes:
         raise ValueError(f"{transform} needs arrays, and found {spec}")

@@ -1,8 +1,8 @@
-"""Directories: where a checkpoint is staged, how it takes its place, what is one.
+"""Checkpoint directories: how they are staged, published and recognised.
 
-A checkpoint is written into a staging directory beside its destination and takes the
-destination's name in one rename, so that a path holds a whole checkpoint or none. Where there
-is one already, the two directories are exchanged in one step and the old one goes last.
+A checkpoint is written into a staging directory beside its destination. Then one rename gives it
+the destination's name, so that a path holds a whole checkpoint or none. If there is a checkpoint
+already, the two directories are exchanged in one step, and the old one is removed last.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ckpt_jax.store.staging import (
     remove_leftovers,
 )
 
-# Files by which the checkpoints of other libraries are known, to name them in an error.
+# The files by which checkpoints of other libraries are recognised, to name the library in an error.
 _OTHERS = {
     "_CHECKPOINT_METADATA": "Orbax",
     "_METADATA": "Orbax",
@@ -45,7 +45,7 @@ def is_checkpoint(path: str) -> bool:
 
 
 def checkpoints_in(directory: str) -> list[str]:
-    """The names of the checkpoints in a directory, numbered ones in the order of numbers."""
+    """The names of the checkpoints in a directory, by number; those without a number come last."""
     try:
         names = os.listdir(directory)
     except OSError:
@@ -68,13 +68,13 @@ def require_checkpoint(path: str) -> None:
     """Checks that there is a checkpoint at `path`.
 
     Raises:
-      CheckpointNotFoundError: saying what is there instead, and which checkpoints are near.
+      CheckpointNotFoundError: saying what is there instead, and which checkpoints are nearby.
       UnsupportedFormatError: another library's checkpoint is there.
     """
     if (library := _other_library(path)) is not None:
         raise UnsupportedFormatError(
-            f"{path} was written by {library}, whose format is not read here. Restore it there "
-            "and save it with ckpt_jax: docs/migrating.md shows how."
+            f"{path} was written by {library}, and ckpt_jax does not read its format. Restore it "
+            f"with {library} and save it with ckpt_jax; docs/migrating.md shows how."
         )
     if is_checkpoint(path):
         return
@@ -105,7 +105,7 @@ def require_checkpoint(path: str) -> None:
 
 
 def _other_library(path: str) -> str | None:
-    """Whose checkpoint is at `path`, where it is another library's."""
+    """The name of the other library that wrote the checkpoint at `path`; None if none did."""
     for name, library in _OTHERS.items():
         if os.path.isfile(os.path.join(path, name)):
             return library
@@ -114,11 +114,11 @@ def _other_library(path: str) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """Where a checkpoint is written before it takes its name.
+    """The place where a checkpoint is written before it gets its name.
 
     Attributes:
       path: where the checkpoint will be.
-      directory: beside it, where it is now.
+      directory: the staging directory beside it.
     """
 
     path: str
@@ -126,20 +126,23 @@ class Staging:
 
     @classmethod
     def of(cls, path: str, token: str) -> Staging:
-        """The staging directory for `path`, with a name that a token makes its own (see
-        `store.staging`)."""
-        path = os.path.realpath(path)  # a link stays, what it names is replaced
+        """The staging for `path`. A token makes its name unique, see `store.staging`."""
+        path = os.path.realpath(path)  # a link stays; what it points to is replaced
         return cls(path, f"{path}.staging-{token}")
 
     @contextlib.contextmanager
     def claimed(self, *, overwrite: bool, durable: bool) -> Iterator[None]:
-        """Makes the directory and holds it; at the end of the block what is under its name goes:
-        what failed, when all have left it, or, after an exchange, the old checkpoint.
+        """Makes the directory and holds it until the block ends.
 
-        What abandoned saves to the same path have left goes first: it may be what fills the disk.
+        At the end, the directory under the staging name is removed. After an exchange this is the
+        old checkpoint. If the block fails, it is the unfinished checkpoint, which is removed when
+        all processes have left it.
+
+        The leftovers of abandoned saves to the same path are removed first, because they may be
+        what fills the disk.
 
         Raises:
-          FileExistsError: there is something that may not be replaced.
+          FileExistsError: there is something at the path that may not be replaced.
         """
         check_replaceable(self.path, overwrite)
         self.make_parents(durable)
@@ -153,7 +156,7 @@ class Staging:
         discard(self.directory)
 
     def make_parents(self, durable: bool) -> None:
-        """Makes the directories above."""
+        """Makes the missing directories above the checkpoint."""
         parent = os.path.dirname(self.path)
         if durable:
             make_directories(parent)
@@ -161,10 +164,10 @@ class Staging:
             os.makedirs(parent, exist_ok=True)
 
     def publish(self, *, overwrite: bool, durable: bool) -> None:
-        """Gives the checkpoint its name; where that cannot be made durable, all is as before.
+        """Gives the checkpoint its name. If that cannot be made durable, it is undone.
 
         Raises:
-          FileExistsError: there is something that may not be replaced.
+          FileExistsError: there is something at the path that may not be replaced.
         """
         _publish(self.directory, self.path, overwrite=overwrite, durable=durable)
 
@@ -172,23 +175,25 @@ class Staging:
     def joined(
         self, shards: str, prefix: str, *, durable: bool, is_lost: Callable[[], bool]
     ) -> Iterator[None]:
-        """Holds the directory for a process that does not publish it. Where the block fails,
-        nothing of what this process wrote stays.
+        """Holds the directory for a process that does not publish it. If the block fails, what
+        this process wrote is removed.
 
-        It may be late: then the others are through, and it has made the directories anew.
+        The process may be late: the others have finished and removed the directory, and this
+        process has created it again.
 
         Args:
           shards: directory below the staging directory.
-          prefix: what the names in it of this process begin with.
-          durable: whether the directories above survive a crash of the machine.
-          is_lost: asked where the block fails: whether nobody can publish the directory any more.
+          prefix: the beginning of the names of this process's directories in `shards`.
+          durable: whether the directories above have to survive a crash of the machine.
+          is_lost: called if the block fails. Says whether no process can publish the directory
+            any more.
         """
 
         def remove_own() -> None:
             for name in os.listdir(shards):
                 if name.startswith(prefix):
                     shutil.rmtree(os.path.join(shards, name), ignore_errors=True)
-            os.rmdir(shards)  # refused as long as there is something of another process
+            os.rmdir(shards)  # fails as long as another process has something in it
             os.rmdir(self.directory)
 
         self.make_parents(durable)
@@ -208,7 +213,7 @@ def check_replaceable(path: str, overwrite: bool) -> None:
     """Checks that a checkpoint may be written to `path`.
 
     Raises:
-      FileExistsError: there is something that may not be replaced.
+      FileExistsError: there is something at the path that may not be replaced.
     """
     if not os.path.lexists(path):
         return
@@ -220,26 +225,31 @@ def check_replaceable(path: str, overwrite: bool) -> None:
 
 
 def _publish(staging: str, path: str, *, overwrite: bool, durable: bool) -> None:
-    """Gives `staging` the name `path`; where that cannot be made durable, all is as before."""
+    """Gives `staging` the name `path`. If that cannot be made durable, it is undone."""
     new = os.stat(staging)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as exits:
         with contextlib.suppress(FileNotFoundError):
-            # While it may have to come back, nobody may take it for abandoned.
-            stack.enter_context(held(path))
+            # The old checkpoint may have to come back. Until then it has a staging name, and
+            # nobody may take it for abandoned.
+            exits.enter_context(held(path))
         undo = _take_name(staging, path, overwrite)
         if not durable:
             return
         try:
             fsync_directory(os.path.dirname(path))
         except OSError:
-            # Unless another save has replaced it meanwhile.
+            # If another save has replaced the checkpoint meanwhile, there is nothing to undo.
             if os.path.samestat(new, os.stat(path)):
                 undo()
             raise
 
 
 def _take_name(staging: str, path: str, overwrite: bool) -> Callable[[], object]:
-    """Renames `staging` to `path`, and what is there to `staging`; returns what undoes it."""
+    """Renames `staging` to `path`, and a checkpoint at `path` to `staging`.
+
+    Returns:
+      A function that undoes this.
+    """
     try:
         os.rename(staging, path)
         return lambda: os.rename(path, staging)
@@ -254,8 +264,8 @@ def _take_name(staging: str, path: str, overwrite: bool) -> Callable[[], object]
 def _swap(staging: str, path: str) -> None:
     if _exchange(staging, path):
         return
-    # Without an atomic exchange the old checkpoint steps aside for the new one, under a name
-    # that nobody takes for abandoned: if this process dies here, it is the only one there is.
+    # Without an atomic exchange the old checkpoint is first renamed to a name that nobody takes
+    # for abandoned: if this process dies between the renames, it is the only checkpoint there is.
     aside = f"{path}.replaced-{secrets.token_hex(8)}"
     os.rename(path, aside)
     try:
@@ -267,7 +277,7 @@ def _swap(staging: str, path: str) -> None:
 
 
 def _exchange(one: str, other: str) -> bool:
-    """Swaps two names in one step where the system can (Linux: renameat2 RENAME_EXCHANGE)."""
+    """Swaps two names in one step with Linux's renameat2; False if that is impossible."""
     if not sys.platform.startswith("linux"):
         return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -7,10 +7,11 @@ format (`protos/checkpoint_state.proto`):
     all_model_checkpoint_paths: "ckpt-2"
     all_model_checkpoint_paths: "ckpt-3"
 
-A path has two forms. A *usable* path is absolute, or relative to the working directory; it is
-what callers give and get. A *stored* path is what the file says: relative to the directory of
-the file where the checkpoint lies inside it, so that the directory can be moved, and absolute
-otherwise. `stored_form` leads from the one to the other, `get_checkpoint_state` back.
+A path has two forms. Callers give and get *usable* paths, which are absolute or relative to the
+working directory. The file contains *stored* paths: if the checkpoint lies inside the directory of
+the file, the path is relative to that directory, so that the directory can be moved; otherwise it
+is absolute. `stored_form` turns usable paths into stored ones, `get_checkpoint_state` does the
+reverse.
 
 The file is replaced in one step, so a reader sees the old state or the new one.
 """
@@ -38,16 +39,16 @@ _log = logging.getLogger("ckpt_jax")
 
 @dataclass(frozen=True, slots=True)
 class CheckpointState:
-    """What a state file says (`tf.train.CheckpointState`).
+    """The contents of a state file (`tf.train.CheckpointState`).
 
     Attributes:
       model_checkpoint_path: the latest checkpoint.
       all_model_checkpoint_paths: the checkpoints that are still managed, oldest first; the
         last one is the latest.
       all_model_checkpoint_timestamps: when each of them was written, in seconds since the
-        epoch; empty where that was not recorded.
-      last_preserved_timestamp: when the newest checkpoint was written that is kept for ever,
-        in seconds since the epoch; 0 where there is none.
+        epoch; empty if that was not recorded.
+      last_preserved_timestamp: when the newest of the checkpoints that are kept forever was
+        written, in seconds since the epoch; 0 if there is none.
     """
 
     model_checkpoint_path: str
@@ -66,8 +67,8 @@ def get_checkpoint_state(
       latest_filename: its name, "checkpoint" by default.
 
     Returns:
-      The state, relative paths joined to `directory`, or None where there is no state file or
-      it cannot be understood; the latter is logged as a warning.
+      The state, with relative paths joined to `directory`. None if there is no state file, or
+      if it cannot be parsed, which is logged as a warning.
 
     Raises:
       ValueError: the file names no latest checkpoint.
@@ -89,7 +90,7 @@ def get_checkpoint_state(
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (UnicodeDecodeError, text_format.ParseError, IsADirectoryError) as error:
-        _log.warning("%s is ignored, because it is no checkpoint state file: %s", path, error)
+        _log.warning("%s is ignored, because it is not a checkpoint state file: %s", path, error)
         return None
     if not state.model_checkpoint_path:
         raise ValueError(
@@ -108,7 +109,7 @@ def update_checkpoint_state(
 
     Args:
       directory: where the state file is; it must exist.
-      state: see `stored_form` for what is accepted and what becomes of it.
+      state: the new state; see `stored_form` for how its paths are stored.
       latest_filename: name of the file, "checkpoint" by default.
 
     Raises:
@@ -121,19 +122,19 @@ def update_checkpoint_state(
     checkpoint = os.path.join(directory, stored.model_checkpoint_path)
     if os.path.abspath(checkpoint) == os.path.abspath(path):
         raise RuntimeError(
-            f"{path}: expected different names for checkpoint and state file, found the same. "
+            f"{path}: expected different names for checkpoint and state file, got the same. "
             "Save under another name, or pass another latest_filename."
         )
     replace_file(path, render(stored))
 
 
 def stored_form(directory: str | os.PathLike[str], state: CheckpointState) -> CheckpointState:
-    """`state` as the file in `directory` says it.
+    """`state` as the file in `directory` contains it.
 
-    The latest checkpoint is appended to the list where it is not its last element. A path
-    inside `directory` becomes relative to it; any other absolute path stays as it is. A
-    relative path is taken as relative to the working directory if `directory` is relative too,
-    and as relative to `directory` if that is absolute.
+    The latest checkpoint is appended to the list of paths if it is not the last one already. A
+    path inside `directory` becomes relative to it; any other absolute path stays as it is. A
+    relative path is understood as relative to the working directory if `directory` is relative
+    too, and as relative to `directory` if that is absolute.
 
     Raises:
       ValueError: a path is empty, or there are timestamps, but not one for each path.
@@ -177,7 +178,7 @@ def parse(text: str) -> CheckpointState:
     """The inverse of `render`; an empty text gives an empty state.
 
     Raises:
-      google.protobuf.text_format.ParseError: not a state file, or one with unknown fields.
+      google.protobuf.text_format.ParseError: it is no state file, or it has unknown fields.
     """
     message = checkpoint_state_pb2.CheckpointState()
     text_format.Merge(text, message)
@@ -206,7 +207,7 @@ def _stored_path(directory: str, path: str) -> str:
 
 
 def replace_file(path: str, text: str) -> None:
-    """Replaces a small file in one step, durably; where that fails, it is as it was.
+    """Replaces a small file durably in one step. If that fails, the file is as it was before.
 
     Raises:
       OSError: naming the file.
@@ -219,7 +220,7 @@ def replace_file(path: str, text: str) -> None:
     try:
         fsync_directory(os.path.dirname(path) or os.curdir)
     except OSError:
-        # The new file is in place, but nobody may rely on it.
+        # The new file is in place, but it may not survive a power failure.
         if before is None:
             os.unlink(path)
         else:
