@@ -1,8 +1,8 @@
 """JAX's internals: all that this package uses of them, in one place.
 
 Three things have no public door. Each is looked up by name when it is needed, and
-`tests/test_jax_internals.py` pins what is expected of it, so that a release of JAX that moves
-one fails there and not in somebody's training run.
+`tests/project/test_jax_internals.py` pins what is expected of it, so that a release of JAX that
+moves one fails there and not in somebody's training run.
 
 place_shards      places all shards of an array in one call, in a third of the time of
                   `jax.make_array_from_single_device_arrays`, which stands in where it is gone

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import ckpt_jax as ckpt
 from ckpt_jax import io
@@ -31,8 +32,6 @@ from ckpt_jax.store.staging import (
     staging_name,
     staging_of,
 )
-
-ROOT = Path(__file__).parent.parent
 
 HOLD = """
 import sys

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from processes import outputs_of
+from real_processes import outputs_of
 
 from ckpt_jax.values import jax_internals
 

@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from processes import outputs_of, running
+from real_processes import outputs_of, running
 from trees import LAYOUTS, differences, placed_tree
 
 import ckpt_jax as ckpt

@@ -13,7 +13,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent.parent
+from places import PYTHONPATH, ROOT
+
 SOURCE = Path(__file__).parent / "interposer.c"
 KILL = 0
 
@@ -58,7 +59,7 @@ class Faults:
             "LD_PRELOAD": str(library),
             "XLA_FLAGS": "",  # one device: a save starts in a tenth of the time
             "OPENBLAS_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "PYTHONPATH": PYTHONPATH,
         }
         self._program = subprocess.Popen(
             [sys.executable, "-m", "faults.program"],

@@ -1,13 +1,11 @@
 """Every example runs as a program of its own, and says what it promises to show."""
 
 import os
-import pathlib
 import re
 import subprocess
 import sys
 
-ROOT = pathlib.Path(__file__).parent.parent
-EXAMPLES = ROOT / "examples"
+from places import EXAMPLES, ROOT
 
 
 def run(name, *arguments):

@@ -1,7 +1,6 @@
 """The conformance suite, run against the savers of the examples and against a trivial one."""
 
 import importlib.util
-import pathlib
 import sys
 
 import jax
@@ -10,13 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from places import EXAMPLES
 
 import ckpt_jax as ckpt
 
 pytest.register_assert_rewrite("ckpt_jax.testing")
 from ckpt_jax.testing import SaverTests  # noqa: E402
-
-EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 
 
 def example(name):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_multihost import together
+from test_meeting import together
 
 import ckpt_jax as ckpt
 

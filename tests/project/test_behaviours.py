@@ -2,12 +2,11 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
+from places import DOCS, TESTS
 
-TESTS = Path(__file__).parent
-PAGE = (TESTS.parent / "docs" / "behaviours.md").read_text(encoding="utf-8")
+PAGE = (DOCS / "behaviours.md").read_text(encoding="utf-8")
 NUMBERS = range(1, 322)
 ROW = re.compile(r"^\| (\d+)(?:-(\d+))? \| (.+) \| (.+) \|$", re.MULTILINE)
 
@@ -33,7 +32,7 @@ def differences():
 
 
 def trees():
-    for path in sorted(TESTS.glob("test_*.py")):
+    for path in sorted(TESTS.rglob("test_*.py")):
         yield path, ast.parse(path.read_text(encoding="utf-8"))
 
 

@@ -2,7 +2,6 @@
 
 import importlib.util
 import re
-from pathlib import Path
 
 import pytest
 from google.protobuf import any_pb2
@@ -10,6 +9,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
+from places import PROTOS
 
 from ckpt_jax.graph._proto import (
     checkpoint_state_pb2,
@@ -18,7 +18,6 @@ from ckpt_jax.graph._proto import (
     trackable_object_graph_pb2,
 )
 
-ROOT = Path(__file__).resolve().parent.parent
 MODULES = {
     module.DESCRIPTOR.name.rpartition("/")[2]: module
     for module in (
@@ -184,7 +183,7 @@ def test_key_kinds_keep_their_numbers():
 
 def test_the_removed_field_of_a_serialized_tensor_is_reserved_and_skipped():
     tensor = trackable_object_graph_pb2.TrackableObjectGraph.TrackableObject.SerializedTensor
-    source = (ROOT / "protos/trackable_object_graph.proto").read_text(encoding="utf-8")
+    source = (PROTOS / "trackable_object_graph.proto").read_text(encoding="utf-8")
     body = source[source.index("message SerializedTensor") :]
     assert re.match(r'[^}]*reserved 4;\s*reserved "optional_restore";', body)
     assert tensor.FromString(b"\x0a\x01n\x20\x01").name == "n"
@@ -223,7 +222,7 @@ def test_a_graph_from_tensorflow_reads_with_all_additions_absent():
 
 
 def load_generator():
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "protos/generate.py")
+    spec = importlib.util.spec_from_file_location("generate", PROTOS / "generate.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -257,7 +256,7 @@ def test_staleness_shows_for_sources_modules_and_additional_files(tmp_path):
 
 
 def test_every_proto_file_has_a_module_that_is_tested_here():
-    assert {path.name for path in (ROOT / "protos").glob("*.proto")} == set(MODULES)
+    assert {path.name for path in PROTOS.glob("*.proto")} == set(MODULES)
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -308,7 +307,7 @@ def test_modules_have_exactly_the_fields_of_their_sources(name):
         }
         for message, descriptor in messages_of(MODULES[name]).items()
     }
-    text = (ROOT / "protos" / name).read_text(encoding="utf-8")
+    text = (PROTOS / name).read_text(encoding="utf-8")
     assert fields_in_source(text) == in_module
 
 

@@ -10,9 +10,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from places import PYTHONPATH
+
 DEADLINE_SECONDS = 120
 
 # What every program begins with. `index` and `count` are its place among the processes.
@@ -41,7 +41,7 @@ class Run:
             **os.environ,
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+            "PYTHONPATH": PYTHONPATH,
         }
         port = str(free_port())
         command = [sys.executable, "-W", "error", "-c", JOIN + program]

@@ -10,16 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from faults.values import checkpoint_of, step_in, tree_of
+from places import PYTHONPATH
 
 import ckpt_jax as ckpt
 from ckpt_jax.api import latest
 
-TESTS = Path(__file__).parent
 # One device, because these programs only have to start quickly.
 ENVIRONMENT = {
     **os.environ,
     "XLA_FLAGS": "",
-    "PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)]),
+    "PYTHONPATH": PYTHONPATH,
 }
 
 

@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from test_multihost import SECONDS, Dictionary
+from test_meeting import SECONDS, Dictionary
 
 import ckpt_jax as ckpt
 from ckpt_jax.processes import common_step as agreeing

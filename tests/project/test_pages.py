@@ -1,7 +1,6 @@
 """The code of README.md and docs/ runs as it stands, and README shows what is really printed."""
 
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -13,12 +12,11 @@ import optax
 import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
+from places import DOCS, README, ROOT
 
 import ckpt_jax as ckpt
 
-ROOT = pathlib.Path(__file__).parent.parent
-README = ROOT / "README.md"
-MIGRATING = ROOT / "docs" / "migrating.md"
+MIGRATING = DOCS / "migrating.md"
 
 
 def blocks(page):
@@ -51,7 +49,7 @@ def new_model_and_optimizer():
 
 
 def test_every_block_of_python_on_a_page_is_run():
-    pages = {page.name: len(blocks(page)) for page in [README, *ROOT.glob("docs/*.md")]}
+    pages = {page.name: len(blocks(page)) for page in [README, *DOCS.glob("*.md")]}
     assert {name for name, count in pages.items() if count} == {README.name, MIGRATING.name}
     assert pages[README.name] == 5
 

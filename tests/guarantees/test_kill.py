@@ -12,10 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from places import ROOT
 
 import ckpt_jax as ckpt
-
-ROOT = Path(__file__).parent.parent
 
 
 def tree_of(step):

@@ -4,8 +4,9 @@ import ast
 import re
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-PAGE = (ROOT / "docs" / "durability.md").read_text(encoding="utf-8")
+from places import DOCS, TESTS
+
+PAGE = (DOCS / "durability.md").read_text(encoding="utf-8")
 NAMED = re.compile(r"`(test_\w+\.py)::(test_\w+)`")
 
 
@@ -17,11 +18,8 @@ def functions_in(file: Path) -> set[str]:
 def test_every_test_that_the_page_names_exists():
     named = NAMED.findall(PAGE)
     assert len(named) > 20
-    gone = [
-        f"{file}::{name}"
-        for file, name in named
-        if not (ROOT / "tests" / file).exists() or name not in functions_in(ROOT / "tests" / file)
-    ]
+    found = {file.name: functions_in(file) for file in TESTS.rglob("test_*.py")}
+    gone = [f"{file}::{name}" for file, name in named if name not in found.get(file, ())]
     assert gone == []
 
 
@@ -39,7 +37,6 @@ def test_every_promise_has_a_test_and_a_mechanism():
 
 
 def test_every_test_of_crashes_stands_on_the_page():
-    names = {
-        name for name in functions_in(ROOT / "tests" / "test_crash.py") if name.startswith("test_")
-    }
+    functions = functions_in(TESTS / "guarantees" / "test_crash.py")
+    names = {name for name in functions if name.startswith("test_")}
     assert names <= {name for _, name in NAMED.findall(PAGE)}

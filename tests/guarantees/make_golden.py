@@ -1,6 +1,6 @@
-"""Writes tests/golden/format-1: a small checkpoint with a leaf of every kind.
+"""Writes tests/guarantees/golden/format-1: a small checkpoint with a leaf of every kind.
 
-    PYTHONPATH=. python tests/make_golden.py [directory]
+    PYTHONPATH=. python tests/guarantees/make_golden.py [directory]
 
 The contents are the same every time; the bytes are not, since shards have random ids. A golden
 checkpoint is never written again: it pins what a released format is. A new format version gets

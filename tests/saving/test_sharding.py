@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
+from places import ROOT
 
 import ckpt_jax as ckpt
 
@@ -213,7 +214,7 @@ print(found["step"], tree["step"])
 """
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
-        cwd=Path(__file__).parent.parent,
+        cwd=ROOT,
         env={"JAX_PLATFORMS": "cpu", "PATH": "/usr/bin:/bin"},
         capture_output=True,
         text=True,
