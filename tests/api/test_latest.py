@@ -4,8 +4,10 @@ import glob
 import logging
 import os
 import shutil
+from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import ckpt_jax as ckpt
@@ -18,6 +20,7 @@ from ckpt_jax.api.latest import (
     problem_with,
     remove_checkpoint,
 )
+from ckpt_jax.store.stack import MANIFEST
 from ckpt_jax.store.state_file import CheckpointState, update_checkpoint_state
 
 pytestmark = pytest.mark.usefixtures("no_flushing")
@@ -125,6 +128,51 @@ def test_a_directory_of_checkpoints_can_be_moved(tmp_path, checkpoint):
     path = latest_checkpoint(tmp_path / "new")
     assert path == str(tmp_path / "new" / "ckpt-1")
     assert problem_with(path) is None
+
+
+LARGE = np.random.default_rng(6).normal(size=100_000).astype(np.float32)
+
+
+def files_below(directory):
+    return {
+        str(file.relative_to(directory)): file.read_bytes()
+        for file in Path(directory).rglob("*")
+        if file.is_file()
+    }
+
+
+@pytest.mark.parametrize("damage", ["half of the state file", "no state file"])
+def test_latest_checkpoint_does_without_what_is_damaged(tmp_path, damage):
+    checkpoint = ckpt.Checkpoint(x=1)
+    for _ in range(2):
+        checkpoint.save(tmp_path / "ckpt")
+    state = tmp_path / "checkpoint"
+    if damage == "no state file":
+        state.unlink()
+    else:
+        state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
+    before = files_below(tmp_path)
+    assert ckpt.latest_checkpoint(tmp_path) is None
+    assert files_below(tmp_path) == before
+
+
+def test_latest_checkpoint_falls_back_loudly_to_the_newest_that_is_whole(tmp_path, caplog):
+    checkpoint = ckpt.Checkpoint(x=1)
+    paths = [checkpoint.save(tmp_path / "ckpt") for _ in range(11)]
+    assert ckpt.latest_checkpoint(tmp_path) == paths[10]
+    os.truncate(Path(paths[10], MANIFEST), 10)
+    shutil.rmtree(paths[9])
+    assert ckpt.latest_checkpoint(tmp_path) == paths[8]
+    assert any("ckpt-11" in record.message for record in caplog.records)
+    assert any("ckpt-9" in record.message for record in caplog.records)
+
+
+def test_a_checkpoint_with_a_truncated_shard_is_not_the_latest(tmp_path):
+    checkpoint = ckpt.Checkpoint(x=LARGE)
+    first, second = (checkpoint.save(tmp_path / "ckpt") for _ in range(2))
+    largest = max(Path(second).glob("shards/*/d/*"), key=lambda file: file.stat().st_size)
+    os.truncate(largest, largest.stat().st_size // 2)
+    assert ckpt.latest_checkpoint(tmp_path) == first
 
 
 # --- exists, times, removal -----------------------------------------------------------------

@@ -65,3 +65,17 @@ def test_a_damaged_root_is_one_problem_and_no_exception(path: str):
 def test_where_there_is_no_checkpoint_there_is_nothing_to_verify(tmp_path: Path):
     with pytest.raises(ckpt.CheckpointNotFoundError):
         ckpt.verify(tmp_path / "nothing")
+
+
+def test_a_problem_that_verify_finds_is_file_key_and_what(tmp_path: Path):
+    path = ckpt.save(tmp_path / "a", {"w": np.arange(1000)})
+    largest = max(Path(path).rglob("*"), key=lambda file: file.is_file() and file.stat().st_size)
+    damaged = bytearray(largest.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    largest.write_bytes(damaged)
+    problems = ckpt.verify(path).problems
+    assert problems
+    for problem in problems:
+        file, key, what = problem
+        assert (file, key, what) == (problem.file, problem.key, problem.what)
+        assert file.startswith(path) and what

@@ -1,19 +1,18 @@
 """Numbered checkpoints in a directory. Numbers refer to the reference's own tests."""
 
 import glob
-import itertools
 import json
 import logging
 import os
 import shutil
 import threading
+from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from hypothesis import given
-from hypothesis import strategies as st
 
 import ckpt_jax as ckpt
 from ckpt_jax.api.latest import (
@@ -24,12 +23,9 @@ from ckpt_jax.api.latest import (
 )
 from ckpt_jax.manage.manager import CheckpointManager, as_integer
 from ckpt_jax.manage.retention import (
-    CheckpointRecord,
-    KeepAny,
     KeepBest,
     KeepEveryNSteps,
     KeepLatest,
-    plan_sweep,
 )
 from ckpt_jax.store.state_file import get_checkpoint_state
 
@@ -125,6 +121,25 @@ def test_five_checkpoints_are_kept_by_default(tmp_path, checkpoint):
     for _ in range(7):
         manager.save()
     assert names(manager.checkpoints) == on_disk(tmp_path) == [f"ckpt-{n}" for n in range(3, 8)]
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"checkpoint": {"x": 1}}, r"a manager saves a ckpt\.Checkpoint, got dict"),
+        ({"max_to_keep": 1.5}, "expected an integer"),
+        ({"max_to_keep": "3"}, "expected an integer"),
+        ({"step_counter": 5, "checkpoint_interval": -2}, "checkpoint_interval of 0 or more"),
+        ({"keep_checkpoint_every_n_hours": -1}, "keep_checkpoint_every_n_hours of 0 or more"),
+        ({"init_fn": 3}, "init_fn must be a function"),
+    ],
+)
+def test_a_manager_refuses_what_it_could_not_work_with(
+    tmp_path: Path, wrong: dict[str, Any], message: str
+):
+    given = {"checkpoint": ckpt.Checkpoint(x=1), "directory": tmp_path, **wrong}
+    with pytest.raises((TypeError, ValueError), match=message):
+        ckpt.CheckpointManager(**given)
 
 
 # --- keeping the latest ---------------------------------------------------------------------
@@ -858,51 +873,6 @@ def test_a_save_that_fails_in_the_background_is_raised_and_can_be_repeated(
 # --- policies -------------------------------------------------------------------------------
 
 
-def records(*pairs):
-    return tuple(CheckpointRecord(number, 0.0, metrics) for number, metrics in pairs)
-
-
-def test_every_n_steps_keeps_the_multiples():
-    assert KeepEveryNSteps(5).keep(records((0, {}), (4, {}), (5, {}), (10, {}))) == {0, 5, 10}
-
-
-def test_the_best_are_the_largest_or_smallest_and_the_newest_among_equals():
-    some = records((1, {"a": 3.0}), (2, {"a": 1.0}), (3, {"a": 3.0}), (4, {"a": 2.0}))
-    assert KeepBest("a").keep(some) == {3}
-    assert KeepBest("a", 3).keep(some) == {1, 3, 4}
-    assert KeepBest("a", 2, "min").keep(some) == {2, 4}
-    assert KeepBest("a", 9).keep(some) == {1, 2, 3, 4}
-    same = records((1, {"a": 3.0}), (2, {"a": 3.0}))
-    assert KeepBest("a", mode="min").keep(same) == KeepBest("a").keep(same) == {2}
-
-
-def test_a_checkpoint_without_the_metric_or_with_nan_is_none_of_the_best():
-    some = records((1, {"a": float("nan")}), (2, {"b": 9.0}), (3, {}), (4, {"a": -1.0}))
-    for mode in ("max", "min"):
-        assert KeepBest("a", 3, mode).keep(some) == {4}
-    infinite = records((1, {"a": float("inf")}), (2, {"a": 0.0}))
-    assert KeepBest("a", mode="max").keep(infinite) == {1}
-
-
-def test_no_records_are_no_numbers():
-    for policy in (KeepLatest(2), KeepEveryNSteps(2), KeepBest("a"), KeepAny(())):
-        assert policy.keep(()) == frozenset()
-
-
-@pytest.mark.parametrize(
-    "make", [lambda: KeepLatest(0), lambda: KeepEveryNSteps(0), lambda: KeepBest("a", 0),
-             lambda: KeepBest("a", 1, "best")]
-)  # fmt: skip
-def test_policies_that_make_no_sense_are_refused(make):
-    with pytest.raises(ValueError, match="expected"):
-        make()
-
-
-def test_policies_are_values():
-    assert KeepAny([KeepLatest(1), KeepBest("a")]) == KeepAny((KeepLatest(1), KeepBest("a")))
-    assert len({KeepLatest(1), KeepLatest(1), KeepLatest(2)}) == 2
-
-
 def test_each_policy_keeps_its_own_beyond_the_latest(tmp_path, checkpoint):
     manager = CheckpointManager(
         checkpoint, tmp_path, 2, policies=[KeepEveryNSteps(4), KeepBest("loss", 1, "min")]
@@ -990,52 +960,9 @@ def test_what_a_policy_kept_past_a_preserved_one_is_still_managed_after_a_restar
     assert on_disk(tmp_path) == ["ckpt-2", "ckpt-3", "ckpt-4"]
 
 
-# --- laws -----------------------------------------------------------------------------------
-
-numbered = st.lists(st.integers(0, 20), unique=True, max_size=8)
-scores = st.floats(-1, 1) | st.just(float("nan"))
-
-
-@st.composite
-def record_lists(draw):
-    numbers = draw(numbered)
-    return tuple(
-        CheckpointRecord(
-            number, draw(st.floats(0, 9e4)), draw(st.dictionaries(st.just("a"), scores))
-        )
-        for number in numbers
-    )
-
-
-policies = st.lists(
-    st.builds(KeepLatest, st.integers(1, 4))
-    | st.builds(KeepEveryNSteps, st.integers(1, 4))
-    | st.builds(KeepBest, st.just("a"), st.integers(1, 4), st.sampled_from(["max", "min"])),
-    max_size=3,
-).map(tuple)
-
-
-@given(record_lists(), policies)
-def test_a_union_keeps_what_each_policy_keeps_and_no_more(some, several):
-    kept = KeepAny(several).keep(some)
-    assert kept == set().union(*(policy.keep(some) for policy in several))
-    assert kept <= {record.number for record in some}
-
-
-@given(record_lists(), policies, st.none() | st.floats(0.1, 9e4), st.floats(0, 9e4))
-def test_a_sweep_puts_each_checkpoint_into_one_group_and_keeps_the_latest(
-    some, several, interval, preserved
-):
-    sweep = plan_sweep(some, KeepAny(several), interval, preserved)
-    groups = [record.number for record in (*sweep.keep, *sweep.preserve, *sweep.remove)]
-    assert sorted(groups) == sorted(record.number for record in some)
-    assert sweep.keep[-1:] == some[-1:]
-    assert KeepAny(several).keep(some) <= {record.number for record in sweep.keep}
-    times = [preserved, *(record.time for record in sweep.preserve)]
-    assert sweep.last_preserved == times[-1]
-    assert all(later - (interval or 0) >= earlier for earlier, later in itertools.pairwise(times))
-    if interval is None:
-        assert not sweep.preserve
-    # What was swept once needs no sweeping again, where a policy does not depend on the others.
-    again = plan_sweep(sweep.keep, KeepAny(several), interval, sweep.last_preserved)
-    assert again.keep == sweep.keep
+def test_metrics_without_names_are_refused(tmp_path: Path):
+    manager = ckpt.CheckpointManager(ckpt.Checkpoint(x=1), tmp_path)
+    wrong: Any = 0.5
+    with pytest.raises(TypeError, match=r"metrics must be numbers by name, got 0\.5"):
+        manager.save(metrics=wrong)
+    assert manager.checkpoints == []

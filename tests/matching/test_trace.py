@@ -5,7 +5,9 @@ from collections import deque
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from trackables import Model, var
 
+import ckpt_jax as ckpt
 from ckpt_jax.errors import UnsaveableError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.labels import VARIABLE_VALUE
@@ -289,6 +291,12 @@ def test_a_slot_variable_that_is_a_child_too_is_refused():
     opt.state["m", w] = m
     with pytest.raises(UnsaveableError, match="also an ordinary child"):
         traced(Thing({"opt": opt, "w": w, "m": m}))
+
+
+def test_an_attribute_that_is_called_slots_is_an_attribute(path):
+    """isinstance(obj, SlotOwner) is true of anything with an attribute `slots`."""
+    ckpt.Checkpoint(o=Model(slots=var(1.0))).write(path)
+    assert ckpt.load(path) == {"o": {"slots": 1.0}}
 
 
 # --- what cannot be saved ---------------------------------------------------------------

@@ -457,6 +457,22 @@ def test_a_dict_key_that_cannot_be_a_name_is_refused_where_it_names_state(path):
         ckpt.Checkpoint(model).write(path)
 
 
+def test_a_list_of_arrays_that_contains_itself_is_refused():
+    """Today: RecursionError on assignment to an AutoTrackable; an endless trace in a Checkpoint
+    (not run here)."""
+    loop = [jnp.zeros(1)]
+    loop.insert(0, loop)
+    with pytest.raises((ckpt.UnsaveableError, ValueError)):
+        ckpt.Checkpoint(Model(loop=loop)).write("/nonexistent/x")
+
+
+@pytest.mark.behaviour(271)
+def test_no_dependency_inside_a_list_is_not_saved(path):
+    model = Model(l=[var(1.0)])
+    model.l.append(ckpt.NoDependency([]))
+    ckpt.Checkpoint(model).write(path)
+
+
 # --- any change may be saved ------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import ckpt_jax as ckpt
+from ckpt_jax.restoring.reader import CheckpointReader
 
 
 class Ema(nnx.Variable):
@@ -499,6 +501,20 @@ def test_a_module_that_is_not_bound_has_nothing_to_save(tmp_path):
         ckpt.save(tmp_path / "a", {"m": Normed()})
 
 
+def test_a_module_can_be_bound_as_the_error_about_an_unbound_one_says(tmp_path: Path):
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return nn.Dense(2)(x)
+
+    model = Model()
+    variables = model.init(jax.random.key(0), jnp.ones((1, 3)))
+    with pytest.raises(ckpt.UnsaveableError, match=r"module\.bind"):
+        ckpt.save(tmp_path / "unbound", {"model": model})
+    path = ckpt.save(tmp_path / "bound", {"model": model.bind(variables)})
+    assert ckpt.load(path)["model"]["Dense_0"]["params"]["kernel"].shape == (3, 2)
+
+
 # --- from Linen to nnx and back ---------------------------------------------------------
 
 
@@ -568,3 +584,211 @@ def test_a_weak_type_of_the_target_stays_weak(tmp_path):
     found = ckpt.restore(path, {"rate": jnp.asarray(0.0), "strong": jnp.float32(0)})
     assert found["rate"].weak_type and not found["strong"].weak_type
     assert (found["rate"].item(), found["strong"].item()) == (0.5, 2.0)
+
+
+# --- attributes of modules --------------------------------------------------------------
+
+
+def test_variables_in_attributes_of_an_nnx_module_are_state(tmp_path: Path):
+    class Position(ckpt.PythonState):
+        index = 0
+
+        def serialize(self) -> str:
+            return str(self.index)
+
+        def deserialize(self, value: bytes) -> None:
+            self.index = int(value)
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.linear = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+            self.scale = ckpt.Variable(jnp.zeros(2))
+            self.position = Position()
+            self.width = 2
+
+    model = Model()
+    model.scale.assign(jnp.ones(2))
+    model.position.index = 5
+    path = ckpt.save(tmp_path / "a", model)
+    assert {entry.path for entry in ckpt.plan_restore(path, Model()).restored} == {
+        "linear/kernel",
+        "linear/bias",
+        "scale",
+        "position",
+    }
+    fresh = ckpt.restore(path, Model())
+    assert fresh.scale.value.tolist() == [1, 1] and fresh.position.index == 5
+
+
+def test_an_nnx_module_is_left_without_foreign_attributes(path):
+    """Values wait for ever on an nnx.Module, whose attributes nobody watches."""
+    from flax import nnx
+
+    class Layer(nnx.Module):
+        def __init__(self, count):
+            for i in range(count):
+                setattr(self, f"w{i}", nnx.Param(jnp.zeros(2)))
+
+    ckpt.Checkpoint(m=Layer(2)).write(path)
+    m = Layer(1)
+    before = nnx.graphdef(m)
+    ckpt.Checkpoint(m=m).read(path)
+    assert "_self_pending" not in vars(m)
+    hash(nnx.graphdef(m))
+    assert nnx.graphdef(m) == before
+
+
+def test_objects_do_not_keep_placeholders_either(tmp_path):
+    model = nnx.eval_shape(lambda: nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
+    path = ckpt.save(tmp_path / "a", {"kernel": jnp.ones((2, 2))})
+    with pytest.raises(ckpt.RestoreMismatchError, match="model/bias"):
+        ckpt.Checkpoint(model=model).read(path, rename=[("kernel", "model/kernel")])
+
+
+def test_integer_keys_of_a_module_reach_their_values(tmp_path):
+    def blocks(seed):
+        rngs = nnx.Rngs(seed)
+        return nnx.List([nnx.Linear(2, 2, rngs=rngs) for _ in range(2)])
+
+    saved, target = blocks(0), blocks(1)
+    path = ckpt.save(tmp_path / "a", nnx.state(saved))
+    nnx.update(target, ckpt.restore(path, nnx.state(target)))
+    np.testing.assert_array_equal(target[1].kernel[...], saved[1].kernel[...])
+
+
+def test_a_model_with_dropout_goes_on_with_its_random_numbers(tmp_path):
+    def net(seed):
+        return nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=seed))
+
+    x = jnp.ones((4, 4))
+    model, other = net(0), net(1)
+    model(x)
+    path = ckpt.save(tmp_path / "a", model)
+    ckpt.restore(path, other)
+    np.testing.assert_array_equal(model(x), other(x))
+
+
+def test_tied_weights_are_saved_once_and_tied_again(tmp_path):
+    def net(value):
+        shared = nnx.Param(jnp.full(4, value))
+        return {"embed": nnx.Dict(w=shared), "unembed": nnx.Dict(w=shared)}
+
+    path = ckpt.save(tmp_path / "a", net(3.0))
+    assert len(ckpt.list_variables(path)) == 1
+    found = ckpt.restore(path, net(0.0))
+    assert found["embed"]["w"] is found["unembed"]["w"]
+    assert float(found["embed"]["w"][0]) == 3.0
+
+
+@pytest.mark.behaviour(67)
+def test_a_fresh_model_computes_what_the_saved_one_did(tmp_path):
+    class Linear(nnx.Module):
+        def __init__(self, seed):
+            self.linear = nnx.Linear(3, 2, rngs=nnx.Rngs(seed))
+
+        def __call__(self, x):
+            return jax.nn.relu(self.linear(x))
+
+    model, fresh, x = Linear(0), Linear(1), jnp.arange(3.0)
+    saved = ckpt.Checkpoint(model).save(tmp_path / "ckpt")
+    assert not np.array_equal(fresh(x), model(x))
+    ckpt.Checkpoint(fresh).restore(saved).assert_consumed()
+    np.testing.assert_array_equal(fresh(x), model(x))
+
+
+# --- parts of a TrainState --------------------------------------------------------------
+
+
+RNG = np.random.default_rng(11)
+
+
+def layer():
+    return {"kernel": RNG.normal(size=(16, 8)).astype(np.float32), "bias": np.ones(8, np.float32)}
+
+
+def abstract(tree):
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype) if hasattr(x, "shape") else x, tree
+    )
+
+
+def equal(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+
+
+@pytest.fixture
+def bytes_read(monkeypatch):
+    """The bytes of values that each reader has read when it is closed."""
+    counts = []
+    close = CheckpointReader.close
+
+    def counting(self):
+        counts.append(self.bytes_read)
+        close(self)
+
+    monkeypatch.setattr(CheckpointReader, "close", counting)
+    return counts
+
+
+@pytest.fixture
+def train_state():
+    params = {"dense": layer(), "head": layer()}
+    return TrainState.create(apply_fn=None, params=params, tx=optax.adam(1e-3))
+
+
+def nbytes(tree):
+    return sum(x.nbytes for x in jax.tree.leaves(tree))
+
+
+def test_params_are_taken_out_of_a_train_state_and_only_their_bytes_are_read(tmp_path, bytes_read):
+    params = {"w": RNG.normal(size=(512, 512)).astype(np.float32)}
+    state = TrainState.create(apply_fn=None, params=params, tx=optax.adam(1e-3))
+    path = ckpt.save(tmp_path / "a", state)
+    for take in (
+        lambda: ckpt.load(path, only="params/**")["params"],
+        lambda: ckpt.load(path, only=["params/w"])["params"],
+        lambda: ckpt.load(path, only=lambda name: name.startswith("params/"))["params"],
+        lambda: ckpt.restore(path, {"params": abstract(params)}, strict=False)["params"],
+    ):
+        equal(take(), params)
+        assert nbytes(params) <= bytes_read[-1] < 1.1 * nbytes(params)
+    report = ckpt.plan_restore(path, {"params": abstract(params)})
+    assert report.nbytes == nbytes(params) < nbytes(state.opt_state)
+
+
+def test_a_part_of_the_tree_is_refused_where_nothing_says_that_it_is_meant(tmp_path, train_state):
+    path = ckpt.save(tmp_path / "a", train_state)
+    with pytest.raises(ckpt.RestoreMismatchError) as failure:
+        ckpt.restore(path, {"params": train_state.params})
+    unexpected = {entry.path for entry in failure.value.report.unexpected}
+    assert (
+        "step" in unexpected and "opt_state/ScaleByAdamState.mu/params/dense/kernel" in unexpected
+    )
+
+
+def test_params_become_the_root_by_a_rename_rule(tmp_path, train_state):
+    path = ckpt.save(tmp_path / "a", train_state)
+    target = abstract(train_state.params)
+    found = ckpt.restore(path, target, strict=False, rename=[("params/**", "**")])
+    equal(found, train_state.params)
+
+
+def test_moments_survive_another_chain_and_what_is_gone_is_named(tmp_path, train_state):
+    state = train_state.apply_gradients(grads=train_state.params)
+    path = ckpt.save(tmp_path / "a", state)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.ema(0.9))
+    target = TrainState.create(apply_fn=None, params=state.params, tx=tx)
+    report = ckpt.plan_restore(path, target)
+    found = ckpt.restore(path, target, strict=False)
+    equal(found.opt_state[1], state.opt_state[0])
+    assert type(found.opt_state[1]) is type(state.opt_state[0])
+    assert {entry.path.split("/")[1] for entry in report.missing} == {
+        "EmaState.count",
+        "EmaState.ema",
+    }
+    sgd = TrainState.create(apply_fn=None, params=state.params, tx=optax.sgd(0.1))
+    dropped = {entry.path for entry in ckpt.plan_restore(path, sgd).unexpected}
+    assert "opt_state/ScaleByAdamState.mu/params/dense/kernel" in dropped
+    with pytest.raises(ckpt.RestoreMismatchError, match="ScaleByAdamState"):
+        ckpt.restore(path, sgd)

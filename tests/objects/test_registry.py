@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+import threading
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from trackables import var
 
 import ckpt_jax as ckpt
 from ckpt_jax.objects.registry import (
@@ -365,6 +369,55 @@ def test_a_value_that_cannot_be_saved_is_found_before_any_saver_is_called(tmp_pa
     assert tables.calls == []
 
 
+ASYNC = ckpt.CheckpointOptions(enable_async=True)
+
+
+class Mirrored(ckpt.Trackable):
+    """Two variables that are saved as one value."""
+
+    def __init__(self, start):
+        self.copies = [ckpt.Variable(jnp.float32(start)) for _ in range(2)]
+
+    def assign(self, value):
+        for variable in self.copies:
+            variable.assign(jnp.float32(value))
+
+    def serialize_to_arrays(self):
+        return {"value": self.copies[0].value}
+
+    def restore_from_arrays(self, arrays):
+        self.assign(arrays["value"])
+
+
+@pytest.mark.behaviour(321)
+def test_registered_savers_get_the_objects_themselves_while_save_blocks(tmp_path):
+    seen = []
+
+    def save(objects, file_prefix):
+        seen.append((dict(objects), threading.current_thread()))
+        values = {name: table.copies[0].value for name, table in objects.items()}
+        return ckpt.io.write_shard(file_prefix, values)
+
+    def restore(objects, merged_prefix):
+        for name, table in objects.items():
+            table.assign(ckpt.io.read_slices(merged_prefix, {name: None})[name])
+
+    with ckpt.registration_scope():
+        ckpt.register_checkpoint_saver(
+            name="Mirrored",
+            predicate=lambda obj: isinstance(obj, Mirrored),
+            save_fn=save,
+            restore_fn=restore,
+        )
+        m = Mirrored(2.0)
+        checkpoint = ckpt.Checkpoint(m=m, v=ckpt.Variable(jnp.ones(3)))
+        path = checkpoint.save(tmp_path / "ckpt", ASYNC)
+        assert seen == [({"m": m}, threading.main_thread())]
+        m.assign(9.0)
+        checkpoint.restore(path).assert_consumed()
+        assert [float(v.value) for v in m.copies] == [2.0, 2.0]
+
+
 # --- restoring -------------------------------------------------------------------------
 
 
@@ -553,6 +606,30 @@ def test_the_saver_that_the_checkpoint_names_restores_where_a_newer_one_saves(tm
     assert new.names("restore") == [["t"]]
 
 
+class Values(ckpt.Trackable):
+    def __init__(self, **values):
+        self.own = {name: jnp.float32(x) for name, x in values.items()}
+
+    def serialize_to_arrays(self):
+        return dict(self.own)
+
+    def restore_from_arrays(self, arrays):
+        self.own = {name: arrays[name] for name in self.own}
+
+
+def test_a_saver_of_the_checkpoint_that_the_program_lacks_is_reported(path):
+    with ckpt.registration_scope():
+        ckpt.register_checkpoint_saver(
+            name="T",
+            predicate=lambda obj: isinstance(obj, Values),
+            save_fn=lambda objects, prefix: None,
+            restore_fn=lambda objects, prefix: None,
+        )
+        ckpt.Checkpoint(t=Values(v=1.0), v=var(1.0)).write(path)
+        report = ckpt.Checkpoint(v=var(0.0)).read(path).report
+        assert [entry.path for entry in (*report.deferred, *report.unexpected)] == ["t"]
+
+
 # --- immutable values ------------------------------------------------------------------
 
 
@@ -658,3 +735,84 @@ def test_a_plain_leaf_migrates_to_a_saver(tmp_path):
     register_halves(is_float)
     restored = ckpt.restore(path, {"w": jnp.zeros(2)})
     np.testing.assert_array_equal(restored["w"], np.float32([1.0, 0.1]))
+
+
+def test_a_saver_that_restores_no_value_leaves_no_placeholder_behind(tmp_path: Path):
+    with ckpt.registration_scope():
+        ckpt.register_checkpoint_saver(
+            name="Forgetful",
+            predicate=lambda obj: isinstance(obj, jax.Array | jax.ShapeDtypeStruct),
+            save_fn=lambda objects, prefix: None,
+            restore_fn=lambda objects, prefix: None,
+        )
+        path = ckpt.save(tmp_path / "a", {"w": jnp.ones(2)})
+        with pytest.raises(ckpt.RegistrationError, match="returned no values for w"):
+            ckpt.restore(path, {"w": jax.ShapeDtypeStruct((2,), jnp.float32)})
+        assert ckpt.restore(path, {"w": jnp.full(2, 5.0)})["w"].tolist() == [5, 5]
+
+
+# --- objects of any class ---------------------------------------------------------------
+
+
+class Foreign:
+    """An object of which nobody knows anything but a registered saver."""
+
+    def __init__(self, rows: Any):
+        self.rows = rows
+
+
+@pytest.fixture
+def foreign_saver():
+    def save_fn(trackables: dict[str, Any], file_prefix: str) -> str:
+        return ckpt.io.write_shard(file_prefix, {k: t.rows for k, t in trackables.items()})
+
+    def restore_fn(trackables: dict[str, Any], merged_prefix: str) -> None:
+        rows = ckpt.io.read_slices(merged_prefix, dict.fromkeys(trackables))
+        for name, table in trackables.items():
+            table.rows = rows[name]
+
+    with ckpt.registration_scope():
+        ckpt.register_checkpoint_saver(
+            name="Foreign",
+            predicate=lambda obj: isinstance(obj, Foreign),
+            save_fn=save_fn,
+            restore_fn=restore_fn,
+        )
+        yield
+
+
+@pytest.mark.usefixtures("foreign_saver")
+def test_a_registered_saver_takes_objects_of_any_class(tmp_path: Path):
+    class Model(nnx.Module):
+        def __init__(self, value: float):
+            self.tables = nnx.List([Foreign(np.full(1, value)), Foreign(np.full(2, value))])
+
+    def objects(value: float) -> ckpt.Checkpoint:
+        return ckpt.Checkpoint(
+            table=Foreign(np.full(3, value)),
+            tree={"x": jnp.full(2, value), "tables": [Foreign(np.full(4, value))]},
+            model=Model(value),
+        )
+
+    options = ckpt.CheckpointOptions(enable_async=True)
+    saved = objects(7.0)
+    path = saved.save(tmp_path / "ckpt", options)
+    saved.sync()
+    fresh = objects(0.0)
+    tables = [fresh.table, fresh.tree["tables"][0], *fresh.model.tables]
+    fresh.restore(path).assert_consumed()
+    assert [table.rows.tolist() for table in tables] == [[7.0] * n for n in (3, 4, 1, 2)]
+
+    late = ckpt.Checkpoint()
+    status = late.restore(path)
+    late.table = table = Foreign(None)
+    assert table.rows.tolist() == [7, 7, 7]
+    late.tree, late.model = objects(0.0).tree, Model(0.0)
+    status.assert_consumed()
+
+
+def test_an_object_that_neither_view_nor_saver_knows_is_named(tmp_path: Path):
+    with pytest.raises(ValueError, match="table=Foreign: nothing is known"):
+        ckpt.Checkpoint(table=Foreign(1))
+    with pytest.raises(ckpt.UnsaveableError, match=r"tree/0: .*Foreign has no view"):
+        ckpt.save(tmp_path / "a", {"tree": [Foreign(1)]})

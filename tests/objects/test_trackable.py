@@ -1,13 +1,16 @@
 """Trackables and variables."""
 
 import copy
+import io
 import pickle
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trackables import Model
+from trackables import Model, value, var
 
 import ckpt_jax as ckpt
 from ckpt_jax.objects.pending import await_child, pending_names, received
@@ -223,6 +226,37 @@ def test_the_initializer_is_called_where_more_than_one_value_waits():
     assert made.value.tolist() == [1.0, 1.0]
 
 
+def test_add_variable_refuses_another_shape_as_documented(path):
+    ckpt.Checkpoint(o=Model(v=var([1.0, 2.0]))).write(path)
+    o = Model()
+    ckpt.Checkpoint(o=o).read(path)
+    with pytest.raises(ValueError):
+        o.add_variable("v", (3,))
+    assert o.trackable_children() == {}
+
+
+@pytest.mark.behaviour(3, 10, 11)
+def test_a_variable_of_64_bits_is_one_where_jax_has_them():
+    with jax.enable_x64(True):
+        zeros = ckpt.Trackable().add_variable("v", (2, 2), np.float64, jnp.zeros)
+        one = ckpt.Trackable().add_variable("v", dtype=np.float64, initializer=1)
+    assert (zeros.value.tolist(), one.value.tolist()) == ([[0.0, 0.0], [0.0, 0.0]], 1.0)
+    assert zeros.dtype == one.dtype == np.float64
+
+
+@pytest.mark.behaviour(6)
+def test_a_variable_has_its_value_as_soon_as_it_is_made():
+    calls = []
+
+    def initializer(shape, dtype):
+        calls.append((shape, dtype))
+        return jnp.full(shape, 7, dtype)
+
+    made = ckpt.Trackable().add_variable("v", (2,), jnp.int8, initializer)
+    assert calls == [((2,), jnp.int8)]
+    assert made.value.tolist() == [7, 7]
+
+
 # --- AutoTrackable ----------------------------------------------------------------------
 
 
@@ -330,6 +364,61 @@ def test_pickling_keeps_what_is_tracked():
     assert obj.trackable_children() == {"v": obj.v} and obj.width == 3
 
 
+@pytest.mark.behaviour(234)
+def test_a_shallow_copy_has_its_own_list_of_children():
+    """__dict__ is copied shallowly, so both share one dict of children."""
+    one = Model(v=var(1.0))
+    other = copy.copy(one)
+    other.w = var(2.0)
+    assert list(one.trackable_children()) == ["v"]
+    assert list(other.trackable_children()) == ["v", "w"]
+
+
+def test_an_abstract_array_is_state():
+    """Abstract first: jax.eval_shape leaves ShapeDtypeStructs in attributes."""
+    model = Model(w=jax.ShapeDtypeStruct((2,), jnp.float32))
+    assert list(model.trackable_children()) == ["w"]
+
+
+def test_an_attribute_that_cannot_be_set_is_not_tracked():
+    class Fixed(ckpt.AutoTrackable):
+        @property
+        def v(self):
+            return 1
+
+    obj = Fixed()
+    with pytest.raises(AttributeError):
+        obj.v = var(1.0)
+    assert obj.trackable_children() == {}
+
+
+class Configured(ckpt.AutoTrackable):
+    """An object that describes itself to another library."""
+
+    def __init__(self, config):
+        self.v = var(3.0)
+        self.get_config = lambda: config
+
+
+@pytest.mark.behaviour(190)
+def test_an_objects_configuration_is_not_saved(path):
+    ckpt.Checkpoint(o=Configured({"width": 3})).write(path)
+    assert ckpt.list_variables(path) == [("o/v/.ATTRIBUTES/VARIABLE_VALUE", ())]
+    plain = ckpt.Trackable()
+    v = plain.track("v", var(0.0))
+    ckpt.Checkpoint(o=plain).read(path).assert_consumed()
+    assert value(v) == 3.0
+
+
+@pytest.mark.behaviour(191)
+def test_a_configuration_that_cannot_be_written_down_is_in_nobodys_way(path):
+    saved = Configured(object())
+    ckpt.Checkpoint(saved).write(path)
+    saved.v.assign(np.float32(0.0))
+    ckpt.Checkpoint(saved).read(path).assert_consumed()
+    assert value(saved.v) == 3.0
+
+
 # --- NoDependency -----------------------------------------------------------------------
 
 
@@ -427,6 +516,13 @@ def test_a_variable_may_be_abstract():
     assert (v.shape, v.dtype) == ((2, 3), jnp.int8)
 
 
+def test_an_assignment_does_not_change_the_dtype_of_a_variable():
+    v = ckpt.Variable(jnp.zeros(2))
+    with pytest.raises(ValueError):
+        v.assign(np.zeros(2, np.float64))
+    assert v.dtype == jnp.float32
+
+
 # --- PythonState ------------------------------------------------------------------------
 
 
@@ -444,3 +540,96 @@ def test_an_object_with_slots_is_a_slot_owner():
 
     assert isinstance(Optimizer(), ckpt.SlotOwner)
     assert not isinstance(ckpt.Trackable(), ckpt.SlotOwner)
+
+
+def test_python_state_that_is_a_trackable_too_is_saved_in_either_order_of_bases(path):
+    class State(ckpt.Trackable, ckpt.PythonState):
+        def serialize(self):
+            return "x"
+
+    ckpt.Checkpoint(p=State()).write(path)
+    assert ckpt.list_variables(path) == [("p/.ATTRIBUTES/py_state", ())]
+
+
+class NumpyState(ckpt.PythonState):
+    """Arrays and numbers in attributes, which a restore makes where they are not there yet."""
+
+    def serialize(self):
+        file = io.BytesIO()
+        np.savez(file, allow_pickle=False, **vars(self))
+        return file.getvalue()
+
+    def deserialize(self, value):
+        with np.load(io.BytesIO(value), allow_pickle=False) as arrays:
+            vars(self).update(arrays)
+
+
+@pytest.mark.behaviour(275, 276)
+def test_state_of_numpy_arrays_is_restored_into_an_object_without_any(tmp_path):
+    saved = NumpyState()
+    saved.a, saved.b, saved.step = np.ones((2, 2)), np.arange(3), 4
+    checkpoint = ckpt.Checkpoint(state=saved)
+    first = checkpoint.save(tmp_path / "ckpt")
+    saved.a[0, 0] = 5.0
+    saved.step = 6
+    second = checkpoint.save(tmp_path / "ckpt")
+    fresh = ckpt.Checkpoint(state=NumpyState())
+    for path, corner, step in ((first, 1.0, 4), (second, 5.0, 6), (first, 1.0, 4)):
+        fresh.restore(path).assert_consumed()
+        assert (fresh.state.a[0, 0], fresh.state.step) == (corner, step)
+        assert fresh.state.b.tolist() == [0, 1, 2]
+        fresh.state.a[:] = -1.0
+
+
+@pytest.mark.behaviour(278)
+def test_a_second_object_gets_the_array_of_the_first(path):
+    one, other = NumpyState(), NumpyState()
+    one.x = np.arange(4.0)
+    ckpt.Checkpoint(state=one).write(path)
+    ckpt.Checkpoint(state=other).read(path).assert_consumed()
+    assert other.x.tolist() == [0.0, 1.0, 2.0, 3.0] and other.x is not one.x
+
+
+# --- values of an object's own ----------------------------------------------------------
+
+
+class Named(ckpt.Trackable):
+    """An object that saves one value under a name of its choice."""
+
+    def __init__(self, name: str, value: jax.Array):
+        self.name, self.value = name, value
+
+    def serialize_to_arrays(self) -> dict[str, Any]:
+        return {self.name: self.value}
+
+    def restore_from_arrays(self, arrays: dict[str, Any]) -> None:
+        self.value = arrays[self.name]
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a.b", ".E", "VARIABLE_VALUE", "py_state"])
+def test_an_object_may_call_its_values_anything(tmp_path: Path, name: str):
+    path = ckpt.save(tmp_path / "a", {"x": Named(name, jnp.ones(2))})
+    target = Named(name, jnp.zeros(2))
+    assert ckpt.restore(path, {"x": target})["x"] is target
+    assert target.value.tolist() == [1, 1]
+
+
+class Careless(ckpt.Trackable):
+    """An object that saves whatever it was given."""
+
+    def __init__(self, values: Any):
+        self.values = values
+
+    def serialize_to_arrays(self) -> dict[str, Any]:
+        return self.values
+
+
+@pytest.mark.parametrize("values", [None, [1], {3: 1}])
+def test_values_that_have_no_names_are_refused_with_the_path(tmp_path: Path, values: Any):
+    with pytest.raises(ckpt.UnsaveableError, match=r"Careless\.serialize_to_arrays\(\) must"):
+        ckpt.save(tmp_path / "a", {"x": Careless(values), "y": 1})
+
+
+def test_of_several_values_the_one_that_cannot_be_saved_is_named(tmp_path: Path):
+    with pytest.raises(ckpt.UnsaveableError, match="x: second: builtins.list is not an array"):
+        ckpt.save(tmp_path / "a", {"x": Careless({"first": 1, "second": [2]})})

@@ -1,6 +1,7 @@
 """The three primitives: write a shard, merge shards, read slices."""
 
 import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -163,6 +164,16 @@ def test_options_apply(tmp_path, compression):
     assert (data_nbytes(path) < zeros.nbytes / 10) == (compression == "zstd")
     found = read_slices(path, {"x": None}, options=options)["x"]
     np.testing.assert_array_equal(found, zeros)
+
+
+def test_the_primitives_take_paths_of_pathlib(tmp_path: Path):
+    shard = ckpt.io.write_shard(tmp_path / "shard", {"w": np.arange(3)})
+    assert shard == str(tmp_path / "shard")
+    merged = ckpt.io.merge_shards([tmp_path / "shard"], tmp_path / "merged")
+    assert merged == str(tmp_path / "merged")
+    assert ckpt.io.read_slices(tmp_path / "merged", {"w": None})["w"].tolist() == [0, 1, 2]
+    with pytest.raises(TypeError, match="takes a list of shards"):
+        ckpt.io.merge_shards(shard, tmp_path / "other")
 
 
 # --- merging ---------------------------------------------------------------------------
@@ -337,3 +348,16 @@ def test_any_box_reads_back_whatever_the_slices_were(tmp_path_factory, cutting, 
     np.testing.assert_array_equal(read(path, "x"), array)
     index = tuple(slice(*pair) for pair in wanted)
     np.testing.assert_array_equal(read(path, "x", wanted), array[index])
+
+
+@pytest.mark.behaviour(159)
+def test_a_shard_is_written_and_read_back_whatever_device_holds_the_array(tmp_path, mesh8):
+    x = jnp.arange(8.0)
+    arrays = {
+        "host": np.arange(8.0),
+        "last": jax.device_put(x, jax.devices()[-1]),
+        "all": jax.device_put(x, NamedSharding(mesh8, P("data"))),
+    }
+    shard = ckpt.io.write_shard(str(tmp_path / "part"), arrays)
+    for found in ckpt.io.read_slices(shard, dict.fromkeys(arrays)).values():
+        np.testing.assert_array_equal(found, np.arange(8.0))

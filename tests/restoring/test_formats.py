@@ -396,3 +396,12 @@ def test_three_methods_make_a_format():
         list(values.read([("a/w", [((0, 3), (0, 3))])]))
     values.close()
     assert memory.asked == ["a/w", "t", "closed"]
+
+
+def test_values_without_an_object_graph_can_be_read_by_key(tmp_path):
+    """docs/format.md: 'holds values without objects: they can be read by key'."""
+    prefix = ckpt.io.write_shard(str(tmp_path / "part"), {"x": np.arange(3)})
+    path = ckpt.io.merge_shards([prefix], str(tmp_path / "a"))
+    with ckpt.load_checkpoint(path) as reader:
+        assert reader.keys() == ["x"]
+        assert reader.get_tensor("x").tolist() == [0, 1, 2]

@@ -240,6 +240,19 @@ def test_the_save_counter_is_not_missed_where_a_rule_moved_everything(tmp_path):
     np.testing.assert_array_equal(found["model"]["w"], [0, 1])
 
 
+def test_integers_keep_every_bit_and_are_cast_only_where_that_is_asked_for(tmp_path):
+    count = np.array([2**24 + 1, -(2**31)], np.int32)  # float32 holds neither neighbour exactly
+    path = ckpt.save(tmp_path / "a", {"count": jnp.array(count)})
+    np.testing.assert_array_equal(ckpt.restore(path, {"count": jnp.zeros(2, int)})["count"], count)
+    floats = {"count": jnp.zeros(2, jnp.float32)}
+    with pytest.raises(ckpt.RestoreMismatchError, match="expected dtype float32, got int32"):
+        ckpt.restore(path, floats)
+    rules = [("count", "count", ckpt.Cast())]
+    (entry,) = ckpt.plan_restore(path, floats, rename=rules).dtype_changes
+    assert (entry.found, entry.expected) == ("int32[2]", "float32[2]")
+    assert ckpt.restore(path, floats, rename=rules)["count"].dtype == jnp.float32
+
+
 # --- problems --------------------------------------------------------------------------
 
 
@@ -288,6 +301,15 @@ def test_a_rule_cannot_stack_twice(tmp_path):
     path = ckpt.save(tmp_path / "a", {"a": 1})
     with pytest.raises(ValueError, match="stacks or unstacks twice"):
         ckpt.restore(path, {}, rename=[("a", "b", ckpt.Stack(), ckpt.Unstack())])
+
+
+def test_rules_that_match_nothing_and_rules_that_collide_are_named_together(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"a": 1, "b": 2, "c": 3})
+    with pytest.raises(ckpt.RestoreMismatchError) as failure:
+        ckpt.restore(path, {"c": 0}, rename=[("a", "c"), ("d", "e")], strict=False)
+    text = str(failure.value)
+    assert "'d' -> 'e' matches nothing saved" in text
+    assert "two saved values would be called c (one of them is a)" in text
 
 
 # --- shardings and bytes ---------------------------------------------------------------
@@ -512,3 +534,41 @@ def test_modules_of_nnx_restore_from_renamed_and_transposed_weights(tmp_path):
     assert ckpt.restore(path, model, rename=rules) is model
     np.testing.assert_array_equal(model.kernel[...], weight.T)
     np.testing.assert_array_equal(model.bias[...], weight[:, 0])
+
+
+def test_a_refactored_model_takes_its_values_by_rules_that_a_dry_run_shows(tmp_path):
+    class Old(nnx.Module):
+        def __init__(self, rngs):
+            self.enc_0, self.enc_1 = (nnx.Linear(4, 4, rngs=rngs) for _ in range(2))
+            self.out = nnx.Linear(4, 2, rngs=rngs)
+
+    class New(nnx.Module):
+        def __init__(self, rngs):
+            self.encoder = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+            self.head = nnx.Linear(4, 2, rngs=rngs)
+
+    old, new = Old(nnx.Rngs(0)), New(nnx.Rngs(1))
+    path = ckpt.save(tmp_path / "a", old)
+    rules = [("enc_*/*", "encoder/*/*"), ("out", "head")]
+    report = ckpt.plan_restore(path, new, rename=rules)
+    assert report.exact and len(report.renamed) == 6
+    assert "encoder/1/kernel" in str(report) and "<- enc_1/kernel" in str(report)
+    ckpt.restore(path, new, rename=rules)
+    np.testing.assert_array_equal(new.encoder[1].kernel[...], old.enc_1.kernel[...])
+    np.testing.assert_array_equal(new.head.bias[...], old.out.bias[...])
+
+
+# --- names ------------------------------------------------------------------------------
+
+
+def test_elements_of_a_list_become_values_of_integer_keys(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"w": [1, 2]})
+    assert ckpt.restore(path, {"v": {0: 0, 1: 0}}, rename=[("w", "v")]) == {"v": {0: 1, 1: 2}}
+
+
+def test_an_array_that_is_shared_may_be_renamed_at_one_of_its_places(tmp_path):
+    t = np.arange(3)
+    path = ckpt.save(tmp_path / "a", {"a": t, "b": t})
+    z = np.zeros(3, int)
+    f = ckpt.restore(path, {"c": z, "b": z}, rename=[("a", "c")])
+    assert f["c"].tolist() == [0, 1, 2] and f["c"] is f["b"]

@@ -582,3 +582,69 @@ def test_an_interrupted_save_gives_up_what_it_has_not_written(tmp_path):
     done, total = seen[-1]
     assert done < total / 2
     assert not any(tmp_path.iterdir())
+
+
+# --- objects ----------------------------------------------------------------------------
+
+
+class Mirrored(ckpt.Trackable):
+    """Two variables that are saved as one value."""
+
+    def __init__(self, start):
+        self.copies = [ckpt.Variable(jnp.float32(start)) for _ in range(2)]
+
+    def assign(self, value):
+        for variable in self.copies:
+            variable.assign(jnp.float32(value))
+
+    def serialize_to_arrays(self):
+        return {"value": self.copies[0].value}
+
+    def restore_from_arrays(self, arrays):
+        self.assign(arrays["value"])
+
+
+@pytest.mark.behaviour(13)
+def test_one_value_for_two_variables_is_saved_in_the_background(tmp_path):
+    checkpoint = ckpt.Checkpoint(m=Mirrored(2.0))
+    path = checkpoint.save(tmp_path / "ckpt", ASYNC)
+    checkpoint.m.assign(9.0)
+    checkpoint.sync()
+    for _ in range(2):
+        checkpoint.m.assign(5.0)
+        checkpoint.restore(path).assert_consumed()
+        assert [float(v.value) for v in checkpoint.m.copies] == [2.0, 2.0]
+
+
+@pytest.mark.behaviour(16)
+def test_a_status_outlives_a_checkpoint_that_was_saved_in_the_background(tmp_path):
+    checkpoint = ckpt.Checkpoint(v=ckpt.Variable(jnp.ones(2)))
+    status = checkpoint.restore(checkpoint.save(tmp_path / "ckpt", ASYNC))
+    del checkpoint
+    status.assert_consumed()
+
+
+@pytest.mark.behaviour(25)
+def test_a_write_in_the_background_returns_exactly_its_path(tmp_path):
+    checkpoint = ckpt.Checkpoint(v=ckpt.Variable(jnp.float32(0)))
+    for step in (0, 2, 4, 6, 8):
+        checkpoint.v.assign(jnp.float32(step))
+        path = f"{tmp_path}/written-{step}"
+        assert checkpoint.write(path, ASYNC) == path
+    checkpoint.sync()
+    assert [ckpt.load(f"{tmp_path}/written-{step}")["v"] for step in (0, 4, 8)] == [0.0, 4.0, 8.0]
+
+
+@pytest.mark.behaviour(66)
+def test_another_checkpoint_sees_the_file_once_its_writer_has_waited(tmp_path):
+    gate = threading.Event()
+    options = ckpt.CheckpointOptions(enable_async=True, write_callbacks=(lambda: gate.wait(),))
+    writer = ckpt.Checkpoint(l=[ckpt.Variable(jnp.float32(1))], d={"a": ckpt.Variable(jnp.ones(2))})
+    path = writer.save(tmp_path / "ckpt", options)
+    assert ckpt.latest_checkpoint(tmp_path) is None
+    gate.set()
+    writer.sync()
+    assert ckpt.latest_checkpoint(tmp_path) == path
+    fresh = ckpt.Checkpoint(l=[ckpt.Variable(jnp.float32(0))], d={"a": ckpt.Variable(jnp.zeros(2))})
+    fresh.restore(path).assert_consumed()
+    assert (float(fresh.l[0].value), fresh.d["a"].value.tolist()) == (1.0, [1.0, 1.0])

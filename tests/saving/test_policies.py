@@ -383,3 +383,73 @@ def test_a_policy_that_returns_no_groups_of_slices_is_refused(tmp_path, result):
     with pytest.raises(ckpt.ShardError, match="groups of slices"):
         save(tmp_path, lambda slices: result)
     assert os.listdir(tmp_path) == []
+
+
+# --- shards on disk ---------------------------------------------------------------------
+
+
+def shards(path):
+    return sorted(os.listdir(os.path.join(path, "shards")))
+
+
+@pytest.mark.behaviour(154)
+def test_one_value_makes_one_shard_in_a_directory(tmp_path):
+    checkpoint = ckpt.Checkpoint(v=ckpt.Variable(jnp.float32(3)))
+    path = checkpoint.write(tmp_path / "written")
+    assert sorted(os.listdir(path)) == ["d", "manifest.ocdbt", "shards"]
+    assert len(shards(path)) == 1
+    checkpoint.v.assign(jnp.float32(0))
+    other = ckpt.Checkpoint(v=ckpt.Variable(jnp.float32(1)))
+    for each in (checkpoint, other):
+        each.read(path).assert_consumed()
+        assert float(each.v.value) == 3.0
+
+
+@pytest.mark.behaviour(158, 179)
+def test_arrays_on_several_devices_share_a_shard_where_the_policy_is_by_process(tmp_path):
+    trees = {f"v{i}": jax.device_put(jnp.float32(i), jax.devices()[i]) for i in range(3)}
+    by_device = ckpt.Checkpoint(**trees).write(tmp_path / "device")
+    options = ckpt.CheckpointOptions(sharding_policy=ckpt.ShardByProcess())
+    by_process = ckpt.Checkpoint(**trees).write(tmp_path / "process", options)
+    assert (len(shards(by_device)), len(shards(by_process))) == (3, 1)
+    for path in (by_device, by_process):
+        fresh = ckpt.Checkpoint(**{name: jnp.zeros_like(x) for name, x in trees.items()})
+        fresh.read(path).assert_consumed()
+        assert [float(fresh.v0), float(fresh.v1), float(fresh.v2)] == [0.0, 1.0, 2.0]
+
+
+@pytest.mark.behaviour(163, 174)
+def test_a_limit_of_ten_bytes_cuts_two_matrices_and_leaves_a_string_alone(tmp_path):
+    checkpoint = ckpt.Checkpoint(
+        v0=jnp.arange(6).reshape(3, 2), v1=jnp.arange(6.0).reshape(3, 2, 1), v2="test string"
+    )
+    options = ckpt.CheckpointOptions(sharding_policy=ckpt.MaxShardSize(10))
+    path = checkpoint.write(tmp_path / "written", options)
+    assert len(shards(path)) == 3 + 3 + 1
+    fresh = ckpt.Checkpoint(v0=jnp.zeros((3, 2), jnp.int32), v1=jnp.zeros((3, 2, 1)), v2="nothing")
+    fresh.read(path).assert_consumed()
+    np.testing.assert_array_equal(fresh.v0, checkpoint.v0)
+    np.testing.assert_array_equal(fresh.v1, checkpoint.v1)
+    assert fresh.v2 == "test string"
+
+
+@pytest.mark.behaviour(172)
+def test_strings_are_values_of_their_own_and_none_shares_a_full_shard(tmp_path):
+    strings = [f"string {i:03}" for i in range(4)]
+    options = ckpt.CheckpointOptions(sharding_policy=ckpt.MaxShardSize(10))
+    path = ckpt.save(tmp_path / "a", {"v0": strings}, options=options)
+    assert len(shards(path)) == 4
+    assert ckpt.load(path) == {"v0": strings}
+    with pytest.raises(ckpt.UnsaveableError, match="v0"):
+        ckpt.save(tmp_path / "b", {"v0": np.array(strings)}, options=options)
+
+
+@pytest.mark.behaviour(184)
+def test_a_policy_may_not_give_slices_to_another_process(tmp_path):
+    def elsewhere(slices):
+        return [[piece._replace(process=1) for piece in slices]]
+
+    options = ckpt.CheckpointOptions(sharding_policy=elsewhere)
+    with pytest.raises(ckpt.ShardError, match="process"):
+        ckpt.save(tmp_path / "a", {"x": np.ones(3), "y": np.ones(2)}, options=options)
+    assert os.listdir(tmp_path) == []

@@ -140,3 +140,16 @@ def test_a_transfer_guard_does_not_stop_saves_and_restores(tmp_path, mesh42, gua
         jax.random.key_data(restored["key"]).tolist() == jax.random.key_data(tree["key"]).tolist()
     )
     assert (restored["step"], stacked["both"].tolist()) == (7, [[1.0] * 3, [0.0] * 3])
+
+
+def test_an_array_in_memory_of_the_host_is_saved(tmp_path):
+    path = ckpt.save(
+        tmp_path / "a",
+        {
+            "x": jax.device_put(
+                jnp.ones(8),
+                jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="unpinned_host"),
+            )
+        },
+    )
+    assert ckpt.load(path)["x"].sum() == 8

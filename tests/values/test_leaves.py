@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.extend.random import define_prng_impl
 
 import ckpt_jax as ckpt
 from ckpt_jax.values.leaves import as_saved, decode, describe, difference, encode
@@ -494,3 +495,128 @@ def test_a_serialize_that_fails_is_named_with_its_path(tmp_path):
     with pytest.raises(ckpt.UnsaveableError, match=r"cursor: .*must return str or bytes"):
         ckpt.save(tmp_path / "a", {"cursor": Cursor(17)})
     assert list(tmp_path.iterdir()) == []
+
+
+# --- values that are seldom seen ----------------------------------------------------------
+
+
+def test_an_int_of_thousands_of_digits_comes_back(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"n": 10**5000})
+    assert ckpt.load(path)["n"] == 10**5000
+
+
+class Permission(enum.Flag):
+    R = 1
+    W = 2
+
+
+def test_a_combination_of_flags_comes_back_and_so_does_none(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"n": Permission.R | Permission.W, "z": Permission(0)})
+    assert ckpt.restore(path, {"n": Permission.R, "z": Permission.R}) == {
+        "n": Permission.R | Permission.W,
+        "z": Permission(0),
+    }
+
+
+def test_a_combination_of_flags_restores_into_one_of_them(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"n": Permission.R | Permission.W})
+    assert ckpt.restore(path, {"n": Permission.R}) == {"n": Permission.R | Permission.W}
+
+
+class Known(enum.Enum):
+    A = 1
+
+
+class Other(enum.Enum):
+    B = 1
+
+
+def test_a_member_that_an_enum_lacks_is_refused(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"n": Known.A})
+    with pytest.raises(ckpt.CheckpointError, match="n"):
+        ckpt.restore(path, {"n": Other.B})
+
+
+@pytest.mark.parametrize("value", [np.datetime64(5, "s"), np.timedelta64(5, "ms")])
+@pytest.mark.parametrize("target", [0, 0.0])
+def test_a_time_does_not_become_a_python_number(tmp_path, value, target):
+    path = ckpt.save(tmp_path / "a", {"n": value})
+    with pytest.raises(ckpt.RestoreMismatchError, match="n"):
+        ckpt.restore(path, {"n": target})
+
+
+def test_a_masked_array_is_refused_or_keeps_its_mask(tmp_path):
+    m = np.ma.masked_array([1, 2, 3], [0, 1, 0])
+    try:
+        path = ckpt.save(tmp_path / "a", {"n": m})
+    except ckpt.UnsaveableError:
+        return
+    assert ckpt.load(path)["n"].tolist() == m.tolist()
+
+
+def test_a_deleted_array_is_named(tmp_path):
+    x = jnp.arange(3)
+    x.delete()
+    with pytest.raises(ckpt.UnsaveableError, match="bad"):
+        ckpt.save(tmp_path / "a", {"bad": x})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tracer_is_named(tmp_path):
+    with pytest.raises(ckpt.UnsaveableError, match="bad"):
+        jax.jit(lambda x: ckpt.save(tmp_path / "a", {"bad": x}))(jnp.arange(3))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_of_a_users_own_implementation_is_named(tmp_path):
+    implementation = define_prng_impl(
+        key_shape=(1,),
+        seed=lambda seed: jnp.asarray(seed, jnp.uint32).reshape(1),
+        split=lambda key, shape: jnp.broadcast_to(key, (*shape, 1)),
+        random_bits=lambda key, width, shape: jnp.zeros(shape, jnp.uint32),
+        fold_in=lambda key, data: key,
+        name="users_own",
+    )
+    with pytest.raises(ckpt.UnsaveableError, match="bad: PRNG keys of .* that JAX does not name"):
+        ckpt.save(tmp_path / "a", {"bad": jax.random.key(3, impl=implementation)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_abstract_array_is_named(tmp_path):
+    with pytest.raises(ckpt.UnsaveableError, match="bad"):
+        ckpt.save(tmp_path / "a", {"bad": jax.ShapeDtypeStruct((3,), jnp.float32)})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_float_above_what_float32_holds_is_refused(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"x": 1e300})
+    with pytest.raises((OverflowError, ckpt.CheckpointError)):
+        ckpt.restore(path, {"x": jnp.float32(0)})
+
+
+def test_a_numpy_array_of_64_bits_fills_an_abstract_array_of_64_bits(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"x": np.arange(3.0)})
+    f = ckpt.restore(path, {"x": jax.ShapeDtypeStruct((3,), np.float64)})["x"]
+    assert f.dtype == np.float64
+
+
+def test_a_jax_array_of_64_bits_comes_back_where_jax_has_32(tmp_path):
+    with jax.enable_x64(True):
+        p = ckpt.save(tmp_path / "a", {"x": jnp.arange(3)})
+        t = jax.ShapeDtypeStruct((3,), np.int64)
+    f = ckpt.restore(p, {"x": t})["x"]
+    assert f.dtype == np.int64
+
+
+def test_loaded_arrays_can_be_written_to(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"x": np.zeros(()), "b": np.zeros(500000)})
+    f = ckpt.load(path)
+    f["x"] += 1
+    f["b"] += 1
+    assert f["x"] == 1
+
+
+def test_another_implementation_of_keys_is_named(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"rng": jax.random.key(0)})
+    with pytest.raises(ckpt.RestoreMismatchError, match=r"rng: expected key<rbg>.*threefry"):
+        ckpt.restore(path, {"rng": jax.random.key(0, impl="rbg")})

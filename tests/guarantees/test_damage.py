@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from trackables import value, var
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
@@ -67,9 +68,6 @@ def assert_refused(path, errors, match=None):
         assert isinstance(raised.value, ckpt.CheckpointError), name
         unchanged()
     assert files_below(Path(path).parent) == before
-
-
-# --- nothing there ---------------------------------------------------------------------
 
 
 def test_a_path_that_is_not_there_lists_the_checkpoints_that_are(tmp_path):
@@ -149,9 +147,6 @@ def test_a_shard_is_no_checkpoint(tmp_path):
     path = ckpt.save(tmp_path / "a", tree())
     (shard,) = Path(path, "shards").iterdir()
     assert_refused(shard, (ckpt.CheckpointNotFoundError, ckpt.CorruptCheckpointError))
-
-
-# --- damaged ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -257,40 +252,6 @@ def test_damage_found_while_reading_leaves_a_module_as_it_was(tmp_path, damage):
     assert (model.b[...] == 1).all()
 
 
-@pytest.mark.parametrize("damage", ["half of the state file", "no state file"])
-def test_latest_checkpoint_does_without_what_is_damaged(tmp_path, damage):
-    checkpoint = ckpt.Checkpoint(x=1)
-    for _ in range(2):
-        checkpoint.save(tmp_path / "ckpt")
-    state = tmp_path / "checkpoint"
-    if damage == "no state file":
-        state.unlink()
-    else:
-        state.write_bytes(state.read_bytes()[: state.stat().st_size // 2])
-    before = files_below(tmp_path)
-    assert ckpt.latest_checkpoint(tmp_path) is None
-    assert files_below(tmp_path) == before
-
-
-def test_latest_checkpoint_falls_back_loudly_to_the_newest_that_is_whole(tmp_path, caplog):
-    checkpoint = ckpt.Checkpoint(x=1)
-    paths = [checkpoint.save(tmp_path / "ckpt") for _ in range(11)]
-    assert ckpt.latest_checkpoint(tmp_path) == paths[10]
-    os.truncate(Path(paths[10], MANIFEST), 10)
-    shutil.rmtree(paths[9])
-    assert ckpt.latest_checkpoint(tmp_path) == paths[8]
-    assert any("ckpt-11" in record.message for record in caplog.records)
-    assert any("ckpt-9" in record.message for record in caplog.records)
-
-
-def test_a_checkpoint_with_a_truncated_shard_is_not_the_latest(tmp_path):
-    checkpoint = ckpt.Checkpoint(x=BIG)
-    first, second = (checkpoint.save(tmp_path / "ckpt") for _ in range(2))
-    largest = max(Path(second).glob("shards/*/d/*"), key=lambda file: file.stat().st_size)
-    os.truncate(largest, largest.stat().st_size // 2)
-    assert ckpt.latest_checkpoint(tmp_path) == first
-
-
 def test_a_checkpoint_whose_object_graph_is_not_there_is_corrupt(tmp_path):
     prefix = ckpt.io.write_shard(str(tmp_path / "part"), {"x": np.arange(3)})
     path = ckpt.io.merge_shards([prefix], str(tmp_path / "a"))
@@ -332,8 +293,6 @@ def test_a_graph_of_a_newer_format_says_so(tmp_path):
     assert_refused(path, ckpt.UnsupportedFormatError, "2")
 
 
-# --- refused by the system -------------------------------------------------------------
-
 as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
 
 
@@ -369,24 +328,15 @@ def test_a_parent_that_is_a_file_is_an_error(tmp_path):
     assert files_below(tmp_path) == {"file": b"text"}
 
 
-def test_a_failed_numbered_save_counts_nothing(tmp_path):
-    checkpoint = ckpt.Checkpoint(x=np.arange(3), bad=[1])
-    first = checkpoint.save(tmp_path / "ckpt")
-    before = files_below(tmp_path)
-    checkpoint.bad = [1, np.array([object()])]
-    with pytest.raises(ckpt.UnsaveableError, match="bad/1"):
-        checkpoint.save(tmp_path / "ckpt")
-    assert checkpoint.save_counter == 1
-    assert files_below(tmp_path) == before
-    assert ckpt.latest_checkpoint(tmp_path) == first
-    checkpoint.bad = [2]
-    assert checkpoint.save(tmp_path / "ckpt") == str(tmp_path / "ckpt-2")
+# --- nothing there ----------------------------------------------------------------------
 
 
-def test_values_without_an_object_graph_can_be_read_by_key(tmp_path):
-    """docs/format.md: 'holds values without objects: they can be read by key'."""
-    prefix = ckpt.io.write_shard(str(tmp_path / "part"), {"x": np.arange(3)})
-    path = ckpt.io.merge_shards([prefix], str(tmp_path / "a"))
-    with ckpt.load_checkpoint(path) as reader:
-        assert reader.keys() == ["x"]
-        assert reader.get_tensor("x").tolist() == [0, 1, 2]
+@pytest.mark.behaviour(73, 74, 75)
+def test_a_saved_model_of_tensorflow_is_no_checkpoint(tmp_path):
+    (tmp_path / "exported" / "variables").mkdir(parents=True)
+    (tmp_path / "exported" / "saved_model.pb").touch()
+    (tmp_path / "exported" / "variables" / "variables.index").touch()
+    checkpoint = ckpt.Checkpoint(v=var(0.0))
+    with pytest.raises(ckpt.CheckpointNotFoundError, match="exported"):
+        checkpoint.restore(tmp_path / "exported")
+    assert value(checkpoint.v) == 0.0

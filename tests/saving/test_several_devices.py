@@ -223,6 +223,23 @@ print(found["step"], tree["step"])
     assert (run.returncode, run.stdout) == (0, "3 3\n"), run.stderr
 
 
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_what_some_devices_saved_restores_on_fewer_and_on_more(tmp_path, count):
+    w = np.arange(64 * 8, dtype=np.float32).reshape(64, 8)
+    two = Mesh(np.array(jax.devices()[:2]), ("data",))
+    path = ckpt.save(tmp_path / "a", {"w": jax.device_put(w, NamedSharding(two, P("data")))})
+    mesh = Mesh(np.array(jax.devices()[:count]), ("rows",))
+    wanted = NamedSharding(mesh, P("rows"))
+    found = ckpt.load(path, sharding=wanted)["w"]
+    assert found.sharding == wanted
+    np.testing.assert_array_equal(found, w)
+    found = ckpt.restore(
+        path, {"w": jnp.zeros_like(w)}, options=ckpt.CheckpointOptions(shardings=wanted)
+    )["w"]
+    assert found.sharding == wanted
+    np.testing.assert_array_equal(found, w)
+
+
 # --- what is written -------------------------------------------------------------------
 
 
