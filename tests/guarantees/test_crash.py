@@ -24,7 +24,8 @@ import ckpt_jax as ckpt
 from ckpt_jax.api.latest import checkpoint_exists
 
 pytestmark = pytest.mark.skipif(
-    compiler() is None, reason="the interposer needs Linux and a C compiler"
+    compiler() is None,
+    reason="The library that counts calls of the system needs Linux and a C compiler.",
 )
 
 SCENARIOS = ("fresh", "below_new_directories", "overwrite", "counted", "managed")

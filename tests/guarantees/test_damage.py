@@ -293,10 +293,13 @@ def test_a_graph_of_a_newer_format_says_so(tmp_path):
     assert_refused(path, ckpt.UnsupportedFormatError, "2")
 
 
-as_root = pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+needs_permissions = pytest.mark.skipif(
+    os.geteuid() == 0,
+    reason="The tests run as root, who may read and write everything, so nothing is refused.",
+)
 
 
-@as_root
+@needs_permissions
 @pytest.mark.behaviour(64)
 def test_a_directory_that_may_not_be_written_to_is_left_alone(tmp_path):
     tmp_path.chmod(0o500)
@@ -308,7 +311,7 @@ def test_a_directory_that_may_not_be_written_to_is_left_alone(tmp_path):
         tmp_path.chmod(0o700)
 
 
-@as_root
+@needs_permissions
 def test_a_file_that_may_not_be_read_is_an_error(tmp_path):
     path = ckpt.save(tmp_path / "a", tree())
     manifest = Path(path, MANIFEST)

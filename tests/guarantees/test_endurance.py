@@ -92,7 +92,10 @@ print(resident() - before)
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="memory is read from /proc")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/statm"),
+    reason="This system has no /proc, which says how much memory a process has.",
+)
 def test_memory_stays_flat_over_two_hundred_saves(tmp_path):
     """The last hundred write 200 MB; what they may add is noise."""
     assert int(output_of(MEMORY, tmp_path)) < 16 << 20
@@ -331,7 +334,7 @@ def test_a_full_disk_is_an_error_that_names_the_path_and_takes_nothing(tmp_path)
     disk = tmp_path / "disk"
     disk.mkdir()
     if not can_mount(disk):
-        pytest.skip("file systems cannot be mounted here")
+        pytest.skip("This system does not let the tests mount a small file system.")
     command = namespace()
     assert command is not None
     output_of(FULL, disk, wrap=[*command, disk])

@@ -222,7 +222,10 @@ def test_what_a_killed_writer_leaves_is_no_checkpoint(tmp_path, with_two):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("strace") is None, reason="strace is not installed")
+@pytest.mark.skipif(
+    shutil.which("strace") is None,
+    reason="strace, which kills the writer in a call, is not installed.",
+)
 @pytest.mark.parametrize(
     ("call", "count"),
     [("writev", 1), ("rename", 1), ("rename", 2), ("fsync", 1), ("fsync", 2), ("fsync", 3)],
@@ -235,6 +238,6 @@ def test_a_writer_killed_in_a_system_call_leaves_whole_checkpoints(tmp_path, wit
     program = [sys.executable, "-c", SAVE_ONCE, str(directory), "no event", "0"]
     run = subprocess.run([*inject, *program], cwd=ROOT, capture_output=True, check=False)
     if b"ptrace" in run.stderr:
-        pytest.skip("processes may not be traced here")
+        pytest.skip("This system does not let strace trace processes.")
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert assert_goes_on(directory) == 3

@@ -608,7 +608,8 @@ WITHOUT_SERVICE = WORKER.replace(
 
 
 @pytest.mark.skipif(
-    not hasattr(jax.config, "jax_enable_preemption_service"), reason="it cannot be turned off"
+    not hasattr(jax.config, "jax_enable_preemption_service"),
+    reason="This release of JAX has no setting that turns its preemption service off.",
 )
 @pytest.mark.parametrize("count", [1, 3])
 def test_where_the_service_is_off_all_processes_save_at_one_step(

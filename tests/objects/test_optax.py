@@ -86,7 +86,7 @@ def made(name):
                 return tx
             except (TypeError, AttributeError, ValueError):
                 continue
-    pytest.skip(f"how to make optax.{name} is not known here")
+    pytest.skip(f"The arguments that optax.{name} needs are not listed in ARGUMENTS.")
 
 
 def trained(state):

@@ -359,7 +359,9 @@ def messages(draw, cls: type[Message], depth: int = 4):
 
 
 def tensorflow_class(name: str) -> type[Message]:
-    pytest.importorskip("tensorflow")
+    pytest.importorskip(
+        "tensorflow", reason="TensorFlow is not installed. scripts/interop runs this test with it."
+    )
     from tensorflow.core.protobuf import saved_object_graph_pb2 as saved
     from tensorflow.core.protobuf import trackable_object_graph_pb2 as trackable
     from tensorflow.python.training import checkpoint_state_pb2 as state

@@ -225,7 +225,10 @@ def test_results_arrive_in_the_order_of_requests_where_that_costs_nothing(tmp_pa
     assert order[0] < 16 and order[-1] >= 48
 
 
-@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs /proc")
+@pytest.mark.skipif(
+    not os.path.isdir("/proc/self/fd"),
+    reason="This system has no /proc, which lists the open files of a process.",
+)
 def test_no_file_stays_open_after_close(small):
     root, arrays = small
     with ShardedReader(root) as reader:

@@ -168,7 +168,9 @@ def test_a_path_that_is_no_unicode_text_is_refused_before_anything_is_written(tm
 
 
 def test_tensorflow_reads_our_state_file_and_we_read_its(tmp_path):
-    pytest.importorskip("tensorflow")
+    pytest.importorskip(
+        "tensorflow", reason="TensorFlow is not installed. scripts/interop runs this test with it."
+    )
     from tensorflow.python.checkpoint import checkpoint_management as theirs
 
     paths = (str(tmp_path / 'a "b"-2'), "/elsewhere/ü-1", str(tmp_path / "ckpt-3"))
