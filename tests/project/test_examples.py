@@ -5,21 +5,36 @@ import re
 import subprocess
 import sys
 
+import pytest
 from places import EXAMPLES, ROOT
 
 
-def run(name, *arguments):
-    """The example's exit code and its output; a warning in it, or in its children, is an error."""
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-W", "error", EXAMPLES / name, *map(str, arguments)],
-        env={**os.environ, "PYTHONPATH": path},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=280,
-    )
-    return done.returncode, done.stdout
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Runs an example; returns its exit code and its output. A warning in it is an error.
+
+    The compiler takes most of the time of an example. An example that trains for many steps is
+    `optimized`, and its processes share what they have compiled; the others are compiled quickly.
+    """
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
+    }
+
+    def start(name, *arguments, optimized=False):
+        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        faster = compiled if optimized else {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-W", "error", EXAMPLES / name, *map(str, arguments)],
+            env={**os.environ, "PYTHONPATH": path, **faster},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=280,
+        )
+        return done.returncode, done.stdout
+
+    return start
 
 
 def rows(output):
@@ -41,8 +56,9 @@ def test_every_example_is_tested():
     assert {file.name for file in EXAMPLES.glob("*.py")} == tested
 
 
-def test_a_killed_run_resumes_on_another_mesh_and_finishes_on_one_device(tmp_path):
-    code, output = run("resume_on_another_mesh.py", "--steps", 36, "--directory", tmp_path)
+def test_a_killed_run_resumes_on_another_mesh_and_finishes_on_one_device(run, tmp_path):
+    arguments = ("--steps", 36, "--directory", tmp_path)
+    code, output = run("resume_on_another_mesh.py", *arguments, optimized=True)
     assert code == 0, output
     assert "FAILED" not in output
     assert "ok     both restored states are bit-equal to the saved ones" in output
@@ -60,14 +76,14 @@ def test_a_killed_run_resumes_on_another_mesh_and_finishes_on_one_device(tmp_pat
     assert table["uninterrupted"] == ("4 x 2", 1, 36)
 
 
-def test_the_resumed_run_does_not_mix_with_an_earlier_one(tmp_path):
+def test_the_resumed_run_does_not_mix_with_an_earlier_one(run, tmp_path):
     (tmp_path / "interrupted").mkdir()
     code, output = run("resume_on_another_mesh.py", "--directory", tmp_path)
     assert code == 2
     assert "holds an earlier run" in output
 
 
-def test_a_train_state_continues_on_another_mesh():
+def test_a_train_state_continues_on_another_mesh(run):
     code, output = run("linen_train_state.py", "--steps", 20)
     assert code == 0, output
     assert "FAILED" not in output
@@ -75,7 +91,7 @@ def test_a_train_state_continues_on_another_mesh():
     assert re.search(r"^resumed +2 x 4 +20 ", output, flags=re.MULTILINE), output
 
 
-def test_a_partitioned_embedding_restores_onto_other_buckets_and_as_a_plain_array():
+def test_a_partitioned_embedding_restores_onto_other_buckets_and_as_a_plain_array(run):
     code, output = run("custom_sharded_saver.py")
     assert code == 0, output
     assert "FAILED" not in output
@@ -85,7 +101,7 @@ def test_a_partitioned_embedding_restores_onto_other_buckets_and_as_a_plain_arra
     assert "9 shards, 8 of them runs of the table's rows" in output
 
 
-def test_moments_are_saved_in_8_bits():
+def test_moments_are_saved_in_8_bits(run):
     code, output = run("quantized_saver.py")
     assert code == 0, output
     assert "FAILED" not in output
@@ -95,7 +111,7 @@ def test_moments_are_saved_in_8_bits():
     assert small < 0.8 * default, output
 
 
-def test_four_processes_save_and_two_go_on():
+def test_four_processes_save_and_two_go_on(run):
     code, output = run("multi_process.py")
     assert code == 0, output
     assert "FAILED" not in output
@@ -105,7 +121,7 @@ def test_four_processes_save_and_two_go_on():
     assert found == [("first", "4", "2", "1", "6"), ("second", "2", "4", "7", "10")], output
 
 
-def test_an_encoder_and_its_moments_go_into_another_model():
+def test_an_encoder_and_its_moments_go_into_another_model(run):
     code, output = run("transfer_learning.py")
     assert code == 0, output
     assert "6 missing, 6 unexpected" in output
