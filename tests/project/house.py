@@ -16,7 +16,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = "ckpt_jax"
-ROOT = Path(__file__).parent.parent.parent / PACKAGE
+ROOT = Path(__file__).parent.parent.parent / PACKAGE  # not from `places`: this file is run too
 
 # From the ground up. A room imports only rooms on the lines before its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
