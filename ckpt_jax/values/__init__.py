@@ -1,1 +1,3 @@
-"""Values between a program and its bytes: what each kind of leaf is, and devices and host memory."""
+"""Leaves of a program as arrays of bytes: what each kind is, and how it moves between devices
+and host memory.
+"""
