@@ -73,8 +73,8 @@ def write_shard(
         {key: value for key, value in parts.items() if not isinstance(value, list) or value},
         compression=options.compression,
         durable=options.durable,
-        # Two shards are written at a time, and TensorStore holds the bytes of each three times.
-        max_inflight_bytes=max(options.max_inflight_bytes // 6, 1),
+        # TensorStore holds the bytes of a group three times.
+        max_inflight_bytes=max(options.max_inflight_bytes // 3, 1),
         written=written,
     )
     return prefix

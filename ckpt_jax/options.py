@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
 from ckpt_jax.graph.boxes import Box, size_of
+from ckpt_jax.store.workers import spare_nbytes
 
 Path = str | bytes | os.PathLike[Any]  # as programs give it
-MIB = 1 << 20
 
 
 class PlannedSlice(NamedTuple):
@@ -46,7 +46,11 @@ ShardingPolicy = Callable[[Sequence[PlannedSlice]], Groups]
 
 @dataclass(frozen=True, slots=True)
 class ShardByDevice:
-    """One shard for each device that holds values (the default)."""
+    """The slices of each device in shards of their own (the default).
+
+    A device with very many bytes gets several shards, so that as many of them are written at a
+    time as the process has cores.
+    """
 
     def __call__(self, slices: Sequence[PlannedSlice]) -> Groups:
         groups: dict[int, list[PlannedSlice]] = {}
@@ -190,6 +194,7 @@ class CheckpointOptions:
           reads all that it needs.
       For both:
         max_inflight_bytes: host memory that a save or restore may use in addition to the arrays.
+          By default 32 MiB for each core, at least 64 MiB, and at most an eighth of what is free.
         timeout_seconds: if there are several processes, the longest wait for another one: it has
           to cover the slowest process's writing and process 0's commit. It also bounds how long
           the program's exit waits for a save in the background.
@@ -220,7 +225,7 @@ class CheckpointOptions:
     broadcast: bool = False
 
     # For both.
-    max_inflight_bytes: int = 64 * MIB
+    max_inflight_bytes: int = field(default_factory=spare_nbytes)
     timeout_seconds: float = 600
     progress: bool | Callable[[int, int], object] | None = None
 

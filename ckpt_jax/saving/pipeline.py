@@ -91,7 +91,7 @@ class StagedSave:
         live = request.trace()
         taken = snapshot(
             encoded_values(live),
-            copy=options.enable_async,
+            in_background=options.enable_async,
             process=meeting.index,
             count=meeting.count,
         )

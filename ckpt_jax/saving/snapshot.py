@@ -31,7 +31,7 @@ class Snapshot:
     """Slices on the host, by (key, box)."""
 
     slices: tuple[PlannedSlice, ...]
-    contents: Mapping[tuple[str, Box], np.ndarray | bytes]
+    contents: Mapping[tuple[str, Box], np.ndarray | host.Arriving | bytes]
 
     @property
     def nbytes(self) -> int:
@@ -43,7 +43,7 @@ class Snapshot:
 def snapshot(
     values: Mapping[str, jax.Array | np.ndarray | bytes],
     *,
-    copy: bool,
+    in_background: bool,
     process: int = 0,
     count: int = 1,
 ) -> Snapshot:
@@ -54,7 +54,8 @@ def snapshot(
 
     Args:
       values: by checkpoint key, as `encode` gives them, the same keys on all processes.
-      copy: also copy numpy arrays, which the program could change while they are written.
+      in_background: whether the program goes on while the values are written: numpy arrays are
+        copied then, and copies from devices may still be on their way.
       process: index of this process.
       count: number of processes.
 
@@ -70,13 +71,13 @@ def snapshot(
         ]
     else:
         parts = _assigned(values, process, count)
-    found: dict[str, list[tuple[Box, int, np.ndarray]]] = {}
-    on_host = host.to_host([shard for *_, shard in parts])
+    found: dict[str, list[tuple[Box, int, np.ndarray | host.Arriving]]] = {}
+    on_host = host.to_host([shard for *_, shard in parts], wait=not in_background)
     for (key, box, device, _), data in zip(parts, on_host, strict=True):
         found.setdefault(key, []).append((box, device, data))
     home = jax.local_devices()[0].id
     planned: list[PlannedSlice] = []
-    contents: dict[tuple[str, Box], np.ndarray | bytes] = {}
+    contents: dict[tuple[str, Box], np.ndarray | host.Arriving | bytes] = {}
     for key, value in values.items():
         if isinstance(value, jax.Array):
             dtype = dtype_name(value.dtype)
@@ -89,7 +90,7 @@ def snapshot(
             if isinstance(value, bytes):
                 data, box, dtype, nbytes = value, (), "bytes", len(value)
             else:
-                data = value.copy() if copy else value
+                data = value.copy() if in_background else value
                 box, dtype, nbytes = whole(data.shape), dtype_name(data.dtype), data.nbytes
             contents[key, box] = data
             planned.append(PlannedSlice(key, box, shape_of(box), dtype, nbytes, process, home))

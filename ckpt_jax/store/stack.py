@@ -20,6 +20,7 @@ import tensorstore as ts
 
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.store.index import StackShape
+from ckpt_jax.store.workers import cores
 
 CHUNK_NBYTES = 1 << 20  # about the size of chunks: keeps both small reads and overhead small
 ALIGNMENT = 64  # of slices in rows and of results in memory; JAX uses such memory without a copy
@@ -34,7 +35,7 @@ _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 @cache
 def _threads() -> ts.Context:
     # This package flushes the files itself, see `durable`.
-    return ts.Context({"file_io_sync": False, "file_io_concurrency": {"limit": 4}})
+    return ts.Context({"file_io_sync": False, "file_io_concurrency": {"limit": max(4, cores())}})
 
 
 def new_context() -> ts.Context:

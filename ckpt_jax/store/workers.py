@@ -9,6 +9,7 @@ does the work itself.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -18,6 +19,28 @@ from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def spare_nbytes() -> int:
+    """Host memory that a save or restore may use beside the arrays: by cores, and free memory."""
+    wanted = cores() * _NBYTES_PER_CORE
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # the system does not say
+        free = _LEAST_NBYTES
+    return max(_LEAST_NBYTES, min(wanted, free // 8))
+
+
+_NBYTES_PER_CORE = 32 << 20
+_LEAST_NBYTES = 64 << 20
 
 
 def started(thread: threading.Thread) -> bool:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -104,18 +104,41 @@ def owned_shards(array: jax.Array) -> list[tuple[Box, int, jax.Array]]:
     return [(box, device, shards[number]) for number, box, device in owned]
 
 
-def to_host(shards: Sequence[jax.Array | np.ndarray]) -> list[np.ndarray]:
+class Arriving:
+    """A copy of a single-device array that is on its way to pinned host memory.
+
+    The runtime orders everything that the program does to the array behind the copy. So the array
+    may be donated or deleted before the copy arrives.
+    """
+
+    def __init__(self, started: jax.Array):
+        self._started = started
+        self.shape, self.nbytes = started.shape, started.nbytes
+
+    def wait(self) -> np.ndarray:
+        """The contents; on any thread."""
+        with transfers_allowed(), jax.enable_x64(True):
+            return np.asarray(self._started)
+
+
+def to_host(
+    shards: Sequence[jax.Array | np.ndarray], *, wait: bool = True
+) -> list[np.ndarray | Arriving]:
     """The contents of single-device arrays: views if they lie on the host, otherwise copies.
 
     Views stay valid even if the array is donated or deleted: JAX does not reuse memory while a
     view of it exists.
+
+    Args:
+      wait: if not, large copies may still be on their way (`Arriving`).
     """
     far = {
         number: shard
         for number, shard in enumerate(shards)
         if isinstance(shard, jax.Array) and not _on_host(shard.sharding)
     }
-    copied = dict(zip(far, copies(list(far.values())) if far else (), strict=True))
+    arrays = copies(list(far.values()), wait=wait) if far else ()
+    copied = dict(zip(far, arrays, strict=True))
     return [copied[n] if n in copied else np.asarray(shard) for n, shard in enumerate(shards)]
 
 
@@ -129,24 +152,42 @@ _PINNED_FROM = 1 << 16  # bytes; the driver stages smaller copies itself
 _PINNED_AT_MOST = 32 << 30  # bytes; XLA provides 64 GiB, and programs keep values there as well
 
 
-def copies(shards: Sequence[jax.Array]) -> list[np.ndarray]:
+def copies(shards: Sequence[jax.Array], *, wait: bool = True) -> list[np.ndarray | Arriving]:
     """Copies single-device arrays to host memory; starts all copies before waiting for the first.
 
     The copies go straight to pinned memory if the platform has it. Through ordinary memory the
     driver would copy twice, at a fraction of the bus's speed. The arrays themselves keep no copy,
     unlike after `np.asarray`.
+
+    Args:
+      wait: if not, copies to pinned memory are only started.
     """
+    chosen = _for_pinned(shards)
+    others = [number for number in range(len(shards)) if number not in chosen]
+    found: dict[int, np.ndarray | Arriving] = {}
     # Without 64-bit types enabled, JAX would copy 64-bit values as 32-bit ones.
     with jax.enable_x64(True):
-        started = _to_pinned(shards)
-        for number, shard in enumerate(shards):
-            if number not in started:
-                started[number] = _start_copy(shard)
-        return [_arrived(started[number], shard) for number, shard in enumerate(shards)]
+        if not wait:  # these first, because copies arrive in the order in which they were started
+            found = _copied(shards, others)
+            others = []
+        pinned = _to_pinned(shards, chosen)
+        others += [number for number in chosen if number not in pinned]
+        found |= _copied(shards, others)
+        for number, started in pinned.items():
+            found[number] = _arrived(started, shards[number]) if wait else Arriving(started)
+    return [found[number] for number in range(len(shards))]
 
 
-def _to_pinned(shards: Sequence[jax.Array]) -> dict[int, jax.Array]:
-    """Starts copies to pinned host memory. Returns them by the number of the shard.
+def _copied(
+    shards: Sequence[jax.Array], numbers: Sequence[int]
+) -> dict[int, np.ndarray | Arriving]:
+    """Copies of some shards in ordinary memory, by their numbers."""
+    started = {number: _start_copy(shards[number]) for number in numbers}
+    return {number: np.asarray(copy) for number, copy in started.items()}
+
+
+def _for_pinned(shards: Sequence[jax.Array]) -> dict[int, jax.sharding.Sharding]:
+    """The shards that go to pinned host memory, by number, and where to.
 
     Shards that are too small, or for which there is no room, are left out.
     """
@@ -157,6 +198,13 @@ def _to_pinned(shards: Sequence[jax.Array]) -> dict[int, jax.Array]:
         if pinned is not None and whole_bytes and _PINNED_FROM <= shard.nbytes <= room:
             room -= shard.nbytes
             chosen[number] = pinned
+    return chosen
+
+
+def _to_pinned(
+    shards: Sequence[jax.Array], chosen: Mapping[int, jax.sharding.Sharding]
+) -> dict[int, jax.Array]:
+    """Starts copies to pinned host memory; none if that is not possible."""
     try:
         arrays = jax.device_put([shards[number] for number in chosen], list(chosen.values()))
     except jax.errors.JaxRuntimeError as error:

@@ -22,8 +22,8 @@ ROOT = Path(__file__).parent.parent.parent / PACKAGE  # not from `places`: this 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "metrics", "progress", "report", "version"),
     ("graph",),
-    ("options", "objects", "store"),
-    ("values",),
+    ("objects", "store"),
+    ("options", "values"),
     ("io", "matching", "processes"),
     ("saving", "restoring"),
     ("api",),

@@ -98,7 +98,7 @@ def test_what_is_beyond_the_bound_on_pinned_memory_takes_the_other_way(monkeypat
     data = [values_of("float32", LARGE) + k for k in range(3)]
     arrays = list(map(on_device, data))
     monkeypatch.setattr(host, "_PINNED_AT_MOST", 2 * arrays[0].nbytes)
-    assert list(host._to_pinned(arrays)) == [0, 1]
+    assert list(host._for_pinned(arrays)) == [0, 1]
     assert [c.tobytes() for c in host.copies(arrays)] == [d.tobytes() for d in data]
 
 
@@ -153,3 +153,17 @@ def test_an_array_in_memory_of_the_host_is_saved(tmp_path):
         },
     )
     assert ckpt.load(path)["x"].sum() == 8
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int64", "bfloat16"])
+def test_copies_that_are_only_started_arrive_though_the_arrays_are_donated(dtype):
+    """Large ones are still on their way, small ones are there."""
+    data = [values_of(dtype, LARGE), values_of(dtype, (3, 5))]
+    arrays = list(map(on_device, data))
+    large, small = host.copies(arrays, wait=False)
+    for array in arrays:
+        array.delete()
+    assert isinstance(large, host.Arriving)
+    assert isinstance(small, np.ndarray)
+    assert large.nbytes == data[0].nbytes
+    assert [large.wait().tobytes(), small.tobytes()] == [d.tobytes() for d in data]
