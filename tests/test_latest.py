@@ -56,8 +56,7 @@ def test_the_directory_may_be_any_path_like(tmp_path, checkpoint):
     assert latest_checkpoint(tmp_path) == latest_checkpoint(str(tmp_path)) == path
 
 
-def test_a_directory_without_state_file_or_without_anything_has_no_latest(tmp_path, checkpoint):
-    checkpoint.write(tmp_path / "ckpt-1")
+def test_a_directory_without_checkpoints_or_without_anything_has_no_latest(tmp_path, checkpoint):
     assert latest_checkpoint(tmp_path) is None
     assert latest_checkpoint(tmp_path / "absent") is None
 

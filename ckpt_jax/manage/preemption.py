@@ -38,7 +38,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from ckpt_jax.errors import AsyncSaveError
-from ckpt_jax.manage.manager import CheckpointManager
+from ckpt_jax.manage.manager import CheckpointManager, schedule_of
 from ckpt_jax.processes.common_step import CommonStep
 from ckpt_jax.processes.current import current
 
@@ -237,7 +237,7 @@ class PreemptionHandler:
             _log.warning("%s: saving in the middle of a step", why)
             try:
                 self._save_now(self._step)
-                self._manager._make_due()  # again, when the step is over
+                schedule_of(self._manager).make_due()  # again, when the step is over
             except Exception:  # there is nobody else to tell, and a boundary may yet come
                 _log.exception("the save in the middle of a step failed")
 
@@ -266,9 +266,9 @@ class PreemptionHandler:
             _log.error("%s", error, exc_info=error.__cause__)
         before = self._manager.latest_checkpoint
         # A manager does not save one step twice: then what is there is what is wanted.
-        is_there = self._manager._has_saved_step()
+        is_there = schedule_of(self._manager).has_saved(self._manager.latest_checkpoint)
         if not is_there:
-            self._manager._make_due()
+            schedule_of(self._manager).make_due()
         try:
             try:
                 path = self._save(step)

@@ -17,10 +17,11 @@ The file is replaced in one step, so a reader sees the old state or the new one.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
+import stat
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ckpt_jax.store.durable import fsync_directory, naming
 from ckpt_jax.store.staging import claim, new_file, remove_leftovers
 
 STATE_FILE = "checkpoint"
+_MAX_NBYTES = 1 << 26  # of a file beside the checkpoints
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -84,12 +86,18 @@ def get_checkpoint_state(
     directory = os.fsdecode(directory)
     path = os.path.join(directory, latest_filename or STATE_FILE)
     try:
-        with open(path, encoding="utf-8") as file:
-            state = parse(file.read())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (UnicodeDecodeError, text_format.ParseError, IsADirectoryError) as error:
-        _log.warning("%s is ignored, because it is no checkpoint state file: %s", path, error)
+        text = read_file(path)
+        if text is None:
+            return None
+        state = parse(text)
+        if "\0" in "".join([state.model_checkpoint_path, *state.all_model_checkpoint_paths]):
+            raise ValueError("a path in it has a NUL character")
+    except (ValueError, text_format.ParseError) as error:
+        _log.warning(
+            "%s is ignored, because it is no checkpoint state file: %s. Restore the file from a "
+            "copy, or delete it: the next save writes a new one.",
+            *(path, error),
+        )
         return None
     if not state.model_checkpoint_path:
         raise ValueError(
@@ -205,15 +213,40 @@ def _stored_path(directory: str, path: str) -> str:
     return path if outside and os.path.isabs(path) else relative
 
 
+def read_file(path: str) -> str | None:
+    """The text of a small file beside the checkpoints; None if there is no file.
+
+    A pipe is not opened, because nobody may ever write to it.
+
+    Raises:
+      ValueError: it is no regular file, is too large, or is no text in UTF-8.
+      OSError: it cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV, errno.ELOOP):
+            raise ValueError(f"it cannot be read ({error.strerror})") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("it is no regular file")
+    with open(descriptor, "rb") as file:
+        contents = file.read(_MAX_NBYTES + 1)
+    if len(contents) > _MAX_NBYTES:
+        raise ValueError(f"it has more than {_MAX_NBYTES} bytes")
+    return contents.decode("utf-8")
+
+
 def replace_file(path: str, text: str) -> None:
     """Replaces a small file in one step, durably; where that fails, it is as it was.
 
     Raises:
       OSError: naming the file.
     """
-    before: bytes | None = None
-    with suppress(FileNotFoundError):
-        before = Path(path).read_bytes()
+    before = Path(path).read_bytes() if os.path.isfile(path) else None
     remove_leftovers(path)
     _put(path, text.encode("ascii"))
     try:
