@@ -76,7 +76,7 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
         if state is None:
             return _newest_by_name(directory) if latest_filename is None else None
         latest = beside(directory, state.model_checkpoint_path)
-        problem = problem_with(latest, refused=UnsupportedFormatError)
+        problem = problem_with(latest)
         if problem is None:
             if latest != state.model_checkpoint_path:
                 say_moved(directory, state.model_checkpoint_path, latest)
@@ -84,6 +84,7 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
         if latest == first:
             break
         first = latest  # look again: it may have been overtaken, and removed, in this moment
+    _refuse_unsupported(latest)
     _log.warning("the checkpoint %s is not usable: %s", latest, problem)
     for path in older_checkpoints(directory, latest):
         problem = problem_with(path)
@@ -198,22 +199,25 @@ def older_checkpoints(directory: Path, path: str) -> list[str]:
     ]
 
 
-def problem_with(path: str, refused: type[CheckpointError] | tuple[()] = ()) -> str | None:
-    """Why the checkpoint at `path` is not usable; None if it is.
-
-    Args:
-      path: of a checkpoint.
-      refused: the errors that are raised.
-    """
+def problem_with(path: str) -> str | None:
+    """Why the checkpoint at `path` is not usable; None if it is."""
     try:
         with CheckpointReader(path) as reader:
             _ = reader.object_graph
             reader.check_files()
-    except refused:
-        raise
     except (CheckpointError, OSError) as error:
         return str(error)
     return None
+
+
+def _refuse_unsupported(path: str) -> None:
+    """Raises the error of a checkpoint whose format is not read here."""
+    try:
+        CheckpointReader(path).close()
+    except UnsupportedFormatError:
+        raise
+    except (CheckpointError, OSError):
+        return
 
 
 def checkpoints_iterator(

@@ -196,12 +196,12 @@ def what_was_left(status: LoadStatus) -> str | None:
     """What a restore has not restored, in words; None if it has restored everything."""
     report = status.report
     kinds = {
-        "of the program are not in the checkpoint": report.missing,
-        "of the checkpoint have no place in the program": report.unexpected,
-        "of the checkpoint wait for objects that the program does not have": report.deferred,
+        "the checkpoint lacks": report.missing,
+        "the program has no place for": report.unexpected,
+        "what waits for objects that the program does not have yet is": report.deferred,
     }
     parts = [
-        f"{len(left)} value{'s'[: len(left) != 1]} {what} ({_listed([e.path for e in left])})"
+        f"{what} {_listed([entry.path for entry in left])}"
         for what, entries in kinds.items()
         if (left := _without_counter(entries))
     ]

@@ -13,7 +13,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Hashable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ckpt_jax.api.latest import (
     checkpoint_exists,
@@ -38,6 +38,26 @@ from ckpt_jax.store.staging import STAGING, is_abandoned, remove_abandoned
 from ckpt_jax.store.storage import POSIX
 
 _log = logging.getLogger("ckpt_jax")
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A save that has begun.
+
+    Attributes:
+      record: of its checkpoint.
+      before: the generation of what was at its path.
+      origin: the checkpoint that was saved or restored before it.
+    """
+
+    record: CheckpointRecord
+    before: Hashable | None
+    origin: str | None
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether the checkpoint is at its path."""
+        return POSIX.generation(self.record.path) not in (None, self.before)
 
 
 class Collection:
@@ -68,8 +88,8 @@ class Collection:
         self._directory, self._name = directory, name
         self._policy = policy
         self._preserve_interval_seconds = preserve_interval_seconds
-        # Checkpoints whose saves have begun, by path, with what was at the path before.
-        self._begun: dict[str, tuple[CheckpointRecord, Hashable | None]] = {}
+        self._begun: dict[str, _Begun] = {}  # by path
+        self._origin: str | None = None  # the checkpoint that was saved or restored last
         self.ledger = recovered(directory, name, now)
 
     def candidates(self) -> list[str]:
@@ -97,28 +117,33 @@ class Collection:
             )
         return path
 
+    def restored(self, path: str) -> None:
+        """Notes that the program has restored one of the checkpoints, and goes on from there."""
+        self._origin = path
+
     def begin(self, record: CheckpointRecord) -> None:
         """Notes that a save has begun."""
-        self._begun[record.path] = record, POSIX.generation(record.path)
+        before = POSIX.generation(record.path)
+        self._begun[record.path] = _Begun(record, before, self._origin)
+        self._origin = record.path
 
     def take_back(self, path: str) -> bool:
         """Notes that a save has failed; returns whether there is a checkpoint all the same: an
         interrupt came after the commit. It will be adopted."""
-        is_there = path in self._begun and self._is_committed(path)
-        if not is_there:
-            self._begun.pop(path, None)
-        return is_there
-
-    def _is_committed(self, path: str) -> bool:
-        before = self._begun[path][1]
-        return POSIX.generation(path) not in (None, before)
+        begun = self._begun.get(path)
+        if begun is None:
+            return False
+        if begun.is_committed:
+            return True
+        del self._begun[path]
+        if self._origin == path:
+            self._origin = begun.origin
+        return False
 
     def _with_adopted(self, ledger: Ledger) -> Ledger:
         """A ledger with what was committed but not recorded."""
-        for path, (record, _) in [*self._begun.items()]:
-            if self._is_committed(path):
-                ledger = ledger.with_older(record)
-        return ledger
+        begun = [*self._begun.values()]  # a signal handler may change them
+        return ledger.with_adopted([each.record for each in begun if each.is_committed])
 
     def collect(self, dry_run: bool) -> list[str]:
         """Removes what is not needed, and what interrupted saves have left; see
@@ -146,11 +171,13 @@ class Collection:
           record: of the checkpoint.
           is_overtaken: whether one with newer values is recorded already, which stays the latest.
         """
+        begun = self._begun.get(record.path)
+        origin = begun.origin if begun is not None else None
         while True:
             before = self.ledger
             ledger = self._with_adopted(before)
             is_older = is_overtaken and ledger.latest is not None
-            ledger = ledger.with_older(record) if is_older else ledger.with_latest(record)
+            ledger = ledger.with_older(record) if is_older else ledger.with_latest(record, origin)
             write_ledger(self._directory, self._name, ledger, is_newest=True)
             if self.ledger is before:
                 break

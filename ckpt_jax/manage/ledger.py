@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ckpt_jax.api.latest import beside, checkpoint_exists, say_moved, state_in
@@ -50,14 +50,28 @@ class Ledger:
         )
         object.__setattr__(self, "records", tuple(records))
 
-    def with_latest(self, record: CheckpointRecord) -> Ledger:
-        """The ledger after a checkpoint was saved. Those with larger numbers are on a branch that
-        the program has left by going back."""
+    def with_latest(self, record: CheckpointRecord, origin: str | None = None) -> Ledger:
+        """The ledger after a checkpoint was saved.
+
+        Args:
+          record: of the checkpoint.
+          origin: the checkpoint that the program had saved or restored last, if that is known.
+            Those with larger numbers are on a branch that the program has left by going back.
+        """
+        last = number_of(origin or "")
+        last = record.number if last is None else min(last, record.number)
         others = [
-            replace(other, is_abandoned=other.is_abandoned or other.number > record.number)
+            replace(
+                other,
+                is_abandoned=other.path != origin and (other.is_abandoned or other.number > last),
+            )
             for other in self.records
         ]
         return Ledger(record.path, (*others, record), self.last_preserved)
+
+    def with_adopted(self, records: Iterable[CheckpointRecord]) -> Ledger:
+        """The ledger with checkpoints that were committed after the latest, but not recorded."""
+        return Ledger(self.latest, (*self.records, *records), self.last_preserved)
 
     def with_older(self, record: CheckpointRecord) -> Ledger:
         """The ledger with one more checkpoint, which is not the latest."""

@@ -462,6 +462,8 @@ class CheckpointManager:
         self._has_restored = True
         above, name = os.path.split(os.path.abspath(path))
         is_own = above == self._directory and own_number(self._name, name) is not None
+        if is_own:
+            self._collection.restored(os.path.join(above, name))
         with contextlib.suppress(TypeError):  # a step counter that holds nothing yet
             self._schedule.restored(os.path.join(above, name) if is_own else None)
 
