@@ -3,11 +3,14 @@ recorded, several managers in one directory, and directories of other libraries.
 
 import itertools
 import json
+import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
+import threading
 
 import numpy as np
 import pytest
@@ -322,6 +325,20 @@ def test_a_state_file_that_could_not_be_written_leaves_no_checkpoint_for_ever(
     assert numbers_in(tmp_path) == [3]
 
 
+def test_what_a_killed_program_has_not_recorded_is_named_at_the_restart(tmp_path, caplog):
+    manager = run_in(tmp_path, max_to_keep=1)
+    save(manager, 1)
+    with pytest.raises(ConnectionError):
+        save(manager, 7, options=ckpt.CheckpointOptions(write_callbacks=[fail]))
+    again = run_in(tmp_path, max_to_keep=1)
+    (record,) = caplog.records
+    assert str(tmp_path) in record.getMessage() and "found 7:" in record.getMessage()
+    assert again.restore_or_initialize() == str(tmp_path / "ckpt-1")
+    again.restore(7).assert_consumed()
+    again.delete(7)
+    assert numbers_in(tmp_path) == [1]
+
+
 # --- several managers in one directory ----------------------------------------------------------
 
 
@@ -482,3 +499,32 @@ def test_a_copy_of_the_directory_goes_on_with_everything(tmp_path):
     again = run_in(tmp_path / "new")
     assert again.steps == manager.steps == (3, 1, 2, 4)
     assert [again.metrics(step)["x"] for step in again.steps] == [3, 1, 2, 4]
+
+
+# --- notices ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_a_notice_that_the_loop_never_asks_for_is_told_at_once(tmp_path, asks):
+    said: list[str] = []
+    came = threading.Event()
+
+    class Listener(logging.Handler):
+        def emit(self, record):
+            said.append(record.getMessage())
+            came.set()
+
+    listener = Listener()
+    logging.getLogger("ckpt_jax").addHandler(listener)
+    try:
+        with ckpt.PreemptionHandler(run_in(tmp_path)) as handler:
+            if asks:
+                handler.reached(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+            if not asks:
+                assert came.wait(60)
+            assert handler.reached(1)
+    finally:
+        logging.getLogger("ckpt_jax").removeHandler(listener)
+    assert handler.saved == str(tmp_path / "ckpt-1")
+    assert [("reached(step)" in each) for each in said] == [True] * (not asks)

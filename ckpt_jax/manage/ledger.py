@@ -135,8 +135,10 @@ def recovered(directory: str, name: str, now: float) -> Ledger:
         return Ledger(_found_by_name(directory, name), (), now - 1)
     state = state_in(directory)
     named = state.model_checkpoint_path if state is not None else ""
-    if ledger.latest == beside(directory, named) != named:
-        say_moved(directory, named, ledger.latest)
+    found = beside(directory, named)
+    if found == ledger.latest and found != named:
+        say_moved(directory, named, found)
+    _say_unlisted(directory, name, ledger)
     if now < ledger.last_preserved:
         _log.warning(
             "%s: the clock (%s) is behind the last preserved checkpoint timestamp (%s). The "
@@ -151,6 +153,20 @@ def recovered(directory: str, name: str, now: float) -> Ledger:
         if record.time != ledger.last_preserved or known_metrics(record)
     ]
     return Ledger(ledger.latest, tuple(records), ledger.last_preserved)
+
+
+def _say_unlisted(directory: str, name: str, ledger: Ledger) -> None:
+    """Says which checkpoints are newer than the latest by their numbers, and are not recorded."""
+    latest = own_number(name, ledger.latest or "")
+    listed = {record.number for record in ledger.records}
+    there = [] if latest is None else restorable(directory, name)
+    if unlisted := [n for n in there if n > (latest or 0) and n not in listed]:
+        _log.warning(
+            "%s: expected no checkpoints %s-N above the latest, %s, that are not recorded, found "
+            "%s: perhaps a program was killed before it recorded them. They will not be removed. "
+            "manager.restore(N) restores one of them, manager.delete(N) removes it.",
+            *(os.path.join(directory, STATE_FILE), name, latest, ", ".join(map(str, unlisted))),
+        )
 
 
 def _found_by_name(directory: str, name: str) -> str | None:

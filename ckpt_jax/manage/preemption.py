@@ -217,6 +217,12 @@ class PreemptionHandler:
         if next(numbers, None) is None:
             return
         self._noticed = True
+        if self._step is None:
+            _log.warning(
+                "a preemption notice came, but reached(step) has never been called, which saves: "
+                "call it at the end of each training step. Nothing is saved until then%s.",
+                "" if self._grace_seconds is None else f" or for {self._grace_seconds} s",
+            )
         if self._grace_seconds is not None and math.isfinite(self._grace_seconds):
             self._deadline = time.monotonic() + self._grace_seconds
         try:
