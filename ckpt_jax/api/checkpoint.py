@@ -35,7 +35,7 @@ from ckpt_jax.restoring.rename import rename as renamed
 from ckpt_jax.restoring.waiting import Restoration
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import SaveRuns, Unrecorded
-from ckpt_jax.store.state_file import CheckpointState, update_checkpoint_state
+from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 
 
 class Checkpoint(AutoTrackable):
@@ -198,6 +198,7 @@ class Checkpoint(AutoTrackable):
             root = restoration.run(reader, meeting)
         if self.__dict__["_self_rooted"] and root is not self._root_object():
             self.__dict__["_self_root"] = root
+        self._runs().tell_restored(restoration.path)
         return LoadStatus(restoration, self._trace_for_restore)
 
     def restore(
@@ -375,18 +376,19 @@ class _Numbered:
         self._path = f"{prefix}-{self._number}"
         # Of now: the program may have gone elsewhere when it is committed.
         self._directory = os.path.realpath(os.path.dirname(self._path))
+        self.series = self._directory, os.path.basename(prefix)
 
     def begin(self) -> SaveRequest:
         set_save_counter(self._checkpoint, self._number)
         return request_for(self._checkpoint, self._path, self._options)
 
-    def record(self) -> None:
-        if self._meeting.leads:
+    def record(self, is_overtaken: bool = False) -> None:
+        if self._meeting.leads and not is_overtaken:
             latest = os.path.join(self._directory, os.path.basename(self._path))
             update_checkpoint_state(self._directory, CheckpointState(latest))
 
     def undo(self) -> None:
-        set_save_counter(self._checkpoint, self._number - 1)
+        take_back_count(self._checkpoint, self._number)
 
 
 def set_save_counter(checkpoint: Checkpoint, number: int) -> None:
@@ -394,6 +396,12 @@ def set_save_counter(checkpoint: Checkpoint, number: int) -> None:
     counter = checkpoint._counter()
     is_own = isinstance(counter, _Counter)
     counter._value = number if is_own else np.asarray(number, counter.dtype)
+
+
+def take_back_count(checkpoint: Checkpoint, number: int) -> None:
+    """Makes a save that has failed not count, unless another one has been counted since."""
+    if checkpoint.save_counter == number:
+        set_save_counter(checkpoint, number - 1)
 
 
 def save_runs_of(checkpoint: Checkpoint) -> SaveRuns:

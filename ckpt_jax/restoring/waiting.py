@@ -118,8 +118,7 @@ class Restoration:
         self._context = context
         self.nbytes = 0
         self.left_over = _LeftOver(path, renamed.graph)
-        finalizer = weakref.finalize(self, self.left_over.log)
-        finalizer.atexit = False  # at interpreter exit nobody is waiting any more
+        weakref.finalize(self, self.left_over.log)  # at the interpreter's exit, too
         self._rank = Rank()
         self._bindings = Bindings()
         self._callbacks: Mapping[int, ReshardCallback] = {}  # by saved node

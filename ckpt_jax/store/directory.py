@@ -60,7 +60,9 @@ def number_of(path: str) -> int | None:
     >>> number_of("runs/ckpt-12"), number_of("runs/final")
     (12, None)
     """
-    found = re.search(r"-(\d+)$", os.path.basename(path))
+    found = re.search(
+        r"-(\d{1,255})$", os.path.basename(path)
+    )  # no longer name fits in a directory
     return int(found.group(1)) if found else None
 
 
@@ -110,6 +112,37 @@ def _other_library(path: str) -> str | None:
         if os.path.isfile(os.path.join(path, name)):
             return library
     return "TensorFlow" if not os.path.exists(path) and os.path.isfile(f"{path}.index") else None
+
+
+def others_in(directory: str) -> dict[str, str]:
+    """The numbered checkpoints of other libraries in a directory, or the directory itself if it is
+    one.
+
+    Returns:
+      The name of the library by the name of the checkpoint ("." for the directory itself).
+    """
+    found = {".": library} if (library := _other_library(directory)) else {}
+    names = _listed(directory)
+    for name in names:
+        path = os.path.join(directory, name)
+        stem = name.removesuffix(".index")
+        if stem != name and re.search(r"\d$", stem) and os.path.isfile(path):
+            if any(each.startswith(f"{stem}.data-") for each in names):
+                found[stem] = "TensorFlow"
+        elif re.search(r"\d$", name) and os.path.isdir(path) and not is_checkpoint(path):
+            # The newer kind of Orbax's folders has one folder for each item.
+            below = [path, *[os.path.join(path, item) for item in _listed(path)]]
+            libraries = [each for each in map(_other_library, below) if each is not None]
+            if libraries:
+                found[name] = libraries[0]
+    return found
+
+
+def _listed(directory: str) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except OSError:
+        return []
 
 
 @dataclass(frozen=True, slots=True)

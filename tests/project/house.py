@@ -20,10 +20,10 @@ ROOT = Path(__file__).parent.parent.parent / PACKAGE  # not from `places`: this 
 
 # From the ground up. A room imports only rooms on the lines before its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "metrics", "progress", "report", "version"),
+    ("errors", "metrics", "progress", "report", "retention", "version"),
     ("graph",),
     ("objects", "store"),
-    ("options", "values"),
+    ("options", "state_file", "values"),
     ("io", "matching", "processes"),
     ("saving", "restoring"),
     ("api",),

@@ -137,7 +137,7 @@ def test_a_normal_exit_waits_and_does_not_swallow_an_error(tmp_path: Path, fails
     assert done.returncode == 0
     assert ckpt.verify(tmp_path / "c-1").ok
     assert ("lost" in done.stderr) == fails
-    assert (ckpt.latest_checkpoint(tmp_path) is None) == fails
+    assert (ckpt.get_checkpoint_state(tmp_path) is None) == fails
 
 
 def test_a_write_callback_finds_the_checkpoint_committed(tmp_path: Path):

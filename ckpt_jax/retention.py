@@ -7,6 +7,7 @@ the numbers of those to keep. `plan_sweep` turns what it says into what becomes 
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
@@ -21,6 +22,7 @@ class CheckpointRecord:
       time: when it was recorded, in seconds since the epoch, by the manager's clock.
       metrics: as given to `CheckpointManager.save`.
       path: of the checkpoint.
+      is_abandoned: whether the program has gone back to before this checkpoint, and on from there.
 
     Example:
       >>> CheckpointRecord(3, metrics={"loss": 0.5}).number
@@ -31,6 +33,7 @@ class CheckpointRecord:
     time: float = 0.0
     metrics: Mapping[str, float] = field(default_factory=dict)
     path: str = ""
+    is_abandoned: bool = False
 
 
 @runtime_checkable
@@ -49,7 +52,8 @@ class RetentionPolicy(Protocol):
     """
 
     def keep(self, records: tuple[CheckpointRecord, ...]) -> Collection[int]:
-        """The numbers to keep, given all managed checkpoints, the latest last."""
+        """The numbers to keep, given all managed checkpoints: first those on abandoned branches,
+        then the others, both in the order of numbers, and the latest last."""
         ...
 
 
@@ -77,7 +81,11 @@ class KeepLatest:
 
 @dataclass(frozen=True, slots=True)
 class KeepEveryNSteps:
-    """Keeps the checkpoints whose number is a multiple of `steps`.
+    """Keeps one checkpoint for each multiple of `steps`: the first one at or after it.
+
+    That is the multiple itself if it was saved. If the saves fall beside the multiples (1, 11, 21,
+    ...), it is the next one, as long as it comes before the next multiple. Before the first
+    multiple above 0 nothing is kept but 0.
 
     The numbers are those of the names: pass `checkpoint_number=` to `save` for training steps.
 
@@ -87,6 +95,8 @@ class KeepEveryNSteps:
     Example:
       >>> sorted(KeepEveryNSteps(100).keep(tuple(map(CheckpointRecord, [50, 100, 150, 200]))))
       [100, 200]
+      >>> sorted(KeepEveryNSteps(50).keep(tuple(map(CheckpointRecord, range(1, 122, 10)))))
+      [51, 101]
     """
 
     steps: int
@@ -95,8 +105,12 @@ class KeepEveryNSteps:
         _check_positive(steps=self.steps)
 
     def keep(self, records: tuple[CheckpointRecord, ...]) -> frozenset[int]:
-        """The numbers that are multiples."""
-        return frozenset(record.number for record in records if record.number % self.steps == 0)
+        """For each multiple the first number from there on."""
+        first: dict[int, int] = {}
+        for record in records:
+            multiple = record.number // self.steps
+            first[multiple] = min(record.number, first.get(multiple, record.number))
+        return frozenset(number for multiple, number in first.items() if multiple or not number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +185,7 @@ class Sweep:
     """What becomes of the managed checkpoints, each of which is in one of three groups."""
 
     keep: tuple[CheckpointRecord, ...]
-    preserve: tuple[CheckpointRecord, ...]  # kept for ever, no longer managed
+    preserve: tuple[CheckpointRecord, ...]  # kept forever, no longer managed
     remove: tuple[CheckpointRecord, ...]
     last_preserved: float
 
@@ -187,10 +201,10 @@ def plan_sweep(
     Args:
       records: the managed checkpoints.
       policy: what to keep, besides the latest.
-      preserve_interval_seconds: between two that are kept for ever; None keeps none.
+      preserve_interval_seconds: between two that are kept forever; None keeps none.
       last_preserved: when the last one of those was saved, in seconds since the epoch.
     """
-    numbers = {*policy.keep(records), *(record.number for record in records[-1:])}
+    numbers = {*_kept(policy, records), *(record.number for record in records[-1:])}
     preserve: list[CheckpointRecord] = []
     remove: list[CheckpointRecord] = []
     for record in records:
@@ -204,6 +218,47 @@ def plan_sweep(
             remove.append(record)
     keep = tuple(record for record in records if record.number in numbers)
     return Sweep(keep, tuple(preserve), tuple(remove), last_preserved)
+
+
+def _kept(policy: RetentionPolicy, records: tuple[CheckpointRecord, ...]) -> set[int]:
+    """What a policy keeps.
+
+    Raises:
+      TypeError: it says so in anything but numbers; it would keep nothing.
+    """
+    kept = policy.keep(records)
+    try:
+        return {operator.index(number) for number in kept}
+    except TypeError as error:
+        raise TypeError(
+            f"{policy!r}: expected keep() to return numbers of checkpoints, found {kept!r}. Return "
+            "record.number of each record that stays."
+        ) from error
+
+
+def metrics_of(policy: RetentionPolicy) -> frozenset[str]:
+    """The metrics that a policy is known to go by.
+
+    >>> sorted(metrics_of(KeepAny((KeepBest("loss"), KeepLatest(1)))))
+    ['loss']
+    """
+    if isinstance(policy, KeepBest):
+        return frozenset([policy.metric])
+    if isinstance(policy, KeepAny):
+        return frozenset().union(*map(metrics_of, policy.policies))
+    return frozenset()
+
+
+def counts_steps(policy: RetentionPolicy) -> bool:
+    """Whether a policy is known to take numbers for training steps."""
+    if isinstance(policy, KeepAny):
+        return any(map(counts_steps, policy.policies))
+    return isinstance(policy, KeepEveryNSteps)
+
+
+def can_keep(policy: RetentionPolicy) -> bool:
+    """Whether a policy can keep anything."""
+    return not isinstance(policy, KeepAny) or any(map(can_keep, policy.policies))
 
 
 def _check_positive(**values: int) -> None:

@@ -21,16 +21,13 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from google.protobuf import text_format
 
 from ckpt_jax.graph._proto import checkpoint_state_pb2
-from ckpt_jax.store.durable import fsync_directory, naming
-from ckpt_jax.store.staging import claim, new_file, remove_leftovers
+from ckpt_jax.store.files import read_file, replace_file
 
 STATE_FILE = "checkpoint"
 
@@ -85,12 +82,18 @@ def get_checkpoint_state(
     directory = os.fsdecode(directory)
     path = os.path.join(directory, latest_filename or STATE_FILE)
     try:
-        with open(path, encoding="utf-8") as file:
-            state = parse(file.read())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (UnicodeDecodeError, text_format.ParseError, IsADirectoryError) as error:
-        _log.warning("%s is ignored, because it is not a checkpoint state file: %s", path, error)
+        text = read_file(path)
+        if text is None:
+            return None
+        state = parse(text)
+        if "\0" in "".join([state.model_checkpoint_path, *state.all_model_checkpoint_paths]):
+            raise ValueError("a path in it has a NUL character")
+    except (ValueError, text_format.ParseError) as error:
+        _log.warning(
+            "%s is ignored, because it is not a checkpoint state file: %s. Restore the file from a "
+            "copy, or delete it: the next save writes a new one.",
+            *(path, error),
+        )
         return None
     if not state.model_checkpoint_path:
         raise ValueError(
@@ -204,34 +207,3 @@ def _stored_path(directory: str, path: str) -> str:
     relative = os.path.relpath(path, directory)
     outside = relative.split(os.sep, 1)[0] == os.pardir
     return path if outside and os.path.isabs(path) else relative
-
-
-def replace_file(path: str, text: str) -> None:
-    """Replaces a small file durably in one step. If that fails, the file is as it was before.
-
-    Raises:
-      OSError: naming the file.
-    """
-    before: bytes | None = None
-    with suppress(FileNotFoundError):
-        before = Path(path).read_bytes()
-    remove_leftovers(path)
-    _put(path, text.encode("ascii"))
-    try:
-        fsync_directory(os.path.dirname(path) or os.curdir)
-    except OSError:
-        # The new file is in place, but it may not survive a power failure.
-        if before is None:
-            os.unlink(path)
-        else:
-            _put(path, before)
-        raise
-
-
-def _put(path: str, contents: bytes) -> None:
-    with claim(path, new_file) as temporary:
-        with naming(temporary), open(temporary, "wb") as file:
-            file.write(contents)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
