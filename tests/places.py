@@ -1,4 +1,4 @@
-"""Where things are in the repository. No other file of the tests counts its own folders."""
+"""Where things are in the repository, so that no test counts the folders above it."""
 
 import os
 from pathlib import Path

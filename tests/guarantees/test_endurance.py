@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -374,24 +375,31 @@ assert step_in(ckpt.save(directory + "/open/a", tree_of(2), overwrite=True)) == 
 """
 
 
-def test_without_permission_nothing_changes_and_the_error_names_the_path(tmp_path):
+@pytest.fixture
+def own_directory():
+    """A directory outside of pytest's own, which each start of pytest closes to other users."""
+    with tempfile.TemporaryDirectory() as directory:
+        yield Path(directory)
+
+
+def test_without_permission_nothing_changes_and_the_error_names_the_path(own_directory):
     for name in ("closed", "open"):
-        ckpt.save(tmp_path / name / "a", tree_of(1))
-    (tmp_path / "warm").mkdir()
-    for directory in (tmp_path / "closed", tmp_path / "open" / "a"):
+        ckpt.save(own_directory / name / "a", tree_of(1))
+    (own_directory / "warm").mkdir()
+    for directory in (own_directory / "closed", own_directory / "open" / "a"):
         directory.chmod(0o555)
-    above = [parent for parent in tmp_path.parents if parent.stat().st_uid == os.geteuid()]
-    modes = [(parent, parent.stat().st_mode) for parent in [tmp_path, *above]]
+    above = [parent for parent in own_directory.parents if parent.stat().st_uid == os.geteuid()]
+    modes = [(parent, parent.stat().st_mode) for parent in [own_directory, *above]]
     try:
         if os.geteuid() == 0:  # another user has to get there
-            (tmp_path / "open").chmod(0o777)
+            (own_directory / "open").chmod(0o777)
             for parent, mode in modes:
                 if mode & 0o005 != 0o005:
                     parent.chmod(0o755)
-        output_of(DENIED, tmp_path, tmp_path / "warm")
+        output_of(DENIED, own_directory, own_directory / "warm")
     finally:
         for parent, mode in modes:
             parent.chmod(mode)
-        for left in tmp_path.glob("*/*"):
+        for left in own_directory.glob("*/*"):
             left.chmod(0o755)
-        (tmp_path / "closed").chmod(0o755)
+        (own_directory / "closed").chmod(0o755)
