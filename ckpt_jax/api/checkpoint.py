@@ -34,6 +34,7 @@ from ckpt_jax.restoring.rename import rename as renamed
 from ckpt_jax.restoring.waiting import Restoration
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import SaveRuns, Unrecorded
+from ckpt_jax.store.paths import as_path, resolved
 from ckpt_jax.store.state_file import CheckpointState, update_checkpoint_state
 
 
@@ -123,7 +124,7 @@ class Checkpoint(AutoTrackable):
           `when_busy="skip"` says not to wait for it.
         """
         options = given(options)
-        request = request_for(self, os.fsdecode(path), options)
+        request = request_for(self, as_path(path), options)
         return self._runs().save(
             request.path, options, current_context(), lambda meeting: Unrecorded(request)
         )
@@ -149,7 +150,7 @@ class Checkpoint(AutoTrackable):
           OSError: the file system refused something; the earlier checkpoints are as they were.
         """
         options = given(options)
-        prefix = os.fsdecode(prefix)
+        prefix = as_path(prefix, "prefix")
         return self._runs().save(
             prefix,
             options,
@@ -387,7 +388,7 @@ class _Numbered:
         self._number = checkpoint.save_counter + 1
         self._path = f"{prefix}-{self._number}"
         # Of now: the program may have gone elsewhere when it is committed.
-        self._directory = os.path.realpath(os.path.dirname(self._path))
+        self._directory = resolved(os.path.dirname(self._path))
 
     def begin(self) -> SaveRequest:
         set_save_counter(self._checkpoint, self._number)

@@ -40,6 +40,7 @@ from ckpt_jax.processes.context import current_context
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Meeting, Processes
 from ckpt_jax.saving.pipeline import SaveRequest
+from ckpt_jax.store.paths import absolute, as_path
 
 SECONDS_PER_HOUR = 3600
 
@@ -122,9 +123,9 @@ class CheckpointManager:
             raise ValueError(f"expected a name without directories, got {checkpoint_name!r}")
         further = KeepAny(tuple(policies))
         self._checkpoint = checkpoint
-        self._given = os.fsdecode(directory)
+        self._given = as_path(directory, "directory", is_directory=True)
         # What that means now, also when the program has gone elsewhere since.
-        self._directory = os.path.abspath(self._given)
+        self._directory = absolute(self._given)
         policy = (
             None if max_to_keep is None else KeepAny((KeepLatest(max_to_keep), *further.policies))
         )

@@ -17,7 +17,9 @@ from typing import Any
 import tensorstore as ts
 
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.store.forks import use_tensorstore
 from ckpt_jax.store.index import Stack
+from ckpt_jax.store.paths import absolute, require_addressable
 
 CHUNK_NBYTES = 1 << 20  # what chunks come close to: small reads stay small, overhead too
 ALIGNMENT = 64  # of slices in rows and of results in memory; what JAX aliases without a copy
@@ -39,7 +41,11 @@ def new_context() -> ts.Context:
     """A context for one reader or writer: threads are shared by all, caches by none.
 
     A cache outlives what it describes when a directory is removed and its name is used again.
+
+    Raises:
+      RuntimeError: the parent of this process has used TensorStore before it was forked.
     """
+    use_tensorstore()
     return ts.Context({"cache_pool": {"total_bytes_limit": 0}}, _threads())
 
 
@@ -64,13 +70,10 @@ def files_nbytes(directory: str) -> int:
 
 
 def _database(directory: str) -> dict[str, Any]:
-    if "\\" in directory and os.sep == "/":
-        raise CheckpointError(
-            f"{directory}: TensorStore takes a backslash for what separates directories; "
-            "use a path without one"
-        )
+    path = absolute(directory)
+    require_addressable(path)
     # A path, not a URL: directories may be called "a?b" or "a%20b".
-    base = {"driver": "file", "path": f"{os.path.abspath(directory)}/"}
+    base = {"driver": "file", "path": f"{path}/"}
     return {"driver": "ocdbt", "base": base}
 
 
