@@ -37,11 +37,11 @@ from ckpt_jax.saving.write import plan_write, write
 from ckpt_jax.store.fetch import read_index
 from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.seal import seal
+from ckpt_jax.store.stack import SHARDS
 from ckpt_jax.store.storage import Storage
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import encode
 
-SHARDS = "shards"
 _MAX_PARTS = 256  # of a graph, in what a process says of it
 _MAX_LISTED = 10
 

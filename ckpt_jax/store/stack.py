@@ -24,6 +24,7 @@ from ckpt_jax.store.paths import absolute, require_addressable
 CHUNK_NBYTES = 1 << 20  # what chunks come close to: small reads stay small, overhead too
 ALIGNMENT = 64  # of slices in rows and of results in memory; what JAX aliases without a copy
 MANIFEST = "manifest.ocdbt"  # the file whose presence makes a directory a database
+SHARDS = "shards"  # the directory of a checkpoint's shards
 DATA = "d"  # the directory of a database's data files
 LEVELS = {None: -131072, "zstd": 1}  # of zstd, by `compression`; readers need not know
 MAX_EXPANSION = 1 << 15  # of zstd: a block of 128 KiB takes 4 bytes or more
