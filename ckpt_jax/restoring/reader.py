@@ -275,6 +275,7 @@ class CheckpointReader:
         """
         with self._unless_replaced():
             self._source.check_files()
+        self.check_not_replaced()
 
     @cached_property
     def _specs(self) -> dict[str, LeafSpec]:

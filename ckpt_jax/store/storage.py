@@ -13,6 +13,7 @@ from typing import Protocol
 
 from ckpt_jax.store.directory import Staging, require_checkpoint
 from ckpt_jax.store.fetch import ShardedReader
+from ckpt_jax.store.forks import require_not_forked, use_tensorstore
 from ckpt_jax.store.paths import resolved
 from ckpt_jax.store.stack import MANIFEST
 
@@ -51,12 +52,14 @@ class Posix:
     """A POSIX file system: a checkpoint is a directory, and takes its name in one rename."""
 
     def stage(self, path: str, token: str) -> Staging:
+        use_tensorstore()  # soon, perhaps on another thread: a fork in between is one too late
         return Staging.of(path, token)
 
     def located(self, path: str) -> str:
         return resolved(path)
 
     def open(self, location: str, path: str) -> ShardedReader:
+        require_not_forked()
         require_checkpoint(path)
         return ShardedReader(location)
 
