@@ -22,6 +22,7 @@ from ckpt_jax.api.nodes import restore_nodes
 from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.stack import MANIFEST
 from ckpt_jax.store.state_file import update_checkpoint_state
+from ckpt_jax.testing import run_processes
 
 ROOT = Path(__file__).parent.parent
 KEY = "a/.ATTRIBUTES/VARIABLE_VALUE"
@@ -388,6 +389,36 @@ def test_of_two_saves_into_one_prepared_directory_one_wins_and_the_other_is_told
     assert sorted(os.listdir(tmp_path / "a")) == ["d", MANIFEST, "shards"]
 
 
+def test_several_processes_fill_a_prepared_directory(tmp_path):
+    (tmp_path / "a").mkdir(mode=0o700)
+
+    def program(processes):
+        values = {"a": np.arange(3), "own": ckpt.PerProcess(processes.index)}
+        return ckpt.save(tmp_path / "a", values)
+
+    assert run_processes(3, program) == [str(tmp_path / "a")] * 3
+    assert ckpt.load(tmp_path / "a")["a"].tolist() == [0, 1, 2]
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o700
+    assert sorted(os.listdir(tmp_path / "a")) == ["d", MANIFEST, "shards"]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_where_one_of_several_processes_fails_a_prepared_directory_stays_empty(tmp_path, failing):
+    (tmp_path / "a").mkdir()
+
+    def program(processes):
+        def fail(slices):
+            assert processes.index != failing, "this process fails"
+            return [slices] if slices else []
+
+        options = ckpt.CheckpointOptions(sharding_policy=fail)
+        return ckpt.save(tmp_path / "a", {"a": np.arange(3)}, options=options)
+
+    results = run_processes(2, program)
+    assert all(isinstance(error, Exception) for error in results), results
+    assert os.listdir(tmp_path / "a") == []
+
+
 def test_what_is_not_empty_is_not_filled(tmp_path):
     (tmp_path / "a" / "shards").mkdir(parents=True)
     with pytest.raises(FileExistsError, match="is not a checkpoint"):
@@ -480,7 +511,7 @@ def test_a_reader_without_with_says_that_its_checkpoint_was_replaced_or_removed(
     reader.close()
 
 
-def test_verify_does_not_call_a_checkpoint_damaged_that_was_removed(tmp_path):
+def test_what_was_read_before_does_not_hide_that_a_checkpoint_was_removed(tmp_path):
     path = ckpt.save(tmp_path / "a", tree(3))
     with ckpt.load_checkpoint(path) as reader:
         assert reader.get_tensor(KEY).shape == (300, 1000)

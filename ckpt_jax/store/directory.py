@@ -260,7 +260,10 @@ def check_replaceable(path: str, overwrite: bool) -> None:
                 "there; nothing was written. Save to a name below it, or remove its contents first."
             )
     elif not _is_prepared(path):
-        raise FileExistsError(f"{path} exists and is not a checkpoint; it is not replaced")
+        raise FileExistsError(
+            f"{path} exists and is not a checkpoint; it is not replaced. Save under another name, "
+            "or remove it first."
+        )
 
 
 def _is_prepared(path: str) -> bool:
