@@ -239,16 +239,29 @@ def test_in_a_working_directory_that_is_gone_relative_paths_are_refused(tmp_path
 
 @pytest.mark.parametrize("length", [200, 214, 215, 230, 255, 256, 300])
 def test_a_long_name_works_or_is_refused_before_anything_is_written(tmp_path, length):
-    path = tmp_path / "new" / ("x" * length)
-    try:
-        ckpt.save(path, {"a": np.arange(3)})
-    except OSError as error:
-        assert length > 214, error
-        assert "Use a shorter name" in str(error)
-        assert str(path) in str(error)
-        assert os.listdir(tmp_path) == []
-    else:
-        assert ckpt.load(path)["a"].tolist() == [0, 1, 2]
+    for above in (tmp_path / "new", tmp_path):
+        path = above / ("x" * length)
+        try:
+            ckpt.save(path, {"a": np.arange(3)})
+        except OSError as error:
+            assert length > 214, error
+            assert "Use a shorter name" in str(error)
+            assert str(path) in str(error)
+            assert os.listdir(tmp_path) == []
+        else:
+            assert ckpt.load(path)["a"].tolist() == [0, 1, 2]
+
+
+def test_a_prepared_directory_may_have_the_longest_name(tmp_path):
+    path = tmp_path / ("x" * 255)
+    path.mkdir()
+    ckpt.save(path, {"a": 1})
+    assert ckpt.load(path) == {"a": 1}
+    with pytest.raises(OSError, match="of which a save needs 41"):
+        ckpt.save(path, {"a": 2}, overwrite=True)
+    with pytest.raises(OSError, match="Use a shorter name"):
+        remove_checkpoint(path)
+    assert ckpt.load(path) == {"a": 1}
 
 
 def test_a_long_name_above_and_a_long_path_are_refused_before_anything_is_written(tmp_path):

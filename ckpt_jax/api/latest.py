@@ -27,7 +27,7 @@ from ckpt_jax.store.directory import (
     require_checkpoint,
 )
 from ckpt_jax.store.durable import fsync_directory
-from ckpt_jax.store.paths import absolute, as_path
+from ckpt_jax.store.paths import absolute, as_path, require_room
 from ckpt_jax.store.stack import MANIFEST
 from ckpt_jax.store.staging import held, staging_name
 from ckpt_jax.store.state_file import get_checkpoint_state
@@ -282,6 +282,7 @@ def remove_checkpoint(path: Path) -> None:
             return
         with held(path):
             aside = staging_name(path)
+            require_room(path, aside[len(path) :])
             os.rename(path, aside)
             try:
                 # Else a power failure could take parts of it and leave it its name.

@@ -45,7 +45,7 @@ def save(
     """Saves a pytree, an `nnx.Module` or any other object with a view.
 
     Args:
-      path: the directory to create.
+      path: the directory to create. An empty one is filled; it keeps its owner and its mode.
       tree: what to save.
       options: how.
       overwrite: whether a checkpoint at `path` may be replaced (atomically).

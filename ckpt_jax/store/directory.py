@@ -150,9 +150,9 @@ class Staging:
         """
         path = resolved(path)  # a link stays, what it names is replaced
         require_addressable(path)
+        require_room(path)
         suffix = f".staging-{token}"
         if _is_prepared(path):
-            require_room(path)
             return cls(path, os.path.join(path, MANIFEST) + suffix)
         require_room(path, suffix)
         return cls(path, path + suffix)

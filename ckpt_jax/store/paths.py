@@ -165,7 +165,7 @@ def require_addressable(path: str) -> None:
 
 
 def require_room(path: str, suffix: str = "") -> None:
-    """Checks that a save can write to an absolute path, before it makes any directory.
+    """Checks that names are short enough to save to an absolute path, before anything is made.
 
     Args:
       path: of a checkpoint.
@@ -182,14 +182,14 @@ def require_room(path: str, suffix: str = "") -> None:
         above, name = os.path.split(path)
         names.append(name)
     name_limit, path_limit = _limits(above)
-    for name in names:
-        needed = suffix if name == names[0] else ""
+    for number, name in enumerate(names):
+        needed = "" if number else suffix  # the first is the checkpoint's own
         if (length := len(os.fsencode(name + needed))) > name_limit:
             room = f", of which a save needs {len(needed)} for its staging" if needed else ""
             raise OSError(
                 errno.ENAMETOOLONG,
                 f"expected names of at most {name_limit} bytes{room}, got one of "
-                f"{length - len(needed)}. Nothing was written. Use a shorter name",
+                f"{length - len(needed)}. Nothing was changed. Use a shorter name",
                 path,
             )
     most = path_limit - _DEEPEST_NBYTES
@@ -197,7 +197,7 @@ def require_room(path: str, suffix: str = "") -> None:
         raise OSError(
             errno.ENAMETOOLONG,
             f"expected a path of at most {most - len(suffix)} bytes, got {length - len(suffix)}. "
-            "Nothing was written. Use a shorter path",
+            "Nothing was changed. Use a shorter path",
             path,
         )
 
