@@ -23,6 +23,7 @@ from ckpt_jax.store import merge as _merge
 from ckpt_jax.store import shard as _shard
 from ckpt_jax.store.fetch import ShardedReader
 from ckpt_jax.store.index import Layout
+from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.shard import Slice
 from ckpt_jax.values import host
 from ckpt_jax.values.leaves import encode
@@ -65,7 +66,7 @@ def write_shard(
       ...     read_slices(path, {"w": ((1, 3), (0, 1))})["w"].tolist()
       [[0.0], [1.0]]
     """
-    prefix = os.fsdecode(prefix)
+    prefix = as_path(prefix, "prefix")
     parts = _on_host({_checked(key): _slices_of(key, value) for key, value in values.items()})
     _shard.write_shard(
         prefix,
@@ -162,7 +163,8 @@ def merge_shards(
     """
     if isinstance(prefixes, str | bytes | os.PathLike):
         raise TypeError(f"merge_shards takes a list of shards, got the path {prefixes!r}")
-    shards, destination = [*map(os.fsdecode, prefixes)], os.fsdecode(destination)
+    shards = [as_path(prefix, "prefixes") for prefix in prefixes]
+    destination = as_path(destination, "destination")
     return _merge.merge_shards(shards, destination, extra or {}, durable=options.durable)
 
 
@@ -189,7 +191,7 @@ def read_slices(
 
     Source: TensorFlow's RestoreV2.
     """
-    with ShardedReader(os.fsdecode(prefix)) as reader:
+    with ShardedReader(as_path(prefix, "prefix")) as reader:
         return read_values(reader, requests, options)
 
 

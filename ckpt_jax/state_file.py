@@ -28,6 +28,7 @@ from google.protobuf import text_format
 
 from ckpt_jax.graph._proto import checkpoint_state_pb2
 from ckpt_jax.store.files import read_file, replace_file
+from ckpt_jax.store.paths import as_path
 
 STATE_FILE = "checkpoint"
 
@@ -79,7 +80,7 @@ def get_checkpoint_state(
     >>> os.path.relpath(state.model_checkpoint_path, directory)
     'ckpt-1'
     """
-    directory = os.fsdecode(directory)
+    directory = as_path(directory, "directory", is_directory=True)
     path = os.path.join(directory, latest_filename or STATE_FILE)
     try:
         text = read_file(path)
@@ -104,7 +105,9 @@ def get_checkpoint_state(
 
 
 def update_checkpoint_state(
-    directory: str | os.PathLike[str], state: CheckpointState, latest_filename: str | None = None
+    directory: str | bytes | os.PathLike[Any],
+    state: CheckpointState,
+    latest_filename: str | None = None,
 ) -> None:
     """Replaces the state file of a directory (`tf.train.update_checkpoint_state`).
 
@@ -119,7 +122,7 @@ def update_checkpoint_state(
       ValueError: the state is incomplete; see `stored_form`.
       RuntimeError: the state file would replace the checkpoint itself.
     """
-    directory = os.fspath(directory)
+    directory = as_path(directory, "directory", is_directory=True)
     path = os.path.join(directory, latest_filename or STATE_FILE)
     stored = stored_form(directory, state)
     checkpoint = os.path.join(directory, stored.model_checkpoint_path)
@@ -131,7 +134,9 @@ def update_checkpoint_state(
     replace_file(path, render(stored))
 
 
-def stored_form(directory: str | os.PathLike[str], state: CheckpointState) -> CheckpointState:
+def stored_form(
+    directory: str | bytes | os.PathLike[Any], state: CheckpointState
+) -> CheckpointState:
     """`state` as the file in `directory` contains it.
 
     The latest checkpoint is appended to the list of paths if it is not the last one already. A
@@ -145,19 +150,20 @@ def stored_form(directory: str | os.PathLike[str], state: CheckpointState) -> Ch
     >>> stored_form("runs/a", CheckpointState("runs/a/ckpt-1")).all_model_checkpoint_paths
     ('ckpt-1',)
     """
+    directory = as_path(directory, "directory", is_directory=True)
     paths = state.all_model_checkpoint_paths
     if paths[-1:] != (state.model_checkpoint_path,):
         paths = (*paths, state.model_checkpoint_path)
     times = state.all_model_checkpoint_timestamps
     if not all(paths):
-        raise ValueError(f"{os.fspath(directory)}: expected paths of checkpoints, got {paths}.")
+        raise ValueError(f"{directory}: expected paths of checkpoints, got {paths}.")
     if times and len(times) != len(paths):
         raise ValueError(
-            f"{os.fspath(directory)}: expected no timestamp or one for each of {len(paths)} "
+            f"{directory}: expected no timestamp or one for each of {len(paths)} "
             f"checkpoints, got {len(times)}."
         )
     state = replace(state, all_model_checkpoint_paths=paths)
-    return _with_paths(state, lambda path: _stored_path(os.fspath(directory), path))
+    return _with_paths(state, lambda path: _stored_path(directory, path))
 
 
 def render(state: CheckpointState) -> str:

@@ -36,6 +36,7 @@ from ckpt_jax.restoring.waiting import Restoration
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import SaveRuns, Unrecorded
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
+from ckpt_jax.store.paths import as_path, resolved
 
 
 class Checkpoint(AutoTrackable):
@@ -124,7 +125,7 @@ class Checkpoint(AutoTrackable):
           `when_busy="skip"` says not to wait for it.
         """
         options = given(options)
-        request = request_for(self, os.fsdecode(path), options)
+        request = request_for(self, as_path(path), options)
         return self._runs().save(
             request.path, options, current_context(), lambda meeting: Unrecorded(request)
         )
@@ -150,7 +151,7 @@ class Checkpoint(AutoTrackable):
           OSError: the file system refused something; the earlier checkpoints are as they were.
         """
         options = given(options)
-        prefix = os.fsdecode(prefix)
+        prefix = as_path(prefix, "prefix")
         return self._runs().save(
             prefix,
             options,
@@ -375,7 +376,7 @@ class _Numbered:
         self._number = checkpoint.save_counter + 1
         self._path = f"{prefix}-{self._number}"
         # Of now: the program may have gone elsewhere when it is committed.
-        self._directory = os.path.realpath(os.path.dirname(self._path))
+        self._directory = resolved(os.path.dirname(self._path))
         self.series = self._directory, os.path.basename(prefix)
 
     def begin(self) -> SaveRequest:

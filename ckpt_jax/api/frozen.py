@@ -12,7 +12,6 @@ value is saved.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -27,6 +26,7 @@ from ckpt_jax.restoring.execute import opened
 from ckpt_jax.restoring.waiting import restore_pairs
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
+from ckpt_jax.store.paths import as_path
 from ckpt_jax.values.leaves import describe
 
 
@@ -75,7 +75,7 @@ class FrozenSaver:
           ValueError: edges, or the kind, dtype or shape of a value, are not what was frozen.
             All of them are named; nothing was written.
         """
-        request = SaveRequest(os.fsdecode(path), self._current, given(options))
+        request = SaveRequest(as_path(path), self._current, given(options))
         return save_once(request, current_context())
 
     def restore(self, path: Path, options: CheckpointOptions | None = None) -> None:

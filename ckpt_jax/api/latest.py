@@ -30,6 +30,7 @@ from ckpt_jax.store.directory import (
 )
 from ckpt_jax.store.durable import fsync_directory
 from ckpt_jax.store.notes import read_notes
+from ckpt_jax.store.paths import absolute, as_path, require_room
 from ckpt_jax.store.stack import MANIFEST
 from ckpt_jax.store.staging import held, staging_name
 
@@ -69,7 +70,7 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
       ...     os.path.basename(latest_checkpoint(directory))
       'ckpt-2'
     """
-    directory = os.fsdecode(directory)
+    directory = as_path(directory, "directory", is_directory=True)
     first = None
     while True:
         state = state_in(directory, latest_filename)
@@ -184,7 +185,7 @@ def older_checkpoints(directory: Path, path: str) -> list[str]:
     number = number_of(path)
     if number is None:
         return []
-    directory = os.fsdecode(directory)
+    directory = as_path(directory, "directory", is_directory=True)
     name = _name_without_number(path)
     try:
         notes = read_notes(directory)
@@ -262,7 +263,21 @@ def checkpoints_iterator(
       ...     [os.path.basename(path) for path in checkpoints_iterator(directory, timeout=0)]
       ['ckpt-1']
     """
-    directory = os.fsdecode(directory)
+    given = as_path(directory, "directory", is_directory=True)  # now, not at the first checkpoint
+    return _as_they_appear(
+        given, timeout, min_interval_seconds, timeout_fn, poll_seconds, wait, clock
+    )
+
+
+def _as_they_appear(
+    directory: str,
+    timeout: float | None,
+    min_interval_seconds: float,
+    timeout_fn: Callable[[], bool] | None,
+    poll_seconds: float,
+    wait: Callable[[float], object],
+    clock: Callable[[], float],
+) -> Iterator[str]:
     seen: str | None = None
     while True:
         deadline = math.inf if timeout is None else clock() + timeout
@@ -316,7 +331,7 @@ def checkpoint_exists(path: Path) -> bool:
       >>> checkpoint_exists("/nowhere/ckpt-1")
       False
     """
-    return is_checkpoint(os.fsdecode(path))
+    return is_checkpoint(as_path(path))
 
 
 def get_checkpoint_mtimes(paths: Iterable[Path]) -> list[float]:
@@ -339,7 +354,7 @@ def get_checkpoint_mtimes(paths: Iterable[Path]) -> list[float]:
     for path in paths:
         if checkpoint_exists(path):
             with suppress(FileNotFoundError):  # somebody removes it in this moment
-                times.append(os.stat(os.path.join(os.fsdecode(path), MANIFEST)).st_mtime)
+                times.append(os.stat(os.path.join(as_path(path), MANIFEST)).st_mtime)
     return times
 
 
@@ -368,7 +383,7 @@ def remove_checkpoint(path: Path) -> None:
       ...     checkpoint_exists(path)
       False
     """
-    path = os.path.abspath(os.fsdecode(path))
+    path = absolute(as_path(path))
     if not os.path.lexists(path):
         return
     require_checkpoint(path)
@@ -378,6 +393,7 @@ def remove_checkpoint(path: Path) -> None:
             return
         with held(path):
             aside = staging_name(path)
+            require_room(path, aside[len(path) :])
             os.rename(path, aside)
             try:
                 # Else a power failure could take parts of it and leave it its name.

@@ -15,6 +15,7 @@ from ckpt_jax.errors import PreflightError
 from ckpt_jax.options import DEFAULT, Path
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Processes
+from ckpt_jax.store.paths import absolute, as_path
 
 
 def preflight(
@@ -38,7 +39,7 @@ def preflight(
       >>> import tempfile
       >>> preflight(tempfile.mkdtemp())
     """
-    _check(os.path.abspath(os.fsdecode(directory)), current(), timeout_seconds)
+    _check(absolute(as_path(directory, "directory", is_directory=True)), current(), timeout_seconds)
 
 
 def _check(directory: str, processes: Processes, timeout_seconds: float) -> None:

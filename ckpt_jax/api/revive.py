@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -62,6 +61,7 @@ from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.run import Demand, plan
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
+from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.seal import seal
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import decode, struct_of
@@ -111,7 +111,7 @@ def save_object(
       (Array([0., 1.], dtype=float32), 3.0)
     """
     request = SaveRequest(
-        os.fsdecode(path),
+        as_path(path),
         lambda: lasting(live_graph(obj, for_restore=False)),
         given(options),
         overwrite=overwrite,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -27,6 +26,7 @@ from ckpt_jax.restoring.run import Demand, PlannedRestore, plan_whole, require_f
 from ckpt_jax.restoring.shardings import Place, Structs, with_shardings
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
+from ckpt_jax.store.paths import as_path
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import struct_of
 
@@ -45,7 +45,7 @@ def save(
     """Saves a pytree, an `nnx.Module` or any other object with a view.
 
     Args:
-      path: the directory to create.
+      path: the directory to create. An empty one is filled; it keeps its owner and its mode.
       tree: what to save.
       options: how.
       overwrite: whether a checkpoint at `path` may be replaced (atomically).
@@ -65,7 +65,7 @@ def save(
       {'w': array([0, 1, 2]), 'step': 7}
     """
     request = SaveRequest(
-        os.fsdecode(path),
+        as_path(path),
         lambda: live_graph(tree, for_restore=False),
         given(options),
         overwrite=overwrite,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -12,6 +11,7 @@ from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
 from ckpt_jax.options import Path
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.store.batches import batches
+from ckpt_jax.store.paths import as_path
 
 _BATCH_NBYTES = 64 << 20
 
@@ -79,7 +79,7 @@ def verify(path: Path) -> VerifyReport:
       ...     verify(ckpt.save(f"{directory}/a", {"step": 7})).ok
       True
     """
-    path = os.fsdecode(path)
+    path = as_path(path)
     try:
         with CheckpointReader(path) as reader:
             problems = [*_graph(reader)]

@@ -58,6 +58,7 @@ from ckpt_jax.retention import (
 )
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.store.directory import checkpoints_in
+from ckpt_jax.store.paths import absolute, as_path
 
 SECONDS_PER_HOUR = 3600
 
@@ -156,9 +157,9 @@ class CheckpointManager:
             if not can_keep(policy):
                 raise ValueError(f"expected policies that can keep something, got {policy!r}")
         self._checkpoint = checkpoint
-        self._given = os.fsdecode(directory)
+        self._given = as_path(directory, "directory", is_directory=True)
         # What that means now, also when the program has gone elsewhere since.
-        self._directory = os.path.abspath(self._given)
+        self._directory = absolute(self._given)
         policy = None if limit is None else KeepAny((limit, *further.policies))
         hours = keep_checkpoint_every_n_hours
         if hours is not None and hours < 0:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ckpt_jax.metrics import METER, Meter
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Processes
+from ckpt_jax.store.forks import require_not_forked
 from ckpt_jax.store.storage import POSIX, Storage
 
 
@@ -33,6 +34,8 @@ def current_context() -> Context:
     """The surroundings of this process.
 
     Raises:
-      RuntimeError: JAX has several processes, but no coordination service.
+      RuntimeError: JAX has several processes, but no coordination service; or this process was
+        forked after its parent had saved or restored.
     """
+    require_not_forked()  # before it would wait for other processes, or for devices
     return Context(current())

@@ -7,7 +7,6 @@ assign  in place if an object is mutable, else by rebuilding it
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,6 +31,7 @@ from ckpt_jax.progress import Advance, progress
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.restoring.derived import DerivedReader
 from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.store.paths import as_path
 from ckpt_jax.values import host
 from ckpt_jax.values.leaves import decode
 from ckpt_jax.values.replicas import gather, parted
@@ -53,7 +53,7 @@ def together(
     if path is None or not options.broadcast or processes.count == 1:
         yield None
         return
-    what = f"restoring {os.fsdecode(path)}"
+    what = f"restoring {as_path(path)}"
     with processes.meeting(what, options.timeout_seconds) as meeting:
         yield meeting
 

@@ -112,7 +112,7 @@ class Restoration:
     ):
         """`trace` is a method of the object that is restored; it is not kept alive."""
         self.path = path
-        self._location = os.path.abspath(path)  # the program may go elsewhere
+        self._location = path
         self.renamed = renamed
         self.options = options
         self._context = context
@@ -136,7 +136,7 @@ class Restoration:
 
     def run(self, reader: CheckpointReader, meeting: Meeting | None = None) -> Any:
         """Restores what is there and lets the rest wait; returns the root."""
-        self._generation = reader.generation
+        self._location, self._generation = reader.location, reader.generation
         try:
             live = self._traced()
             assert live is not None

@@ -34,6 +34,7 @@ class Background:
 
     def __init__(self) -> None:
         self._turn = threading.RLock()  # a write callback in the foreground may save again
+        self._home = os.getpid()  # of the process where the threads are that may hold it
         self._thread: threading.Thread | None = None
         self._is_done = threading.Event()  # `Thread.join`, once interrupted, takes it for ended
         self._pid = 0  # of the process where the thread is; a forked one has none
@@ -66,7 +67,8 @@ class Background:
                 f"{self._what} is under way on this thread, and cannot wait for itself: a write "
                 "callback of a save in the background must not save, restore or sync its checkpoint"
             )
-        if not self._turn.acquire(blocking=when_busy != "skip"):
+        turn = self._turn_of_this_process()
+        if not turn.acquire(blocking=when_busy != "skip"):
             yield False
             return
         try:
@@ -82,7 +84,14 @@ class Background:
             if earlier is not None:
                 raise earlier
         finally:
-            self._turn.release()
+            turn.release()
+
+    def _turn_of_this_process(self) -> threading.RLock:
+        """The lock of the turn. After a fork it may be held by a thread that is not there."""
+        if self._home != os.getpid():
+            self._home, self._turn = os.getpid(), threading.RLock()
+            self._thread = None
+        return self._turn
 
     def start(self, work: Callable[[], None], what: str, timeout_seconds: float) -> None:
         """Runs `work` in the background, after what is running there has ended.

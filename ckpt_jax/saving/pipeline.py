@@ -35,12 +35,13 @@ from ckpt_jax.progress import progress
 from ckpt_jax.saving.snapshot import snapshot
 from ckpt_jax.saving.write import plan_write, write
 from ckpt_jax.store.fetch import read_index
+from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.seal import seal
+from ckpt_jax.store.stack import SHARDS
 from ckpt_jax.store.storage import Storage
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import encode
 
-SHARDS = "shards"
 _MAX_PARTS = 256  # of a graph, in what a process says of it
 _MAX_LISTED = 10
 
@@ -327,7 +328,7 @@ def _prefixes(saver: str, result: Any) -> list[str]:
     if result is None:
         return []
     if isinstance(result, str | os.PathLike):
-        return [os.fsdecode(result)]
+        return [as_path(result, f"what save_fn of {saver!r} returned")]
     if isinstance(result, list | tuple):
         return [prefix for part in result for prefix in _prefixes(saver, part)]
     raise ShardError(

@@ -3,6 +3,12 @@
 A checkpoint is written into a staging directory beside its destination. Then one rename gives it
 the destination's name, so that a path holds a whole checkpoint or none. If there is a checkpoint
 already, the two directories are exchanged in one step, and the old one is removed last.
+
+A directory that somebody has prepared is *filled*, not replaced: it keeps its owner and its mode,
+it may be a mount point or the working directory, and the directory above need not be writable.
+The staging directory lies inside, and its contents are moved up, the manifest last. That file
+makes it a checkpoint. What a crash leaves in a prepared directory is known by the staging
+directory that is still there, and is removed by the next save.
 """
 
 from __future__ import annotations
@@ -14,22 +20,31 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckpt_jax.errors import CheckpointNotFoundError, UnsupportedFormatError
 from ckpt_jax.store.durable import fsync_directory, make_directories
-from ckpt_jax.store.stack import MANIFEST
+from ckpt_jax.store.paths import require_addressable, require_room, resolved
+from ckpt_jax.store.stack import DATA, MANIFEST, SHARDS
 from ckpt_jax.store.staging import (
+    STAGING,
+    Lock,
     discard,
     held,
+    is_abandoned,
     is_staging,
     joined,
     leave,
+    locked,
     remove_abandoned,
     remove_leftovers,
+    staging_of,
 )
+
+_PARTS = {DATA, SHARDS}  # of a checkpoint, besides its manifest
 
 # The files by which checkpoints of other libraries are recognised, to name the library in an error.
 _OTHERS = {
@@ -151,7 +166,7 @@ class Staging:
 
     Attributes:
       path: where the checkpoint will be.
-      directory: the staging directory beside it.
+      directory: the staging directory: beside the path, or in the prepared directory there.
     """
 
     path: str
@@ -159,9 +174,25 @@ class Staging:
 
     @classmethod
     def of(cls, path: str, token: str) -> Staging:
-        """The staging for `path`. A token makes its name unique, see `store.staging`."""
-        path = os.path.realpath(path)  # a link stays; what it points to is replaced
-        return cls(path, f"{path}.staging-{token}")
+        """The staging for `path`. A token makes its name unique, see `store.staging`.
+
+        Raises:
+          CheckpointError: TensorStore cannot name the path.
+          OSError: a name, or the path, is too long.
+        """
+        path = resolved(path)  # a link stays, what it names is replaced
+        require_addressable(path)
+        require_room(path)
+        suffix = f".staging-{token}"
+        if _is_prepared(path):
+            return cls(path, os.path.join(path, MANIFEST) + suffix)
+        require_room(path, suffix)
+        return cls(path, path + suffix)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether it lies in the prepared directory at its path."""
+        return os.path.dirname(self.directory) == self.path
 
     @contextlib.contextmanager
     def claimed(self, *, overwrite: bool, durable: bool) -> Iterator[None]:
@@ -179,9 +210,14 @@ class Staging:
         """
         check_replaceable(self.path, overwrite)
         self.make_parents(durable)
-        remove_leftovers(self.path)
+        if self.is_inside:
+            _remove_unfinished(self.path)
+        else:
+            remove_leftovers(self.path)
         try:
             with joined(self.directory):
+                if not self.is_inside:
+                    _keep_access(self.path, self.directory)
                 yield
         except BaseException:
             leave(self.directory, lambda: shutil.rmtree(self.directory, ignore_errors=True))
@@ -202,7 +238,10 @@ class Staging:
         Raises:
           FileExistsError: there is something at the path that may not be replaced.
         """
-        _publish(self.directory, self.path, overwrite=overwrite, durable=durable)
+        if self.is_inside:
+            _fill(self.path, self.directory, durable=durable)
+        else:
+            _publish(self.directory, self.path, overwrite=overwrite, durable=durable)
 
     @contextlib.contextmanager
     def joined(
@@ -253,8 +292,103 @@ def check_replaceable(path: str, overwrite: bool) -> None:
     if is_checkpoint(path):
         if not overwrite:
             raise FileExistsError(f"{path} exists; pass overwrite=True to replace the checkpoint")
-    elif not os.path.isdir(path) or os.listdir(path):
-        raise FileExistsError(f"{path} exists and is not a checkpoint; it is not replaced")
+        if (what := _why_not_renamed(path)) is not None:
+            raise FileExistsError(
+                f"{path} is {what}. A checkpoint is replaced by renaming, which is not possible "
+                "there; nothing was written. Save to a name below it, or remove its contents first."
+            )
+    elif not _is_prepared(path):
+        raise FileExistsError(
+            f"{path} exists and is not a checkpoint; it is not replaced. Save under another name, "
+            "or remove it first."
+        )
+
+
+def _is_prepared(path: str) -> bool:
+    """Whether there is a directory with nothing in it but what unfinished saves have left."""
+    try:
+        names = {*os.listdir(path)}
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    staged = {name for name in names if (of := STAGING.match(name)) and of["name"] == MANIFEST}
+    return not names or (bool(staged) and names - staged <= _PARTS)
+
+
+def _why_not_renamed(path: str) -> str | None:
+    """Why the directory at `path` has to stay where it is."""
+    with contextlib.suppress(OSError):  # a working directory that is gone is not there
+        here = os.getcwd()
+        if here == path or here.startswith(f"{path}{os.sep}"):
+            return "the working directory" if here == path else f"above {here}, where this runs"
+    return "a mount point" if os.path.ismount(path) or path in _mount_points() else None
+
+
+def _mount_points() -> set[str]:
+    """Where this system has mounted something; `os.path.ismount` does not see bind mounts."""
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            fields = [line.split()[4] for line in file]
+    except (OSError, IndexError):
+        return set()
+    escape = re.compile(rb"\\([0-7]{3})")
+    return {os.fsdecode(escape.sub(lambda m: bytes([int(m[1], 8)]), field)) for field in fields}
+
+
+def _keep_access(old: str, new: str) -> None:
+    """Gives a directory the owner, the group and the mode of the one that it will replace, as far
+    as this process may."""
+    try:
+        status, own = os.lstat(old), os.stat(new)
+    except OSError:
+        return
+    if not stat.S_ISDIR(status.st_mode):
+        return
+    with contextlib.suppress(OSError):
+        if status.st_gid != own.st_gid:
+            os.chown(new, -1, status.st_gid)
+    with contextlib.suppress(OSError):
+        if status.st_uid != own.st_uid:
+            os.chown(new, status.st_uid, -1)
+    mode = stat.S_IMODE(status.st_mode) | stat.S_IRWXU  # this save has to write there
+    with contextlib.suppress(OSError):
+        if mode != stat.S_IMODE(own.st_mode):
+            os.chmod(new, mode)
+
+
+def _remove_unfinished(path: str) -> None:
+    """Removes what saves that did not finish have left in a prepared directory."""
+    manifest = os.path.join(path, MANIFEST)
+    with locked(path) as lock:
+        staged = staging_of(manifest)
+        if lock is Lock.THEIRS or not all([is_abandoned(staging) for staging in staged]):
+            return
+        for name in _PARTS if staged else ():  # first, since the staging tells what they are
+            shutil.rmtree(os.path.join(path, name), ignore_errors=True)
+        remove_leftovers(manifest)
+
+
+def _fill(path: str, staging: str, *, durable: bool) -> None:
+    """Moves what is in `staging`, inside of `path`, up; where that fails, all is as before."""
+    moved: list[str] = []
+    with locked(path) as lock:
+        if lock is Lock.THEIRS or not _PARTS.isdisjoint(os.listdir(path)) or is_checkpoint(path):
+            raise FileExistsError(
+                f"{path}: expected a directory that stays empty until the save ends, but another "
+                "save has put its checkpoint there. Save again, or under another name."
+            )
+        try:
+            for name in sorted(os.listdir(staging), key=lambda name: (name == MANIFEST, name)):
+                if name == MANIFEST and durable:
+                    fsync_directory(path)  # or it could survive a power failure alone
+                os.rename(os.path.join(staging, name), os.path.join(path, name))
+                moved.append(name)
+            if durable:
+                fsync_directory(path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the manifest goes first: no part stays with it
+                for name in reversed(moved):
+                    os.rename(os.path.join(path, name), os.path.join(staging, name))
+            raise
 
 
 def _publish(staging: str, path: str, *, overwrite: bool, durable: bool) -> None:

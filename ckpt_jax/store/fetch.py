@@ -22,6 +22,7 @@ import tensorstore as ts
 
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_jax.graph.boxes import Box
+from ckpt_jax.store.forks import require_not_forked
 from ckpt_jax.store.gather import (
     Geometry,
     Pieces,
@@ -146,12 +147,14 @@ class ShardedReader:
 
         Raises:
           KeyError: a key is not in the index.
-          RuntimeError: the reader is closed.
+          RuntimeError: the reader is closed, or this process was forked from the one that opened
+            it.
           ValueError: a box does not lie inside its array, or not all of it is stored here.
           CorruptCheckpointError: from the iterator; names the damaged file and the keys in it.
         """
         if self._stores is None:
             raise RuntimeError(f"{self.directory}: the reader is closed")
+        require_not_forked()
         geometries = self._geometries_of(requests)
         pieces = Pieces.of(self.index, self._stacks, requests, geometries)
         return self._results(requests, geometries, pieces, max_inflight_bytes)

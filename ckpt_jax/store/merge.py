@@ -21,13 +21,12 @@ from ckpt_jax.store.index import INDEX_KEY, Index, merge_indexes
 from ckpt_jax.store.stack import (
     DATA,
     MANIFEST,
+    SHARDS,
     files_nbytes,
     new_context,
     open_database,
     storage_error,
 )
-
-SHARDS = "shards"  # shards from outside of the checkpoint are moved here
 
 
 def merge_shards(

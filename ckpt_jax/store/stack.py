@@ -19,12 +19,15 @@ from typing import Any
 import tensorstore as ts
 
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.store.forks import use_tensorstore
 from ckpt_jax.store.index import StackShape
+from ckpt_jax.store.paths import absolute, require_addressable
 from ckpt_jax.store.workers import cores
 
 CHUNK_NBYTES = 1 << 20  # about the size of chunks: keeps both small reads and overhead small
 ALIGNMENT = 64  # of slices in rows and of results in memory; JAX uses such memory without a copy
 MANIFEST = "manifest.ocdbt"  # the file whose presence makes a directory a database
+SHARDS = "shards"  # the directory of a checkpoint's shards
 DATA = "d"  # the directory of a database's data files
 LEVELS = {None: -131072, "zstd": 1}  # zstd's level by `compression`; readers need not know it
 MAX_EXPANSION = 1 << 15  # by zstd: a block of 128 KiB takes at least 4 bytes
@@ -42,7 +45,11 @@ def new_context() -> ts.Context:
     """A context for one reader or writer. All contexts share threads, and none shares a cache.
 
     A shared cache would be wrong after a directory was removed and its name was used again.
+
+    Raises:
+      RuntimeError: the parent of this process has used TensorStore before it was forked.
     """
+    use_tensorstore()
     return ts.Context({"cache_pool": {"total_bytes_limit": 0}}, _threads())
 
 
@@ -67,13 +74,10 @@ def files_nbytes(directory: str) -> int:
 
 
 def _database(directory: str) -> dict[str, Any]:
-    if "\\" in directory and os.sep == "/":
-        raise CheckpointError(
-            f"{directory}: TensorStore reads a backslash as the separator of directories; "
-            "use a path without one"
-        )
+    path = absolute(directory)
+    require_addressable(path)
     # A path, not a URL: directories may be called "a?b" or "a%20b".
-    base = {"driver": "file", "path": f"{os.path.abspath(directory)}/"}
+    base = {"driver": "file", "path": f"{path}/"}
     return {"driver": "ocdbt", "base": base}
 
 

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 SCENARIOS = ("fresh", "below_new_directories", "overwrite", "counted", "managed")
-SCENARIOS += ("in_the_background",)
+SCENARIOS += ("in_the_background", "in_a_prepared_directory")
 NUMBERED = ("counted", "managed", "in_the_background")  # they start with two and save the third
 SAMPLE = 4
 EXHAUSTIVE = pytest.mark.exhaustive
@@ -51,6 +51,8 @@ def templates(tmp_path_factory):
         directory.mkdir()
         if scenario == "overwrite":
             ckpt.save(directory / "a", tree_of(1))
+        if scenario == "in_a_prepared_directory":
+            (directory / "a").mkdir()
         if scenario in NUMBERED:
             checkpoint = checkpoint_of(1)
             manager = ckpt.CheckpointManager(checkpoint, directory, max_to_keep=2)
@@ -198,6 +200,8 @@ def assert_failed_well(scenario, directory, at, outcome):
         assert file is not None, (at, outcome)
         left = [path.name for path in directory.iterdir() if ".staging-" in path.name]
         assert left == [], (at, outcome)
+        if scenario == "in_a_prepared_directory":
+            assert [*(directory / "a").iterdir()] == [], (at, outcome)
 
 
 @pytest.mark.parametrize("scenario", ["fresh", "below_new_directories", "overwrite", "counted"])

@@ -136,9 +136,14 @@ def _apply(root, kind, parts, rest, written):
         elif kind in ("unlink", "rmdir"):
             parent.do(lambda names: names.pop(name))
         else:
-            assert parts[0][:-1] == parts[1][:-1], "renamed into another directory"
             other = parts[1][-1]
-            if kind == "rename":
+            if parts[0][:-1] != parts[1][:-1]:
+                # Either directory may reach the disk without the other.
+                assert kind == "rename", kind
+                moved = parent.names[name]
+                parent.do(lambda names: names.pop(name))
+                _find(root, parts[1][:-1]).do(lambda names: names.__setitem__(other, moved))
+            elif kind == "rename":
                 parent.do(lambda names: names.__setitem__(other, names.pop(name)))
             else:
                 assert kind == "exchange", kind

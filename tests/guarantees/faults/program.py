@@ -32,6 +32,10 @@ def overwrite(directory):
     ckpt.save(directory / "a", tree_of(2), overwrite=True)
 
 
+def in_a_prepared_directory(directory):
+    fresh(directory)
+
+
 def counted(directory):
     """A save that goes on from the latest."""
     checkpoint = checkpoint_of(3)
@@ -54,7 +58,10 @@ def in_the_background(directory):
 
 SCENARIOS = {
     function.__name__: function
-    for function in (fresh, below_new_directories, overwrite, counted, managed, in_the_background)
+    for function in (
+        *(fresh, below_new_directories, overwrite, in_a_prepared_directory),
+        *(counted, managed, in_the_background),
+    )
 }
 
 
