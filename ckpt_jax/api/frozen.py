@@ -23,8 +23,7 @@ from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects.views import ParameterPath, SlotEntry, slots_of, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
-from ckpt_jax.restoring.execute import opened
-from ckpt_jax.restoring.waiting import restore_pairs
+from ckpt_jax.restoring.run import opened, restore_pairs
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
 from ckpt_jax.values.leaves import describe

@@ -16,8 +16,7 @@ from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects.views import view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
-from ckpt_jax.restoring.execute import opened
-from ckpt_jax.restoring.waiting import restore_pairs
+from ckpt_jax.restoring.run import opened, restore_pairs
 
 
 def restore_nodes(

@@ -31,10 +31,9 @@ from ckpt_jax.objects.registry import IsExactly, register_checkpoint_saver
 from ckpt_jax.objects.views import View, add_view
 from ckpt_jax.options import DEFAULT
 from ckpt_jax.processes.current import current
-from ckpt_jax.restoring.adapters import Adapted
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
-from ckpt_jax.restoring.run import EVERYTHING, plan
+from ckpt_jax.restoring.run import EVERYTHING, plan_matched
 from ckpt_jax.saving.pipeline import encoded_values
 from ckpt_jax.store.seal import seal, unseal
 
@@ -148,9 +147,9 @@ def _graphs(reader: CheckpointReader, name: str) -> list[ObjectGraph]:
 
 def _own_value(reader: CheckpointReader, saved: ObjectGraph, target: Any, root: str) -> Any:
     live = live_graph(target, root)
-    adapted = Adapted(Renamed(saved), match(saved, live.graph))
-    planned = plan(reader, adapted, live, DEFAULT).without_deferral(lambda entry: False)
-    planned.require(EVERYTHING)
+    found = match(saved, live.graph)
+    planned = plan_matched(reader, Renamed(saved), found, live, DEFAULT)
+    planned.without_deferral(lambda entry: False).require(EVERYTHING)
     return planned.execute(DEFAULT)[0]
 
 

@@ -36,6 +36,8 @@ from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.values import host
 from ckpt_jax.values.leaves import struct_of
 
+Matcher = Callable[[ObjectGraph, ObjectGraph], Match]  # of a saved graph and a live one
+
 
 class ReshardCallback:
     """How one child is read from a checkpoint that holds it in another form.
@@ -196,7 +198,7 @@ class Adapted:
 def adapt(
     renamed: Renamed,
     live: LiveGraph,
-    rematch: Callable[[ObjectGraph], Match],
+    matcher: Matcher,
     reader: CheckpointReader,
     callbacks: Mapping[int, ReshardCallback] | None = None,
 ) -> Adapted:
@@ -204,12 +206,12 @@ def adapt(
 
     Args:
       renamed, live: the graphs.
-      rematch: matches a version of the saved graph with the live one.
+      matcher: matches a version of the saved graph with the live one.
       reader: of the checkpoint; no value is read.
       callbacks: by saved node, from an earlier part of the same restore.
     """
     saved, known = renamed.graph, dict(callbacks or {})
-    found = rematch(saved)
+    found = matcher(saved, live.graph)
     asked: set[int] = set()
     while True:
         edges: dict[int, tuple[tuple[Label, int], ...]] = {}
@@ -226,10 +228,10 @@ def adapt(
         for source, changed in edges.items():
             nodes[source] = replace(nodes[source], children=changed)
         saved = ObjectGraph(tuple(nodes), object_keys(nodes), saved.named)
-        found = rematch(saved)
+        found = matcher(saved, live.graph)
     if saved.named:
         saved = own_values(saved, live.graph, found.bound)
-        found = rematch(saved)
+        found = matcher(saved, live.graph)
     paths = {**renamed.graph.other_paths(saved), **renamed.saved_paths}
     saved, resharded, problems = _with_resharded(saved, live, found, reader, known)
     as_wanted = replace(

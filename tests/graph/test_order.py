@@ -1,6 +1,7 @@
 """The order in which objects come after what they depend on."""
 
 import pytest
+
 from ckpt_jax.graph.saved_objects import CyclicDependencyError, order_by_dependency
 
 

@@ -291,7 +291,7 @@ def test_different_objects_are_no_save_and_leave_nothing(tmp_path):
     for error in run_processes(4, program):
         assert isinstance(error, ckpt.ProcessError)
         assert error.processes == (2,)
-        assert "the objects of process 2 are not those of process 0" in str(error)
+        assert "the objects of process 2 are not the same as on process 0" in str(error)
         assert "differ below layers/1. All" in str(error)
     assert os.listdir(tmp_path) == []
 
@@ -969,7 +969,7 @@ def test_a_save_to_a_directory_that_is_not_shared_says_so(tmp_path):
     for error in results:
         assert isinstance(error, ckpt.ProcessError)
         assert error.processes == (1, 2)
-        assert "does not find what was written by 1, 2" in str(error)
+        assert "does not find the shards that were written by 1, 2" in str(error)
         assert "ckpt.preflight" in str(error)
 
 

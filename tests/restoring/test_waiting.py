@@ -21,7 +21,7 @@ def test_what_waits_is_not_taken_from_another_checkpoint_that_replaced_the_first
     checkpoint = ckpt.Checkpoint()
     checkpoint.read(path).expect_partial()
     ckpt.Checkpoint(v=var(2.0)).write(path)
-    with pytest.raises(ckpt.CheckpointNotFoundError, match="replaced since"):
+    with pytest.raises(ckpt.CheckpointNotFoundError, match="replaced or removed since"):
         checkpoint.v = var(0.0)
     checkpoint.read(path).expect_partial()  # a later restore has the say
     checkpoint.v = var(0.0)
