@@ -123,7 +123,7 @@ class Restoration:
         self._rank = Rank()
         self._bindings = Bindings()
         self._callbacks: Mapping[int, ReshardCallback] = {}  # by saved node
-        self._reader: CheckpointReader | None = None  # for what is attached later
+        self._reader: CheckpointReader | None = None  # for objects that appear later
         self._generation: Hashable = None  # of the checkpoint
         self._trace = weakref.WeakMethod(trace)
         self._open_slots = [

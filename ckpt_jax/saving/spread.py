@@ -22,9 +22,7 @@ from typing import NamedTuple
 
 from ckpt_jax.graph.boxes import Box, shape_of
 
-SHARE_NBYTES = (
-    1 << 20
-)  # smaller shares cost more when they are read than they save when they are written
+SHARE_NBYTES = 1 << 20  # smaller shares save less time in a save than they cost in a restore
 
 
 class HeldBox(NamedTuple):
