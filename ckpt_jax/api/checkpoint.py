@@ -29,8 +29,8 @@ from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import Context, current_context
 from ckpt_jax.processes.meeting import Meeting
 from ckpt_jax.restoring.reader import CheckpointReader
-from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.restoring.rename import rename as renamed
+from ckpt_jax.restoring.rules import Rule
 from ckpt_jax.restoring.run import broadcast_meeting
 from ckpt_jax.restoring.waiting import Restoration
 from ckpt_jax.saving.pipeline import SaveRequest

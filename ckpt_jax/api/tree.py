@@ -20,8 +20,8 @@ from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
 from ckpt_jax.report import ReportEntry, RestoreReport, near_miss, nearest
 from ckpt_jax.restoring.reader import CheckpointReader
-from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.restoring.rename import rename as renamed
+from ckpt_jax.restoring.rules import Rule
 from ckpt_jax.restoring.run import Demand, PlannedRestore, opened, plan_whole, require_fit
 from ckpt_jax.restoring.shardings import Structs, ValueId, with_shardings
 from ckpt_jax.saving.pipeline import SaveRequest

@@ -4,8 +4,8 @@ A restore outlives the call that began it, as long as its status is kept or valu
 objects. It has to tell an object that it has restored from another one that has taken its place,
 and it must keep neither of them alive. So it knows an object by a weak reference. Some objects
 have no weak references: an `nnx.Variable`, a `jax.Ref`, an object of a class with `__slots__`. It
-refers to these strongly, but only while the nearest object above them lives that has weak
-references.
+refers to these strongly, but only until the nearest object above them that has weak references
+is gone.
 
 Values (arrays, scalars and the containers that are rebuilt around them) have no identity that
 means anything. They are known by their *place*: their *owner*, which is the mutable object above

@@ -16,9 +16,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import pairwise
-from typing import Any
 
 from ckpt_jax.graph.labels import Label, attribute_key, escaped_names, path_of, unescape
 from ckpt_jax.graph.nodes import (
@@ -30,14 +28,15 @@ from ckpt_jax.graph.nodes import (
     object_keys,
     slots_in,
 )
-from ckpt_jax.graph.patterns import (
-    Pattern,
-    compile_pattern,
-    count_wildcards,
-    fill,
-    odd_wildcards,
+from ckpt_jax.report import ReportEntry
+from ckpt_jax.restoring.rules import (
+    ParsedRule,
+    Rule,
+    counting_wildcard,
+    numbered_targets,
+    parse,
+    unmatched_rule,
 )
-from ckpt_jax.report import ReportEntry, near_miss, nearest
 from ckpt_jax.restoring.transforms import (
     Cast,
     Derivation,
@@ -49,7 +48,6 @@ from ckpt_jax.restoring.transforms import (
     derive,
 )
 
-Rule = tuple[Pattern, str, *tuple[Transform, ...]]
 _MAX_LISTED = 6
 
 
@@ -76,128 +74,10 @@ def rename(graph: ObjectGraph, rules: Iterable[Rule]) -> Renamed:
     Raises:
       TypeError, ValueError: a rule is malformed.
     """
-    parsed = [_parse(rule) for rule in rules]
+    parsed = [parse(rule) for rule in rules]
     if not parsed:
         return Renamed(graph)
     return _Renaming(graph, parsed).run()
-
-
-# --- rules -----------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Rule:
-    """A parsed rule. `many` is its Stack or Unstack, at position `at` of its transforms."""
-
-    pattern: re.Pattern[str]
-    source: Pattern
-    template: str
-    transforms: tuple[Transform, ...]
-    many: Stack | Unstack | None
-    at: int
-
-    def __str__(self) -> str:
-        source = self.source if isinstance(self.source, str) else self.source.pattern
-        return f"{source!r} -> {self.template!r}"
-
-    @cached_property
-    def of_containers(self) -> _Rule | None:
-        """For a rule "a/**" -> "b/**" the rule "a" -> "b"."""
-        source, end = self.source, "/**"
-        if not isinstance(source, str) or self.transforms:
-            return None
-        if not (source.endswith(end) and self.template.endswith(end)):
-            return None
-        return _parse((source.removesuffix(end), self.template.removesuffix(end)))
-
-    def target(self, found: re.Match[str], without: int | None = None) -> str:
-        """The target path for a match, if wildcard `without` of the pattern does not count."""
-        if "\\" in self.template:
-            return found.expand(self.template)
-        groups = [group for i, group in enumerate(found.groups()) if i != without]
-        return fill(self.template, groups)
-
-
-def _parse(rule: Any) -> _Rule:
-    if not isinstance(rule, tuple | list) or len(rule) < 2:
-        raise TypeError(
-            f"a rename rule is (saved pattern, target pattern, *transforms), got {rule!r}"
-        )
-    source, template, *transforms = rule
-    if not isinstance(source, str | re.Pattern) or not isinstance(template, str):
-        raise TypeError(f"the patterns of a rename rule are strings, got {rule!r}")
-    for transform in transforms:
-        if not isinstance(transform, Transform):
-            raise TypeError(
-                f"{transform!r} in the rename rule {source!r} -> {template!r} is no transform; "
-                "there are Transpose(axes), Cast(dtype), Stack(axis) and Unstack(axis)"
-            )
-    many = [i for i, step in enumerate(transforms) if isinstance(step, Stack | Unstack)]
-    if len(many) > 1:
-        raise ValueError(f"the rename rule {source!r} -> {template!r} stacks or unstacks twice")
-    at = many[0] if many else -1
-    chosen = transforms[at] if many else None
-    assert chosen is None or isinstance(chosen, Stack | Unstack)
-    return _Rule(compile_pattern(source), source, template, tuple(transforms), chosen, at)
-
-
-def _counting_group(rule: _Rule, stack: Stack, found: Sequence[re.Match[str]]) -> int:
-    """The wildcard of a rule's saved pattern that numbers the values to stack.
-
-    Raises:
-      ValueError: there is none, or it is not clear which it is.
-    """
-    if stack.index is not None:
-        if not 0 <= stack.index < rule.pattern.groups:
-            raise ValueError(f"{stack} names a wildcard that the saved pattern does not have")
-        return stack.index
-    if isinstance(rule.source, str) and "\\" not in rule.template:
-        groups = odd_wildcards(rule.source, rule.template)
-    else:
-        used = {*re.findall(r"\\(?:g<)?(\w+)", rule.template)}
-        names = {number: name for name, number in rule.pattern.groupindex.items()}
-        groups = [
-            i
-            for i in range(rule.pattern.groups)
-            if str(i + 1) not in used and names.get(i + 1) not in used
-        ]
-    numbers = [i for i in groups if all((m.group(i + 1) or "").isdecimal() for m in found)]
-    if len(numbers) == 1:
-        return numbers[0]
-    if not numbers:
-        raise ValueError(
-            "Stack needs one more wildcard in the saved pattern than in the target pattern, and "
-            "this wildcard has to match whole numbers"
-        )
-    raise ValueError("several wildcards could number the values; choose one with Stack(index=...)")
-
-
-def _numbered(rule: _Rule, unstack: Unstack, found: re.Match[str], count: int) -> list[str]:
-    """The target paths of the values that Unstack makes of one.
-
-    Raises:
-      ValueError: no wildcard of the target pattern stands for the position, or several could.
-    """
-    template, groups = rule.template, list(found.groups())
-    if "\\" in template:
-        template, groups = found.expand(template), []
-        places = [*range(count_wildcards(template))]
-    elif isinstance(rule.source, str):
-        places = odd_wildcards(template, rule.source)
-    else:
-        places = [*range(count_wildcards(template))]
-    if unstack.index is not None:
-        places = [place for place in places if place == unstack.index]
-    if len(places) != 1 or len(groups) + 1 != count_wildcards(template):
-        raise ValueError(
-            "Unstack needs one more wildcard in the target pattern than in the saved pattern"
-            + ("; choose it with Unstack(index=...)" if len(places) > 1 else "")
-        )
-    (place,) = places
-    return [fill(template, [*groups[:place], str(i), *groups[place:]]) for i in range(count)]
-
-
-# --- the graph -------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,7 +122,7 @@ class _Group:
 class _Renaming:
     """A renamed graph under construction."""
 
-    def __init__(self, graph: ObjectGraph, rules: Sequence[_Rule]):
+    def __init__(self, graph: ObjectGraph, rules: Sequence[ParsedRule]):
         self.graph = graph
         self.rules = rules
         self.nodes = list(graph.nodes)
@@ -300,14 +180,14 @@ class _Renaming:
                     moves.append((child, path, target))
         for number, rule in enumerate(self.rules):
             if number not in matched:
-                self.problems.append(_unmatched(rule, self.containers.get(number), paths))
+                self.problems.append(unmatched_rule(rule, self.containers.get(number), paths))
         return moves, found
 
     def rule_for(self, path: str, child: int) -> tuple[int, re.Match[str] | None]:
         """The first rule that applies to a path, and its match.
 
         Wildcards and transforms apply to values. One rule with a wildcard also moves a container: a
-        rule for everything below an optimizer moves the optimizer, and with it its slots.
+        rule for everything below an optimizer moves the optimizer together with its slots.
         """
         node = self.graph.nodes[child]
         for number, rule in enumerate(self.rules):
@@ -324,7 +204,7 @@ class _Renaming:
             self.containers.setdefault(number, path)
         return -1, None
 
-    def groups_of(self, rule: _Rule, found: Sequence[_Found]) -> Iterator[_Group]:
+    def groups_of(self, rule: ParsedRule, found: Sequence[_Found]) -> Iterator[_Group]:
         match rule.many:
             case Stack() as stack:
                 yield from self.stacked(rule, stack, found)
@@ -336,8 +216,8 @@ class _Renaming:
                     target = rule.target(one.match)
                     yield _Group(target, (one.child,), rule.transforms, None, one.path)
 
-    def stacked(self, rule: _Rule, stack: Stack, found: Sequence[_Found]) -> Iterator[_Group]:
-        group = _counting_group(rule, stack, [one.match for one in found])
+    def stacked(self, rule: ParsedRule, stack: Stack, found: Sequence[_Found]) -> Iterator[_Group]:
+        group = counting_wildcard(rule, stack, [one.match for one in found])
         by_target: dict[str, list[tuple[int, _Found]]] = defaultdict(list)
         for one in found:
             number = one.match.group(group + 1) or ""
@@ -355,11 +235,11 @@ class _Renaming:
             children = tuple([one.child for _, one in members])
             yield _Group(target, children, rule.transforms, None, path)
 
-    def unstacked(self, rule: _Rule, unstack: Unstack, one: _Found) -> Iterator[_Group]:
+    def unstacked(self, rule: ParsedRule, unstack: Unstack, one: _Found) -> Iterator[_Group]:
         attribute = self.graph.nodes[one.child].attributes[0]
         before = [step for step in rule.transforms[: rule.at] if not isinstance(step, Unstack)]
         spec = derive([attribute.key], [attribute.spec], before).spec
-        targets = _numbered(rule, unstack, one.match, unstack.count(spec))
+        targets = numbered_targets(rule, unstack, one.match, unstack.count(spec))
         axis = unstack.axis % max(len(spec.shape), 1)
         for i, target in enumerate(targets):
             where = ", ".join([":"] * axis + [str(i)])
@@ -529,15 +409,3 @@ def _gaps(numbers: Sequence[int]) -> str | None:
 def _listed(names: Sequence[str]) -> str:
     more = len(names) - _MAX_LISTED
     return ", ".join(names[:_MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
-def _unmatched(rule: _Rule, container: str | None, paths: Sequence[str]) -> tuple[str, str]:
-    source = rule.source if isinstance(rule.source, str) else rule.source.pattern
-    what = f"the rename rule {rule} matches nothing saved"
-    if container is None and any(map(rule.pattern.fullmatch, paths)):
-        what += " that no earlier rule matches"
-    elif container is not None:
-        what += f" that holds values; to rename those in {container} write {source}/**"
-    else:
-        what += near_miss(nearest(source, paths))
-    return source, what

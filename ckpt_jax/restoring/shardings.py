@@ -1,9 +1,9 @@
-"""Placing: where the arrays of a restore go, when the target does not say or is to be overruled.
+"""Placing: where a restore puts arrays, if the target does not say or the caller overrules it.
 
 `shardings` is one sharding for all arrays, or a function of (path, `jax.ShapeDtypeStruct`) that
-returns a sharding or None, or a tree. The tree is a prefix of what is restored: a sharding in it is
-for everything below its path, and None is no wish. Only JAX arrays are placed; other values of a
-target keep their kind.
+returns a sharding or None, or a tree. The tree is a prefix of the restored tree: a sharding in it
+is for everything below its path, and None asks for nothing. Only JAX arrays are placed; other
+values of a target keep their kind.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ Problems = list[tuple[str, str]]
 
 
 def placed(
-    live: LiveGraph, shardings: Any, *, known: Sequence[ObjectGraph] = ()
+    live: LiveGraph, shardings: Any, *, known: Sequence[ObjectGraph]
 ) -> tuple[LiveGraph, Problems]:
-    """A live graph whose arrays ask for these shardings, and (path, problem) for those that cannot.
+    """Lets the arrays of a live graph ask for shardings.
 
     Args:
       live: the graph of the program's objects.
-      shardings: see above; None changes nothing.
-      known: further graphs whose paths the tree may name.
+      shardings: see the module; None changes nothing.
+      known: further graphs, with paths that the tree may name.
+
+    Returns:
+      The graph, and (path, problem) for each sharding that is wrong.
     """
     if shardings is None:
         return live, []
@@ -57,12 +60,15 @@ def with_shardings(
     *,
     known: Sequence[ObjectGraph] = (),
 ) -> tuple[Structs, Problems]:
-    """The structs for which there is a wish, with the sharding that is wished for, and problems.
+    """Gives values the shardings that are wished for them.
 
     Args:
       graph: the graph of the values.
       structs: shapes and dtypes of the values that can be placed.
       shardings, known: as for `placed`.
+
+    Returns:
+      The structs that got a sharding, and (path, problem) for each sharding that is wrong.
     """
     problems: Problems = []
     wishes: dict[ValueId, Any] = {}

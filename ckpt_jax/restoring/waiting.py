@@ -282,12 +282,11 @@ class Restoration:
         live = places.live
         adapted = adapt(self.renamed, live, matcher, reader, self._callbacks)
         saved, found = adapted.saved, adapted.found
-        only = None
+        chosen = frozenset(range(len(places)))
         if among is not None:
-            new = [found.bound[node] for node in among if node in found.bound]
-            only = frozenset(reachable(live.graph, new))
-        every = range(len(places)) if only is None else only
-        todo = frozenset(every) - self._rank.settled(places)
+            roots = [found.bound[node] for node in among if node in found.bound]
+            chosen = frozenset(reachable(live.graph, roots))
+        todo = chosen - self._rank.settled(places)
         planned = plan_matched(reader, saved, found, live, self.options, only=todo)
         planned.require(_GROWING)
         root, given = planned.execute(self.options, meeting, rank=self._rank, places=places)
@@ -295,21 +294,21 @@ class Restoration:
         self.renamed, self._callbacks = saved, adapted.callbacks
         sources = found.sources()
         self.left_over.nodes -= planned.reads.used & {sources[node] for node in given}
-        if only is None:
+        if among is None:
             log_conflicts(saved.graph, found)
-        self._remember(places, found, only)
+        self._remember(places, found, chosen)
         return root
 
-    def _remember(self, places: Places, found: Match, only: frozenset[int] | None) -> None:
-        """Remembers the bindings of a match, and lets saved nodes without an object wait."""
+    def _remember(self, places: Places, found: Match, chosen: frozenset[int]) -> None:
+        """Remembers the bindings of the chosen live nodes, and lets what they lack wait."""
         live, met = places.live, self._bindings.met
         met.update(found.bound)
         self._open_slots = [slot for slot in self._open_slots if slot[1].node not in met]
         for saved, node in [*found.bound.items(), *found.shared]:
-            if node >= 0 and (only is None or node in only) and live.views[node].mutable:
+            if node in chosen and live.views[node].mutable:
                 self._bindings.bind(saved, live.objects[node], places.referable_above(node))
         for (parent, label), saved in found.frontier.items():
-            if (only is None or parent in only) and self.saved.carries_values(saved):
+            if parent in chosen and self.saved.carries_values(saved):
                 owner, path = places.of(parent)
                 for trackable in live.awaiting(parent):
                     other = None if owner is trackable else owner

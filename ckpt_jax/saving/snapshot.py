@@ -40,8 +40,8 @@ def snapshot(
     values: Mapping[str, jax.Array | np.ndarray | bytes],
     *,
     copy: bool,
-    process: int = 0,
-    count: int = 1,
+    process: int,
+    count: int,
 ) -> Snapshot:
     """Brings the slices of `values` that this process writes to the host.
 

@@ -150,8 +150,8 @@ def write(
     plan: WritePlan,
     directory: str,
     options: CheckpointOptions,
-    process: int = 0,
-    written: Callable[[int], object] = lambda nbytes: None,
+    process: int,
+    written: Callable[[int], object],
 ) -> list[str]:
     """Writes the shards into new directories below `directory`.
 
