@@ -177,7 +177,7 @@ class Stack(Step):
             raise ValueError(f"{self} needs values of one kind, and found {first} and {odd}")
         rank = _rank(first) + 1
         if not -rank <= self.axis < rank:
-            raise ValueError(f"{self}: {first} cannot get an axis {self.axis}")
+            raise ValueError(f"{self}: a stack of {first} has no axis {self.axis}")
         axis = self.axis % rank
         shape = (*first.shape[:axis], len(specs), *first.shape[axis:])
         kind = "numpy" if first.kind == "numpy_scalar" else first.kind

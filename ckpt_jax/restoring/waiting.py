@@ -147,7 +147,7 @@ class Restoration:
             raise
 
     def attach(self, child: Any, saved: int, place: Place) -> Any:
-        """Restores into an object that appeared where the node `saved` was awaited.
+        """Restores into an object that appeared, and for which the node `saved` has waited.
 
         Args:
           child: the object.
@@ -202,7 +202,7 @@ class Restoration:
 
     @contextmanager
     def _unchanged_reader(self) -> Iterator[CheckpointReader]:
-        """The reader of a directory holds no files, so that it is kept, with its index."""
+        """A reader of the checkpoint. For a directory it holds no open files, and is used again."""
         storage = self._context.storage
         if storage.generation(self._location) != self._generation:
             self._reader = None

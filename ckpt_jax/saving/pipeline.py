@@ -80,7 +80,7 @@ class StagedSave:
     Args:
       request: what to save.
       storage: where the path lies.
-      meeting: with the other processes. It is entered already, and stays so until after the block.
+      meeting: with the other processes. The caller enters it, and leaves it after the block.
       watch: measures the save.
     """
 
@@ -108,7 +108,7 @@ class StagedSave:
         self._failure: str | None = None  # of process 0, after the commit
         with ExitStack() as stack:
             stack.enter_context(self._held_staging())
-            stack.push(meeting.tell)  # before files are removed, which others would fail with
+            stack.push(meeting.tell)  # the others hear of an error before files are removed
             os.makedirs(self._shards, exist_ok=True)
             mine = self._own_names() if meeting.count > 1 else ""
             self._registered = _registered_shards(live, os.path.join(self._shards, mine))
