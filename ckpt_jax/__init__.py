@@ -6,8 +6,8 @@
     path = checkpoint.save("runs/a/ckpt")
     checkpoint.restore(ckpt.latest_checkpoint("runs/a")).assert_consumed()
 
-Objects are saved as a graph and matched on restore by the local names of the edges between
-them. See `Checkpoint` for objects, `save`, `restore` and `load` for trees, `io` for savers.
+Objects are saved as a graph, and a restore matches them by the names of the edges between them.
+See `Checkpoint` for objects, `save`, `restore` and `load` for trees, and `io` to write savers.
 """
 
 from ckpt_jax import io, metrics
@@ -23,9 +23,9 @@ from ckpt_jax.api.inspect import (
     object_metadata,
 )
 from ckpt_jax.api.latest import checkpoints_iterator, latest_checkpoint
-from ckpt_jax.api.nodes import restore_nodes
 from ckpt_jax.api.per_process import PerProcess
 from ckpt_jax.api.preflight import preflight
+from ckpt_jax.api.restore_nodes import restore_nodes
 from ckpt_jax.api.revive import load_object, save_object
 from ckpt_jax.api.status import LoadStatus
 from ckpt_jax.api.tree import load, plan_restore, restore, save

@@ -28,10 +28,10 @@ from ckpt_jax.objects.views import ForwardingView, View, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import Context, current_context
 from ckpt_jax.processes.meeting import Meeting
-from ckpt_jax.restoring.execute import together
 from ckpt_jax.restoring.reader import CheckpointReader
-from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.restoring.rename import rename as renamed
+from ckpt_jax.restoring.rules import Rule
+from ckpt_jax.restoring.run import broadcast_meeting
 from ckpt_jax.restoring.waiting import Restoration
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import SaveRuns, Unrecorded
@@ -178,7 +178,7 @@ class Checkpoint(AutoTrackable):
         processes = context.processes
         is_alone = processes.count == 1  # the others restore, and so does this one
         with (
-            together(path, options, processes) as meeting,
+            broadcast_meeting(path, options, processes) as meeting,
             self._runs().background.turn(is_refused=is_alone),
         ):
             yield meeting

@@ -1,13 +1,13 @@
 """FrozenSaver: saves and restores one fixed object graph, by key.
 
-Tracing walks all objects and names every value. Where a program's objects stay the same for
-thousands of saves, that can be done once: a frozen saver keeps the graph and the keys, and each
-time only fetches the values. It restores by the keys, too, without matching graphs.
+Each save traces: it walks all objects and names every value. If the objects of a program stay the
+same for thousands of saves, it is enough to do this once. A frozen saver keeps the graph and the
+keys, and only fetches the values each time. It also restores by the keys, without matching graphs.
 
-*Fixed* means that every edge leads to the same mutable object, or to an immutable one of the same
-type, and that the kind, dtype and shape of every value are as they were; what is attached to a
-mutable object later is left out. Each time the edges are compared with that, so that no stale
-value is saved.
+*Fixed* means that every edge leads to the same mutable object, or to an immutable object of the
+same type, and that the kind, dtype and shape of every value are as they were. Objects that are
+attached to a mutable object later are not saved. Each save compares the edges and the values with
+the frozen graph, so that it saves no stale value.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects.views import ParameterPath, SlotEntry, slots_of, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
-from ckpt_jax.restoring.execute import opened
-from ckpt_jax.restoring.waiting import restore_pairs
+from ckpt_jax.restoring.run import opened, restore_pairs
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
 from ckpt_jax.store.paths import as_path
@@ -33,13 +32,13 @@ from ckpt_jax.values.leaves import describe
 class FrozenSaver:
     """Saves and restores the objects that a `Checkpoint` had when it was frozen.
 
-    `Checkpoint.freeze` makes one. What it writes is an ordinary checkpoint.
+    `Checkpoint.freeze` makes one. It writes ordinary checkpoints.
 
     Args:
       live: the graph, whose root is mutable.
 
     Raises:
-      ValueError: the root is immutable, so that it could not be restored in place.
+      ValueError: the root is immutable, and cannot be restored in place.
 
     Source: TensorFlow's `TrackableSaver.freeze`.
 
@@ -62,33 +61,33 @@ class FrozenSaver:
         self._live = live
 
     def save(self, path: Path, options: CheckpointOptions | None = None) -> str:
-        """Saves to exactly `path`, where it replaces a checkpoint; no counter is advanced.
+        """Saves to exactly `path`, and replaces a checkpoint that is there. Advances no counter.
 
         Args:
           path: the directory to create.
-          options: how; saving is never in the background.
+          options: how to save. `enable_async` is ignored: the save is done when this returns.
 
         Returns:
           The path.
 
         Raises:
-          ValueError: edges, or the kind, dtype or shape of a value, are not what was frozen.
-            All of them are named; nothing was written.
+          ValueError: an edge, or the kind, dtype or shape of a value, has changed since the freeze.
+            All changes are named; nothing was written.
         """
         request = SaveRequest(as_path(path), self._current, given(options))
         return save_once(request, current_context())
 
     def restore(self, path: Path, options: CheckpointOptions | None = None) -> None:
-        """Restores every value from the key it was saved under; what else is there is ignored.
+        """Restores every value from its key. Other values of the checkpoint are ignored.
 
         Args:
-          path: of a checkpoint that this saver wrote, or one of an identical graph.
+          path: of a checkpoint that this saver wrote, or a saver of an identical graph.
           options: `cast`, `broadcast` and `max_inflight_bytes` apply.
 
         Raises:
-          RestoreMismatchError: naming all keys that are not there, and values of another kind,
-            dtype or shape. Nothing was changed.
-          ValueError: the objects are not what was frozen.
+          RestoreMismatchError: naming all keys that are not there, and all values of another
+            kind, dtype or shape. Nothing was changed.
+          ValueError: the objects have changed since the freeze.
           CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
         """
         options = given(options)
@@ -98,7 +97,7 @@ class FrozenSaver:
             restore_pairs(reader, live, bound, options, meeting)
 
     def _current(self) -> LiveGraph:
-        """The frozen graph with the objects and values of this moment."""
+        """The frozen graph with the present objects and values."""
         graph, views = self._live.graph, self._live.views
         objects = list(self._live.objects)
         problems: list[str] = []
@@ -134,14 +133,16 @@ class FrozenSaver:
             problems = _changed(graph, values)
         if problems:
             lines = "\n".join(f"  {problem}" for problem in problems)
-            raise ValueError(f"the objects are not what was frozen:\n{lines}\nFreeze them again.")
+            raise ValueError(
+                f"the objects have changed since they were frozen:\n{lines}\nFreeze them again."
+            )
         return LiveGraph(graph, tuple(objects), views, tuple(values), self._live.variables)
 
 
 def _absence(label: Label, slots: Iterable[SlotEntry]) -> str:
-    """Why an object has no child of a label that the frozen graph has."""
+    """Why an object has no child for a label of the frozen graph."""
     if any(slot.name == label for slot in slots):
-        return "is for parameters outside of what is saved; put them into it"
+        return "is for parameters that are not among the saved objects; add them to these"
     return "is gone"
 
 
@@ -150,7 +151,7 @@ def _slot_label(name: str, variable: Any) -> Any:
 
 
 def _changed(graph: ObjectGraph, values: list[Mapping[str, Any]]) -> list[str]:
-    """What is wrong with values that should be of the specs in `graph`."""
+    """How the values differ from the specs in `graph`."""
     problems: list[str] = []
     for node, entry in enumerate(graph.nodes):
         if values[node].keys() != {attribute.name for attribute in entry.attributes}:
@@ -165,7 +166,7 @@ def _changed(graph: ObjectGraph, values: list[Mapping[str, Any]]) -> list[str]:
 
 
 def _by_key(saved: ObjectGraph, live: ObjectGraph) -> dict[int, int]:
-    """Saved nodes and live ones whose values have the same keys."""
+    """Saved node -> the live node whose values have the same keys."""
     node_of = {key: node for node, entry in enumerate(live.nodes) for key in _keys(entry)}
     return {
         node: node_of[key]

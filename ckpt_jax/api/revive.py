@@ -55,10 +55,9 @@ from ckpt_jax.objects.views import View, view_of
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
 from ckpt_jax.report import ReportEntry
-from ckpt_jax.restoring.adapters import Adapted
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
-from ckpt_jax.restoring.run import Demand, plan
+from ckpt_jax.restoring.run import Demand, plan_matched
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
 from ckpt_jax.store.paths import as_path
@@ -384,8 +383,8 @@ class _Revival:
             if saved in self.filled and live.objects[node] is self.made[saved]
         }
         only = frozenset(range(len(live.objects))) - placed.keys()
-        adapted = Adapted(Renamed(self.graph), found)
-        planned = plan(self.reader, adapted, live, DEFAULT, only=only)
+        saved = Renamed(self.graph)
+        planned = plan_matched(self.reader, saved, found, live, DEFAULT, only=only)
         done = planned.reads.used | set(placed.values())
         lost = [
             ReportEntry(self.graph.paths[node] or "(root)", found=found_there)

@@ -17,7 +17,7 @@ from ckpt_jax.graph.nodes import pretty_name
 from ckpt_jax.matching.match import Match, match
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.report import ReportEntry, RestoreReport
-from ckpt_jax.restoring.run import look, truly_restored
+from ckpt_jax.restoring.run import plan_values, truly_restored
 from ckpt_jax.restoring.waiting import Restoration
 
 _MAX_LISTED = 10
@@ -148,11 +148,9 @@ class LoadStatus:
         restoration = self._done
         live = self._trace()
         found = match(restoration.saved, live.graph)
-        reads, report = look(
-            restoration.renamed, found, live, restoration.path, restoration.options
-        )
+        reads = plan_values(restoration.renamed, found, live, restoration.path, restoration.options)
         given = restoration.given_nodes(live)
-        report = truly_restored(report, reads, live, given)
+        report = truly_restored(reads, live, given)
         return _Look(live, found, given, replace(report, nbytes=restoration.nbytes))
 
     def _skips_slots(self) -> bool:

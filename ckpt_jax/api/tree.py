@@ -18,12 +18,11 @@ from ckpt_jax.objects.delegate import delegate_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
 from ckpt_jax.report import ReportEntry, RestoreReport, near_miss, nearest
-from ckpt_jax.restoring.execute import opened
 from ckpt_jax.restoring.reader import CheckpointReader
-from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.restoring.rename import rename as renamed
-from ckpt_jax.restoring.run import Demand, PlannedRestore, plan_whole, require_fit
-from ckpt_jax.restoring.shardings import Place, Structs, with_shardings
+from ckpt_jax.restoring.rules import Rule
+from ckpt_jax.restoring.run import Demand, PlannedRestore, opened, plan_whole, require_fit
+from ckpt_jax.restoring.shardings import Structs, ValueId, with_shardings
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
 from ckpt_jax.store.paths import as_path
@@ -250,7 +249,7 @@ def _hint(only: Selection, paths: list[str]) -> str:
 
 
 def _placements(
-    saved: ObjectGraph, wanted: Mapping[Place, Attribute], sharding: Any, path: str
+    saved: ObjectGraph, wanted: Mapping[ValueId, Attribute], sharding: Any, path: str
 ) -> Structs:
     """What `load` places on devices, and where; raises naming all that cannot lie there."""
     structs = {

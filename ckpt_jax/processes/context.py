@@ -1,7 +1,7 @@
-"""Context: what a save or a restore needs from its surroundings, as one argument.
+"""Context: the surroundings of a save or a restore, as one argument.
 
-The verbs of the program take it from the running process; everything below them is given it, so
-that every stage can be run in memory, as one of several processes, against another clock.
+Public functions and methods take them from the running process, and pass them on. So every stage
+below can also run in memory, as one of several simulated processes, or with another clock.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Context:
     Attributes:
       processes: of the program.
       storage: where checkpoints lie.
-      meter: the clock, and what saves and restores have cost so far.
+      meter: measures saves and restores with a clock.
     """
 
     processes: Processes

@@ -1,18 +1,18 @@
 """Spreading: which process writes which slice. Each process works it out by itself.
 
-Terms. A *box* is one distinct slice of an array. Its *holders* are the processes whose devices
-have it. A *share* is the part of a box that one process writes.
+Terms. A *box* is one distinct slice of an array. Its *holders* are the processes that have it on
+their devices. A *share* is the part of a box that one process writes.
 
-Every process knows all boxes and holders, because a sharding is global, and applies the same
-rule to them. So the processes agree without talking to each other:
+A sharding is global, so that every process knows all boxes and holders. All processes apply the
+same rule to them, and agree without talking to each other:
 
 1. A box with one holder is written by that holder.
 2. The other boxes are distributed, the largest first, to the holders with the fewest bytes so
-   far. A box of several `SHARE_NBYTES` is cut into equal shares along one axis, for as many of
-   its holders; a smaller one stays whole.
+   far. A box of at least two `SHARE_NBYTES` is cut along one axis into equal shares of at least
+   `SHARE_NBYTES`, for as many of its holders as possible. A smaller box stays whole.
 
-Law: the shares of all processes are the boxes, each element once. If every process holds every
-box, no process writes more than one largest share beyond the average.
+Law: the shares of all processes contain each element of each box exactly once. If every process
+holds every box, no process exceeds the average by more than the largest share.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from ckpt_jax.graph.boxes import Box, shape_of
 
-SHARE_NBYTES = 1 << 20  # smaller shares would add more places to read from than they save time
+SHARE_NBYTES = 1 << 20  # smaller shares save less time in a save than they cost in a restore
 
 
 class HeldBox(NamedTuple):
@@ -48,12 +48,12 @@ class Share(NamedTuple):
 
 
 def spread(boxes: Sequence[HeldBox], count: int, share_nbytes: int = SHARE_NBYTES) -> list[Share]:
-    """Which process writes which part of which box; see the module.
+    """Says which process writes which part of which box; see the module.
 
     Args:
       boxes: all distinct slices of all arrays, in the same order on all processes.
       count: number of processes.
-      share_nbytes: the least size of a share of a box that is cut.
+      share_nbytes: the smallest size of a share, if its box is cut.
 
     Returns:
       The shares of all processes, in the order of `boxes`.

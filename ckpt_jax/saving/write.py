@@ -1,7 +1,7 @@
-"""Shards: the slices of a snapshot in groups, as the sharding policy says, and written.
+"""Shards: the slices of a snapshot are grouped by the sharding policy, and written.
 
-plan_write  groups the slices into shards, and checks what a user's policy returns
-write       writes each shard with the same primitive that registered savers use
+plan_write  groups the slices into shards, and checks the groups if a user wrote the policy
+write       writes each shard with the same function that registered savers use
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _rows(piece: PlannedSlice, limit: int) -> list[PlannedSlice]:
 
 
 def _lists(groups: Any) -> list[list[PlannedSlice]]:
-    """What a policy returned, where the groups and each of them may be generators."""
+    """The groups that a policy returned, as lists: they and their groups may be generators."""
     try:
         lists = [list(group) for group in groups]
     except TypeError as error:
@@ -140,7 +140,7 @@ def _shard(snap: Snapshot, group: Sequence[PlannedSlice]) -> dict[str, Any]:
 
 def _part(snap: Snapshot, piece: PlannedSlice, boxes: Sequence[Box]) -> np.ndarray:
     for box in boxes:
-        if all(a <= c and d <= b for (a, b), (c, d) in zip(box, piece.box, strict=True)):
+        if _holds(box, piece.box):
             data = snap.contents[piece.key, box]
             if isinstance(data, host.Arriving):
                 data = data.wait()
@@ -150,7 +150,7 @@ def _part(snap: Snapshot, piece: PlannedSlice, boxes: Sequence[Box]) -> np.ndarr
 
 
 def _check_policy(slices: Sequence[PlannedSlice], groups: Groups) -> None:
-    """Whether the groups hold exactly the slices, each whole or cut into disjoint parts."""
+    """Checks that the groups hold exactly the slices, each whole or cut into disjoint parts."""
     problems: list[str] = []
     by_key: dict[str, list[PlannedSlice]] = {}
     for piece in slices:
@@ -165,7 +165,7 @@ def _check_policy(slices: Sequence[PlannedSlice], groups: Groups) -> None:
             if part.key not in by_key:
                 problems.append(f"{part.key}: added")
             elif owner is None:
-                problems.append(f"{part.key}: {part.box} lies in no slice that there is to write")
+                problems.append(f"{part.key}: {part.box} lies in no slice that is to be written")
             else:
                 problems += _changes(owner, part)
                 parts.setdefault((owner.key, owner.box), []).append(part)
@@ -195,27 +195,33 @@ def _holds(outer: Box, inner: Box) -> bool:
 
 
 def _changes(owner: PlannedSlice, part: PlannedSlice) -> list[str]:
-    changed = [name for name in ("shape", "dtype", "process") if _differs(owner, part, name)]
+    facts = ("shape", "dtype", "process")
+    changed = [name for name in facts if getattr(owner, name) != getattr(part, name)]
     if not inside(part.box, part.shape) and "shape" not in changed:
         changed.append("box")
     return [f"{part.key}: changed its {name}" for name in changed]
-
-
-def _differs(owner: PlannedSlice, part: PlannedSlice, name: str) -> bool:
-    return getattr(owner, name) != getattr(part, name)
 
 
 def write(
     plan: WritePlan,
     directory: str,
     options: CheckpointOptions,
-    process: int = 0,
-    written: Callable[[int], object] = lambda nbytes: None,
+    process: int,
+    written: Callable[[int], object],
 ) -> list[str]:
-    """Writes the shards into new directories below `directory`; returns those.
+    """Writes the shards into new directories below `directory`.
 
-    `written` is called with numbers of bytes while the work goes on, on several threads.
     If one shard fails, or the program is interrupted, the others are given up.
+
+    Args:
+      plan: the shards.
+      directory: exists already.
+      options: how to write.
+      process: index of this process, which is part of the names.
+      written: called with numbers of bytes while shards are written, on several threads.
+
+    Returns:
+      The directories of the shards.
     """
     prefix = os.path.join(directory, f"{process:05d}-")
     writers = max(1, min(cores(), len(plan.groups)))

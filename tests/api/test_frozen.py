@@ -161,7 +161,7 @@ def test_optimizer_state_without_its_parameters_is_told_what_it_lacks(tmp_path):
     params = {"w": jnp.zeros(2)}
     state = ckpt.optax_state(optax.adam(0.1).init(params), params)
     saver = ckpt.Checkpoint(state=state).freeze()
-    with pytest.raises(ValueError, match="state/.*mu: is for parameters outside of what is saved"):
+    with pytest.raises(ValueError, match="state/.*mu: is for parameters that are not among"):
         saver.save(tmp_path / "a")
 
 

@@ -156,7 +156,7 @@ def test_a_process_that_hears_nothing_after_the_decision_says_that_it_does_not_k
     assert committed == "committed"
     assert isinstance(error, ckpt.BarrierTimeoutError)
     assert error.processes == (0,)
-    assert "whether the checkpoint was committed is not known" in str(error)
+    assert "it is not known whether the checkpoint was committed" in str(error)
 
 
 def test_processes_that_do_different_things_are_told_so():
@@ -291,7 +291,7 @@ def test_different_objects_are_no_save_and_leave_nothing(tmp_path):
     for error in run_processes(4, program):
         assert isinstance(error, ckpt.ProcessError)
         assert error.processes == (2,)
-        assert "the objects of process 2 are not those of process 0" in str(error)
+        assert "the objects of process 2 are not the same as on process 0" in str(error)
         assert "differ below layers/1. All" in str(error)
     assert os.listdir(tmp_path) == []
 
@@ -969,7 +969,7 @@ def test_a_save_to_a_directory_that_is_not_shared_says_so(tmp_path):
     for error in results:
         assert isinstance(error, ckpt.ProcessError)
         assert error.processes == (1, 2)
-        assert "does not find what was written by 1, 2" in str(error)
+        assert "does not find the shards that were written by 1, 2" in str(error)
         assert "ckpt.preflight" in str(error)
 
 
@@ -1133,6 +1133,6 @@ def test_who_does_not_share_the_directory_is_named(tmp_path):
     for error in results:
         assert isinstance(error, ckpt.PreflightError)
         what = dict(error.problems)
-        assert "does not see what was written by 2 (" in what[0]
-        assert "does not see what was written by 0 (" in what[2]
+        assert "does not see the files of 2 (" in what[0]
+        assert "does not see the files of 0 (" in what[2]
         assert ", 1 (" in what[2]

@@ -128,7 +128,8 @@ def test_a_wildcard_that_could_be_either_has_to_be_named(tmp_path):
     path = ckpt.save(tmp_path / "a", tree)
     unclear = problems(path, {}, [("a_*/b_*", "c_*", ckpt.Stack())])
     assert unclear == [
-        "which wildcard counts is not clear; say it with Stack(index=...) (rule 'a_*/b_*' -> 'c_*')"
+        "several wildcards could number the values; choose one with Stack(index=...) "
+        "(rule 'a_*/b_*' -> 'c_*')"
     ]
     target = {f"c_{b}": np.zeros(2, int) for b in range(3)}
     found = ckpt.restore(path, target, rename=[("a_*/b_*", "c_*", ckpt.Stack(index=0))])

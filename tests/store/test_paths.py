@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ckpt_jax.state_file import update_checkpoint_state
+from ckpt_jax.api.nodes import restore_nodes
 
 import ckpt_jax as ckpt
 from ckpt_jax import io
 from ckpt_jax.api.frozen import FrozenSaver
 from ckpt_jax.api.latest import checkpoint_exists, get_checkpoint_mtimes, remove_checkpoint
-from ckpt_jax.api.nodes import restore_nodes
+from ckpt_jax.state_file import update_checkpoint_state
 from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.stack import MANIFEST
 from ckpt_jax.testing import run_processes

@@ -1,7 +1,7 @@
 """Restoring chosen nodes of a checkpoint into chosen objects, without matching two graphs.
 
-The pairs are given instead of found: a match without edges. Only the values of each node
-itself are restored, none of its children's.
+The caller gives the pairs of nodes and objects. Only the values of each node itself are restored,
+none of its children's values.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects.views import view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
-from ckpt_jax.restoring.execute import opened
-from ckpt_jax.restoring.waiting import restore_pairs
+from ckpt_jax.restoring.run import opened, restore_pairs
 
 
 def restore_nodes(
@@ -30,14 +29,14 @@ def restore_nodes(
 
     Args:
       path: of a checkpoint.
-      nodes: by node id, a position in `object_metadata(path).nodes`, the object to restore it
-        into, in place: a trackable, a variable, or another mutable object. Its children stay
-        as they are.
+      nodes: for each node id the object to restore into, in place: a trackable, a variable, or
+        another mutable object. Its children stay as they are. A node id is a position in
+        `object_metadata(path).nodes`.
       options: `cast` and `broadcast` apply.
 
     Raises:
-      ValueError: no dict of nodes that the checkpoint has and of mutable objects; or an object
-        and its node do not hold the same number of values. All of this at once.
+      ValueError: `nodes` is no dict, the checkpoint lacks a node, an object is not mutable, or an
+        object and its node differ in the number of values. It names all such problems at once.
       RestoreMismatchError: a value differs in name, dtype or shape. Nothing was changed.
       CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
 
@@ -84,8 +83,8 @@ def _problem(
         return f"node {node} does not exist in the checkpoint, which has {len(saved.nodes)}"
     if node not in traced:
         return (
-            f"node {node}: please pass a valid Trackable, or another object that is restored in "
-            f"place, got {obj!r}"
+            f"node {node}: please pass a valid Trackable, or another object that can be restored "
+            f"in place, got {obj!r}"
         )
     expected, found = _num_values(traced[node].graph.nodes[0]), _num_values(saved.nodes[node])
     where = f"node {node} ({saved.paths[node] or '(root)'})"
