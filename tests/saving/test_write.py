@@ -81,5 +81,5 @@ def test_values_that_were_divided_come_back(tmp_path, tiny, monkeypatch, in_back
 def test_a_snapshot_for_the_background_is_a_copy_of_numpy_arrays():
     array = np.zeros(3)
     for in_background in (False, True):
-        taken = snapshot({"a": array}, in_background=in_background)
+        taken = snapshot({"a": array}, in_background=in_background, process=0, count=1)
         assert np.shares_memory(taken.contents["a", ((0, 3),)], array) != in_background
