@@ -317,7 +317,7 @@ class _RootedView(ForwardingView):
         self.view = view
         self.container = view.container
         self.mutable = view.mutable
-        self.has_functions = view.has_functions
+        self.has_program = view.has_program
         own = dict(view.children(root))
         children: dict[Label, Any] = {**checkpoint.trackable_children()}
         for name in own.keys() & children.keys():

@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ckpt_jax.graph.labels import Label, local_name
+from ckpt_jax.graph.labels import Label, canonical, local_name
 from ckpt_jax.graph.nodes import Node, ObjectGraph
 
 Edges = tuple[tuple[Label, int], ...]
@@ -102,7 +102,10 @@ def extend(
         theirs, ours = _aligned(saved.nodes[saved_node], live.nodes[live_node])
         here = _edges(ours)
         for label, child in theirs:
-            there = here.get(label, here.get(local_name(label)))
+            key = canonical(label)
+            there = here.get(key)
+            if there is None:
+                there = here.get(local_name(key))
             if there is None:
                 frontier.setdefault((live_node, label), child)
             else:
@@ -132,11 +135,21 @@ def _may_share(live: ObjectGraph, node: int) -> bool:
 
 
 def _edges(children: Iterable[tuple[Label, int]]) -> dict[Label, int]:
-    """Live children by label, and also by the label's text if no string label has that text."""
-    edges: dict[Label, int] = {
-        local_name(label): node for label, node in children if not isinstance(label, str)
-    }
-    edges.update(children)
+    """Live children by label, and also by the label's text if no other label has that text."""
+    edges: dict[Label, int] = {}
+    by_text: dict[str, int | None] = {}
+    for label, node in children:
+        if type(label) is str:
+            edges[label] = node
+            continue
+        key = canonical(label)
+        edges[key] = node
+        if not isinstance(key, str):
+            text = local_name(key)
+            by_text[text] = None if text in by_text else node
+    for text, node in by_text.items():
+        if node is not None:
+            edges.setdefault(text, node)
     return edges
 
 

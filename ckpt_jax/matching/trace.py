@@ -131,7 +131,7 @@ class _Walk:
             view = view_of(obj)
         if view is None and self.saver_of(obj) is not None:
             view = _OPAQUE
-        elif view is None and callable(obj) and self.is_program(parent):
+        elif view is None and self.is_program(parent):
             view = _PROGRAM
         elif view is None:
             self.problems.append((labels.path_of(key), _no_view(obj)))
@@ -177,8 +177,8 @@ class _Walk:
         return any(self.objects[node] is obj for node in self.upwards(parent))
 
     def is_program(self, parent: int) -> bool:
-        """Whether a function below `parent` is part of the program, not a value to save."""
-        return any(self.views[node].has_functions for node in self.upwards(parent))
+        """Whether something without a view below `parent` is part of the program, not state."""
+        return any(self.views[node].has_program for node in self.upwards(parent))
 
     def upwards(self, node: int) -> Iterator[int]:
         """A node and the nodes above it, along the first path to each."""
@@ -222,8 +222,11 @@ class _Walk:
         if len(set(names)) < len(names):
             self.problems.append((labels.path_of(prefix[:-1]), "two of its keys look the same"))
         for (label, _), name in zip(pairs, names, strict=True):
-            if type(label) not in labels.LABEL_TYPES:
-                what = f"the key {label!r} is of type {type(label).__qualname__}; use a string"
+            if not labels.is_label(label):
+                what = (
+                    f"the key {label!r} is of type {type(label).__qualname__}; use a string, a "
+                    "number, the member of an enum, or a tuple of these"
+                )
                 self.problems.append((labels.path_of(prefix + name), what))
             if not name.isascii():
                 try:
@@ -397,7 +400,7 @@ class _OpaqueView(View):
 
 
 class _ProgramView(View):
-    """A function of the program, which is not saved, but keeps its place in the graph."""
+    """A part of the program, which is not saved, but keeps its place in the graph."""
 
     container = "none"
 

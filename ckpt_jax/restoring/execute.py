@@ -19,7 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ckpt_jax.errors import ProcessError, RegistrationError, RestoreMismatchError
-from ckpt_jax.graph.dtypes import dtype_of
+from ckpt_jax.graph.dtypes import LossyConversionError, dtype_of
 from ckpt_jax.graph.labels import object_key_of, path_of
 from ckpt_jax.matching.assign import assign
 from ckpt_jax.matching.plan import ReadPlan, SaverCall, ValueRead
@@ -100,20 +100,29 @@ def _read(
         for number, r in todo.items():
             batch.setdefault(r.key, number)
         asked = {key: _request(first[number], shared.get(number)) for key, number in batch.items()}
-        for key, data in reader.read(asked, options, advance).items():
+        try:
+            arrived = reader.read(asked, options, advance)
+        except LossyConversionError as error:
+            raise _unfit(first[batch[error.key]], error, reader.path) from error
+        for key, data in arrived.items():
             r = first[batch[key]]
             try:
                 found[batch[key]] = decode(data, r.saved, r.target, r.value)
             except (OverflowError, ValueError) as error:
-                entry = ReportEntry(path_of(object_key_of(key)), str(r.target), str(r.saved))
-                problem = replace(entry, what=str(error))
-                report = RestoreReport(reader.path, mismatched=(problem,))
-                raise RestoreMismatchError(describe_problems(report, _ADVICE), report) from error
+                raise _unfit(r, error, reader.path) from error
         for number in batch.values():
             del todo[number]
     if meeting is not None:
         _hand_over(found, {number: first[number] for number in shared}, meeting)
     return [found[number] for number in order]
+
+
+def _unfit(read: ValueRead, error: Exception, path: str) -> RestoreMismatchError:
+    """The error for a value that turned out, when it was read, not to fit its target."""
+    entry = ReportEntry(path_of(object_key_of(read.key)), str(read.target), str(read.saved))
+    problem = replace(entry, what=str(error))
+    report = RestoreReport(path, mismatched=(problem,))
+    return RestoreMismatchError(describe_problems(report, _ADVICE), report)
 
 
 def _shared(reads: Mapping[int, ValueRead]) -> dict[int, jax.sharding.Sharding]:

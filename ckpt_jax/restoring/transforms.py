@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ckpt_jax.graph.boxes import Box
-from ckpt_jax.graph.dtypes import dtype_name, dtype_of
+from ckpt_jax.graph.dtypes import converted, dtype_name, dtype_of
 from ckpt_jax.graph.specs import LeafSpec
 
 ANY_DTYPE = ""  # of a value that takes the dtype of its target
@@ -134,8 +134,7 @@ class Cast(Step):
     def apply(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
         if self.dtype is None:
             return list(parts)  # converted where the value is put in its place
-        with np.errstate(over="ignore", invalid="ignore"):
-            return [part.astype(dtype_of(self.dtype), copy=False) for part in parts]
+        return [converted(part, dtype_of(self.dtype)) for part in parts]
 
 
 @dataclass(frozen=True, slots=True)
