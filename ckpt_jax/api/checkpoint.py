@@ -89,6 +89,11 @@ class Checkpoint(AutoTrackable):
         if private["_self_rooted"]:
             _RootedView(self)  # refuses names that the root uses for something else
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(Checkpoint, name):
+            raise AttributeError(f"{name} is the checkpoint's own; it cannot be assigned")
+        super().__setattr__(name, value)
+
     def __repr__(self) -> str:
         names = [str(name) for name in self.trackable_children() if name != SAVE_COUNTER]
         if self.__dict__["_self_rooted"]:

@@ -1,8 +1,8 @@
 """Match: walks two rooted graphs side by side, along equal edge labels.
 
 Terms. A saved node is *bound* to the live node that corresponds to it. The *frontier* is the set
-of saved edges whose parent is bound, but which the live graph lacks: their children may appear
-later. A *conflict* is a saved node that two live nodes ask for, or a live node that two saved
+of saved edges whose parent is bound, but which the live graph lacks, or at which it has None: their
+children may appear later. A *conflict* is a saved node that two live nodes ask for, or a live node that two saved
 nodes ask for; the first binding counts.
 
 Algorithm. The walk is breadth first from the given pairs, so that shallow paths bind first. Slots
@@ -106,7 +106,7 @@ def extend(
             there = here.get(key)
             if there is None:
                 there = here.get(local_name(key))
-            if there is None:
+            if there is None or _is_placeholder(live.nodes[there], saved, child):
                 frontier.setdefault((live_node, label), child)
             else:
                 frontier.pop((live_node, label), None)
@@ -114,6 +114,15 @@ def extend(
         queue.extend(_slot_pairs(saved, live, bound, shared, saved_node))
     return Match(
         MappingProxyType(bound), MappingProxyType(frontier), tuple(conflicts), tuple(shared)
+    )
+
+
+def _is_placeholder(live: Node, saved: ObjectGraph, child: int) -> bool:
+    """Whether the program has None at a place, and the checkpoint has values for it."""
+    return (
+        live.container == "none"
+        and saved.nodes[child].container != "none"
+        and saved.carries_values(child)
     )
 
 

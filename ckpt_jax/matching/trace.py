@@ -116,6 +116,7 @@ class _Walk:
     variables: dict[int, Any] = field(default_factory=dict)
     slot_aliases: dict[tuple[int, int, str], int] = field(default_factory=dict)
     node_of: dict[int, int] = field(default_factory=dict)  # by id, of objects with an identity
+    containers: set[int] = field(default_factory=set)  # ids, of objects without
     problems: list[tuple[str, str]] = field(default_factory=list)
 
     def enter(
@@ -174,6 +175,9 @@ class _Walk:
         return result
 
     def is_inside_itself(self, obj: Any, parent: int) -> bool:
+        if id(obj) not in self.containers:  # as usual: without it, depth would cost its square
+            self.containers.add(id(obj))
+            return False
         return any(self.objects[node] is obj for node in self.upwards(parent))
 
     def is_program(self, parent: int) -> bool:

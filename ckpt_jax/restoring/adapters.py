@@ -252,7 +252,8 @@ def adapt(
 
 def _adapter_of(obj: Any, path: str) -> CheckpointAdapter | None:
     method = getattr(type(obj), "checkpoint_adapter", None)
-    return None if method is None else method(obj, path)
+    adapter = method(obj, path) if callable(method) else None
+    return adapter if isinstance(adapter, CheckpointAdapter) else None
 
 
 def _adapted_edges(
