@@ -2,8 +2,8 @@
 
 Terms. A saved node is *bound* to the live node that corresponds to it. The *frontier* is the set
 of saved edges whose parent is bound, but which the live graph lacks, or at which it has None: their
-children may appear later. A *conflict* is a saved node that two live nodes ask for, or a live node that two saved
-nodes ask for; the first binding counts.
+children may appear later. A *conflict* is a saved node that two live nodes ask for, or a live node
+that two saved nodes ask for; the first binding counts.
 
 Algorithm. The walk is breadth first from the given pairs, so that shallow paths bind first. Slots
 are edges, too: their label is (variable, slot name), known as soon as optimizer and variable are

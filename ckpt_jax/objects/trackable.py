@@ -8,8 +8,8 @@ The children are in the instance's `__dict__` under a private name that is creat
 that a subclass need not call `super().__init__()`.
 
 A subclass may use the names of this library for something else: an attribute `track`, a method
-`slots` that takes arguments. So the library calls its methods through the class, and only those that
-can be called as it calls them.
+`slots` that takes arguments. So the library calls its methods through the class, and only those
+that can be called as it calls them.
 """
 
 from __future__ import annotations
@@ -241,10 +241,8 @@ class AutoTrackable(Trackable):
         for name, value in _attributes(self, children):
             if name in children:
                 child = children[name]
-                is_same = value is child or (
-                    isinstance(child, tuple) and unmarked(child) is not child
-                )
-                if not is_same and self._is_state(value):
+                is_marked = isinstance(child, tuple) and unmarked(child) is not child
+                if value is not child and not is_marked and self._is_state(value):
                     children[name] = value
             elif id(value) not in known and self._is_state(value):
                 children[name] = value
@@ -395,7 +393,7 @@ def _replace_attribute(obj: AutoTrackable, name: str, value: Any) -> None:
             setattr(obj, name, value)
             return
     descriptor = inspect.getattr_static(type(obj), name, None)
-    if name not in _descriptors(type(obj)):
+    if name not in _descriptors(type(obj))[0]:
         obj.__dict__[name] = value
     elif not isinstance(descriptor, property) or descriptor.fset is not None:
         object.__setattr__(obj, name, value)
@@ -414,9 +412,9 @@ def children_of(obj: Trackable) -> Mapping[str, Any]:
 
 def _method(obj: Trackable, name: str, *arguments: Any) -> Callable[..., Any]:
     """A method of the class, or that of the base class if it cannot be called with arguments."""
-    method = getattr(type(obj), name)
-    if not _takes(method, 1 + len(arguments)):
-        method = getattr(_base_of(obj), name)
+    method, own = getattr(type(obj), name), getattr(_base_of(obj), name)
+    if method is not own and not _takes(method, 1 + len(arguments)):
+        method = own
     return functools.partial(method, obj, *arguments)
 
 
@@ -443,7 +441,7 @@ def _function_takes(function: types.FunctionType, count: int) -> bool:
 def _slots(obj: Any) -> Mapping[tuple[str, Any], Any]:
     """The slot variables of an optimizer; none if `slots` is something else."""
     method = getattr(type(obj), "slots", None)
-    slots = method(obj) if _takes(method, 1) else None
+    slots = method(obj) if method is not None and _takes(method, 1) else None
     if not isinstance(slots, Mapping):
         return {}
     is_owner = all(isinstance(k, tuple) and len(k) == 2 and isinstance(k[0], str) for k in slots)
@@ -452,14 +450,13 @@ def _slots(obj: Any) -> Mapping[tuple[str, Any], Any]:
 
 def _attributes(obj: AutoTrackable, children: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     """The attributes of an object that may hold state, whether or not they are tracked."""
-    kind = type(obj)
-    descriptors = _descriptors(kind)
+    descriptors, derived = _descriptors(type(obj))
     untracked = obj.__dict__.get(_UNTRACKED, ())
-    for name, value in list(obj.__dict__.items()):
-        if not name.startswith(_PRIVATE) and name not in untracked and name not in descriptors:
-            is_derived = name not in children and _is_derived(kind, name)
-            if not is_derived:
-                yield name, value
+    for name, value in tuple(obj.__dict__.items()):
+        if name[: len(_PRIVATE)] == _PRIVATE or name in untracked or name in descriptors:
+            continue
+        if name in children or name not in derived:
+            yield name, value
     for name, is_slot in descriptors.items():
         if (is_slot or name in children) and name not in untracked:
             try:
@@ -470,20 +467,19 @@ def _attributes(obj: AutoTrackable, children: Mapping[str, Any]) -> Iterator[tup
 
 
 @functools.lru_cache(maxsize=4096)
-def _descriptors(kind: type) -> Mapping[str, bool]:
-    """The names that a class gives to descriptors with a setter, and whether each is a slot."""
-    found: dict[str, bool] = {}
+def _descriptors(kind: type) -> tuple[Mapping[str, bool], frozenset[str]]:
+    """The names that a class gives to descriptors with a setter, and whether each is a slot; and the
+    names of cached properties."""
+    attributes: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
-        for name, attribute in vars(base).items():
-            if hasattr(type(attribute), "__set__") and not name.startswith("__"):
-                found[name] = isinstance(attribute, types.MemberDescriptorType)
-            else:
-                found.pop(name, None)
-    return found
-
-
-def _is_derived(kind: type, name: str) -> bool:
-    return isinstance(inspect.getattr_static(kind, name, None), functools.cached_property)
+        attributes.update(vars(base))
+    with_setter = {
+        name: isinstance(attribute, types.MemberDescriptorType)
+        for name, attribute in attributes.items()
+        if hasattr(type(attribute), "__set__") and not name.startswith("__")
+    }
+    cached = [n for n, x in attributes.items() if isinstance(x, functools.cached_property)]
+    return with_setter, frozenset(cached)
 
 
 class TrackedView(OptimizerView):

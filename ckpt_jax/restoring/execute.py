@@ -21,7 +21,7 @@ from jax.core import Tracer
 from ckpt_jax.errors import ProcessError, RegistrationError, RestoreMismatchError
 from ckpt_jax.graph.dtypes import LossyConversionError, dtype_of
 from ckpt_jax.graph.labels import object_key_of, path_of
-from ckpt_jax.matching.assign import assign
+from ckpt_jax.matching.assign import assign, note_changed
 from ckpt_jax.matching.plan import ReadPlan, SaverCall, ValueRead
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects import registry
@@ -220,17 +220,31 @@ def execute(
             value = host.weakly_typed(value)
         values.setdefault(r.node, {})[r.name] = value
     replaced: dict[int, Any] = {}
-    for saver, nodes in calls:
-        objects = {name: live.objects[node] for name, node in nodes.items()}
-        new = _restored(saver, objects, reader.path)
-        if lost := [name for name, obj in objects.items() if name not in new and is_abstract(obj)]:
-            raise RegistrationError(
-                f"restore_fn of the checkpoint saver {saver.name!r} returned no values for "
-                f"{', '.join(lost)}, and there are none in the target that could stay"
-            )
-        replaced.update({nodes[name]: value for name, value in new.items()})
-    given = frozenset([*values, *(node for _, nodes in calls for node in nodes.values())])
-    return assign(live, values, replaced), given
+    called: list[int] = []  # nodes with objects that a saver may have changed in place
+    try:
+        for saver, nodes in calls:
+            called += [node for node in nodes.values() if live.views[node].mutable]
+            new = _called(saver, nodes, live, reader.path)
+            replaced.update({nodes[name]: value for name, value in new.items()})
+        given = frozenset([*values, *(node for _, nodes in calls for node in nodes.values())])
+        return assign(live, values, replaced), given
+    except BaseException as error:
+        note_changed(error, [live.graph.paths[node] for node in called])
+        raise
+
+
+def _called(
+    saver: registry.RegisteredSaver, nodes: Mapping[str, int], live: LiveGraph, path: str
+) -> Mapping[str, Any]:
+    """What a saver puts in the place of immutable objects, by name."""
+    objects = {name: live.objects[node] for name, node in nodes.items()}
+    new = _restored(saver, objects, path)
+    if lost := [name for name, obj in objects.items() if name not in new and is_abstract(obj)]:
+        raise RegistrationError(
+            f"restore_fn of the checkpoint saver {saver.name!r} returned no values for "
+            f"{', '.join(lost)}, and there are none in the target that could stay"
+        )
+    return new
 
 
 def _accepted(call: SaverCall, live: LiveGraph) -> tuple[registry.RegisteredSaver, dict[str, int]]:
