@@ -10,11 +10,13 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph import labels
 from ckpt_jax.graph._proto import trackable_object_graph_pb2 as pb
+from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.nodes import (
     FORMAT_VERSION,
@@ -41,6 +43,7 @@ _KINDS: dict[type, int] = {
     tuple: _Reference.TUPLE,
     labels.EnumKey: _Reference.ENUM,
 }
+_NUMBERS = (_Reference.INT, _Reference.BOOL, _Reference.FLOAT)
 _NEW_KINDS = (_Reference.TUPLE, _Reference.ENUM)  # that version 1 lacks
 _FROM_TEXT: dict[int, Callable[[str], Label]] = {
     _Reference.STRING: str,
@@ -226,25 +229,33 @@ def add_references(out: Any, edges: Iterable[tuple[Label, int]]) -> bool:
     """Adds an `ObjectReference` for each edge. Returns whether version 1 lacks a label's kind."""
     has_new_kinds = False
     for label, child in edges:
-        label = labels.canonical(label)
-        name, kind = labels.local_name(label), _KINDS[type(label)]
-        reference = out.add(node_id=child, local_name=name, key_kind=kind)
-        if kind in _NEW_KINDS:
-            has_new_kinds = True
-            if isinstance(label, tuple):
-                _add_parts(reference.key_parts, label)
-            elif isinstance(label, labels.EnumKey):
-                reference.enum_class = label.enum_class
+        name = labels.local_name(label)
+        if type(label) in labels.PLAIN_LABELS:
+            out.add(node_id=child, local_name=name, key_kind=_KINDS[type(label)])
+            continue
+        plain = labels.canonical(label)
+        kind = _KINDS[type(plain)]
+        reference = out.add(node_id=child, local_name=name, key_kind=kind, **_details(label))
+        if isinstance(label, tuple):
+            _add_parts(reference.key_parts, label)
+        has_new_kinds |= kind in _NEW_KINDS
     return has_new_kinds
 
 
 def _add_parts(out: Any, parts: Iterable[Any]) -> None:
     for part in parts:
-        key = out.add(text=labels.local_name(part), kind=_KINDS[type(part)])
+        kind = _KINDS[type(labels.canonical(part))]
+        key = out.add(text=labels.local_name(part), kind=kind, **_details(part))
         if isinstance(part, tuple):
             _add_parts(key.parts, part)
-        elif isinstance(part, labels.EnumKey):
-            key.enum_class = part.enum_class
+
+
+def _details(label: Label) -> dict[str, str]:
+    """What a label is beside its text and kind."""
+    if isinstance(label, np.bool_ | np.number):
+        return {"numpy_type": label.dtype.name}
+    plain = labels.canonical(label)
+    return {"enum_class": plain.enum_class} if isinstance(plain, labels.EnumKey) else {}
 
 
 def references(entries: Any) -> tuple[tuple[Label, int], ...]:
@@ -255,20 +266,32 @@ def references(entries: Any) -> tuple[tuple[Label, int], ...]:
 def _label(reference: Any) -> Label:
     """The label of an `ObjectReference`. Its text has to be how that label is written."""
     kind, text = reference.key_kind, reference.local_name
-    return _checked_label(kind, text, reference.key_parts, reference.enum_class)
+    return _checked_label(kind, text, reference.key_parts, reference)
 
 
-def _checked_label(kind: int, text: str, parts: Any, enum_class: str) -> Label:
+def _checked_label(kind: int, text: str, parts: Any, details: Any) -> Label:
     label: Label
     if kind == _Reference.TUPLE:
-        label = tuple([_checked_label(p.kind, p.text, p.parts, p.enum_class) for p in parts])
+        label = tuple([_checked_label(part.kind, part.text, part.parts, part) for part in parts])
     elif kind == _Reference.ENUM:
-        label = labels.EnumKey(text, enum_class)
+        label = labels.EnumKey(text, details.enum_class)
     else:
         label = _FROM_TEXT[kind](text)
+        if details.numpy_type and kind in _NUMBERS:
+            label = _numpy_scalar(label, details.numpy_type)
     if labels.local_name(label) != text:
         raise ValueError(f"{text!r} is not how the label {label!r} is written")
     return label
+
+
+def _numpy_scalar(value: Any, name: str) -> Label:
+    try:
+        scalar = dtype_of(name).type(value)
+    except OverflowError as error:
+        raise ValueError(f"{value!r} is no {name}") from error
+    if not labels.is_label(scalar):
+        raise ValueError(f"{value!r} is no label as {name}")
+    return scalar
 
 
 def _identity(reference: Any) -> tuple[Any, ...]:

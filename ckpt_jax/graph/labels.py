@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import enum
 import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,9 +143,11 @@ def _text_of_tuple(parts: tuple[Any, ...]) -> str:
 
 
 def plain_keys(labels: Sequence[Label]) -> list[Any]:
-    """Labels as the keys of a dict, for a reader without the classes of enums.
+    """Labels as the keys of a dict, for a reader who has no target that says what they are.
 
-    The member of an enum becomes its name, or "Color.RED" if another label is called like it.
+    The member of an enum is that member if the program has imported its class. (Nothing is imported
+    because a file says so.) Otherwise it becomes its name, or "m.Color.RED" if another label is
+    called like it.
 
     >>> plain_keys([("a", EnumKey("RED", "m.Color")), EnumKey("RED", "m.Color"), 3])
     [('a', 'RED'), 'RED', 3]
@@ -164,7 +167,22 @@ def plain_keys(labels: Sequence[Label]) -> list[Any]:
 def _without_enums(label: Any, text: Callable[[EnumKey], str]) -> Any:
     if isinstance(label, tuple):
         return tuple([_without_enums(part, text) for part in label])
-    return text(label) if isinstance(label, EnumKey) else label
+    if not isinstance(label, EnumKey):
+        return label
+    member = _imported(label)
+    return text(label) if member is None else member
+
+
+def _imported(key: EnumKey) -> enum.Enum | None:
+    """The member of an enum, if its class is in a module that the program has imported."""
+    steps = key.enum_class.split(".")
+    for count in range(len(steps) - 1, 0, -1):
+        here: Any = sys.modules.get(".".join(steps[:count]))
+        for step in steps[count:]:
+            here = getattr(here, "__dict__", {}).get(step)
+        if isinstance(here, enum.EnumMeta):
+            return here.__members__.get(key.name)
+    return None
 
 
 def _last(qualified_name: str) -> str:

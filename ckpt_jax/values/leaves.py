@@ -237,7 +237,7 @@ def _why_unreadable(saved: LeafSpec, target: LeafSpec) -> str | None:
     if saved.shape != target.shape:
         return f"expected shape {target.shape}, got {saved.shape}"
     if target.dtype == "bool" or dtype_of(target.dtype).itemsize != 1:
-        return f"expected {target}, got {found}, which needs a target of a dtype of one byte"
+        return f"expected {target}, got {found}, which is unreadable without a target of one byte"
     return None
 
 
