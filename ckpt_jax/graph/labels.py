@@ -181,7 +181,7 @@ def _imported(key: EnumKey) -> enum.Enum | None:
         for step in steps[count:]:
             here = getattr(here, "__dict__", {}).get(step)
         if isinstance(here, enum.EnumMeta):
-            return here.__members__.get(key.name)
+            return here.__dict__["_member_map_"].get(key.name)
     return None
 
 
