@@ -1,4 +1,4 @@
-"""Writes tests/guarantees/golden/format-*: small checkpoints, with a leaf and a label of every kind.
+"""Writes tests/guarantees/golden/format-*: small checkpoints, with leaves and keys of every kind.
 
     PYTHONPATH=. python tests/guarantees/make_golden.py 1|2 [directory]
 
