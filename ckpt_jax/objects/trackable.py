@@ -38,6 +38,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 _CHILDREN = "_self_children"  # {local name: child}
 _TRACKING = "_self_tracking"  # False inside no_automatic_dependency_tracking
 _UNTRACKED = "_self_untracked"  # names of attributes that the program does not want to be tracked
+_ASSIGNED = "_self_assigned"  # {name: the attribute as it was tracked}
 _PRIVATE = "_self_"  # how names of this library begin
 
 
@@ -80,7 +81,8 @@ class Trackable:
                 "(ckpt.register_view teaches the library new kinds)"
             )
         children = _own(self, _CHILDREN)
-        if name not in children:
+        is_awaited = overwrite and name in self.__dict__.get(PENDING, ())
+        if name not in children or is_awaited:
             with received(self, name, value) as value:
                 children[name] = value
             return children[name]  # rebuilt if its slots were restored with it
@@ -96,7 +98,12 @@ class Trackable:
         """A copy with the same children. Either side can get more children without the other."""
         copy = type(self).__new__(type(self))
         copy.__dict__.update(self.__dict__)
+        for name, is_slot in _descriptors(type(self))[0].items():
+            if is_slot and hasattr(self, name):
+                object.__setattr__(copy, name, getattr(self, name))
         copy.__dict__[_CHILDREN] = dict(children_of(self))
+        for private in (_UNTRACKED, _ASSIGNED):
+            copy.__dict__[private] = dict(self.__dict__.get(private, ()))
         copy.__dict__.pop(PENDING, None)
         return copy
 
@@ -238,19 +245,17 @@ class AutoTrackable(Trackable):
         """The children by local name: what was tracked, then what was set past `__setattr__`."""
         children = super().trackable_children()
         known = {id(child) for child in children.values()}
+        assigned = self.__dict__.get(_ASSIGNED, {})
         for name, value in _attributes(self, children):
-            if name in children:
-                child = children[name]
-                is_marked = isinstance(child, tuple) and unmarked(child) is not child
-                if value is not child and not is_marked and self._is_state(value):
-                    children[name] = value
-            elif id(value) not in known and self._is_state(value):
+            is_new = id(value) not in known if name not in children else name in assigned
+            if is_new and value is not assigned.get(name) and self._is_state(value):
                 children[name] = value
         return children
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, NoDependency):
             self.__dict__.get(_CHILDREN, {}).pop(name, None)
+            self.__dict__.get(_ASSIGNED, {}).pop(name, None)
             _own(self, _UNTRACKED)[name] = None
             super().__setattr__(name, value.value)
             return
@@ -265,16 +270,21 @@ class AutoTrackable(Trackable):
         is_state = self._is_state(value)
         if is_state and (name not in children or name in self.__dict__.get(PENDING, ())):
             with received(self, name, value) as value:
-                super().__setattr__(name, unmarked(value))
+                plain = unmarked(value)
+                super().__setattr__(name, plain)
                 children[name] = value
+                _own(self, _ASSIGNED)[name] = plain
             return
         if not is_state and name in children:
             self._before_dropping(name, value)
-        super().__setattr__(name, unmarked(value))
+        plain = unmarked(value)
+        super().__setattr__(name, plain)
         if is_state:
             children[name] = value
+            _own(self, _ASSIGNED)[name] = plain
         else:
             children.pop(name, None)
+            self.__dict__.get(_ASSIGNED, {}).pop(name, None)
 
     def _add_trackable_child(self, name: str, value: Any) -> None:
         """Adds a child that was recreated, as an attribute; it is state of whatever kind."""
@@ -283,7 +293,8 @@ class AutoTrackable(Trackable):
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
-        self.__dict__.get(_CHILDREN, {}).pop(name, None)
+        for private in (_CHILDREN, _ASSIGNED):
+            self.__dict__.get(private, {}).pop(name, None)
 
 
 @runtime_checkable
@@ -380,7 +391,10 @@ def replace_children(obj: Trackable, changed: Mapping[Label, Any]) -> None:
         name, children = str(label), _own(obj, _CHILDREN)
         is_tracked = name in children or not isinstance(obj, AutoTrackable)
         if isinstance(obj, AutoTrackable):
-            _replace_attribute(obj, name, unmarked(child))
+            plain = unmarked(child)
+            _replace_attribute(obj, name, plain)
+            if name in obj.__dict__.get(_ASSIGNED, ()):
+                obj.__dict__[_ASSIGNED][name] = plain
         if is_tracked:
             children[name] = child
 
@@ -392,11 +406,10 @@ def _replace_attribute(obj: AutoTrackable, name: str, value: Any) -> None:
         with contextlib.suppress(AttributeError):  # of a frozen dataclass
             setattr(obj, name, value)
             return
-    descriptor = inspect.getattr_static(type(obj), name, None)
-    if name not in _descriptors(type(obj))[0]:
-        obj.__dict__[name] = value
-    elif not isinstance(descriptor, property) or descriptor.fset is not None:
+    if name in _descriptors(type(obj))[0]:
         object.__setattr__(obj, name, value)
+    else:
+        obj.__dict__[name] = value
 
 
 # --- names of one's own ----------------------------------------------------------------
@@ -477,6 +490,7 @@ def _descriptors(kind: type) -> tuple[Mapping[str, bool], frozenset[str]]:
         name: isinstance(attribute, types.MemberDescriptorType)
         for name, attribute in attributes.items()
         if hasattr(type(attribute), "__set__") and not name.startswith("__")
+        if not isinstance(attribute, property) or attribute.fset is not None
     }
     cached = [n for n, x in attributes.items() if isinstance(x, functools.cached_property)]
     return with_setter, frozenset(cached)
