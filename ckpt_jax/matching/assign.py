@@ -12,15 +12,12 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-import jax
-import numpy as np
-
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects.python_state import PythonState
 from ckpt_jax.objects.trackable import Trackable
 from ckpt_jax.objects.views import OptimizerView
-from ckpt_jax.values.leaves import encode, evaluate
+from ckpt_jax.values.leaves import kept
 
 
 def assign(
@@ -111,7 +108,7 @@ class _Assignment:
         if not self.has_own_code(node):
             return {name: values[name] for name in names}
         try:
-            return {name: _kept(values[name]) for name in names}
+            return {name: kept(values[name]) for name in names}
         except Exception:  # code of the program, which need not work before a restore
             return None
 
@@ -139,17 +136,3 @@ class _Assignment:
         entry = self.live.graph.nodes[node]
         nodes = [child for _, child in entry.children] + [slot.node for slot in entry.slots]
         return {child: self.live.objects[child] for child in nodes}
-
-
-def _kept(value: Any) -> Any:
-    """A value of an object with code of its own, so that it can be given to that code again.
-
-    Raises:
-      TypeError: it describes an array and is none.
-    """
-    if isinstance(value, PythonState):
-        return encode(value)
-    value = evaluate(value)
-    if isinstance(value, jax.ShapeDtypeStruct):
-        raise TypeError("there is no value yet")
-    return value.copy() if isinstance(value, np.ndarray) else value

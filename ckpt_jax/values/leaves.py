@@ -195,6 +195,20 @@ def _state_bytes(state: PythonState) -> bytes:
     raise TypeError(f"{kind}.serialize() must return str or bytes, got {got}")
 
 
+def kept(value: Any) -> Any:
+    """A value of an object with code of its own, to be given to that code again if need be.
+
+    Raises:
+      TypeError: it describes an array and is none.
+    """
+    if isinstance(value, PythonState):
+        return _state_bytes(value)
+    value = evaluate(value)
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise TypeError("there is no value yet")
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
 # --- restoring -------------------------------------------------------------------------
 
 

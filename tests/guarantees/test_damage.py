@@ -290,7 +290,7 @@ def test_a_graph_of_a_newer_format_says_so(tmp_path):
     shutil.copytree(shard, path / "shards" / "00000")
     shard_path = str(path / "shards" / "00000")
     merge_shards([shard_path], str(path), extra={OBJECT_GRAPH_KEY: seal(graph.SerializeToString())})
-    assert_refused(path, ckpt.UnsupportedFormatError, "2")
+    assert_refused(path, ckpt.UnsupportedFormatError, "3")
 
 
 needs_permissions = pytest.mark.skipif(

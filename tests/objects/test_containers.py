@@ -975,3 +975,13 @@ def test_objects_that_replace_placeholders_receive_what_waits(path, below):
     model.x = var(0.0)
     status.assert_consumed()
     assert [value(v) for v in (*model.list, model.dict["a"], model.x)] == [1, 2, 3, 4]
+
+
+def test_objects_that_replace_placeholders_in_a_root_receive_what_waits(path):
+    ckpt.Checkpoint([var(1.0), {"a": var(2.0)}]).write(path)
+    checkpoint = ckpt.Checkpoint([None, {"a": None}])
+    status = checkpoint.read(path)
+    checkpoint.root[0] = var(0.0)
+    checkpoint.root[1]["a"] = var(0.0)
+    status.assert_consumed()
+    assert [value(checkpoint.root[0]), value(checkpoint.root[1]["a"])] == [1, 2]
