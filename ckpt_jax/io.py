@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from ckpt_jax.graph.boxes import Box, whole
+from ckpt_jax.graph.dtypes import LossyConversionError, converted
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
 from ckpt_jax.store import merge as _merge
 from ckpt_jax.store import shard as _shard
@@ -258,8 +259,11 @@ def read_values(
             results[key] = contents[0]
             continue
         dtype = np.dtype(request.dtype)
-        with np.errstate(over="ignore", invalid="ignore"):  # a cast was asked for
-            contents = tuple([x if x.dtype == dtype else x.astype(dtype) for x in contents])
+        try:
+            contents = tuple([converted(x, dtype) for x in contents])
+        except LossyConversionError as error:
+            error.key = key
+            raise
         if request.sharding is None:
             unplaced[key] = contents[0]
         else:

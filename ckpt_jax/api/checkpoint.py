@@ -20,6 +20,7 @@ from ckpt_jax.graph.labels import SAVE_COUNTER, Label
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.metrics import METER
+from ckpt_jax.objects.containers import wrap
 from ckpt_jax.objects.delegate import delegate_of
 from ckpt_jax.objects.registry import saver_name
 from ckpt_jax.objects.trackable import AutoTrackable, replace_children
@@ -75,8 +76,8 @@ class Checkpoint(AutoTrackable):
     def __init__(self, root: Any = None, **named: Any):
         METER.constructed()
         private = self.__dict__
-        private["_self_root"] = root
         private["_self_rooted"] = root is not None and not _is_empty_container(root)
+        private["_self_root"] = wrap(root, whole=True)  # a list of objects notices new ones
         private["_self_counter"] = None
         if private["_self_rooted"] and view_of(self._root_object()) is None:
             raise ValueError(f"root of type {type(root).__qualname__} has no view")
@@ -90,12 +91,19 @@ class Checkpoint(AutoTrackable):
         if private["_self_rooted"]:
             _RootedView(self)  # refuses names that the root uses for something else
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(Checkpoint, name):
+            raise AttributeError(f"{name} is the checkpoint's own; it cannot be assigned")
+        super().__setattr__(name, value)
+
     def __repr__(self) -> str:
         names = [str(name) for name in self.trackable_children() if name != SAVE_COUNTER]
         if self.__dict__["_self_rooted"]:
             root = self.__dict__["_self_root"]
             root = root() if isinstance(root, weakref.ref) else root
-            names.insert(0, f"root {type(root).__qualname__}")
+            view = view_of(root)
+            kind = type(root) if view is None else view.type_of(root)
+            names.insert(0, f"root {kind.__qualname__}")
         return f"<Checkpoint of {', '.join(names) or 'nothing yet'}>"
 
     def _root_object(self) -> Any:
@@ -319,7 +327,7 @@ class _RootedView(ForwardingView):
         self.view = view
         self.container = view.container
         self.mutable = view.mutable
-        self.has_functions = view.has_functions
+        self.has_program = view.has_program
         own = dict(view.children(root))
         children: dict[Label, Any] = {**checkpoint.trackable_children()}
         for name in own.keys() & children.keys():

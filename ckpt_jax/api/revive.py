@@ -29,7 +29,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 
 from ckpt_jax.api.recipes import TYPE_NAME, lasting, recorded
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, RegistrationError
-from ckpt_jax.graph.labels import SAVED_OBJECTS_KEY, Label
+from ckpt_jax.graph.labels import SAVED_OBJECTS_KEY, Label, local_name, plain_keys
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, descendants
 from ckpt_jax.graph.saved_objects import (
     CONTAINERS,
@@ -436,7 +436,12 @@ def _box(value: Any) -> Variable:
 
 def _container(kind: str, parts: Mapping[Label, Any]) -> Any:
     if kind == DICT:
-        return dict(parts)
+        # The values are found again by the text of a key, or by the key itself.
+        keys = zip(parts, plain_keys(list(parts)), strict=True)
+        return {
+            plain if local_name(plain) == local_name(label) else label: parts[label]
+            for label, plain in keys
+        }
     return list(parts.values()) if kind == LIST else tuple(parts.values())
 
 

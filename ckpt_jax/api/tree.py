@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import jax
 
 from ckpt_jax.graph.as_tree import as_tree, is_tree
-from ckpt_jax.graph.labels import SAVE_COUNTER, Label
+from ckpt_jax.graph.labels import SAVE_COUNTER, Label, plain_keys
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, has_values
 from ckpt_jax.graph.patterns import Selection, selects
 from ckpt_jax.matching.live import live_graph
@@ -288,7 +288,9 @@ def build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: 
             open_nodes.add(node)
             stack += waiting
             continue
-        parts = {label: built[child] for label, child in children if child in built}
+        here = [(label, child) for label, child in children if child in built]
+        keys = plain_keys([label for label, _ in here])
+        parts = {key: built[child] for key, (_, child) in zip(keys, here, strict=True)}
         built[node] = _container(saved, node, parts, values.get(node, {}))
         open_nodes.discard(node)
         stack.pop()

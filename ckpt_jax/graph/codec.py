@@ -10,11 +10,13 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 from google.protobuf.message import DecodeError
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph import labels
 from ckpt_jax.graph._proto import trackable_object_graph_pb2 as pb
+from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.nodes import (
     FORMAT_VERSION,
@@ -28,6 +30,8 @@ from ckpt_jax.graph.nodes import (
 from ckpt_jax.graph.specs import DTYPES_OF_KIND, LeafSpec, ShardingSpec
 from ckpt_jax.version import __version__
 
+_WITHOUT_NEW_KINDS = 1  # the version of a graph that has labels of the older kinds alone
+
 _Reference = pb.TrackableObjectGraph.TrackableObject.ObjectReference
 _KINDS: dict[type, int] = {
     str: _Reference.STRING,
@@ -36,7 +40,11 @@ _KINDS: dict[type, int] = {
     float: _Reference.FLOAT,
     bytes: _Reference.BYTES,
     type(None): _Reference.NONE,
+    tuple: _Reference.TUPLE,
+    labels.EnumKey: _Reference.ENUM,
 }
+_NUMBERS = (_Reference.INT, _Reference.BOOL, _Reference.FLOAT)
+_NEW_KINDS = (_Reference.TUPLE, _Reference.ENUM)  # that version 1 lacks
 _FROM_TEXT: dict[int, Callable[[str], Label]] = {
     _Reference.STRING: str,
     _Reference.INT: int,
@@ -61,13 +69,14 @@ class _Table:
 
 def encode(graph: ObjectGraph) -> bytes:
     """The graph as an unsealed `TrackableObjectGraph` message."""
-    message = pb.TrackableObjectGraph(format_version=FORMAT_VERSION)
+    message = pb.TrackableObjectGraph()
+    has_new_kinds = False
     specs, shardings = _Table(), _Table()
     add = message.nodes.add
     for node in graph.nodes:
         out = add(container=node.container, type_name=node.type_name)
         if node.children:
-            add_references(out.children, node.children)
+            has_new_kinds |= add_references(out.children, node.children)
         for attribute in node.attributes:
             out.attributes.add(
                 name=attribute.name,
@@ -102,6 +111,7 @@ def encode(graph: ObjectGraph) -> bytes:
         )
         for names in sharding.partitions:
             out.partitions.add(axis_names=names)
+    message.format_version = FORMAT_VERSION if has_new_kinds else _WITHOUT_NEW_KINDS
     return message.SerializeToString(deterministic=True)
 
 
@@ -163,7 +173,7 @@ def _decode(message: pb.TrackableObjectGraph) -> ObjectGraph:
     for entry in message.nodes:
         slots = slots_of(entry.slot_variables)
         children = references(entry.children)
-        if len({(child.key_kind, child.local_name) for child in entry.children}) < len(children):
+        if len({_identity(child) for child in entry.children}) < len(children):
             raise ValueError(f"node {len(nodes)} has two edges with the same label")
         ids = [child for _, child in children]
         ids += [node for slot in slots for node in (slot.variable, slot.node)]
@@ -215,11 +225,37 @@ def _spec(message: pb.LeafSpec) -> LeafSpec:
 # --- edges -----------------------------------------------------------------------------
 
 
-def add_references(out: Any, edges: Iterable[tuple[Label, int]]) -> None:
-    """Adds an `ObjectReference` for each edge."""
+def add_references(out: Any, edges: Iterable[tuple[Label, int]]) -> bool:
+    """Adds an `ObjectReference` for each edge. Returns whether version 1 lacks a label's kind."""
+    has_new_kinds = False
     for label, child in edges:
-        name, kind = labels.local_name(label), _KINDS[type(label)]
-        out.add(node_id=child, local_name=name, key_kind=kind)
+        name = labels.local_name(label)
+        if type(label) in labels.PLAIN_LABELS:
+            out.add(node_id=child, local_name=name, key_kind=_KINDS[type(label)])
+            continue
+        plain = labels.canonical(label)
+        kind = _KINDS[type(plain)]
+        reference = out.add(node_id=child, local_name=name, key_kind=kind, **_details(label))
+        if isinstance(label, tuple):
+            _add_parts(reference.key_parts, label)
+        has_new_kinds |= kind in _NEW_KINDS
+    return has_new_kinds
+
+
+def _add_parts(out: Any, parts: Iterable[Any]) -> None:
+    for part in parts:
+        kind = _KINDS[type(labels.canonical(part))]
+        key = out.add(text=labels.local_name(part), kind=kind, **_details(part))
+        if isinstance(part, tuple):
+            _add_parts(key.parts, part)
+
+
+def _details(label: Label) -> dict[str, str]:
+    """What a label is beside its text and kind."""
+    if isinstance(label, np.bool_ | np.number):
+        return {"numpy_type": label.dtype.name}
+    plain = labels.canonical(label)
+    return {"enum_class": plain.enum_class} if isinstance(plain, labels.EnumKey) else {}
 
 
 def references(entries: Any) -> tuple[tuple[Label, int], ...]:
@@ -229,10 +265,39 @@ def references(entries: Any) -> tuple[tuple[Label, int], ...]:
 
 def _label(reference: Any) -> Label:
     """The label of an `ObjectReference`. Its text has to be how that label is written."""
-    label = _FROM_TEXT[reference.key_kind](reference.local_name)
-    if labels.local_name(label) != reference.local_name:
-        raise ValueError(f"{reference.local_name!r} is not how the label {label!r} is written")
+    kind, text = reference.key_kind, reference.local_name
+    return _checked_label(kind, text, reference.key_parts, reference)
+
+
+def _checked_label(kind: int, text: str, parts: Any, details: Any) -> Label:
+    label: Label
+    if kind == _Reference.TUPLE:
+        label = tuple([_checked_label(part.kind, part.text, part.parts, part) for part in parts])
+    elif kind == _Reference.ENUM:
+        label = labels.EnumKey(text, details.enum_class)
+    else:
+        label = _FROM_TEXT[kind](text)
+        if details.numpy_type and kind in _NUMBERS:
+            label = _numpy_scalar(label, details.numpy_type)
+    if labels.local_name(label) != text:
+        raise ValueError(f"{text!r} is not how the label {label!r} is written")
     return label
+
+
+def _numpy_scalar(value: Any, name: str) -> Label:
+    try:
+        scalar = dtype_of(name).type(value)
+    except OverflowError as error:
+        raise ValueError(f"{value!r} is no {name}") from error
+    if not labels.is_label(scalar):
+        raise ValueError(f"{value!r} is no label as {name}")
+    return scalar
+
+
+def _identity(reference: Any) -> tuple[Any, ...]:
+    """What tells the label of an `ObjectReference` from others."""
+    kind = reference.key_kind
+    return kind, reference.local_name, _label(reference) if kind in _NEW_KINDS else None
 
 
 def add_slots(out: Any, slots: Iterable[Slot]) -> None:

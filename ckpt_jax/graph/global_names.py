@@ -5,17 +5,26 @@ a value is its path: the local names of its objects joined with "/", or with "."
 file has a "/". Splitting the names at their separators gives a tree of nodes, and with the tree
 such a file is matched, planned, renamed and reported like any other.
 
-The names leave one question open: whether `a/b` is the value of an object `b`, or a value called
-"b" that the object `a` owns. The tree assumes an object `b`. `own_values` corrects this for
-objects of the program that turn out to own values.
+The names leave two questions open. The first is whether a separator is part of a label: a program
+may have a dict with the key "mlp/linear_0". The tree assumes that it is not. `with_labels_of` cuts
+the names in the way that the objects of the program are named. The second question is whether `a/b`
+is the value of an object `b`, or a value called "b" that the object `a` owns. The tree assumes an
+object `b`. `own_values` corrects this for objects of the program that turn out to own values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from ckpt_jax.graph.labels import VARIABLE_VALUE, Label, readable, unescape
+from ckpt_jax.graph.labels import (
+    ONLY_VALUE,
+    VARIABLE_VALUE,
+    Label,
+    local_name,
+    readable,
+    unescape,
+)
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, object_keys
 from ckpt_jax.graph.specs import LeafSpec
 
@@ -60,6 +69,112 @@ def graph_of(specs: Mapping[str, LeafSpec]) -> ObjectGraph:
         for node, children in zip(nodes, edges, strict=True)
     ]
     return ObjectGraph(tuple(nodes), object_keys(nodes), named=True)
+
+
+def with_labels_of(
+    saved: ObjectGraph, live: ObjectGraph
+) -> tuple[ObjectGraph, list[tuple[str, str]]]:
+    """The tree, with names cut as the program's objects are named.
+
+    A value is moved if the program has no value of its name, but one whose name differs only in
+    what is a label and what is a separator. Ids of nodes do not change; new nodes come last.
+
+    Args:
+      saved: the tree.
+      live: the graph of the program's objects; its root may be below that of the tree.
+
+    Returns:
+      The tree, and (name, what) for every value that several names could mean, or the reverse.
+    """
+    try:
+        root = saved.object_keys.index(live.object_keys[0])
+    except ValueError:
+        return saved, []
+    stored = {labels: node for node, labels in _places(saved, root) if saved.nodes[node].attributes}
+    wanted = [
+        (*labels, *_own_name(attributes, attribute))
+        for node, labels in _places(live, 0)
+        for attributes in [live.nodes[node].attributes]
+        for attribute in attributes
+    ]
+    by_text: dict[str, list[Labels]] = {}
+    for labels in stored:
+        by_text.setdefault(_text(labels), []).append(labels)
+    rivals: dict[str, list[Labels]] = {}
+    for labels in wanted:
+        rivals.setdefault(_text(labels), []).append(labels)
+    moves: list[tuple[Labels, Labels]] = []
+    ambiguous: list[tuple[str, str]] = []
+    for text, places in rivals.items():
+        names = [
+            labels for labels in by_text.get(text, ()) if not saved.nodes[stored[labels]].children
+        ]
+        if not names or all(labels in stored for labels in places):
+            continue
+        if len(names) == len(places) == 1:
+            moves.append((names[0], places[0]))
+        else:
+            found, here = (" and ".join(map(repr, sorted(x))) for x in (names, places))
+            what = f"ambiguous: the file has {found}, which may mean {here}"
+            ambiguous.append((saved.paths[stored[names[0]]], what))
+    return _moved(saved, root, [(stored[old], old, new) for old, new in moves]), ambiguous
+
+
+Labels = tuple[str, ...]
+
+
+def _text(labels: Labels) -> str:
+    """What two names have in common if they differ only in their separators."""
+    return "/".join(labels).replace(".", "/")
+
+
+def _own_name(attributes: Sequence[Attribute], attribute: Attribute) -> Labels:
+    is_only = len(attributes) == 1 and attribute.name in ONLY_VALUE
+    return () if is_only else (attribute.name,)
+
+
+def _places(graph: ObjectGraph, root: int) -> Iterator[tuple[int, Labels]]:
+    """Each node below a node, and the labels on the first path to it."""
+    labels: dict[int, Labels] = {root: ()}
+    queue = [root]
+    for node in queue:  # grows while it is walked
+        yield node, labels[node]
+        for label, child in graph.nodes[node].children:
+            if child not in labels:
+                labels[child] = (*labels[node], local_name(label))
+                queue.append(child)
+
+
+def _moved(
+    saved: ObjectGraph, root: int, moves: Sequence[tuple[int, Labels, Labels]]
+) -> ObjectGraph:
+    """The tree with nodes (node, old labels, new labels) at other places below `root`."""
+    if not moves:
+        return saved
+    edges: list[dict[Label, int]] = [dict(node.children) for node in saved.nodes]
+    nodes = list(saved.nodes)
+    for node, old, new in moves:
+        above = [root]
+        for label in old[:-1]:
+            above.append(edges[above[-1]][label])
+        del edges[above[-1]][old[-1]]
+        for label, parent, child in zip(old[-2::-1], above[-2::-1], above[:0:-1], strict=True):
+            if edges[child] or nodes[child].attributes:
+                break
+            del edges[parent][label]
+        here = root
+        for label in new[:-1]:
+            there = edges[here].setdefault(label, len(nodes))
+            if there == len(nodes):
+                nodes.append(Node(container="dict"))
+                edges.append({})
+            here = there
+        edges[here][new[-1]] = node
+    nodes = [
+        replace(node, children=tuple(children.items()))
+        for node, children in zip(nodes, edges, strict=True)
+    ]
+    return replace(saved, nodes=tuple(nodes), object_keys=object_keys(nodes))
 
 
 def own_values(saved: ObjectGraph, live: ObjectGraph, bound: Mapping[int, int]) -> ObjectGraph:

@@ -1,9 +1,13 @@
 """Edge labels, and the names that are made of them.
 
 A *label* is what an object calls one of its children: a string (an attribute, a field, a
-dict key) or another hashable Python scalar (a position in a list, a dict key that is an
-int, a bool, a float, bytes or None). Labels keep their type, so the dict keys 0 and "0" are
+dict key), a position in a list, or a dict key that is another Python scalar, a scalar of numpy, the
+member of an enum, or a tuple of labels. Labels keep their type, so the dict keys 0 and "0" are
 two edges. A label's *local name* is its text.
+
+Labels that Python takes for equal keys are one label: 3 and `np.int64(3)`, "a" and a member of a
+`StrEnum` that is "a". So `canonical` makes plain Python scalars of them. It makes an `EnumKey` of
+the member of any other enum, because a file does not hold classes.
 
 Two strings are made of the labels on a node's first path from the root:
 
@@ -18,12 +22,35 @@ that a pattern for parameters does not select their optimizer state.
 
 from __future__ import annotations
 
+import enum
 import re
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-Label = str | int | float | bytes | None
-LABEL_TYPES = frozenset([str, int, bool, float, bytes, type(None)])
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class EnumKey:
+    """The member of an enum as a label.
+
+    Attributes:
+      name: of the member; the number of a combination of flags that has no name.
+      enum_class: module-qualified name of the enum, to tell it from others; never imported.
+    """
+
+    name: str
+    enum_class: str
+
+    def __str__(self) -> str:
+        return f"{_last(self.enum_class)}.{self.name}"
+
+
+Label = str | int | float | bytes | None | EnumKey | enum.Enum | np.generic | tuple[Any, ...]
+PLAIN_LABELS = frozenset([str, int, bool, float, bytes, type(None)])
 
 VARIABLE_VALUE = "VARIABLE_VALUE"
 PYTHON_STATE = "py_state"
@@ -38,15 +65,128 @@ _ATTRIBUTES = ".ATTRIBUTES"
 _OPTIMIZER_SLOT = ".OPTIMIZER_SLOT"
 
 
+def canonical(label: Label) -> Label:
+    """The label as a file holds it: a plain Python scalar, an `EnumKey`, or a tuple of such.
+
+    Raises:
+      TypeError: it is no label.
+
+    >>> canonical(np.int8(3)), canonical((np.str_("a"), None))
+    (3, ('a', None))
+    """
+    if type(label) in PLAIN_LABELS:
+        return label
+    match label:
+        case EnumKey():
+            return label
+        case tuple():
+            return tuple([canonical(part) for part in label])
+        case str():
+            return str.__str__(label)
+        case int():
+            return int(label)
+        case float():
+            return float(label)
+        case bytes():
+            return bytes(label)
+        case enum.Enum():
+            kind = type(label)
+            name = label.value if label.name is None else label.name
+            return EnumKey(str(name), f"{kind.__module__}.{kind.__qualname__}")
+        case np.bool_() | np.integer() | np.floating():
+            value = label.item()
+            if type(value) in PLAIN_LABELS:
+                return value
+    raise TypeError(f"{label!r} is of type {type(label).__qualname__}")
+
+
+def is_label(label: Any) -> bool:
+    """Whether `label` can be the label of an edge."""
+    if type(label) in PLAIN_LABELS:
+        return True
+    try:
+        canonical(label)
+    except TypeError:
+        return False
+    return True
+
+
 def local_name(label: Label) -> str:
     """The text of a label.
 
-    >>> [local_name(label) for label in ("kernel", 3, True, b"k", None)]
-    ['kernel', '3', 'True', '6b', 'None']
+    >>> [local_name(label) for label in ("kernel", 3, True, b"k", None, ("a", 3))]
+    ['kernel', '3', 'True', '6b', 'None', "('a', 3)"]
     """
+    if type(label) is str:
+        return label
+    if type(label) not in PLAIN_LABELS and is_label(label):
+        label = canonical(label)
+    if isinstance(label, EnumKey):
+        return label.name
+    if isinstance(label, tuple):
+        return _text_of_tuple(label)
     if isinstance(label, str):
         return label
     return label.hex() if isinstance(label, bytes) else repr(label)
+
+
+def _text_of_tuple(parts: tuple[Any, ...]) -> str:
+    texts = [
+        _text_of_tuple(part)
+        if isinstance(part, tuple)
+        else str(part)
+        if isinstance(part, EnumKey)
+        else repr(part)
+        for part in parts
+    ]
+    return f"({', '.join(texts)}{',' if len(parts) == 1 else ''})"
+
+
+def plain_keys(labels: Sequence[Label]) -> list[Any]:
+    """Labels as the keys of a dict, for a reader who has no target that says what they are.
+
+    The member of an enum is that member if the program has imported its class. (Nothing is imported
+    because a file says so.) Otherwise it becomes its name, or "m.Color.RED" if another label is
+    called like it.
+
+    >>> plain_keys([("a", EnumKey("RED", "m.Color")), EnumKey("RED", "m.Color"), 3])
+    [('a', 'RED'), 'RED', 3]
+    """
+    if all(type(label) in PLAIN_LABELS for label in labels):
+        return list(labels)
+    keys = [_without_enums(label, lambda member: member.name) for label in labels]
+    count = Counter(keys)
+    return [
+        key
+        if count[key] == 1
+        else _without_enums(label, lambda member: f"{member.enum_class}.{member.name}")
+        for key, label in zip(keys, labels, strict=True)
+    ]
+
+
+def _without_enums(label: Any, text: Callable[[EnumKey], str]) -> Any:
+    if isinstance(label, tuple):
+        return tuple([_without_enums(part, text) for part in label])
+    if not isinstance(label, EnumKey):
+        return label
+    member = _imported(label)
+    return text(label) if member is None else member
+
+
+def _imported(key: EnumKey) -> enum.Enum | None:
+    """The member of an enum, if its class is in a module that the program has imported."""
+    steps = key.enum_class.split(".")
+    for count in range(len(steps) - 1, 0, -1):
+        here: Any = sys.modules.get(".".join(steps[:count]))
+        for step in steps[count:]:
+            here = getattr(here, "__dict__", {}).get(step)
+        if isinstance(here, enum.EnumMeta):
+            return here.__dict__["_member_map_"].get(key.name)
+    return None
+
+
+def _last(qualified_name: str) -> str:
+    return qualified_name.rpartition(".")[2]
 
 
 def escape(name: str) -> str:
@@ -82,7 +222,7 @@ def escaped_names(labels: Sequence[Label]) -> list[str]:
     """The escaped local names of one object's edges, made distinct.
 
     If a label that is no string has the same text as another label, its name gets a suffix that
-    no escaped name contains.
+    no escaped name contains. If two enums are called alike, they are counted, too.
 
     >>> escaped_names(["0", 0, "a.b"])
     ['0', '0.Tint', 'a..b']
@@ -91,10 +231,27 @@ def escaped_names(labels: Sequence[Label]) -> list[str]:
     count = Counter(names)
     if len(count) == len(names):
         return names
-    return [
-        name if isinstance(label, str) or count[name] == 1 else f"{name}.T{type(label).__name__}"
-        for label, name in zip(labels, names, strict=True)
+    kinds = [_kind(label) for label in labels]
+    names = [
+        name if kind == "str" or count[name] == 1 else f"{name}.T{kind}"
+        for kind, name in zip(kinds, names, strict=True)
     ]
+    count = Counter(names)
+    if len(count) == len(names):
+        return names
+    seen: Counter[str] = Counter()
+    for number, (label, name) in enumerate(zip(labels, names, strict=True)):
+        if count[name] > 1 and type(label) not in PLAIN_LABELS:
+            names[number] = f"{name}.T{seen[name]}"
+            seen[name] += 1
+    return names
+
+
+def _kind(label: Label) -> str:
+    """The name of a label's type, as one segment of a checkpoint key."""
+    if is_label(label):
+        label = canonical(label)
+    return escape(_last(label.enum_class)) if isinstance(label, EnumKey) else type(label).__name__
 
 
 def path_of(object_key: str) -> str:

@@ -25,7 +25,7 @@ from ckpt_jax.graph.labels import (
 )
 from ckpt_jax.graph.specs import OPEN, LeafSpec, ShardingSpec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)

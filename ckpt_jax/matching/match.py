@@ -1,9 +1,9 @@
 """Match: walks two rooted graphs side by side, along equal edge labels.
 
 Terms. A saved node is *bound* to the live node that corresponds to it. The *frontier* is the set
-of saved edges whose parent is bound, but which the live graph lacks: their children may appear
-later. A *conflict* is a saved node that two live nodes ask for, or a live node that two saved
-nodes ask for; the first binding counts.
+of saved edges whose parent is bound, but which the live graph lacks, or at which it has None: their
+children may appear later. A *conflict* is a saved node that two live nodes ask for, or a live node
+that two saved nodes ask for; the first binding counts.
 
 Algorithm. The walk is breadth first from the given pairs, so that shallow paths bind first. Slots
 are edges, too: their label is (variable, slot name), known as soon as optimizer and variable are
@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from ckpt_jax.graph.labels import Label, local_name
+from ckpt_jax.graph.labels import Label, canonical, local_name
 from ckpt_jax.graph.nodes import Node, ObjectGraph
 
 Edges = tuple[tuple[Label, int], ...]
@@ -102,8 +102,11 @@ def extend(
         theirs, ours = _aligned(saved.nodes[saved_node], live.nodes[live_node])
         here = _edges(ours)
         for label, child in theirs:
-            there = here.get(label, here.get(local_name(label)))
+            key = canonical(label)
+            there = here.get(key)
             if there is None:
+                there = here.get(local_name(key))
+            if there is None or _is_placeholder(live.nodes[there], saved, child):
                 frontier.setdefault((live_node, label), child)
             else:
                 frontier.pop((live_node, label), None)
@@ -111,6 +114,15 @@ def extend(
         queue.extend(_slot_pairs(saved, live, bound, shared, saved_node))
     return Match(
         MappingProxyType(bound), MappingProxyType(frontier), tuple(conflicts), tuple(shared)
+    )
+
+
+def _is_placeholder(live: Node, saved: ObjectGraph, child: int) -> bool:
+    """Whether the program has None at a place, and the checkpoint has values for it."""
+    return (
+        live.container == "none"
+        and saved.nodes[child].container != "none"
+        and saved.carries_values(child)
     )
 
 
@@ -132,11 +144,21 @@ def _may_share(live: ObjectGraph, node: int) -> bool:
 
 
 def _edges(children: Iterable[tuple[Label, int]]) -> dict[Label, int]:
-    """Live children by label, and also by the label's text if no string label has that text."""
-    edges: dict[Label, int] = {
-        local_name(label): node for label, node in children if not isinstance(label, str)
-    }
-    edges.update(children)
+    """Live children by label, and also by the label's text if no other label has that text."""
+    edges: dict[Label, int] = {}
+    by_text: dict[str, int | None] = {}
+    for label, node in children:
+        if type(label) is str:
+            edges[label] = node
+            continue
+        key = canonical(label)
+        edges[key] = node
+        if not isinstance(key, str):
+            text = local_name(key)
+            by_text[text] = None if text in by_text else node
+    for text, node in by_text.items():
+        if node is not None:
+            edges.setdefault(text, node)
     return edges
 
 

@@ -116,6 +116,7 @@ class _Walk:
     variables: dict[int, Any] = field(default_factory=dict)
     slot_aliases: dict[tuple[int, int, str], int] = field(default_factory=dict)
     node_of: dict[int, int] = field(default_factory=dict)  # by id, of objects with an identity
+    containers: set[int] = field(default_factory=set)  # ids, of objects without
     problems: list[tuple[str, str]] = field(default_factory=list)
 
     def enter(
@@ -131,7 +132,7 @@ class _Walk:
             view = view_of(obj)
         if view is None and self.saver_of(obj) is not None:
             view = _OPAQUE
-        elif view is None and callable(obj) and self.is_program(parent):
+        elif view is None and self.is_program(parent):
             view = _PROGRAM
         elif view is None:
             self.problems.append((labels.path_of(key), _no_view(obj)))
@@ -174,11 +175,14 @@ class _Walk:
         return result
 
     def is_inside_itself(self, obj: Any, parent: int) -> bool:
+        if id(obj) not in self.containers:  # as usual: without it, depth would cost its square
+            self.containers.add(id(obj))
+            return False
         return any(self.objects[node] is obj for node in self.upwards(parent))
 
     def is_program(self, parent: int) -> bool:
-        """Whether a function below `parent` is part of the program, not a value to save."""
-        return any(self.views[node].has_functions for node in self.upwards(parent))
+        """Whether something without a view below `parent` is part of the program, not state."""
+        return any(self.views[node].has_program for node in self.upwards(parent))
 
     def upwards(self, node: int) -> Iterator[int]:
         """A node and the nodes above it, along the first path to each."""
@@ -222,8 +226,11 @@ class _Walk:
         if len(set(names)) < len(names):
             self.problems.append((labels.path_of(prefix[:-1]), "two of its keys look the same"))
         for (label, _), name in zip(pairs, names, strict=True):
-            if type(label) not in labels.LABEL_TYPES:
-                what = f"the key {label!r} is of type {type(label).__qualname__}; use a string"
+            if not labels.is_label(label):
+                what = (
+                    f"the key {label!r} is of type {type(label).__qualname__}; use a string, a "
+                    "number, the member of an enum, or a tuple of these"
+                )
                 self.problems.append((labels.path_of(prefix + name), what))
             if not name.isascii():
                 try:
@@ -397,7 +404,7 @@ class _OpaqueView(View):
 
 
 class _ProgramView(View):
-    """A function of the program, which is not saved, but keeps its place in the graph."""
+    """A part of the program, which is not saved, but keeps its place in the graph."""
 
     container = "none"
 

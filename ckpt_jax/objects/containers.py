@@ -38,7 +38,7 @@ import jax
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.objects.pending import pending_names, received
 from ckpt_jax.objects.pytrees import TupleView
-from ckpt_jax.objects.state import PLAIN, Holds, NoDependency, holds, holds_state
+from ckpt_jax.objects.state import PLAIN, Holds, NoDependency, holds_each, holds_state
 from ckpt_jax.objects.views import View, add_view, view_of
 
 _ELSEWHERE = "(the elements are elsewhere: make a list or dict of this object)"
@@ -55,38 +55,69 @@ def wrap(value: Any, whole: bool) -> Any:
       value: anything.
       whole: whether plain data in the container is state, too.
     """
-    if isinstance(value, Wrapper):
-        value._whole |= whole
-        return value
-    if type(value) in _WRAPPERS:
-        known = _wrappers.get(id(value))
-        if known is not None and known._storage is value:
-            return wrap(known, whole)
-        if holds(value) is Holds.VALUES:
-            return value
-        wrapper = _wrappers[id(value)] = _WRAPPERS[type(value)](value)
-        wrapper._whole = whole
+    wrapper = value if isinstance(value, Wrapper) else _wrapper_of(value)
+    if wrapper is not None:
+        wrapper._whole |= whole
         return wrapper
-    if isinstance(value, tuple) and holds(value) is not Holds.VALUES:
-        return _map_tuple(value, lambda part: wrap(part, whole))
-    return value
+    if not isinstance(value, list | dict | tuple):
+        return value
+    made: dict[int, Any] = {}  # by id of a container: what is tracked in its place
+    for container, kind in holds_each(value):
+        if kind is not Holds.VALUES:
+            made[id(container)] = _wrapped(container, whole, made)
+    return made.get(id(value), value)
+
+
+def _wrapper_of(value: Any) -> Wrapper | None:
+    """The wrapper that a list or dict has already."""
+    known = _wrappers.get(id(value)) if type(value) in _WRAPPERS else None
+    return known if known is not None and known._storage is value else None
+
+
+def _wrapped(container: Any, whole: bool, made: Mapping[int, Any]) -> Any:
+    """What is tracked in place of a container; `made` says it of the containers in it."""
+    if type(container) in _WRAPPERS:
+        wrapper = _wrapper_of(container)
+        if wrapper is None:
+            wrapper = _wrappers[id(container)] = _WRAPPERS[type(container)](container)
+        wrapper._whole |= whole
+        for _, element in wrapper._elements():
+            child = made.get(id(element), element)
+            if child is not element:
+                wrapper._parts[id(element)] = element, child
+        return wrapper
+    view = view_of(container)
+    if not isinstance(view, TupleView):
+        return container
+    changed = {
+        label: made[id(part)]
+        for label, part in view.children(container)
+        if made.get(id(part), part) is not part
+    }
+    return view.rebuild(container, changed) if changed else container
 
 
 def unmarked(value: Any) -> Any:
     """`value` as the program reads it: without `NoDependency` marks."""
     if isinstance(value, NoDependency):
         return value.value
-    return _map_tuple(value, unmarked) if isinstance(value, tuple) else value
-
-
-def _map_tuple(value: tuple[Any, ...], function: Any) -> tuple[Any, ...]:
-    """The tuple with `function` applied to its parts; the same tuple if that changes none."""
-    view = view_of(value)
-    if not isinstance(view, TupleView):
+    if not isinstance(value, tuple):
         return value
-    parts = {label: (part, function(part)) for label, part in view.children(value)}
-    changed = {label: new for label, (old, new) in parts.items() if new is not old}
-    return view.rebuild(value, changed) if changed else value
+    made: dict[int, Any] = {}  # by id of a part: the part without marks
+    stack: list[Any] = [value]
+    while stack:  # tuples may be nested deeper than functions can call each other
+        here = stack[-1]
+        view = view_of(here)
+        parts = tuple(view.children(here)) if isinstance(view, TupleView) else ()
+        inner = [part for _, part in parts if isinstance(part, tuple) and id(part) not in made]
+        if inner:
+            stack += inner
+            continue
+        stack.pop()
+        marked = {label: part.value for label, part in parts if isinstance(part, NoDependency)}
+        changed = {label: made[id(x)] for label, x in parts if made.get(id(x), x) is not x} | marked
+        made[id(here)] = view.rebuild(here, changed) if view is not None and changed else here
+    return made[id(value)]
 
 
 # --- wrappers --------------------------------------------------------------------------

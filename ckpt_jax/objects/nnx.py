@@ -2,7 +2,8 @@
 
 Such an object is mutable. Its children are the attributes that nnx itself calls data. Static
 attributes belong to the program, with one exception: mutable objects that this library knows and
-nnx does not, such as a `ckpt.Variable`. An `nnx.Variable` is a mutable box for one value.
+nnx does not, such as a `ckpt.Variable`. The same holds for the elements of a `nnx.List`: functions
+and other static elements belong to the program. An `nnx.Variable` is a mutable box for one value.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from flax.nnx.training.optimizer import OptVariable
 from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
 from ckpt_jax.objects.optax_states import StateLeaf, flatten, is_leaf, is_masked, layout_of
 from ckpt_jax.objects.pytrees import DictView
+from ckpt_jax.objects.state import NoDependency
 from ckpt_jax.objects.views import (
     OptimizerView,
     ParameterPath,
@@ -32,15 +34,10 @@ class NnxObjectView(View):
 
     identity = True
     mutable = True
+    has_program = True
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
-        nodes = obj._pytree__nodes
-        return [
-            (name, value)
-            for name, value in vars(obj).items()
-            if nodes.get(name, False) or _is_foreign(value)
-            if not name.startswith("_pytree__")
-        ]
+        return [(name, value) for name, value in _state(obj) if not name.startswith("_pytree__")]
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         for name, value in changed.items():
@@ -49,12 +46,16 @@ class NnxObjectView(View):
 
 
 class NnxListView(NnxObjectView):
-    """An nnx.List, by position."""
+    """An nnx.List, by position. Static elements keep their position, but are not state."""
 
     container = "list"
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
-        return enumerate(obj)
+        state = {name for name, _ in _state(obj)}
+        return [
+            (i, value if str(i) in state or view_of(value) is None else NoDependency(value))
+            for i, value in enumerate(obj)
+        ]
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         for index, value in changed.items():
@@ -141,6 +142,16 @@ class NnxStateView(DictView):
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         return type(obj)({label: changed.get(label, child) for label, child in obj.items()})
+
+
+def _state(obj: Any) -> Iterable[tuple[str, Any]]:
+    """The attributes of an nnx object that are state."""
+    nodes = obj._pytree__nodes
+    return [
+        (name, value)
+        for name, value in vars(obj).items()
+        if nodes.get(name, False) or _is_foreign(value)
+    ]
 
 
 def _is_foreign(value: Any) -> bool:

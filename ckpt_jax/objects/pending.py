@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 from ckpt_jax.errors import CheckpointNotFoundError
-from ckpt_jax.graph.labels import Label, local_name
+from ckpt_jax.graph.labels import Label, canonical, local_name
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -51,6 +51,7 @@ def received(parent: Any, label: Label, child: Any) -> Iterator[Any]:
     if not pending:
         yield child
         return
+    label = canonical(label)
     if label not in pending:
         text = local_name(label)
         label = next((other for other in pending if local_name(other) == text), label)

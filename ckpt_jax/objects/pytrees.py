@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
+import operator
 from collections import OrderedDict, defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -127,9 +128,9 @@ class DataclassView(View):
 class RegisteredView(View):
     """Any other type that is registered with JAX; one level of it."""
 
-    def __init__(self, container: str, has_functions: bool = False):
+    def __init__(self, container: str, has_program: bool = False):
         self.container = container
-        self.has_functions = has_functions
+        self.has_program = has_program
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
         leaves, _ = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda x: x is not obj)
@@ -159,12 +160,25 @@ def is_registered(obj: Any) -> bool:
     return not (len(leaves) == 1 and leaves[0] is obj)
 
 
+def _is_registered_namedtuple(kind: type) -> bool:
+    """Whether JAX takes a class of namedtuples apart in another way than by its fields."""
+    fields: tuple[str, ...] = getattr(kind, "_fields", ())
+    parts = [object() for _ in fields]
+    probe = tuple.__new__(kind, parts)
+    try:
+        found, treedef = jax.tree.flatten(probe, is_leaf=lambda x: x is not probe)
+    except Exception:  # the function that a program registered may raise anything
+        return True
+    is_same = len(found) == len(parts) and all(map(operator.is_, found, parts))
+    return not is_same or treedef.node_data()[1] is not None
+
+
 def _is_dataclass(obj: Any) -> bool:
     return dataclasses.is_dataclass(obj) and not isinstance(obj, type)
 
 
 def _is_equinox(kind: type) -> bool:
-    """Whether a type is a module of Equinox, whose activation functions are leaves."""
+    """Whether a type is a module of Equinox, whose leaves may be anything: functions, dtypes."""
     return any(
         base.__name__ == "Module" and base.__module__.partition(".")[0] == "equinox"
         for base in kind.__mro__
@@ -185,7 +199,7 @@ def pytree_view(obj: Any) -> View | None:
         case jax.ShapeDtypeStruct():
             return _VALUE  # a description: equal ones are not one array
         case tuple() if hasattr(obj, "_fields"):
-            return _NAMED_TUPLE
+            return _REGISTERED if _is_registered_namedtuple(type(obj)) else _NAMED_TUPLE
         case tuple() if type(obj) is tuple or not is_registered(obj):
             return _TUPLE
         case list() if type(obj) is list or not is_registered(obj):
@@ -211,4 +225,4 @@ _DICTS = (dict, OrderedDict, defaultdict)
 _DATACLASS = DataclassView()
 _REGISTERED = RegisteredView("dict")
 _REGISTERED_DATACLASS = RegisteredView("dataclass")
-_EQUINOX = RegisteredView("dataclass", has_functions=True)
+_EQUINOX = RegisteredView("dataclass", has_program=True)

@@ -9,6 +9,7 @@ a `Checkpoint` by name is state.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -42,23 +43,30 @@ class NoDependencyView(View):
     container = "none"
 
 
-def holds_state(value: Any, inside: tuple[int, ...] = ()) -> bool:
+def holds_state(value: Any) -> bool:
     """Whether an attribute's value is state: an array, a trackable, or a container that holds one.
 
     Scalars, strings, None, and containers of nothing else are configuration. An empty list or dict
     is state, because state may still be added to it.
     """
-    if isinstance(value, PLAIN):
-        return False
-    if isinstance(value, jax.ShapeDtypeStruct):
-        return True
-    if isinstance(value, list | dict) and not value:
-        return True
-    view = view_of(value)
-    if view is None or id(value) in inside:
-        return False
-    inside = (*inside, id(value))
-    return view.identity or any(holds_state(child, inside) for _, child in view.children(value))
+    seen: dict[int, Any] = {}  # by id; kept alive, because a view may make a container for the walk
+    todo = [value]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, PLAIN):
+            continue
+        if isinstance(value, jax.ShapeDtypeStruct):
+            return True
+        if isinstance(value, list | dict) and not value:
+            return True
+        view = view_of(value)
+        if view is None or id(value) in seen:
+            continue
+        if view.identity:
+            return True
+        seen[id(value)] = value
+        todo += [child for _, child in view.children(value)]
+    return False
 
 
 class Holds(enum.IntEnum):
@@ -69,32 +77,46 @@ class Holds(enum.IntEnum):
     OBJECTS = 2
 
 
-def holds(value: Any, inside: tuple[int, ...] = ()) -> Holds:
-    """What `value` holds, itself included.
+def holds_each(container: Any) -> Iterable[tuple[Any, Holds]]:
+    """What a container and each container in it hold; inner containers come first.
 
     Objects are mutable or marked with `NoDependency`. Values are arrays, and anything that has no
     view. The rest is plain data.
     """
-    if isinstance(value, NoDependency):
-        return Holds.OBJECTS
-    view = view_of(value)
-    if view is None:
-        return Holds.VALUES  # devices, shardings, functions
-    if id(value) in inside:
-        return Holds.PLAIN_DATA
-    if view.mutable:
-        return Holds.OBJECTS
-    if view.identity or isinstance(value, jax.ShapeDtypeStruct):
-        return Holds.VALUES
-    inside = (*inside, id(value))
-    found = Holds.PLAIN_DATA
-    for _, child in view.children(value):
+    entered: dict[int, tuple[Any, Holds, list[Any]]] = {}
+    found: dict[int, tuple[Any, Holds]] = {}
+    stack = [container]
+    while stack:
+        here = stack[-1]
+        if id(here) not in entered:
+            own, inner = _own_parts(here)
+            entered[id(here)] = here, own, inner
+            stack += [child for child in inner if id(child) not in entered]
+            continue
+        stack.pop()
+        _, own, inner = entered[id(here)]
+        below = [found[id(child)][1] for child in inner if id(child) in found]
+        found[id(here)] = here, max([own, *below])
+    return found.values()
+
+
+def _own_parts(container: Any) -> tuple[Holds, list[Any]]:
+    """What a container holds but for the containers in it, and these."""
+    view = view_of(container)
+    own, inner = Holds.PLAIN_DATA, []
+    for _, child in () if view is None else view.children(container):
         if isinstance(child, PLAIN):
             continue  # there may be very many numbers in a list
-        found = max(found, holds(child, inside))
-        if found is Holds.OBJECTS:
-            break
-    return found
+        view = view_of(child)
+        if view is None:
+            own = max(own, Holds.VALUES)  # devices, shardings, functions
+        elif view.mutable or isinstance(child, NoDependency):
+            own = Holds.OBJECTS
+        elif view.identity or isinstance(child, jax.ShapeDtypeStruct):
+            own = max(own, Holds.VALUES)
+        else:
+            inner.append(child)
+    return own, inner
 
 
 add_view(NoDependency, NoDependencyView())

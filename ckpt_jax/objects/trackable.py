@@ -6,13 +6,19 @@ under the child's name, and gets the child when it is tracked (see `pending`).
 
 The children are in the instance's `__dict__` under a private name that is created on first use, so
 that a subclass need not call `super().__init__()`.
+
+A subclass may use the names of this library for something else: an attribute `track`, a method
+`slots` that takes arguments. So the library calls its methods through the class, and only those
+that can be called as it calls them.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import reprlib
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload, runtime_checkable
 
@@ -31,6 +37,9 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 _CHILDREN = "_self_children"  # {local name: child}
 _TRACKING = "_self_tracking"  # False inside no_automatic_dependency_tracking
+_UNTRACKED = "_self_untracked"  # names of attributes that the program does not want to be tracked
+_ASSIGNED = "_self_assigned"  # {name: the attribute as it was tracked}
+_PRIVATE = "_self_"  # how names of this library begin
 
 
 class Trackable:
@@ -72,7 +81,8 @@ class Trackable:
                 "(ckpt.register_view teaches the library new kinds)"
             )
         children = _own(self, _CHILDREN)
-        if name not in children:
+        is_awaited = overwrite and name in self.__dict__.get(PENDING, ())
+        if name not in children or is_awaited:
             with received(self, name, value) as value:
                 children[name] = value
             return children[name]  # rebuilt if its slots were restored with it
@@ -88,7 +98,12 @@ class Trackable:
         """A copy with the same children. Either side can get more children without the other."""
         copy = type(self).__new__(type(self))
         copy.__dict__.update(self.__dict__)
-        copy.__dict__[_CHILDREN] = self.trackable_children()
+        for name, is_slot in _descriptors(type(self))[0].items():
+            if is_slot and hasattr(self, name):
+                object.__setattr__(copy, name, getattr(self, name))
+        copy.__dict__[_CHILDREN] = dict(children_of(self))
+        for private in (_UNTRACKED, _ASSIGNED):
+            copy.__dict__[private] = dict(self.__dict__.get(private, ()))
         copy.__dict__.pop(PENDING, None)
         return copy
 
@@ -159,7 +174,7 @@ class Trackable:
                     )
             else:
                 value = jnp.zeros(tuple(shape or ()), dtype)
-        return self.track(name, Variable(value), overwrite=overwrite)
+        return Trackable.track(self, name, Variable(value), overwrite=overwrite)
 
     # --- recreated objects: for classes registered with `ckpt.register_serializable` ------
 
@@ -186,7 +201,7 @@ class Trackable:
 
     def _add_trackable_child(self, name: str, value: Any) -> None:
         """Adds a child that was recreated."""
-        self.track(name, value, overwrite=True)
+        Trackable.track(self, name, value, overwrite=True)
 
 
 class AutoTrackable(Trackable):
@@ -198,6 +213,10 @@ class AutoTrackable(Trackable):
     A list or dict of trackables becomes a wrapper that shares it. So does one of plain data,
     because trackables may still be added. What is appended or set later is tracked, too, and
     receives the restore that waits for it. A container of arrays is a value, and stays what it is.
+
+    Attributes behind properties, descriptors and `__slots__` are tracked, too. State that was put
+    into the object past `__setattr__` (into `__dict__`, or with `object.__setattr__` as a frozen
+    dataclass does) is a child as well, unless it is the value of a `functools.cached_property`.
 
     Source: TensorFlow's `AutoTrackable` (`tf.Module`, `tf.train.Checkpoint`).
 
@@ -222,29 +241,50 @@ class AutoTrackable(Trackable):
     def _before_dropping(self, name: str, value: Any) -> None:
         """Is called before `value`, which is no state, replaces a child."""
 
+    def trackable_children(self) -> dict[str, Any]:
+        """The children by local name: what was tracked, then what was set past `__setattr__`."""
+        children = super().trackable_children()
+        known = {id(child) for child in children.values()}
+        assigned = self.__dict__.get(_ASSIGNED, {})
+        for name, value in _attributes(self, children):
+            is_new = id(value) not in known if name not in children else name in assigned
+            if is_new and value is not assigned.get(name) and self._is_state(value):
+                children[name] = value
+        return children
+
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, NoDependency):
             self.__dict__.get(_CHILDREN, {}).pop(name, None)
+            self.__dict__.get(_ASSIGNED, {}).pop(name, None)
+            _own(self, _UNTRACKED)[name] = None
             super().__setattr__(name, value.value)
             return
+        children = _own(self, _CHILDREN)
         if not self.__dict__.get(_TRACKING, True):
+            _own(self, _UNTRACKED)[name] = None
             super().__setattr__(name, value)
             return
-        children = _own(self, _CHILDREN)
+        if _UNTRACKED in self.__dict__:
+            self.__dict__[_UNTRACKED].pop(name, None)
         value = wrap(value, whole=self._plain_data_is_state)
         is_state = self._is_state(value)
-        if is_state and name not in children:
+        if is_state and (name not in children or name in self.__dict__.get(PENDING, ())):
             with received(self, name, value) as value:
-                super().__setattr__(name, unmarked(value))
+                plain = unmarked(value)
+                super().__setattr__(name, plain)
                 children[name] = value
+                _own(self, _ASSIGNED)[name] = plain
             return
         if not is_state and name in children:
             self._before_dropping(name, value)
-        super().__setattr__(name, unmarked(value))
+        plain = unmarked(value)
+        super().__setattr__(name, plain)
         if is_state:
             children[name] = value
+            _own(self, _ASSIGNED)[name] = plain
         else:
             children.pop(name, None)
+            self.__dict__.get(_ASSIGNED, {}).pop(name, None)
 
     def _add_trackable_child(self, name: str, value: Any) -> None:
         """Adds a child that was recreated, as an attribute; it is state of whatever kind."""
@@ -253,7 +293,8 @@ class AutoTrackable(Trackable):
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
-        self.__dict__.get(_CHILDREN, {}).pop(name, None)
+        for private in (_CHILDREN, _ASSIGNED):
+            self.__dict__.get(private, {}).pop(name, None)
 
 
 @runtime_checkable
@@ -347,9 +388,112 @@ def no_automatic_dependency_tracking(method_or_object: Any) -> Any:
 def replace_children(obj: Trackable, changed: Mapping[Label, Any]) -> None:
     """Replaces children without handing them to restores that wait."""
     for label, child in changed.items():
-        _own(obj, _CHILDREN)[str(label)] = child
+        name, children = str(label), _own(obj, _CHILDREN)
+        is_tracked = name in children or not isinstance(obj, AutoTrackable)
         if isinstance(obj, AutoTrackable):
-            obj.__dict__[str(label)] = unmarked(child)
+            plain = unmarked(child)
+            _replace_attribute(obj, name, plain)
+            if name in obj.__dict__.get(_ASSIGNED, ()):
+                obj.__dict__[_ASSIGNED][name] = plain
+        if is_tracked:
+            children[name] = child
+
+
+def _replace_attribute(obj: AutoTrackable, name: str, value: Any) -> None:
+    """Sets an attribute in the way that it was set: through `__setattr__` if the class has its own,
+    and through a descriptor if the name has one."""
+    if type(obj).__setattr__ is not AutoTrackable.__setattr__:
+        with contextlib.suppress(AttributeError):  # of a frozen dataclass
+            setattr(obj, name, value)
+            return
+    if name in _descriptors(type(obj))[0]:
+        object.__setattr__(obj, name, value)
+    else:
+        obj.__dict__[name] = value
+
+
+# --- names of one's own ----------------------------------------------------------------
+
+
+def children_of(obj: Trackable) -> Mapping[str, Any]:
+    """The children of a trackable, also if its class uses the name of the method for its own."""
+    children = _method(obj, "trackable_children")()
+    if isinstance(children, Mapping):
+        return children
+    return _base_of(obj).trackable_children(obj)
+
+
+def _method(obj: Trackable, name: str, *arguments: Any) -> Callable[..., Any]:
+    """A method of the class, or that of the base class if it cannot be called with arguments."""
+    method, own = getattr(type(obj), name), getattr(_base_of(obj), name)
+    if method is not own and not _takes(method, 1 + len(arguments)):
+        method = own
+    return functools.partial(method, obj, *arguments)
+
+
+def _base_of(obj: Trackable) -> type[Trackable]:
+    return AutoTrackable if isinstance(obj, AutoTrackable) else Trackable
+
+
+def _takes(method: Any, count: int) -> bool:
+    """Whether a function can be called with that many arguments."""
+    if not isinstance(method, types.FunctionType):
+        return callable(method) and not isinstance(method, type)
+    return _function_takes(method, count)
+
+
+@functools.lru_cache(maxsize=4096)
+def _function_takes(function: types.FunctionType, count: int) -> bool:
+    try:
+        inspect.signature(function).bind(*[None] * count)
+    except TypeError:
+        return False
+    return True
+
+
+def _slots(obj: Any) -> Mapping[tuple[str, Any], Any]:
+    """The slot variables of an optimizer; none if `slots` is something else."""
+    method = getattr(type(obj), "slots", None)
+    slots = method(obj) if method is not None and _takes(method, 1) else None
+    if not isinstance(slots, Mapping):
+        return {}
+    is_owner = all(isinstance(k, tuple) and len(k) == 2 and isinstance(k[0], str) for k in slots)
+    return slots if is_owner else {}
+
+
+def _attributes(obj: AutoTrackable, children: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The attributes of an object that may hold state, whether or not they are tracked."""
+    descriptors, derived = _descriptors(type(obj))
+    untracked = obj.__dict__.get(_UNTRACKED, ())
+    for name, value in tuple(obj.__dict__.items()):
+        if name[: len(_PRIVATE)] == _PRIVATE or name in untracked or name in descriptors:
+            continue
+        if name in children or name not in derived:
+            yield name, value
+    for name, is_slot in descriptors.items():
+        if (is_slot or name in children) and name not in untracked:
+            try:
+                value = getattr(obj, name)
+            except Exception:  # an empty slot, or a property of a program
+                continue
+            yield name, value
+
+
+@functools.lru_cache(maxsize=4096)
+def _descriptors(kind: type) -> tuple[Mapping[str, bool], frozenset[str]]:
+    """What a class gives to descriptors with a setter (and whether each is a slot), and the
+    names of cached properties."""
+    attributes: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        attributes.update(vars(base))
+    with_setter = {
+        name: isinstance(attribute, types.MemberDescriptorType)
+        for name, attribute in attributes.items()
+        if hasattr(type(attribute), "__set__") and not name.startswith("__")
+        if not isinstance(attribute, property) or attribute.fset is not None
+    }
+    cached = [n for n, x in attributes.items() if isinstance(x, functools.cached_property)]
+    return with_setter, frozenset(cached)
 
 
 class TrackedView(OptimizerView):
@@ -359,14 +503,14 @@ class TrackedView(OptimizerView):
     mutable = True
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
-        return obj.trackable_children().items() if isinstance(obj, Trackable) else ()
+        return children_of(obj).items() if isinstance(obj, Trackable) else ()
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         replace_children(obj, changed)
         return obj
 
     def values(self, obj: Any) -> Mapping[str, Any]:
-        values = obj.serialize_to_arrays() if isinstance(obj, Trackable) else {}
+        values = _method(obj, "serialize_to_arrays")() if isinstance(obj, Trackable) else {}
         if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
             raise NoState(
                 f"{type(obj).__qualname__}.serialize_to_arrays() must return a dict of arrays by "
@@ -379,16 +523,14 @@ class TrackedView(OptimizerView):
         if isinstance(obj, PythonState) and PYTHON_STATE in arrays:
             obj.deserialize(arrays.pop(PYTHON_STATE))
         if arrays and isinstance(obj, Trackable):
-            obj.restore_from_arrays(arrays)
+            _method(obj, "restore_from_arrays", arrays)()
         return obj
 
     def awaiting(self, obj: Any) -> tuple[Any, ...]:
         return (obj,) if isinstance(obj, Trackable) else ()
 
     def slots(self, obj: Any) -> Iterable[SlotEntry]:
-        if not callable(getattr(type(obj), "slots", None)):
-            return ()
-        return [SlotEntry(name, of, value) for (name, of), value in obj.slots().items()]
+        return [SlotEntry(name, of, value) for (name, of), value in _slots(obj).items()]
 
     def replaces_slots(self, obj: Any) -> bool:
         return hasattr(obj, "set_slot")

@@ -36,14 +36,14 @@ class View:
       identity: whether two edges to one object mean one node. True for mutable objects and
         arrays. False for immutable containers and scalars: which object they are means nothing.
       mutable: whether `rebuild` and `assign` change the object in place.
-      has_functions: whether functions in the object, at any depth, belong to the program and are
-        not state.
+      has_program: whether things without a view in the object, at any depth, belong to the program
+        and are not state: functions, dtypes, devices.
     """
 
     container: str = ""
     identity: bool = False
     mutable: bool = False
-    has_functions: bool = False
+    has_program: bool = False
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
         """Labelled children in a stable order. Must not create objects with an identity."""

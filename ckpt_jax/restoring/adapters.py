@@ -25,7 +25,8 @@ import numpy as np
 
 from ckpt_jax.errors import RestoreMismatchError
 from ckpt_jax.graph.boxes import Box
-from ckpt_jax.graph.global_names import own_values
+from ckpt_jax.graph.dtypes import converted
+from ckpt_jax.graph.global_names import own_values, with_labels_of
 from ckpt_jax.graph.labels import Label, local_name, object_key_of, path_of
 from ckpt_jax.graph.nodes import ObjectGraph, object_keys
 from ckpt_jax.graph.specs import LeafSpec
@@ -169,7 +170,7 @@ class Resharded:
         struct = request or struct_of(self.spec)
         result = np.asarray(self.callback.reshard(values, struct))
         if cast:
-            result = result.astype(struct.dtype)
+            result = converted(result, np.dtype(struct.dtype))
         if (result.shape, result.dtype) != (struct.shape, struct.dtype):
             what = (
                 f"expected {struct.dtype}{list(struct.shape)} from "
@@ -214,6 +215,9 @@ def adapt(
       callbacks: by saved node, from an earlier part of the same restore.
     """
     saved, known = renamed.graph, dict(callbacks or {})
+    ambiguous: list[tuple[str, str]] = []
+    if saved.named:
+        saved, ambiguous = with_labels_of(saved, live.graph)
     found = matcher(saved, live.graph)
     asked: set[int] = set()
     while True:
@@ -241,7 +245,11 @@ def adapt(
         renamed,
         graph=saved,
         saved_paths=paths,
-        problems=(*renamed.problems, *problems),
+        problems=(
+            *renamed.problems,
+            *[ReportEntry(path, what=what) for path, what in ambiguous],
+            *problems,
+        ),
         derived={**renamed.derived, **resharded},
     )
     return Adapted(as_wanted, found, known)
@@ -249,7 +257,8 @@ def adapt(
 
 def _adapter_of(obj: Any, path: str) -> CheckpointAdapter | None:
     method = getattr(type(obj), "checkpoint_adapter", None)
-    return None if method is None else method(obj, path)
+    adapter = method(obj, path) if callable(method) else None
+    return adapter if isinstance(adapter, CheckpointAdapter) else None
 
 
 def _adapted_edges(

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from ckpt_jax.graph.boxes import Box, whole
-from ckpt_jax.graph.dtypes import dtype_of
+from ckpt_jax.graph.dtypes import LossyConversionError, converted, dtype_of
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.restoring.adapters import Resharded
 from ckpt_jax.restoring.reader import CheckpointReader
@@ -61,7 +61,11 @@ class DerivedReader:
             results.update(self._derive({key: requests[key] for key in batch}, options))
             arrived(sum(map(self.stored_nbytes, batch)))
         for key in resharded:
-            results[key] = self._reshard(self._resharded[key], requests[key], options)
+            try:
+                results[key] = self._reshard(self._resharded[key], requests[key], options)
+            except LossyConversionError as error:
+                error.key = key
+                raise
             arrived(self.stored_nbytes(key))
         return results
 
@@ -95,11 +99,15 @@ class DerivedReader:
         results: dict[str, Any] = {}
         for key, request in requests.items():
             derived = self._derived[key]
-            contents = [
-                derived.make([part(source, box) for source in keys])
-                for keys, box in map(derived.needs, boxes[key])
-            ]
-            results[key] = _placed(contents, request, derived.spec.shape)
+            try:
+                contents = [
+                    derived.make([part(source, box) for source in keys])
+                    for keys, box in map(derived.needs, boxes[key])
+                ]
+                results[key] = _placed(contents, request, derived.spec.shape)
+            except LossyConversionError as error:
+                error.key = key
+                raise
         return results
 
     def _reshard(self, made: Resharded, request: Request, options: CheckpointOptions) -> Any:
@@ -118,8 +126,7 @@ def _placed(contents: list[np.ndarray], request: Request, shape: tuple[int, ...]
     if request is None:
         return contents[0]
     dtype = np.dtype(request.dtype)
-    with np.errstate(over="ignore", invalid="ignore"):
-        contents = [part.astype(dtype, copy=False) for part in contents]
+    contents = [converted(part, dtype) for part in contents]
     if request.sharding is None:
         return host.put(contents)[0]
     return host.place(shape, dtype, request.sharding, contents)

@@ -17,9 +17,9 @@ import numpy as np
 from jax.core import Tracer
 
 from ckpt_jax.errors import ProcessError, RegistrationError, RestoreMismatchError
-from ckpt_jax.graph.dtypes import dtype_of
+from ckpt_jax.graph.dtypes import LossyConversionError, dtype_of
 from ckpt_jax.graph.labels import object_key_of, path_of
-from ckpt_jax.matching.assign import assign
+from ckpt_jax.matching.assign import assign, note_changed
 from ckpt_jax.matching.plan import ReadPlan, SaverCall, ValueRead
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects import registry
@@ -66,20 +66,29 @@ def _read_once(
         for number, r in todo.items():
             batch.setdefault(r.key, number)
         asked = {key: _request(first[number], shared.get(number)) for key, number in batch.items()}
-        for key, data in reader.read(asked, options, advance).items():
+        try:
+            arrived = reader.read(asked, options, advance)
+        except LossyConversionError as error:
+            raise _unfit(first[batch[error.key]], error, reader.path) from error
+        for key, data in arrived.items():
             r = first[batch[key]]
             try:
                 found[batch[key]] = decode(data, r.saved, r.target, r.value)
             except (OverflowError, ValueError) as error:
-                entry = ReportEntry(path_of(object_key_of(key)), str(r.target), str(r.saved))
-                problem = replace(entry, what=str(error))
-                report = RestoreReport(reader.path, mismatched=(problem,))
-                raise RestoreMismatchError(describe_problems(report, _ADVICE), report) from error
+                raise _unfit(r, error, reader.path) from error
         for number in batch.values():
             del todo[number]
     if meeting is not None:
         _hand_over(found, {number: first[number] for number in shared}, meeting)
     return [found[number] for number in order]
+
+
+def _unfit(read: ValueRead, error: Exception, path: str) -> RestoreMismatchError:
+    """The error for a value that turned out, when it was read, not to fit its target."""
+    entry = ReportEntry(path_of(object_key_of(read.key)), str(read.target), str(read.saved))
+    problem = replace(entry, what=str(error))
+    report = RestoreReport(path, mismatched=(problem,))
+    return RestoreMismatchError(describe_problems(report, _ADVICE), report)
 
 
 def _shared(reads: Mapping[int, ValueRead]) -> dict[int, jax.sharding.Sharding]:
@@ -182,17 +191,31 @@ def execute(
             value = host.weakly_typed(value)
         values.setdefault(r.node, {})[r.name] = value
     replaced: dict[int, Any] = {}
-    for saver, nodes in calls:
-        objects = {name: live.objects[node] for name, node in nodes.items()}
-        new = _restored(saver, objects, reader.path)
-        if lost := [name for name, obj in objects.items() if name not in new and is_abstract(obj)]:
-            raise RegistrationError(
-                f"restore_fn of the checkpoint saver {saver.name!r} returned no values for "
-                f"{', '.join(lost)}, and there are none in the target that could stay"
-            )
-        replaced.update({nodes[name]: value for name, value in new.items()})
-    given = frozenset([*values, *(node for _, nodes in calls for node in nodes.values())])
-    return assign(live, values, replaced), given
+    called: list[int] = []  # nodes with objects that a saver may have changed in place
+    try:
+        for saver, nodes in calls:
+            called += [node for node in nodes.values() if live.views[node].mutable]
+            new = _called(saver, nodes, live, reader.path)
+            replaced.update({nodes[name]: value for name, value in new.items()})
+        given = frozenset([*values, *(node for _, nodes in calls for node in nodes.values())])
+        return assign(live, values, replaced), given
+    except BaseException as error:
+        note_changed(error, [live.graph.paths[node] for node in called])
+        raise
+
+
+def _called(
+    saver: registry.RegisteredSaver, nodes: Mapping[str, int], live: LiveGraph, path: str
+) -> Mapping[str, Any]:
+    """What a saver puts in the place of immutable objects, by name."""
+    objects = {name: live.objects[node] for name, node in nodes.items()}
+    new = _restored(saver, objects, path)
+    if lost := [name for name, obj in objects.items() if name not in new and is_abstract(obj)]:
+        raise RegistrationError(
+            f"restore_fn of the checkpoint saver {saver.name!r} returned no values for "
+            f"{', '.join(lost)}, and there are none in the target that could stay"
+        )
+    return new
 
 
 def _accepted(call: SaverCall, live: LiveGraph) -> tuple[registry.RegisteredSaver, dict[str, int]]:

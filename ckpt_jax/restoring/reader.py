@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph import saved_objects as objects
 from ckpt_jax.graph.boxes import Box
@@ -214,6 +214,7 @@ class CheckpointReader:
             keys = self.keys()
             near = [k for k in keys if k.startswith(f"{key}/.ATTRIBUTES/")] or nearest(key, keys)
             raise KeyError(f"{self.path} holds nothing under the key {key!r}{near_miss(near)}")
+        self._check_readable(key, self._specs.get(key))
         data = self.read({key: box})[key]
         if box is not None:
             return data
@@ -251,12 +252,20 @@ class CheckpointReader:
 
     def as_saved(self, key: str, data: Any, spec: LeafSpec) -> Any:
         """What was read without a target, as the value that it was; arrays as they are."""
+        self._check_readable(key, spec)
         try:
             return as_saved(data, spec)
         except ValueError as error:
             raise CorruptCheckpointError(
                 f"{self.path}: {key}: no {spec.kind}: {error}", file=self.path, key=key
             ) from error
+
+    def _check_readable(self, key: str, spec: LeafSpec | None) -> None:
+        if spec is not None and spec.is_unreadable:
+            raise UnsupportedFormatError(
+                f"{self.path}: {key}: the dtype {spec.dtype} does not say what the array holds. "
+                "Restore it with a target that says it, or leave it out (only=...)"
+            )
 
     def stored_spec(self, key: str) -> LeafSpec:
         """The dtype and shape that a value is stored with."""

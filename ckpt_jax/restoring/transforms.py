@@ -21,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from ckpt_jax.graph.boxes import Box
-from ckpt_jax.graph.dtypes import dtype_name, dtype_of
+from ckpt_jax.graph.dtypes import converted, dtype_name, dtype_of
 from ckpt_jax.graph.specs import LeafSpec
 
 ANY_DTYPE = ""  # of a value that takes the dtype of its target
@@ -140,8 +140,7 @@ class Cast(Step):
     def apply(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
         if self.dtype is None:
             return list(parts)  # converted when the value is assigned to its target
-        with np.errstate(over="ignore", invalid="ignore"):
-            return [part.astype(dtype_of(self.dtype), copy=False) for part in parts]
+        return [converted(part, dtype_of(self.dtype)) for part in parts]
 
 
 @dataclass(frozen=True, slots=True)

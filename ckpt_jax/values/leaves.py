@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ckpt_jax.graph.dtypes import BYTES, dtype_name, dtype_of
+from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, BYTES, converted, dtype_name, dtype_of
 from ckpt_jax.graph.specs import OPEN, LeafSpec, ShardingSpec
 from ckpt_jax.objects.python_state import PythonState
 
@@ -108,14 +108,15 @@ def _int_spec(value: int) -> LeafSpec:
 _INT = LeafSpec("int", "int64")
 _BIG_INT = LeafSpec("int", BYTES)
 _DESCRIBE: tuple[tuple[type | tuple[type, ...], Callable[[Any], LeafSpec]], ...] = (
-    ((np.ndarray, np.generic), _numpy_spec),
+    (np.ndarray, _numpy_spec),
     (enum.Enum, lambda value: LeafSpec("enum", BYTES)),
+    (str, lambda value: LeafSpec("str", BYTES)),  # before np.generic: np.str_ is a string
+    (bytes, lambda value: LeafSpec("bytes", BYTES)),
+    (np.generic, _numpy_spec),
     (bool, lambda value: LeafSpec("bool", "bool")),
     (int, _int_spec),
     (float, lambda value: LeafSpec("float", "float64")),
     (complex, lambda value: LeafSpec("complex", "complex128")),
-    (str, lambda value: LeafSpec("str", BYTES)),
-    (bytes, lambda value: LeafSpec("bytes", BYTES)),
     (PythonState, lambda value: LeafSpec("python_state", BYTES)),
 )
 
@@ -194,6 +195,20 @@ def _state_bytes(state: PythonState) -> bytes:
     raise TypeError(f"{kind}.serialize() must return str or bytes, got {got}")
 
 
+def kept(value: Any) -> Any:
+    """A value of an object with code of its own, to be given to that code again if need be.
+
+    Raises:
+      TypeError: it describes an array and is none.
+    """
+    if isinstance(value, PythonState):
+        return _state_bytes(value)
+    value = evaluate(value)
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise TypeError("there is no value yet")
+    return value.copy() if isinstance(value, np.ndarray) else value
+
+
 # --- restoring -------------------------------------------------------------------------
 
 
@@ -205,14 +220,14 @@ def difference(saved: LeafSpec, target: LeafSpec, cast: bool) -> str | None:
     if saved.is_array and not saved.dtype and not target.is_bytes:
         saved = replace(saved, dtype=target.dtype)
     if saved.is_unreadable:
-        return (
-            f"expected {_kind(target)}, got {saved.dtype}{list(saved.shape)}, which is unreadable"
-        )
+        return _why_unreadable(saved, target)
     if target.kind == "python_state" and saved.kind in ("str", "bytes"):
         return None  # from a file of a format that does not record kinds
     if target.kind == saved.kind and not target.is_array:
         same = (saved.prng_impl, saved.shape) == (target.prng_impl, target.shape)
         return None if same else f"expected {target}, got {saved}"
+    if saved.is_key != target.is_key and saved.is_array != target.is_array:
+        return _key_difference(saved, target)
     if saved.is_bytes or target.is_bytes or saved.is_key or target.is_key:
         return f"expected {_kind(target)}, got {_kind(saved)}"
     if saved.shape != target.shape:
@@ -225,6 +240,45 @@ def difference(saved: LeafSpec, target: LeafSpec, cast: bool) -> str | None:
     if cast or _family(saved) == _family(target):
         return None
     return f"expected {_kind(target)}, got {_kind(saved)}"
+
+
+def _why_unreadable(saved: LeafSpec, target: LeafSpec) -> str | None:
+    """Why a value of a file that does not say what it is cannot be read; None if the target says
+    it: anonymous values of one byte are taken for the target's dtype of one byte."""
+    found = f"{saved.dtype}{list(saved.shape)}"
+    if saved.dtype != ANONYMOUS_BYTE or not target.is_array or target.is_bytes:
+        return f"expected {_kind(target)}, got {found}, which is unreadable"
+    if saved.shape != target.shape:
+        return f"expected shape {target.shape}, got {saved.shape}"
+    if target.dtype == "bool" or dtype_of(target.dtype).itemsize != 1:
+        return f"expected {target}, got {found}, which is unreadable without a target of one byte"
+    return None
+
+
+def _key_difference(saved: LeafSpec, target: LeafSpec) -> str | None:
+    """Why a typed PRNG key and the array of a legacy key cannot stand for each other.
+
+    They can if it is clear which implementation the legacy key is for. Only one has keys of two
+    words. JAX's other implementations share their form.
+    """
+    key, legacy = (saved, target) if saved.is_key else (target, saved)
+    problem = f"expected {target}, got {saved}"
+    if legacy.is_bytes or (legacy.dtype, legacy.shape) != (key.dtype, key.shape):
+        return problem
+    config: Any = jax.config
+    default = config.jax_default_prng_impl
+    is_default = saved.is_key and key.prng_impl == default
+    if key.prng_impl == "threefry2x32" or is_default:
+        return None
+    if saved.is_key:
+        return (
+            f"{problem}, and legacy keys here are of {default}: restore a typed key, "
+            f"jax.random.key(0, impl={key.prng_impl!r}), and take its jax.random.key_data"
+        )
+    return (
+        f"{problem}, which may be a legacy key of several implementations: restore an array, and "
+        f"wrap it with jax.random.wrap_key_data(array, impl={key.prng_impl!r})"
+    )
 
 
 def _kind(spec: LeafSpec) -> str:
@@ -262,10 +316,23 @@ def decode(data: Any, saved: LeafSpec, target: LeafSpec, like: Any = None) -> An
         text = _decode_bytes(data, saved.kind if target.is_array else kind)
         return _member(like, text) if kind == "enum" and isinstance(like, enum.Enum) else text
     if target.is_array:
-        if dtype_name(data.dtype) != target.dtype:
-            data = _convert(data, dtype_of(target.dtype), exact=not saved.is_array)
+        if isinstance(data, np.ndarray | np.generic):
+            data = converted(np.asarray(data), dtype_of(target.dtype))
         return data[()] if kind == "numpy_scalar" else data
-    return _PYTHON.get(kind, lambda x: x)(data.item() if hasattr(data, "item") else data)
+    value = data.item() if hasattr(data, "item") else data
+    return _number(kind, value) if target.is_number else value
+
+
+def _number(kind: str, value: Any) -> Any:
+    """A number as a Python number of another kind."""
+    if kind != "complex" and isinstance(value, complex):
+        if value.imag:
+            raise OverflowError(f"{value} does not fit into a Python {kind}")
+        value = value.real
+    number = _PYTHON[kind](value)
+    if kind in ("bool", "int") and number != value:
+        raise OverflowError(f"{value} does not fit into a Python {kind}")
+    return number
 
 
 _PYTHON: dict[str, Callable[[Any], Any]] = {
@@ -283,16 +350,6 @@ def _member(like: enum.Enum, text: str) -> enum.Enum:
     if text not in kind.__members__:
         raise ValueError(f"{kind.__qualname__} has no member {text!r}")
     return kind[text]
-
-
-def _convert(data: Any, dtype: np.dtype, exact: bool) -> Any:
-    with np.errstate(over="ignore", invalid="ignore"):
-        converted = data.astype(dtype)
-    if exact and np.isfinite(data):
-        whole = np.issubdtype(dtype, np.integer)
-        if int(converted) != int(data) if whole else not np.isfinite(converted):
-            raise OverflowError(f"{data} does not fit into {dtype}")
-    return converted
 
 
 def _decode_bytes(data: bytes, kind: str) -> Any:

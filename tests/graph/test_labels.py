@@ -1,17 +1,24 @@
 """Labels, keys and paths."""
 
+import enum
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from ckpt_jax.graph.labels import (
     VARIABLE_VALUE,
+    EnumKey,
     attribute_key,
+    canonical,
     escape,
     escaped_names,
+    is_label,
     local_name,
     object_key_of,
     path_of,
+    plain_keys,
     readable,
     slot_key,
     unescape,
@@ -20,14 +27,37 @@ from ckpt_jax.graph.labels import (
 # Mostly the characters that escaping and its markers are made of.
 NASTY = st.text(st.sampled_from("./STEAON0a"), max_size=5)
 NAMES = st.one_of(NASTY, st.text(max_size=4), st.sampled_from([".ATTRIBUTES", ".OPTIMIZER_SLOT"]))
-LABELS = st.one_of(
+
+
+class Color(enum.Enum):
+    RED = 1
+    BLUE = 2
+
+
+class Wine(enum.Enum):
+    RED = 1
+
+
+class Level(enum.IntEnum):
+    LOW = 1
+
+
+class Access(enum.Flag):
+    READ = 1
+    WRITE = 2
+
+
+SCALARS = st.one_of(
     NAMES,
     st.integers(-20, 20),
     st.booleans(),
     st.floats(allow_nan=False),
     st.binary(max_size=2),
     st.none(),
+    st.integers(-20, 20).map(np.int8),
+    st.sampled_from([*Color, *Wine, Access.READ, Access.READ | Access.WRITE, Access(0)]),
 )
+LABELS = st.recursive(SCALARS, lambda parts: st.lists(parts, max_size=3).map(tuple), max_leaves=4)
 
 
 def siblings():
@@ -161,3 +191,38 @@ def test_plain_names_are_shown_as_they_are():
 def test_different_names_look_different(one, other):
     assert (readable(one) == readable(other)) == (one == other)
     assert "/" not in readable(one)
+
+
+@given(siblings())
+def test_labels_are_one_label_exactly_if_they_are_equal_keys(labels):
+    assert len({canonical(label) for label in labels}) == len(labels)
+    assert all(canonical(canonical(label)) == canonical(label) for label in labels)
+
+
+@pytest.mark.parametrize(
+    ("label", "same"),
+    [(np.int64(3), 3), (np.str_("a"), "a"), (Level.LOW, 1), ((np.int8(1),), (1,))],
+)
+def test_keys_that_are_equal_are_one_label(label, same):
+    assert label == same
+    assert canonical(label) == same
+    assert type(canonical(label)) is type(same)
+
+
+def test_enums_that_are_called_alike_have_different_names():
+    other = EnumKey("RED", "another_module.Color")
+    labels = [Color.RED, Wine.RED, other, "RED", (Color.RED,), ("RED",)]
+    names = escaped_names(labels)
+    assert names[:4] == ["RED.TColor.T0", "RED.TWine", "RED.TColor.T1", "RED"]
+    assert names[4:] == [escape("(Color.RED,)"), "('RED',)"]
+
+
+@pytest.mark.parametrize("label", [frozenset(), 1j, object(), np.datetime64(1, "s"), (1j,)])
+def test_other_keys_are_no_labels(label):
+    assert not is_label(label)
+
+
+def test_without_a_target_a_key_is_the_member_of_an_enum_that_is_imported():
+    labels = [canonical(Color.RED), (canonical(Wine.RED), 1), EnumKey("RED", "nowhere.Color")]
+    assert plain_keys(labels) == [Color.RED, (Wine.RED, 1), "RED"]
+    assert plain_keys([EnumKey("A", "x.C"), "A"]) == ["x.C.A", "A"]

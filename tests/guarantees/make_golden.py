@@ -1,6 +1,6 @@
-"""Writes tests/guarantees/golden/format-1: a small checkpoint with a leaf of every kind.
+"""Writes tests/guarantees/golden/format-*: small checkpoints, with leaves and keys of every kind.
 
-    PYTHONPATH=. python tests/guarantees/make_golden.py [directory]
+    PYTHONPATH=. python tests/guarantees/make_golden.py 1|2 [directory]
 
 The contents are the same every time; the bytes are not, since shards have random ids. A golden
 checkpoint is never written again: it pins what a released format is. A new format version gets
@@ -127,7 +127,28 @@ def write_1(path: Path) -> str:
     return ckpt.save(path, tree_1(), options=options)
 
 
+def tree_2() -> dict[Any, Any]:
+    """What the golden checkpoint of format 2 holds: keys of the kinds that format 1 lacks."""
+    keys = [
+        ("a", 1),
+        ("a", "1"),
+        "('a', 1)",
+        Color.RED,
+        "RED",
+        (Color.RED, (None,)),
+        (),
+        np.int8(7),
+    ]
+    return {key: np.full(2, number) for number, key in enumerate(keys)}
+
+
+def write_2(path: Path) -> str:
+    return ckpt.save(path, tree_2())
+
+
 if __name__ == "__main__":
     import make_golden  # so that the classes have the names that they have in the tests
 
-    print(make_golden.write_1(Path(*sys.argv[1:] or [str(GOLDEN / "format-1")])))
+    version, *directory = sys.argv[1:]
+    write = {"1": make_golden.write_1, "2": make_golden.write_2}[version]
+    print(write(Path(*directory or [str(GOLDEN / f"format-{version}")])))

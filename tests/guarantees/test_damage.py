@@ -270,7 +270,7 @@ def test_an_object_graph_of_junk_is_corrupt(tmp_path, contents):
 
 
 def test_a_graph_of_a_newer_format_says_so(tmp_path):
-    """The same bytes with format_version 2, sealed again as a later library would."""
+    """The same bytes with format_version 3, sealed again as a later library would."""
     from ckpt_jax.graph._proto import trackable_object_graph_pb2 as pb
     from ckpt_jax.store.fetch import ShardedReader
     from ckpt_jax.store.merge import merge_shards
@@ -283,14 +283,14 @@ def test_a_graph_of_a_newer_format_says_so(tmp_path):
     assert data is not None
     graph = pb.TrackableObjectGraph.FromString(unseal(data))
     assert graph.format_version == 1
-    graph.format_version = 2
+    graph.format_version = 3
     (shard,) = Path(old, "shards").iterdir()
     path = tmp_path / "new"
     path.mkdir()
     shutil.copytree(shard, path / "shards" / "00000")
     shard_path = str(path / "shards" / "00000")
     merge_shards([shard_path], str(path), extra={OBJECT_GRAPH_KEY: seal(graph.SerializeToString())})
-    assert_refused(path, ckpt.UnsupportedFormatError, "2")
+    assert_refused(path, ckpt.UnsupportedFormatError, "3")
 
 
 needs_permissions = pytest.mark.skipif(

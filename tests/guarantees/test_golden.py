@@ -7,11 +7,23 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from make_golden import GOLDEN, Color, Cursor, Point, Settings, blank_1, tree_1, write_1
+from make_golden import (
+    GOLDEN,
+    Color,
+    Cursor,
+    Point,
+    Settings,
+    blank_1,
+    tree_1,
+    tree_2,
+    write_1,
+    write_2,
+)
 
 import ckpt_jax as ckpt
 
 FORMAT_1 = GOLDEN / "format-1"
+FORMAT_2 = GOLDEN / "format-2"
 
 
 def assert_same(found, expected, path="root"):
@@ -106,6 +118,28 @@ def test_the_golden_tree_is_still_written_so_that_it_reads_back(tmp_path):
         assert new.keys() == old.keys()
         assert new.get_variable_to_shape_map() == old.get_variable_to_shape_map()
         assert new.object_graph == old.object_graph
+
+
+def test_format_2_loads_and_restores():
+    found = ckpt.load(FORMAT_2)
+    assert_same(found, tree_2())
+    assert [*map(type, found)] == [*map(type, tree_2())]
+    assert_same(ckpt.restore(FORMAT_2, {key: x * 0 for key, x in tree_2().items()}), tree_2())
+
+
+@pytest.mark.parametrize(("version", "write"), [(1, write_1), (2, write_2)])
+def test_a_graph_says_the_oldest_format_that_has_its_labels(tmp_path, version, write):
+    from ckpt_jax.graph._proto import trackable_object_graph_pb2
+    from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
+    from ckpt_jax.store.fetch import ShardedReader
+
+    for path in (write(tmp_path / "a"), GOLDEN / f"format-{version}"):
+        reader = ShardedReader(str(path))
+        graph = reader.extra(OBJECT_GRAPH_KEY)
+        reader.close()
+        assert graph is not None
+        message = trackable_object_graph_pb2.TrackableObjectGraph.FromString(graph)
+        assert message.format_version == version
 
 
 def test_format_1_is_small():

@@ -138,3 +138,19 @@ def test_four_times_the_values_that_are_renamed_take_four_times_the_calls(tmp_pa
 
     renamed(10)()
     assert calls(renamed(800)) <= 4.2 * calls(renamed(200))
+
+
+@pytest.mark.parametrize("leaf", [ZERO, ckpt.Variable(ZERO)], ids=["array", "object"])
+@pytest.mark.parametrize("around", [lambda x: {"a": x}, lambda x: [x], lambda x: (x,)])
+def test_four_times_the_depth_of_an_attribute_takes_four_times_the_calls(leaf, around):
+    def work(depth):
+        value = leaf
+        for _ in range(depth):
+            value = around(value)
+        model = ckpt.AutoTrackable()
+        model.x = value
+        graph = live_graph(model).graph
+        match(graph, graph)
+
+    work(20)  # what is made once for each type is made here
+    assert calls(lambda: work(400)) <= 4.2 * calls(lambda: work(100))

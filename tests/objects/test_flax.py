@@ -1,6 +1,7 @@
 """Flax: nnx objects are restored in place, Linen's states are rebuilt."""
 
 import dataclasses
+import functools
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -792,3 +793,69 @@ def test_moments_survive_another_chain_and_what_is_gone_is_named(tmp_path, train
     assert "opt_state/ScaleByAdamState.mu/params/dense/kernel" in dropped
     with pytest.raises(ckpt.RestoreMismatchError, match="ScaleByAdamState"):
         ckpt.restore(path, sgd)
+
+
+# --- static parts ------------------------------------------------------------------------
+
+
+def test_functions_and_static_elements_of_lists_stay_the_programs(tmp_path):
+    def model(seed):
+        rngs = nnx.Rngs(seed)
+        layers = nnx.Sequential(
+            nnx.Linear(2, 2, rngs=rngs),
+            nnx.relu,
+            functools.partial(nnx.gelu, approximate=True),
+            nnx.Dropout(0.1, rngs=rngs),
+            nnx.Linear(2, 2, rngs=rngs),
+        )
+        others = nnx.List([f"name {seed}", seed, jnp.float32, None, nnx.Param(jnp.full(1, seed))])
+        return nnx.Dict(layers=layers, others=others)
+
+    path = ckpt.save(tmp_path / "a", model(1))
+    target = model(2)
+    ckpt.restore(path, target)
+    assert (target.layers.layers[4].kernel[...] == model(1).layers.layers[4].kernel[...]).all()
+    assert list(target.others)[:4] == ["name 2", 2, jnp.float32, None]
+    assert target.others[4][...] == 1
+    assert ckpt.load(path, only="others/**")["others"] == {4: jnp.ones(1)}
+    ckpt.Checkpoint(model=model(3)).read(
+        ckpt.Checkpoint(model=model(4)).write(tmp_path / "b")
+    ).assert_consumed()
+
+
+def test_dicts_whose_keys_are_tuples_are_restored(tmp_path):
+    def model(seed):
+        rngs = nnx.Rngs(seed)
+        return nnx.SpectralNorm(nnx.Linear(2, 2, rngs=rngs), rngs=rngs)
+
+    path = ckpt.Checkpoint(model=model(0)).write(tmp_path / "a")
+    fresh = model(1)
+    ckpt.Checkpoint(model=fresh).read(path).assert_consumed()
+    assert_equal_states(nnx.state(fresh), nnx.state(model(0)))
+
+
+def assert_equal_states(one, other):
+    for (path, a), (_, b) in zip(nnx.to_flat_state(one), nnx.to_flat_state(other), strict=True):
+        a, b = a.get_value(), b.get_value()
+        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+            a, b = jax.random.key_data(a), jax.random.key_data(b)
+        np.testing.assert_array_equal(a, b, err_msg=str(path))
+
+
+def test_an_abstract_model_of_flax_is_a_target(tmp_path):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def model(value=0.0):
+        init = nnx.with_partitioning(nnx.initializers.constant(value), ("d", None))
+        return nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0), kernel_init=init), nnx.relu)
+
+    with jax.set_mesh(mesh):
+        path = ckpt.save(tmp_path / "a", model(1.0))
+        graphdef, state = nnx.get_abstract_model(model, mesh)
+    for found in (
+        nnx.merge(graphdef, ckpt.restore(path, state)),
+        ckpt.restore(path, nnx.merge(graphdef, state)),
+    ):
+        kernel = found.layers[0].kernel.get_value()
+        assert (kernel == 1).all()
+        assert kernel.sharding.spec == jax.sharding.PartitionSpec("d", None)

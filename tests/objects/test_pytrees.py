@@ -3,13 +3,14 @@
 import dataclasses
 import enum
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pytrees import Module
 
 import ckpt_jax as ckpt
 
@@ -167,3 +168,63 @@ def test_a_dict_of_another_constructor_keeps_its_attributes(tmp_path):
     path = ckpt.save(tmp_path / "a", Config("n", {"x": 1}))
     f = ckpt.restore(path, Config("m", {"x": 0}))
     assert f == {"x": 1} and f.name == "m"
+
+
+class Static(NamedTuple):
+    """A namedtuple that is registered with JAX: its name is static."""
+
+    value: Any
+    name: Any
+
+
+jax.tree_util.register_pytree_node(
+    Static, lambda s: ((s.value,), s.name), lambda name, parts: Static(*parts, name)
+)
+
+
+def test_static_data_of_a_registered_namedtuple_stays_the_programs(tmp_path):
+    saved = {"a": Static(jnp.ones(2), object()), "b": [Static({"c": jnp.ones(1)}, "saved")]}
+    target = {"a": Static(jnp.zeros(2), len), "b": [Static({"c": jnp.zeros(1)}, "mine")]}
+    found = ckpt.restore(ckpt.save(tmp_path / "a", saved), target)
+    assert (found["a"].name, found["b"][0].name) == (len, "mine")
+    assert (found["a"].value == 1).all() and found["b"][0].value["c"] == 1
+
+
+def test_the_state_of_jaxs_example_optimizers_is_restored(tmp_path):
+    from jax.example_libraries import optimizers
+
+    init, _, get = optimizers.adam(1e-3)
+    saved, target = init({"w": jnp.ones(2)}), init({"w": jnp.zeros(2)})
+    found = ckpt.restore(ckpt.save(tmp_path / "a", saved), target)
+    assert (get(found)["w"] == 1).all()
+
+
+def test_leaves_of_equinox_that_have_no_view_stay_the_programs(tmp_path):
+    marker = object()
+
+    def module(value):
+        return Module(
+            jnp.full(2, value), [jax.nn.relu, np.dtype("int8"), marker, jnp.float32(value)]
+        )
+
+    found = ckpt.restore(ckpt.save(tmp_path / "a", module(1.0)), module(0.0))
+    assert found.bias[:3] == [jax.nn.relu, np.dtype("int8"), marker]
+    assert (found.weight == 1).all() and found.bias[3] == 1
+    with pytest.raises(ckpt.UnsaveableError, match="has no view"):
+        ckpt.save(tmp_path / "b", {"x": marker})
+
+
+def test_tuples_and_enums_as_keys_come_back_without_collisions(tmp_path):
+    keys = [("a", 1), ("a", "1"), "('a', 1)", Known.A, "A", (Known.A,), np.int8(7), "7", ()]
+    tree = {key: float(number) for number, key in enumerate(keys)}
+    path = ckpt.save(tmp_path / "a", tree)
+    found = ckpt.restore(path, dict.fromkeys(keys, 0.0))
+    assert found == ckpt.load(path) == tree
+    assert [*map(type, ckpt.load(path))] == [*map(type, keys)]
+    variables = {key: ckpt.Variable(x) for key, x in tree.items()}
+    late = ckpt.Checkpoint(d={})
+    status = late.read(ckpt.Checkpoint(d=variables).write(tmp_path / "b"))
+    for key in reversed(keys):
+        late.d[key] = ckpt.Variable(jnp.float32(-1))
+    status.assert_consumed()
+    assert {key: float(late.d[key].value) for key in keys} == tree

@@ -1,6 +1,8 @@
 """Trackables and variables."""
 
 import copy
+import dataclasses
+import functools
 import io
 import pickle
 from pathlib import Path
@@ -633,3 +635,196 @@ def test_values_that_have_no_names_are_refused_with_the_path(tmp_path: Path, val
 def test_of_several_values_the_one_that_cannot_be_saved_is_named(tmp_path: Path):
     with pytest.raises(ckpt.UnsaveableError, match="x: second: builtins.list is not an array"):
         ckpt.save(tmp_path / "a", {"x": Careless({"first": 1, "second": [2]})})
+
+
+# --- attributes that are not just in __dict__ --------------------------------------------
+
+
+class Behind(ckpt.AutoTrackable):
+    """`w` is a property over a dict that is not tracked."""
+
+    def __init__(self, w):
+        self.store = ckpt.NoDependency({})
+        self.w = w
+
+    @property
+    def w(self):
+        return self.store["w"]
+
+    @w.setter
+    def w(self, value):
+        self.store["w"] = value
+
+
+class Underscore(ckpt.AutoTrackable):
+    """`w` is a property over an attribute."""
+
+    def __init__(self, w):
+        self.w = w
+
+    @property
+    def w(self):
+        return self._w
+
+    @w.setter
+    def w(self, value):
+        self._w = value
+
+
+class Slots(ckpt.AutoTrackable):
+    __slots__ = ("w",)
+
+    def __init__(self, w):
+        self.w = w
+
+
+@dataclasses.dataclass(slots=True)
+class SlotsDataclass(ckpt.AutoTrackable):
+    w: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenDataclass(ckpt.AutoTrackable):
+    w: Any
+
+
+class Field:
+    def __set_name__(self, owner, name):
+        self.name = "_" + name
+
+    def __get__(self, obj, kind=None):
+        return obj.__dict__[self.name]
+
+    def __set__(self, obj, value):
+        obj.__dict__[self.name] = value
+
+
+class Described(ckpt.AutoTrackable):
+    w = Field()
+
+    def __init__(self, w):
+        self.w = w
+
+
+class Observed(ckpt.AutoTrackable):
+    def __init__(self, w):
+        self.w = w
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        self.__dict__["seen"] = value
+
+
+class Past(ckpt.AutoTrackable):
+    def __init__(self, w):
+        self.__dict__["w"] = w
+        object.__setattr__(self, "v", w)
+
+
+ODD = [Behind, Underscore, Slots, SlotsDataclass, FrozenDataclass, Described, Observed, Past]
+
+
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize(
+    ("make", "read"),
+    [
+        (lambda x: jnp.full(2, x), lambda w: w[0]),
+        (lambda x: {"k": jnp.full(2, x)}, lambda w: w["k"][0]),
+        (lambda x: ckpt.Variable(jnp.full(2, x)), lambda w: w.value[0]),
+        (lambda x: [ckpt.Variable(jnp.full(2, x))], lambda w: w[0].value[0]),
+    ],
+    ids=["array", "pytree", "object", "list"],
+)
+def test_a_restore_reaches_attributes_however_they_are_set(tmp_path, kind, make, read):
+    path = ckpt.Checkpoint(m=kind(make(1.0))).write(tmp_path / "a")
+    fresh = kind(make(0.0))
+    ckpt.Checkpoint(m=fresh).read(path).assert_consumed()
+    assert read(fresh.w) == 1
+    assert kind is not Observed or read(fresh.seen) == 1
+
+
+def test_what_is_set_past_setattr_is_what_is_saved(tmp_path):
+    model = ckpt.AutoTrackable()
+    model.w = jnp.zeros(1)
+    model.__dict__["w"] = jnp.ones(1)
+    path = ckpt.Checkpoint(m=model).write(tmp_path / "a")
+    assert ckpt.load(path)["m"]["w"] == 1
+
+
+def test_marked_untracked_and_derived_attributes_are_no_state():
+    class Quiet(ckpt.AutoTrackable):
+        def __init__(self):
+            self.w = jnp.ones(1)
+            self.marked = ckpt.NoDependency(jnp.ones(1))
+            self.untracked()
+            assert self.derived == 2
+
+        @ckpt.no_automatic_dependency_tracking
+        def untracked(self):
+            self.hidden = jnp.ones(1)
+
+        @functools.cached_property
+        def derived(self):
+            return self.w * 2
+
+    quiet = Quiet()
+    assert sorted(quiet.trackable_children()) == ["w"]
+    quiet.marked = jnp.ones(1)
+    assert sorted(quiet.trackable_children()) == ["marked", "w"]
+
+
+# --- names of one's own ------------------------------------------------------------------
+
+
+class OwnAttributes(ckpt.AutoTrackable):
+    slots = 3
+    track = None
+
+    def __init__(self, x):
+        self.add_variable("w", (2,))
+        for name in ("trackable_children", "serialize_to_arrays", "add_variable", "save", "root"):
+            setattr(self, name, ckpt.Variable(jnp.full(1, x)))
+
+
+class OwnMethods(ckpt.AutoTrackable):
+    def __init__(self, x):
+        self.save = ckpt.Variable(jnp.full(1, x))
+        self.add_variable("w", (2,))
+
+    def slots(self, inputs):
+        return inputs
+
+    def track(self, audio):
+        return audio
+
+    def trackable_children(self, depth):
+        return depth
+
+    def serialize_to_arrays(self, which):
+        return which
+
+    def checkpoint_adapter(self, path):
+        return 5
+
+
+class OtherResults(OwnMethods):
+    def slots(self):
+        return {"a": self.save}
+
+    def trackable_children(self):
+        return 7
+
+
+@pytest.mark.parametrize("kind", [OwnAttributes, OwnMethods, OtherResults])
+def test_a_program_may_use_the_librarys_names_for_something_else(tmp_path, kind):
+    path = ckpt.Checkpoint(m=kind(1.0)).write(tmp_path / "a")
+    fresh = kind(0.0)
+    ckpt.Checkpoint(m=fresh).read(path).assert_consumed()
+    assert fresh.save.value == 1
+
+
+@pytest.mark.parametrize("name", ["save", "restore", "track", "root", "trackable_children"])
+def test_a_name_of_the_checkpoint_itself_is_refused_when_it_is_assigned(name):
+    checkpoint = ckpt.Checkpoint()
+    with pytest.raises(AttributeError, match=f"{name} is the checkpoint's own"):
+        setattr(checkpoint, name, jnp.ones(1))

@@ -111,6 +111,9 @@ TrackableObjectGraph.TrackableObject
   101 type_name string
 TrackableObjectGraph.TrackableObject.ObjectReference
   100 key_kind KeyKind
+  101 key_parts Key*
+  102 enum_class string
+  103 numpy_type string
 TrackableObjectGraph.TrackableObject.SerializedTensor
   100 leaf_spec uint32
   101 sharding uint32
@@ -177,7 +180,8 @@ def test_fields_from_100_up_are_the_documented_additions(name):
 def test_key_kinds_keep_their_numbers():
     reference = ALL_MESSAGES["TrackableObjectGraph.TrackableObject.ObjectReference"]
     assert {v.name: v.number for v in reference.enum_types_by_name["KeyKind"].values} == {
-        "STRING": 0, "INT": 1, "BOOL": 2, "FLOAT": 3, "BYTES": 4, "NONE": 5
+        "STRING": 0, "INT": 1, "BOOL": 2, "FLOAT": 3, "BYTES": 4, "NONE": 5,
+        "TUPLE": 6, "ENUM": 7,
     }  # fmt: skip
 
 

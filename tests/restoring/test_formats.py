@@ -405,3 +405,65 @@ def test_values_without_an_object_graph_can_be_read_by_key(tmp_path):
     with ckpt.load_checkpoint(path) as reader:
         assert reader.keys() == ["x"]
         assert reader.get_tensor("x").tolist() == [0, 1, 2]
+
+
+# --- names with separators, and dtypes that a target says ----------------------------------
+
+
+HAIKU = {"mlp/~/linear_0": {"w": 1.0, "b": 2.0}, "mlp/~/linear_1": {"w": 3.0}}
+
+
+def test_names_may_have_separators_in_the_keys_of_the_program(tmp_path):
+    flat = {f"{module}/{name}": x for module, own in HAIKU.items() for name, x in own.items()}
+    path = npz(tmp_path, **{name: np.float32(x) for name, x in flat.items()})
+    target = jax.tree.map(lambda x: np.float32(0), HAIKU)
+    assert ckpt.restore(path, target) == HAIKU
+    model = ckpt.AutoTrackable()
+    status = ckpt.Checkpoint(model).read(
+        npz(tmp_path, **{f"params/{name}": np.full(1, x) for name, x in flat.items()})
+    )
+    model.params = jax.tree.map(lambda x: np.zeros(1), HAIKU)
+    status.assert_consumed()
+    assert model.params == HAIKU
+
+
+@pytest.mark.parametrize("sep", ["/", "."])
+@pytest.mark.parametrize(
+    "target",
+    [
+        {"a": {"b": {"w": 1.0}, "c": 2.0}, "z": 3.0},
+        {"a/b/w": 1.0, "a/c": 2.0, "z": 3.0},
+        {"a.b.w": 1.0, "a.c": 2.0, "z": 3.0},
+        {"a": {"b.w": 1.0, "c": 2.0}, "z": 3.0},
+        {"a.b": {"w": 1.0}, "a": {"c": 2.0}, "z": 3.0},
+    ],
+)
+def test_flattened_names_fit_however_the_program_nests_them(tmp_path, sep, target):
+    names = {sep.join(["a", "b", "w"]): 1.0, sep.join(["a", "c"]): 2.0, "z": 3.0}
+    path = npz(tmp_path, **{name: np.float64(x) for name, x in names.items()})
+    assert ckpt.restore(path, jax.tree.map(lambda x: 0.0, target)) == target
+
+
+def test_names_that_could_mean_several_values_are_reported(tmp_path):
+    one = npz(tmp_path, **{"a.b/w": W, "z": W})
+    target = {"a": {"b": {"w": W * 0}}, "a/b": {"w": W * 0}, "z": W * 0}
+    with pytest.raises(ckpt.RestoreMismatchError, match=r"a.b/w: ambiguous: the file has"):
+        ckpt.restore(one, target, strict=False)
+    two = npz(tmp_path, **{"a.b/w": W, "a/b/w": W + 1})
+    found = ckpt.restore(two, {"a": {"b": {"w": W * 0}}, "a.b": {"w": W * 0}})
+    np.testing.assert_array_equal(found["a.b"]["w"], W)
+    np.testing.assert_array_equal(found["a"]["b"]["w"], W + 1)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "int4", "uint4", "float4_e2m1fn"])
+def test_the_dtype_of_the_target_says_what_anonymous_bytes_are(tmp_path, name):
+    array = np.asfortranarray(np.arange(6).reshape(2, 3).astype(getattr(ml_dtypes, name)))
+    path = npz(tmp_path, x=array, s=array[1, 1])
+    blank = np.zeros((2, 3), array.dtype)
+    for target in (blank, jnp.asarray(blank), jax.ShapeDtypeStruct(blank.shape, blank.dtype)):
+        found = ckpt.restore(path, {"x": target, "s": array.dtype.type(0)})
+        assert found["x"].dtype == array.dtype
+        assert np.asarray(found["x"]).tolist() == array.tolist()
+        assert found["s"] == array[1, 1]
+    with pytest.raises(ckpt.RestoreMismatchError, match="x: expected"):
+        ckpt.restore(path, {"x": np.zeros((2, 3), np.float32), "s": array.dtype.type(0)})

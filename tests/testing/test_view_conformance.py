@@ -364,13 +364,13 @@ class MakingItsChildren(PairTests):
 
 
 class WithLabelsOfAnotherKind(PairTests):
-    """Labels are tuples."""
+    """Labels are sets."""
 
     def children(self, pair):
-        return {("first",): pair.first, ("second",): pair.second}
+        return {frozenset(["first"]): pair.first, frozenset(["second"]): pair.second}
 
     def rebuild(self, pair, new):
-        return Pair(new[("first",)], new[("second",)])
+        return Pair(new[frozenset(["first"])], new[frozenset(["second"])])
 
 
 class SayingThatAllIsSame(PairTests):

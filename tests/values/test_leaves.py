@@ -190,14 +190,47 @@ def test_a_key_of_another_implementation_is_refused(tmp_path):
         ckpt.restore(path, {"key": jax.random.key(0, impl="unsafe_rbg")})
 
 
-def test_a_key_is_no_array_of_integers_and_the_other_way_round(tmp_path):
-    key = jax.random.key(0)
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+@pytest.mark.parametrize("shape", [(), (3,)])
+def test_typed_and_legacy_keys_restore_into_each_other(tmp_path, array, shape):
+    key = jax.random.split(jax.random.key(7), shape) if shape else jax.random.key(7)
+    legacy = array(jax.random.key_data(key))
+    found = ckpt.restore(ckpt.save(tmp_path / "typed", key), array(np.zeros_like(legacy)))
+    assert type(found) is type(array(0))
+    np.testing.assert_array_equal(found, legacy)
+    blank = jax.eval_shape(lambda: jax.random.wrap_key_data(jnp.asarray(legacy)))
+    found = ckpt.restore(ckpt.save(tmp_path / "legacy", legacy), blank)
+    assert (found == key).all()
+
+
+def test_a_legacy_key_of_several_implementations_comes_with_advice_that_works(tmp_path):
+    key = jax.random.key(7, impl="rbg")
     data = jax.random.key_data(key)
-    typed, raw = ckpt.save(tmp_path / "typed", key), ckpt.save(tmp_path / "raw", data)
-    with pytest.raises(ckpt.RestoreMismatchError):
+    typed, legacy = ckpt.save(tmp_path / "typed", key), ckpt.save(tmp_path / "legacy", data)
+    with pytest.raises(ckpt.RestoreMismatchError, match=r"wrap_key_data\(array, impl='rbg'\)"):
+        ckpt.restore(legacy, key)
+    array = ckpt.restore(legacy, jnp.zeros_like(data))
+    assert jax.random.wrap_key_data(array, impl="rbg") == key
+    with pytest.raises(ckpt.RestoreMismatchError, match=r"jax.random.key\(0, impl='rbg'\)"):
         ckpt.restore(typed, data)
+    found = ckpt.restore(typed, jax.random.key(0, impl="rbg"))
+    np.testing.assert_array_equal(jax.random.key_data(found), data)
+
+
+def test_a_key_is_no_array_of_another_shape_or_dtype(tmp_path):
+    typed = ckpt.save(tmp_path / "typed", jax.random.key(0))
+    raw = ckpt.save(tmp_path / "raw", jnp.zeros(2, jnp.int32))
+    for path, target in [(typed, jnp.zeros(2)), (typed, jnp.zeros(4, jnp.uint32))]:
+        with pytest.raises(ckpt.RestoreMismatchError):
+            ckpt.restore(path, target)
     with pytest.raises(ckpt.RestoreMismatchError):
-        ckpt.restore(raw, key)
+        ckpt.restore(raw, jax.random.key(0))
+
+
+def test_a_string_of_numpy_is_a_string(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"s": np.str_("ü"), "b": np.bytes_(b"x")})
+    assert ckpt.load(path) == {"s": "ü", "b": b"x"}
+    assert ckpt.restore(path, {"s": np.str_(), "b": b""}) == {"s": "ü", "b": b"x"}
 
 
 class Color(enum.Enum):
@@ -380,18 +413,18 @@ def test_values_that_differ_in_kind_dtype_or_shape_do_not_fit(saved, target):
         ("text", np.zeros(4, np.uint8)),
         (b"text", "text"),
         (np.zeros(4, np.uint8), 4),
-        (jax.random.key(0), np.zeros(2, np.uint32)),
+        (jax.random.key(0), np.zeros(3, np.uint32)),
     ],
 )
 def test_a_cast_changes_no_shape_and_no_kind(saved, target):
     assert difference(spec_of(saved), spec_of(target), True) is not None
 
 
-def test_a_cast_converts_dtypes_as_numpy_does():
+def test_a_cast_rounds_floats_as_numpy_does():
     saved = np.array([1.75, -2.5, 3e38, np.nan], np.float32)
     found = convert(saved, np.zeros(4, ml_dtypes.bfloat16), cast=True)
     assert_bits(found, saved.astype(ml_dtypes.bfloat16))
-    assert convert(np.float32(2.75), 0, cast=True) == 2
+    assert convert(np.float32(2), 0, cast=True) == 2
 
 
 def test_a_difference_says_what_was_expected_and_what_was_found():
@@ -433,10 +466,41 @@ def test_a_number_of_another_class_is_saved_as_fast_as_any(tmp_path, number):
 
 
 @pytest.mark.parametrize("target", [np.zeros(1, np.float16), jnp.zeros(1, jnp.float16)])
-def test_a_cast_that_was_asked_for_does_not_warn(tmp_path, target):
-    path = ckpt.save(tmp_path / "a", np.array([1e6], np.float32))
+def test_a_cast_keeps_infinities_and_does_not_warn(tmp_path, target):
+    path = ckpt.save(tmp_path / "a", np.array([np.inf], np.float32))
     found = ckpt.restore(path, target, options=ckpt.CheckpointOptions(cast=True))
     assert np.asarray(found).tolist() == [np.inf]
+
+
+@pytest.mark.parametrize("array", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
+@pytest.mark.parametrize(
+    ("saved", "dtype"),
+    [
+        (np.array([2**40]), np.int32),
+        (np.array([-1]), np.uint8),
+        (np.array([1.5], np.float32), np.int32),
+        (np.array([np.nan], np.float32), np.int32),
+        (np.array([1e6], np.float32), np.float16),
+        (np.array([1e6], np.float32), ml_dtypes.float8_e4m3fn),
+        (np.array([2**31]), ml_dtypes.int4),
+        (np.array([1j], np.complex64), np.float32),
+    ],
+)
+def test_a_cast_that_would_change_a_value_is_an_error(tmp_path, array, saved, dtype):
+    path = ckpt.save(tmp_path / "a", {"x": saved, "y": np.ones(1)})
+    target = {"x": array(np.zeros(saved.shape, dtype)), "y": np.zeros(1)}
+    with pytest.raises(ckpt.RestoreMismatchError, match="x: .* does not fit into"):
+        ckpt.restore(path, target, options=ckpt.CheckpointOptions(cast=True))
+    with pytest.raises(ckpt.RestoreMismatchError, match="does not fit into"):
+        ckpt.restore(path, target, rename=[("x", "x", ckpt.Cast())])
+    assert target["y"] == 0
+
+
+@pytest.mark.parametrize(("saved", "target"), [(2.5, 0), (3, False), (1j, 0.0)])
+def test_a_cast_of_a_python_number_loses_nothing(tmp_path, saved, target):
+    path = ckpt.save(tmp_path / "a", saved)
+    with pytest.raises(ckpt.RestoreMismatchError, match="does not fit into a Python"):
+        ckpt.restore(path, target, options=ckpt.CheckpointOptions(cast=True))
 
 
 def test_large_integers_are_not_cast_through_floats(tmp_path):

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import wrappers_pb2 as google_dot_protobuf_dot_wrappers__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n2ckpt_jax/graph/_proto/trackable_object_graph.proto\x12\x08\x63kpt_jax\x1a\x1egoogle/protobuf/wrappers.proto\"\xd8\x08\n\x14TrackableObjectGraph\x12=\n\x05nodes\x18\x01 \x03(\x0b\x32..ckpt_jax.TrackableObjectGraph.TrackableObject\x12\x16\n\x0e\x66ormat_version\x18\x64 \x01(\r\x12&\n\nleaf_specs\x18\x65 \x03(\x0b\x32\x12.ckpt_jax.LeafSpec\x12)\n\tshardings\x18\x66 \x03(\x0b\x32\x16.ckpt_jax.ShardingSpec\x12\x11\n\x08\x63hecksum\x18\xe8\x07 \x01(\x07\x1a\x82\x07\n\x0fTrackableObject\x12P\n\x08\x63hildren\x18\x01 \x03(\x0b\x32>.ckpt_jax.TrackableObjectGraph.TrackableObject.ObjectReference\x12S\n\nattributes\x18\x02 \x03(\x0b\x32?.ckpt_jax.TrackableObjectGraph.TrackableObject.SerializedTensor\x12\\\n\x0eslot_variables\x18\x03 \x03(\x0b\x32\x44.ckpt_jax.TrackableObjectGraph.TrackableObject.SlotVariableReference\x12\x33\n\x10registered_saver\x18\x04 \x01(\x0b\x32\x19.ckpt_jax.RegisteredSaver\x12\x39\n\x15has_checkpoint_values\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.BoolValue\x12\x11\n\tcontainer\x18\x64 \x01(\t\x12\x11\n\ttype_name\x18\x65 \x01(\t\x1a\xda\x01\n\x0fObjectReference\x12\x0f\n\x07node_id\x18\x01 \x01(\x05\x12\x12\n\nlocal_name\x18\x02 \x01(\t\x12X\n\x08key_kind\x18\x64 \x01(\x0e\x32\x46.ckpt_jax.TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind\"H\n\x07KeyKind\x12\n\n\x06STRING\x10\x00\x12\x07\n\x03INT\x10\x01\x12\x08\n\x04\x42OOL\x10\x02\x12\t\n\x05\x46LOAT\x10\x03\x12\t\n\x05\x42YTES\x10\x04\x12\x08\n\x04NONE\x10\x05\x1a\x88\x01\n\x10SerializedTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tfull_name\x18\x02 \x01(\t\x12\x16\n\x0e\x63heckpoint_key\x18\x03 \x01(\t\x12\x11\n\tleaf_spec\x18\x64 \x01(\r\x12\x10\n\x08sharding\x18\x65 \x01(\rJ\x04\x08\x04\x10\x05R\x10optional_restore\x1al\n\x15SlotVariableReference\x12!\n\x19original_variable_node_id\x18\x01 \x01(\x05\x12\x11\n\tslot_name\x18\x02 \x01(\t\x12\x1d\n\x15slot_variable_node_id\x18\x03 \x01(\x05\"4\n\x0fRegisteredSaver\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bobject_name\x18\x02 \x01(\t\"\\\n\x08LeafSpec\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x11\n\tweak_type\x18\x04 \x01(\x08\x12\x11\n\tprng_impl\x18\x05 \x01(\t\"\xd3\x01\n\x0cShardingSpec\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x12\n\naxis_names\x18\x02 \x03(\t\x12\x12\n\nmesh_shape\x18\x03 \x03(\x03\x12\x34\n\npartitions\x18\x04 \x03(\x0b\x32 .ckpt_jax.ShardingSpec.Partition\x12\x13\n\x0bnum_devices\x18\x05 \x01(\r\x12\x13\n\x0bmemory_kind\x18\x06 \x01(\t\x12\x0c\n\x04text\x18\x07 \x01(\t\x1a\x1f\n\tPartition\x12\x12\n\naxis_names\x18\x01 \x03(\tb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n2ckpt_jax/graph/_proto/trackable_object_graph.proto\x12\x08\x63kpt_jax\x1a\x1egoogle/protobuf/wrappers.proto\"\xd3\x0b\n\x14TrackableObjectGraph\x12=\n\x05nodes\x18\x01 \x03(\x0b\x32..ckpt_jax.TrackableObjectGraph.TrackableObject\x12\x16\n\x0e\x66ormat_version\x18\x64 \x01(\r\x12&\n\nleaf_specs\x18\x65 \x03(\x0b\x32\x12.ckpt_jax.LeafSpec\x12)\n\tshardings\x18\x66 \x03(\x0b\x32\x16.ckpt_jax.ShardingSpec\x12\x11\n\x08\x63hecksum\x18\xe8\x07 \x01(\x07\x1a\xfd\t\n\x0fTrackableObject\x12P\n\x08\x63hildren\x18\x01 \x03(\x0b\x32>.ckpt_jax.TrackableObjectGraph.TrackableObject.ObjectReference\x12S\n\nattributes\x18\x02 \x03(\x0b\x32?.ckpt_jax.TrackableObjectGraph.TrackableObject.SerializedTensor\x12\\\n\x0eslot_variables\x18\x03 \x03(\x0b\x32\x44.ckpt_jax.TrackableObjectGraph.TrackableObject.SlotVariableReference\x12\x33\n\x10registered_saver\x18\x04 \x01(\x0b\x32\x19.ckpt_jax.RegisteredSaver\x12\x39\n\x15has_checkpoint_values\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.BoolValue\x12\x11\n\tcontainer\x18\x64 \x01(\t\x12\x11\n\ttype_name\x18\x65 \x01(\t\x1a\xd5\x04\n\x0fObjectReference\x12\x0f\n\x07node_id\x18\x01 \x01(\x05\x12\x12\n\nlocal_name\x18\x02 \x01(\t\x12X\n\x08key_kind\x18\x64 \x01(\x0e\x32\x46.ckpt_jax.TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind\x12U\n\tkey_parts\x18\x65 \x03(\x0b\x32\x42.ckpt_jax.TrackableObjectGraph.TrackableObject.ObjectReference.Key\x12\x12\n\nenum_class\x18\x66 \x01(\t\x12\x12\n\nnumpy_type\x18g \x01(\t\x1a\xe4\x01\n\x03Key\x12\x0c\n\x04text\x18\x01 \x01(\t\x12T\n\x04kind\x18\x02 \x01(\x0e\x32\x46.ckpt_jax.TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind\x12Q\n\x05parts\x18\x03 \x03(\x0b\x32\x42.ckpt_jax.TrackableObjectGraph.TrackableObject.ObjectReference.Key\x12\x12\n\nenum_class\x18\x04 \x01(\t\x12\x12\n\nnumpy_type\x18\x05 \x01(\t\"]\n\x07KeyKind\x12\n\n\x06STRING\x10\x00\x12\x07\n\x03INT\x10\x01\x12\x08\n\x04\x42OOL\x10\x02\x12\t\n\x05\x46LOAT\x10\x03\x12\t\n\x05\x42YTES\x10\x04\x12\x08\n\x04NONE\x10\x05\x12\t\n\x05TUPLE\x10\x06\x12\x08\n\x04\x45NUM\x10\x07\x1a\x88\x01\n\x10SerializedTensor\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x11\n\tfull_name\x18\x02 \x01(\t\x12\x16\n\x0e\x63heckpoint_key\x18\x03 \x01(\t\x12\x11\n\tleaf_spec\x18\x64 \x01(\r\x12\x10\n\x08sharding\x18\x65 \x01(\rJ\x04\x08\x04\x10\x05R\x10optional_restore\x1al\n\x15SlotVariableReference\x12!\n\x19original_variable_node_id\x18\x01 \x01(\x05\x12\x11\n\tslot_name\x18\x02 \x01(\t\x12\x1d\n\x15slot_variable_node_id\x18\x03 \x01(\x05\"4\n\x0fRegisteredSaver\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x13\n\x0bobject_name\x18\x02 \x01(\t\"\\\n\x08LeafSpec\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\r\n\x05\x64type\x18\x02 \x01(\t\x12\r\n\x05shape\x18\x03 \x03(\x03\x12\x11\n\tweak_type\x18\x04 \x01(\x08\x12\x11\n\tprng_impl\x18\x05 \x01(\t\"\xd3\x01\n\x0cShardingSpec\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x12\n\naxis_names\x18\x02 \x03(\t\x12\x12\n\nmesh_shape\x18\x03 \x03(\x03\x12\x34\n\npartitions\x18\x04 \x03(\x0b\x32 .ckpt_jax.ShardingSpec.Partition\x12\x13\n\x0bnum_devices\x18\x05 \x01(\r\x12\x13\n\x0bmemory_kind\x18\x06 \x01(\t\x12\x0c\n\x04text\x18\x07 \x01(\t\x1a\x1f\n\tPartition\x12\x12\n\naxis_names\x18\x01 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,23 +33,25 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'ckpt_jax.graph._proto.track
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_TRACKABLEOBJECTGRAPH']._serialized_start=97
-  _globals['_TRACKABLEOBJECTGRAPH']._serialized_end=1209
+  _globals['_TRACKABLEOBJECTGRAPH']._serialized_end=1588
   _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT']._serialized_start=311
-  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT']._serialized_end=1209
+  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT']._serialized_end=1588
   _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_OBJECTREFERENCE']._serialized_start=742
-  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_OBJECTREFERENCE']._serialized_end=960
-  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_OBJECTREFERENCE_KEYKIND']._serialized_start=888
-  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_OBJECTREFERENCE_KEYKIND']._serialized_end=960
-  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_SERIALIZEDTENSOR']._serialized_start=963
-  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_SERIALIZEDTENSOR']._serialized_end=1099
-  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_SLOTVARIABLEREFERENCE']._serialized_start=1101
-  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_SLOTVARIABLEREFERENCE']._serialized_end=1209
-  _globals['_REGISTEREDSAVER']._serialized_start=1211
-  _globals['_REGISTEREDSAVER']._serialized_end=1263
-  _globals['_LEAFSPEC']._serialized_start=1265
-  _globals['_LEAFSPEC']._serialized_end=1357
-  _globals['_SHARDINGSPEC']._serialized_start=1360
-  _globals['_SHARDINGSPEC']._serialized_end=1571
-  _globals['_SHARDINGSPEC_PARTITION']._serialized_start=1540
-  _globals['_SHARDINGSPEC_PARTITION']._serialized_end=1571
+  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_OBJECTREFERENCE']._serialized_end=1339
+  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_OBJECTREFERENCE_KEY']._serialized_start=1016
+  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_OBJECTREFERENCE_KEY']._serialized_end=1244
+  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_OBJECTREFERENCE_KEYKIND']._serialized_start=1246
+  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_OBJECTREFERENCE_KEYKIND']._serialized_end=1339
+  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_SERIALIZEDTENSOR']._serialized_start=1342
+  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_SERIALIZEDTENSOR']._serialized_end=1478
+  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_SLOTVARIABLEREFERENCE']._serialized_start=1480
+  _globals['_TRACKABLEOBJECTGRAPH_TRACKABLEOBJECT_SLOTVARIABLEREFERENCE']._serialized_end=1588
+  _globals['_REGISTEREDSAVER']._serialized_start=1590
+  _globals['_REGISTEREDSAVER']._serialized_end=1642
+  _globals['_LEAFSPEC']._serialized_start=1644
+  _globals['_LEAFSPEC']._serialized_end=1736
+  _globals['_SHARDINGSPEC']._serialized_start=1739
+  _globals['_SHARDINGSPEC']._serialized_end=1950
+  _globals['_SHARDINGSPEC_PARTITION']._serialized_start=1919
+  _globals['_SHARDINGSPEC_PARTITION']._serialized_end=1950
 # @@protoc_insertion_point(module_scope)

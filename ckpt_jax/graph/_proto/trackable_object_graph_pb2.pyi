@@ -13,7 +13,7 @@ class TrackableObjectGraph(_message.Message):
     class TrackableObject(_message.Message):
         __slots__ = ("children", "attributes", "slot_variables", "registered_saver", "has_checkpoint_values", "container", "type_name")
         class ObjectReference(_message.Message):
-            __slots__ = ("node_id", "local_name", "key_kind")
+            __slots__ = ("node_id", "local_name", "key_kind", "key_parts", "enum_class", "numpy_type")
             class KeyKind(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
                 __slots__ = ()
                 STRING: _ClassVar[TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind]
@@ -22,19 +22,42 @@ class TrackableObjectGraph(_message.Message):
                 FLOAT: _ClassVar[TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind]
                 BYTES: _ClassVar[TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind]
                 NONE: _ClassVar[TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind]
+                TUPLE: _ClassVar[TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind]
+                ENUM: _ClassVar[TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind]
             STRING: TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind
             INT: TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind
             BOOL: TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind
             FLOAT: TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind
             BYTES: TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind
             NONE: TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind
+            TUPLE: TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind
+            ENUM: TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind
+            class Key(_message.Message):
+                __slots__ = ("text", "kind", "parts", "enum_class", "numpy_type")
+                TEXT_FIELD_NUMBER: _ClassVar[int]
+                KIND_FIELD_NUMBER: _ClassVar[int]
+                PARTS_FIELD_NUMBER: _ClassVar[int]
+                ENUM_CLASS_FIELD_NUMBER: _ClassVar[int]
+                NUMPY_TYPE_FIELD_NUMBER: _ClassVar[int]
+                text: str
+                kind: TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind
+                parts: _containers.RepeatedCompositeFieldContainer[TrackableObjectGraph.TrackableObject.ObjectReference.Key]
+                enum_class: str
+                numpy_type: str
+                def __init__(self, text: _Optional[str] = ..., kind: _Optional[_Union[TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind, str]] = ..., parts: _Optional[_Iterable[_Union[TrackableObjectGraph.TrackableObject.ObjectReference.Key, _Mapping]]] = ..., enum_class: _Optional[str] = ..., numpy_type: _Optional[str] = ...) -> None: ...
             NODE_ID_FIELD_NUMBER: _ClassVar[int]
             LOCAL_NAME_FIELD_NUMBER: _ClassVar[int]
             KEY_KIND_FIELD_NUMBER: _ClassVar[int]
+            KEY_PARTS_FIELD_NUMBER: _ClassVar[int]
+            ENUM_CLASS_FIELD_NUMBER: _ClassVar[int]
+            NUMPY_TYPE_FIELD_NUMBER: _ClassVar[int]
             node_id: int
             local_name: str
             key_kind: TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind
-            def __init__(self, node_id: _Optional[int] = ..., local_name: _Optional[str] = ..., key_kind: _Optional[_Union[TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind, str]] = ...) -> None: ...
+            key_parts: _containers.RepeatedCompositeFieldContainer[TrackableObjectGraph.TrackableObject.ObjectReference.Key]
+            enum_class: str
+            numpy_type: str
+            def __init__(self, node_id: _Optional[int] = ..., local_name: _Optional[str] = ..., key_kind: _Optional[_Union[TrackableObjectGraph.TrackableObject.ObjectReference.KeyKind, str]] = ..., key_parts: _Optional[_Iterable[_Union[TrackableObjectGraph.TrackableObject.ObjectReference.Key, _Mapping]]] = ..., enum_class: _Optional[str] = ..., numpy_type: _Optional[str] = ...) -> None: ...
         class SerializedTensor(_message.Message):
             __slots__ = ("name", "full_name", "checkpoint_key", "leaf_spec", "sharding")
             NAME_FIELD_NUMBER: _ClassVar[int]
