@@ -44,6 +44,7 @@ from ckpt_jax.graph.saved_objects import (
     encode,
     in_order,
     needs,
+    with_plain_parts,
 )
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.match import match
@@ -283,7 +284,8 @@ class _Revival:
             case "none":
                 self.made[node] = None
             case _:
-                self.made[node] = _container(saved.kind, self.parts(node))
+                parts = with_plain_parts(saved, self.parts(node).items())
+                self.made[node] = _container(saved.kind, dict(parts))
         if saved.kind in (VARIABLE, OBJECT) and not _is_own(entry.type_name, self.made[node]):
             self.made[node].__dict__[TYPE_NAME] = entry.type_name
 

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 
+from ckpt_jax.graph import plain
 from ckpt_jax.graph._proto import saved_object_graph_pb2 as pb
 from ckpt_jax.graph.codec import (
     add_references,
@@ -30,7 +31,7 @@ from ckpt_jax.graph.codec import (
     references,
     slots_of,
 )
-from ckpt_jax.graph.labels import VARIABLE_VALUE
+from ckpt_jax.graph.labels import LABEL_TYPES, VARIABLE_VALUE, Label
 from ckpt_jax.graph.nodes import Node, ObjectGraph
 from ckpt_jax.graph.order import order_by_dependency
 from ckpt_jax.graph.specs import LeafSpec
@@ -47,6 +48,20 @@ _DTYPE_NAMES = {**_REGULAR, **{pb.DataType.Value(f"DT_{v}"): k for k, v in _IRRE
 _DTYPE_NUMBERS = {name: number for number, name in _DTYPE_NAMES.items() if number}
 
 
+class PlainPart(NamedTuple):
+    """An element of a list or dict that is plain data and no state, so that it is no node.
+
+    Attributes:
+      position: among all elements, the nodes included.
+      label: of the element.
+      value: numbers, strings, None, or lists, tuples and dicts of them.
+    """
+
+    position: int
+    label: Label
+    value: Any
+
+
 @dataclass(frozen=True, slots=True)
 class SavedObject:
     """What one node is made anew as.
@@ -57,6 +72,7 @@ class SavedObject:
       message: what the class wrote; empty where it wrote nothing.
       dependencies: (name, node) of what has to exist before the class can make it.
       spec: what its value is, where a registered saver holds it and the object graph does not say.
+      plain_parts: of a list or dict, in the order of their positions.
     """
 
     kind: str
@@ -64,6 +80,7 @@ class SavedObject:
     message: AnyMessage | None = None
     dependencies: tuple[tuple[str, int], ...] = ()
     spec: LeafSpec | None = None
+    plain_parts: tuple[PlainPart, ...] = ()
 
 
 def packed(message: Any) -> AnyMessage | None:
@@ -79,6 +96,20 @@ def packed(message: Any) -> AnyMessage | None:
     result = AnyMessage()
     result.Pack(message, deterministic=True)
     return result
+
+
+def with_plain_parts(
+    saved: SavedObject, parts: Iterable[tuple[Label, Any]]
+) -> list[tuple[Label, Any]]:
+    """All elements of a container: its parts that are nodes, and its plain ones in between.
+
+    >>> with_plain_parts(SavedObject(LIST, plain_parts=(PlainPart(0, 0, "x"),)), [(1, "node")])
+    [(0, 'x'), (1, 'node')]
+    """
+    every = [*parts]
+    for part in saved.plain_parts:
+        every.insert(part.position, (part.label, part.value))
+    return every
 
 
 def has_dtype_number(dtype: str) -> bool:
@@ -125,6 +156,9 @@ def encode(graph: ObjectGraph, objects: Sequence[SavedObject]) -> bytes:
             out.user_object.version.min_consumer = FORMAT_VERSION
             if saved.spec is not None:
                 out.user_object.metadata = _spec_text(saved.spec)
+            elif saved.plain_parts:
+                parts = [[*part] for part in saved.plain_parts]
+                out.user_object.metadata = plain.encode(parts)
     return message.SerializeToString(deterministic=True)
 
 
@@ -176,12 +210,14 @@ def _object(number: int, entry: Any, graph: ObjectGraph) -> SavedObject:
         raise ValueError(f"{where}: dependencies without names of their own")
     if not all(0 <= child < len(graph.nodes) for _, child in dependencies):
         raise ValueError(f"{where}: depends on a node that there is not")
+    kind = _kind(entry, where)
     saved = SavedObject(
-        _kind(entry, where),
+        kind,
         entry.registered_name,
         entry.serialized_user_proto if entry.HasField("serialized_user_proto") else None,
         tuple((name, child) for name, (_, child) in zip(names, dependencies, strict=True)),
-        _decode_spec(entry) if saver else None,
+        _decode_spec(entry) if saver and kind in (VALUE, VARIABLE) else None,
+        _decode_plain_parts(entry, where) if kind in (LIST, DICT) else (),
     )
     if not _FITS[saved.kind](saved, node):
         raise ValueError(f"{where}: its values or edges are not those of a {saved.kind}")
@@ -210,6 +246,21 @@ def _decode_spec(entry: Any) -> LeafSpec | None:
     return LeafSpec(kind, dtype, _shape(int(size) for size in shape.split(",") if size))
 
 
+def _decode_plain_parts(entry: Any, where: str) -> tuple[PlainPart, ...]:
+    text = entry.user_object.metadata
+    found = plain.decode(text) if text else []
+    is_sound = isinstance(found, list) and all(
+        isinstance(part, list)
+        and len(part) == len(PlainPart._fields)
+        and isinstance(part[0], int)
+        and type(part[1]) in LABEL_TYPES
+        for part in found
+    )
+    if not is_sound:
+        raise ValueError(f"{where}: plain parts that are no list of [position, label, value]")
+    return tuple([PlainPart(*part) for part in found])
+
+
 def _shape(sizes: Any) -> tuple[int, ...]:
     shape = tuple(sizes)
     if any(size < 0 for size in shape):
@@ -227,12 +278,15 @@ def _is_leaf(saved: SavedObject, node: Node) -> bool:
 
 
 def _is_sequence(saved: SavedObject, node: Node) -> bool:
-    labels = [label for label, _ in node.children]
+    labels = [label for label, _ in with_plain_parts(saved, node.children)]
     return _is_container(saved, node) and labels == list(range(len(labels)))
 
 
 def _is_container(saved: SavedObject, node: Node) -> bool:
-    return bool(saved.registered_name) or not node.attributes
+    labels = {label for label, _ in node.children}
+    labels |= {part.label for part in saved.plain_parts}
+    is_distinct = len(labels) == len(node.children) + len(saved.plain_parts)
+    return is_distinct and (bool(saved.registered_name) or not node.attributes)
 
 
 def _is_object(saved: SavedObject, node: Node) -> bool:
