@@ -28,7 +28,7 @@ from ckpt_jax.api.per_process import PerProcess
 from ckpt_jax.api.preflight import preflight
 from ckpt_jax.api.revive import load_object, save_object
 from ckpt_jax.api.status import LoadStatus
-from ckpt_jax.api.tree import load, plan_restore, restore, save
+from ckpt_jax.api.tree import load, plan_restore, restore, save, sync
 from ckpt_jax.api.verify import Damage, VerifyReport, verify
 from ckpt_jax.errors import (
     AsyncSaveError,
@@ -161,5 +161,6 @@ __all__ = [
     "restore_nodes",
     "save",
     "save_object",
+    "sync",
     "verify",
 ]

@@ -733,6 +733,7 @@ def test_process_0_may_fail_before_anybody_knows_the_name_of_the_run(tmp_path):
     def program(processes):
         value = object() if processes.index == 0 else 1
         ckpt.save(tmp_path / "a", {"data": ckpt.PerProcess(0), "value": value}, options=ASYNC)
+        ckpt.sync()
 
     failed, *others = run_processes(3, program)
     assert not isinstance(failed, ckpt.ProcessError)

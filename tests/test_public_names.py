@@ -28,6 +28,7 @@ PUBLIC = (
     "FrozenSaver",
     # checkpoints of pytrees
     "save",
+    "sync",
     "restore",
     "load",
     "plan_restore",

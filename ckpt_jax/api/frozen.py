@@ -26,7 +26,7 @@ from ckpt_jax.processes.context import current_context
 from ckpt_jax.restoring.execute import opened
 from ckpt_jax.restoring.waiting import restore_pairs
 from ckpt_jax.saving.pipeline import SaveRequest
-from ckpt_jax.saving.run import save_once
+from ckpt_jax.saving.run import refuse_async, save_once
 from ckpt_jax.values.leaves import describe
 
 
@@ -66,16 +66,18 @@ class FrozenSaver:
 
         Args:
           path: the directory to create.
-          options: how; saving is never in the background.
+          options: how. `enable_async` is refused: this verb saves in the foreground.
 
         Returns:
           The path.
 
         Raises:
           ValueError: edges, or the kind, dtype or shape of a value, are not what was frozen.
-            All of them are named; nothing was written.
+            All of them are named; nothing was written. Or `options` has `enable_async`.
         """
-        request = SaveRequest(os.fsdecode(path), self._current, given(options))
+        options = given(options)
+        refuse_async("FrozenSaver.save", options)
+        request = SaveRequest(os.fsdecode(path), self._current, options)
         return save_once(request, current_context())
 
     def restore(self, path: Path, options: CheckpointOptions | None = None) -> None:

@@ -60,7 +60,7 @@ from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.run import Demand, plan
 from ckpt_jax.saving.pipeline import SaveRequest
-from ckpt_jax.saving.run import save_once
+from ckpt_jax.saving.run import refuse_async, save_once
 from ckpt_jax.store.seal import seal
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import decode, struct_of
@@ -87,7 +87,7 @@ def save_object(
     Args:
       obj: a trackable, a pytree, a Flax object, or anything else with a view.
       path: the directory to create.
-      options: how; always in the foreground.
+      options: how. `enable_async` is refused: this verb saves in the foreground.
       overwrite: whether a checkpoint at `path` may be replaced (atomically).
 
     Returns:
@@ -97,6 +97,7 @@ def save_object(
       FileExistsError: `path` exists.
       UnsaveableError: naming every object that cannot be saved or made anew: one with values or
         slots of its own has to be of a registered class. Nothing was written.
+      ValueError: `options` has `enable_async`.
 
     Source: `tf.saved_model.save`, what it does for objects.
 
@@ -109,10 +110,12 @@ def save_object(
       >>> anew.layers[0].value, anew.layers[1]["scale"].item()
       (Array([0., 1.], dtype=float32), 3.0)
     """
+    options = given(options)
+    refuse_async("ckpt.save_object", options)
     request = SaveRequest(
         os.fsdecode(path),
         lambda: lasting(live_graph(obj, for_restore=False)),
-        given(options),
+        options,
         overwrite=overwrite,
         extra=lambda live: {SAVED_OBJECTS_KEY: seal(encode(live.graph, recorded(live)))},
     )

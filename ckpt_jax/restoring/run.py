@@ -51,6 +51,7 @@ class Demand:
     conflicts: bool = True
 
 
+_NO_VALUE = ", and the target is abstract, so that it has no value that could stay"
 EVERYTHING = Demand(
     "Nothing was read or changed. Pass objects that fit, or options=CheckpointOptions(cast=True) "
     "to convert dtypes."
@@ -90,6 +91,36 @@ class PlannedRestore:
     def with_unexpected(self, entries: Iterable[ReportEntry]) -> PlannedRestore:
         """The same with these values, and no others, without a place in the program."""
         report = replace(self.report, unexpected=tuple(entries), deferred=())
+        return replace(self, report=report)
+
+    def allowing(
+        self, missing: Callable[[ReportEntry], bool], unexpected: Callable[[ReportEntry], bool]
+    ) -> PlannedRestore:
+        """The same without the values that only one side may have.
+
+        A missing value that the program holds only abstractly stays: nothing could take its place.
+
+        Args:
+          missing: says which values of the program the checkpoint may lack.
+          unexpected: says which values of the checkpoint need no place.
+        """
+        report = self.report
+        allowed = tuple([entry for entry in report.missing if missing(entry)])
+        abstract = {entry.path for entry in abstract_only(allowed, self.live)}
+        lost = {entry.path for entry in allowed} - abstract
+        report = replace(
+            report,
+            missing=tuple(
+                [
+                    replace(entry, what=f"{entry.what}{_NO_VALUE}")
+                    if entry.path in abstract
+                    else entry
+                    for entry in report.missing
+                    if entry.path not in lost
+                ]
+            ),
+            unexpected=tuple([entry for entry in report.unexpected if not unexpected(entry)]),
+        )
         return replace(self, report=report)
 
     @property
