@@ -41,6 +41,7 @@ from ckpt_jax.errors import (
     RegistrationError,
     RestoreMismatchError,
     ShardError,
+    UnchangedValuesWarning,
     UnsaveableError,
     UnsupportedFormatError,
 )
@@ -132,6 +133,7 @@ __all__ = [
     "Trackable",
     "TrackableView",
     "Transpose",
+    "UnchangedValuesWarning",
     "UnsaveableError",
     "Unstack",
     "UnsupportedFormatError",

@@ -93,6 +93,7 @@ PUBLIC = (
     "BarrierTimeoutError",
     "ProcessError",
     "PreflightError",
+    "UnchangedValuesWarning",
 )
 
 
