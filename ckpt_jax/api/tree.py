@@ -13,7 +13,7 @@ import jax
 
 from ckpt_jax.graph.as_tree import as_tree, is_tree
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label
-from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, has_values
+from ckpt_jax.graph.nodes import Attribute, ObjectGraph, has_values
 from ckpt_jax.graph.patterns import Selection, selects
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.metrics import METER
@@ -24,6 +24,7 @@ from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Processes
 from ckpt_jax.report import ReportEntry, RestoreReport, near_miss, nearest
 from ckpt_jax.restoring.execute import opened
+from ckpt_jax.restoring.plain_slots import slots_as_children
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.restoring.rename import rename as renamed
@@ -302,7 +303,7 @@ def load(
     with METER.restoring(lambda: CheckpointReader(path)) as reader:
         saved = reader.object_graph
         if only is not None and not is_tree(saved):
-            saved = as_tree(_slots_as_children(saved))
+            saved = as_tree(slots_as_children(saved))
         chosen = selects(only)
         wanted = {
             (node, attribute.name): attribute
@@ -362,7 +363,7 @@ def _placements(
 
 def build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:
     """Plain containers from a graph, leaves first."""
-    saved = _slots_as_children(saved)
+    saved = slots_as_children(saved)
     has_own = [node in values for node in range(len(saved.nodes))]
     keep = has_values(has_own, [entry.children for entry in saved.nodes])
     built: dict[int, Any] = {}
@@ -389,34 +390,6 @@ def build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: 
         open_nodes.discard(node)
         stack.pop()
     return built[0]
-
-
-def _slots_as_children(saved: ObjectGraph) -> ObjectGraph:
-    """The graph with an optimizer's slots as children: by slot name, then as the variables lie."""
-    if not saved.slot_nodes:
-        return saved
-    places: dict[int, tuple[Label, ...]] = {0: ()}
-    todo = [0]
-    for node in todo:  # grows while it is walked
-        for label, child in saved.nodes[node].children:
-            if child not in places:
-                places[child] = (*places[node], label)
-                todo.append(child)
-    nodes = list(saved.nodes)
-    edges: dict[int, dict[Label, int]] = {}
-    for optimizer, slot in saved.slots():
-        here, label = optimizer, slot.name
-        for step in places.get(slot.variable, ()):
-            edges.setdefault(here, {})
-            if label not in edges[here]:
-                edges[here][label] = len(nodes)
-                nodes.append(Node("dict"))
-            here, label = edges[here][label], step
-        edges.setdefault(here, {})[label] = slot.node
-    for node, more in edges.items():
-        children = (*nodes[node].children, *more.items())
-        nodes[node] = replace(nodes[node], children=children)
-    return ObjectGraph(tuple(nodes), saved.object_keys)
 
 
 def _container(

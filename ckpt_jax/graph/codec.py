@@ -60,7 +60,12 @@ class _Table:
 
 
 def encode(graph: ObjectGraph) -> bytes:
-    """The graph as an unsealed `TrackableObjectGraph` message."""
+    """The graph as the bytes of an unsealed `TrackableObjectGraph` message."""
+    return to_message(graph).SerializeToString(deterministic=True)
+
+
+def to_message(graph: ObjectGraph) -> pb.TrackableObjectGraph:
+    """The graph as a `TrackableObjectGraph` message."""
     message = pb.TrackableObjectGraph(format_version=FORMAT_VERSION)
     specs, shardings = _Table(), _Table()
     add = message.nodes.add
@@ -102,7 +107,7 @@ def encode(graph: ObjectGraph) -> bytes:
         )
         for names in sharding.partitions:
             out.partitions.add(axis_names=names)
-    return message.SerializeToString(deterministic=True)
+    return message
 
 
 def decode(data: bytes, *, foreign: bool = False) -> ObjectGraph:
