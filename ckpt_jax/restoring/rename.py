@@ -51,6 +51,7 @@ from ckpt_jax.restoring.transforms import (
 
 Rule = tuple[Pattern, str, *tuple[Transform, ...]]
 _MAX_LISTED = 6
+_ANYTHING = ".N"  # stands for a name; no path ends so
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +110,15 @@ class _Rule:
         if not (source.endswith(end) and self.template.endswith(end)):
             return None
         return _parse((source.removesuffix(end), self.template.removesuffix(end)))
+
+    def moves_all_below(self, path: str, found: re.Match[str]) -> bool:
+        """Whether whatever lies below a path moves with it."""
+        below = self.pattern.fullmatch(f"{path}/{_ANYTHING}")
+        return (
+            below is not None
+            and not self.transforms
+            and self.target(below) == f"{self.target(found)}/{_ANYTHING}"
+        )
 
     def target(self, found: re.Match[str], without: int | None = None) -> str:
         """The path for a match, in which wildcard `without` of the pattern does not count."""
@@ -315,6 +325,8 @@ class _Renaming:
             if node.attributes:
                 return number, match
             if not rule.transforms and (node.saver or not rule.pattern.groups):
+                return number, match
+            if node.slots and rule.moves_all_below(path, match):
                 return number, match
             self.containers.setdefault(number, path)
         return -1, None

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckpt_jax.errors import RestoreMismatchError
+from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.match import Match, match
 from ckpt_jax.matching.plan import ReadPlan, plan_read
@@ -25,6 +26,7 @@ from ckpt_jax.restoring.adapters import Adapted, adapt
 from ckpt_jax.restoring.derived import DerivedReader
 from ckpt_jax.restoring.execute import execute, is_abstract, nbytes_to_read
 from ckpt_jax.restoring.identity import Places
+from ckpt_jax.restoring.moved import suggested_rename
 from ckpt_jax.restoring.precedence import Rank
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
@@ -239,7 +241,22 @@ def look(
     )
     problems = (*saved.problems, *[ReportEntry(where, what=what) for where, what in wrong])
     report = _with_changes(reads, saved, live)
-    return reads, replace(report, mismatched=(*problems, *report.mismatched))
+    report = replace(report, mismatched=(*problems, *report.mismatched))
+    return reads, _with_suggestion(report, saved.graph, live.graph)
+
+
+def _with_suggestion(report: RestoreReport, saved: ObjectGraph, live: ObjectGraph) -> RestoreReport:
+    """The report with the rename rule that may have been forgotten. Slots follow their variables,
+    so they need none."""
+    spare = (*report.unexpected, *report.deferred)
+    if not (report.missing and spare):
+        return report
+    slots = {graph.paths[node] for graph in (saved, live) for node in graph.slot_nodes}
+    missing = [entry.path for entry in report.missing if entry.path not in slots]
+    unexpected = [entry.saved_path or entry.path for entry in spare if entry.path not in slots]
+    kept = [entry.saved_path or entry.path for entry in report.restored if entry.path not in slots]
+    rule = suggested_rename(missing, unexpected, kept)
+    return report if rule is None else replace(report, suggested_renames=(rule,))
 
 
 def _fits(cast: bool) -> Callable[[LeafSpec, LeafSpec, Any], str | None]:
