@@ -135,6 +135,8 @@ def _saves_of(processes: Processes) -> _Saves:
 
 def _await_save_to(path: Path) -> None:
     """Waits for a save in the background if it is to a path that is to be read."""
+    if not _saves:  # asking for the processes would start the devices
+        return
     saves = _saves_of(current())
     if saves.left_to_background and os.path.abspath(os.fsdecode(path)) == saves.left_to_background:
         saves.runs.background.wait_unless_inside()

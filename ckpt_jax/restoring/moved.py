@@ -93,7 +93,7 @@ def _rules(saved: list[str], target: list[str]) -> Iterator[tuple[str, str]]:
     before, after = saved[:start], [*["**"] * bool(end)]
     for prefix in (before, [*["**"] * bool(before)]) if old and new else (before,):
         rule = "/".join([*prefix, *old, *after]), "/".join([*prefix, *new, *after])
-        if all(rule):
+        if all(rule) and rule[0] != rule[1]:
             yield rule
             if _NUMBER.findall(rule[0]) == _NUMBER.findall(rule[1]) != []:
                 yield _NUMBER.sub("*", rule[0]), _NUMBER.sub("*", rule[1])

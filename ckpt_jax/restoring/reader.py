@@ -169,9 +169,13 @@ class CheckpointReader:
         """Whether there is a value under `key`, a key or a path."""
         return self._key(key) is not None
 
+    def has_key(self, key: str) -> bool:
+        """Whether there is a value under a key; a path is none."""
+        return key in self._source.index
+
     def _key(self, name: str) -> str | None:
         """The key that a key or a path stands for; None if there is no such value."""
-        if name in self._source.index:
+        if self.has_key(name):
             return name
         return self._key_of_path.get(name) or self._key_of_other_path.get(name)
 
