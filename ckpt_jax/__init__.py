@@ -6,8 +6,8 @@
     path = checkpoint.save("runs/a/ckpt")
     checkpoint.restore(ckpt.latest_checkpoint("runs/a")).assert_consumed()
 
-Objects are saved as a graph and matched on restore by the local names of the edges between
-them. See `Checkpoint` for objects, `save`, `restore` and `load` for trees, `io` for savers.
+Objects are saved as a graph, and a restore matches them by the names of the edges between them.
+See `Checkpoint` for objects, `save`, `restore` and `load` for trees, and `io` to write savers.
 """
 
 from ckpt_jax import io, metrics
@@ -23,9 +23,9 @@ from ckpt_jax.api.inspect import (
     object_metadata,
 )
 from ckpt_jax.api.latest import checkpoints_iterator, latest_checkpoint
-from ckpt_jax.api.nodes import restore_nodes
 from ckpt_jax.api.per_process import PerProcess
 from ckpt_jax.api.preflight import preflight
+from ckpt_jax.api.restore_nodes import restore_nodes
 from ckpt_jax.api.revive import load_object, save_object
 from ckpt_jax.api.status import LoadStatus
 from ckpt_jax.api.tree import load, plan_restore, restore, save, sync
@@ -47,30 +47,22 @@ from ckpt_jax.errors import (
 )
 from ckpt_jax.manage.manager import CheckpointManager
 from ckpt_jax.manage.preemption import PreemptionHandler
-from ckpt_jax.manage.retention import (
-    CheckpointRecord,
-    KeepAny,
-    KeepBest,
-    KeepEveryNSteps,
-    KeepLatest,
-    RetentionPolicy,
-)
 from ckpt_jax.objects.delegate import DelegatingTrackable
 from ckpt_jax.objects.optax_states import OptaxState, optax_state
+from ckpt_jax.objects.python_state import PythonState
 from ckpt_jax.objects.registry import (
     register_checkpoint_saver,
     register_serializable,
     registration_scope,
 )
+from ckpt_jax.objects.state import NoDependency
 from ckpt_jax.objects.trackable import (
     AutoTrackable,
-    NoDependency,
-    PythonState,
     SlotOwner,
     Trackable,
-    Variable,
     no_automatic_dependency_tracking,
 )
+from ckpt_jax.objects.variable import Variable
 from ckpt_jax.objects.views import register_view
 from ckpt_jax.options import (
     CheckpointOptions,
@@ -83,7 +75,15 @@ from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.adapters import CheckpointAdapter, ReshardCallback
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.transforms import Cast, Stack, Transpose, Unstack
-from ckpt_jax.store.state_file import CheckpointState, get_checkpoint_state
+from ckpt_jax.retention import (
+    CheckpointRecord,
+    KeepAny,
+    KeepBest,
+    KeepEveryNSteps,
+    KeepLatest,
+    RetentionPolicy,
+)
+from ckpt_jax.state_file import CheckpointState, get_checkpoint_state
 from ckpt_jax.version import __version__ as __version__
 
 __all__ = [

@@ -1,21 +1,21 @@
-"""What can go wrong, as a tree.
+"""Errors: everything that this library raises on purpose, as a tree of classes.
 
     CheckpointError
-    ├── CheckpointNotFoundError   (also FileNotFoundError)  nothing readable at that path
-    ├── CorruptCheckpointError    bytes differ from what was written, or are gone
+    ├── CheckpointNotFoundError   (also FileNotFoundError)  there is no checkpoint at that path
+    ├── CorruptCheckpointError    bytes differ from what was written, or are missing
     ├── UnsupportedFormatError    written in a newer format than this library reads, or by another
     ├── RestoreMismatchError      (also ValueError)  checkpoint and target disagree; has the report
-    ├── UnsaveableError           (also TypeError)  a leaf cannot be saved; names every such path
+    ├── UnsaveableError           (also TypeError)  values that cannot be saved; names each path
     ├── ShardError                (also ValueError)  shards that do not make up whole arrays
-    ├── RegistrationError         (also ValueError)  a registry refused a name, or lacks it
+    ├── RegistrationError         (also ValueError)  a registry refused a name, or does not have it
     ├── AsyncSaveError            a save in the background failed
     ├── BarrierTimeoutError       (also TimeoutError)  other processes did not arrive in time
     ├── ProcessError              another process failed, or the processes do different things
-    └── PreflightError            (also OSError)  a directory that not all processes can write
+    └── PreflightError            (also OSError)  not all processes can write the directory
 
-Every message says what, where (the path of local names, the file, the key), what was
-expected, what was found, and what to do next. Problems are collected and raised together;
-they stay on the exception as data.
+Every message says what is wrong, where (the path of local names, the file, the key), what was
+expected, what was found, and what to do next. Problems are collected and raised together; the
+exception also holds them as data.
 
 The assertions of `LoadStatus` raise plain `AssertionError`s, as TensorFlow's do.
 """
@@ -33,15 +33,15 @@ class CheckpointError(Exception):
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
-    """There is no checkpoint at that path; the message lists those that the directory holds."""
+    """There is no checkpoint at that path; the message lists the checkpoints that are nearby."""
 
 
 class CorruptCheckpointError(CheckpointError):
     """A checksum failed, or a file is truncated or missing.
 
     Attributes:
-      file: path of the damaged file or shard directory, as far as it is known.
-      key: the checkpoint key whose value it holds, as far as it is known.
+      file: path of the damaged file or shard directory; None if it is unknown.
+      key: the checkpoint key of a value in it; None if it is unknown.
     """
 
     def __init__(self, message: str, *, file: str | None = None, key: str | None = None):
@@ -51,7 +51,7 @@ class CorruptCheckpointError(CheckpointError):
 
 
 class UnsupportedFormatError(CheckpointError):
-    """The checkpoint was written in a format newer than this library reads, or by another one."""
+    """The checkpoint's format is newer than this library reads, or another library wrote it."""
 
 
 class RestoreMismatchError(CheckpointError, ValueError):
@@ -65,12 +65,12 @@ class RestoreMismatchError(CheckpointError, ValueError):
         super().__init__(message)
         self.report = report
 
-    def __reduce__(self) -> tuple[Any, ...]:  # else it could not come from another process
+    def __reduce__(self) -> tuple[Any, ...]:  # otherwise it could not be sent from another process
         return type(self), (*self.args, self.report)
 
 
 class UnsaveableError(CheckpointError, TypeError):
-    """Objects that cannot be saved were found before anything was written.
+    """Some objects cannot be saved; this was found before anything was written.
 
     Attributes:
       problems: tuple of (path of local names, what is wrong).
@@ -97,7 +97,7 @@ class BarrierTimeoutError(CheckpointError, TimeoutError):
     """Some processes did not reach a barrier before its deadline; the message names them.
 
     Attributes:
-      processes: indices of the late ones.
+      processes: indices of the processes that did not reach it.
     """
 
     def __init__(self, message: str, processes: tuple[int, ...] = ()):
@@ -106,10 +106,10 @@ class BarrierTimeoutError(CheckpointError, TimeoutError):
 
 
 class ProcessError(CheckpointError):
-    """Another process failed, or the processes do not save or restore the same.
+    """Another process failed, or the processes do not save or restore the same objects.
 
     Attributes:
-      processes: indices of those that failed, or that differ from process 0.
+      processes: indices of the processes that failed, or that differ from process 0.
     """
 
     def __init__(self, message: str, processes: tuple[int, ...] = ()):
@@ -118,7 +118,7 @@ class ProcessError(CheckpointError):
 
 
 class PreflightError(CheckpointError, OSError):
-    """A directory that not all processes can write, or that they do not share.
+    """Not all processes can write a directory, or they do not share it.
 
     Attributes:
       problems: tuple of (index of the process, what is wrong there).

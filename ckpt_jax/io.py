@@ -1,9 +1,9 @@
 """The three primitives that every saver is made of.
 
-`write_shard` writes slices of arrays into one shard, `merge_shards` makes a checkpoint of
-shards by reference, `read_slices` reads any box of any array, whatever slices it was written
-in. They are the counterparts of TensorFlow's SaveV2, MergeV2Checkpoints and RestoreV2; the
-default saver uses nothing else.
+`write_shard` writes slices of arrays into one shard. `merge_shards` makes a checkpoint of shards
+by reference. `read_slices` reads any box of any array, whatever slices it was written in. They
+correspond to TensorFlow's SaveV2, MergeV2Checkpoints and RestoreV2. The default saver uses nothing
+else.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from ckpt_jax.store import merge as _merge
 from ckpt_jax.store import shard as _shard
 from ckpt_jax.store.fetch import ShardedReader
 from ckpt_jax.store.index import Layout
+from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.shard import Slice
 from ckpt_jax.values import host
 from ckpt_jax.values.leaves import encode
@@ -41,16 +42,16 @@ def write_shard(
     Args:
       prefix: directory to create for the shard.
       values: by key, an array (numpy, jax.Array or a scalar), bytes, a `Slice`, or a list of
-        slices. Of a jax.Array its addressable shards are written, each distinct one once.
+        slices. For a jax.Array, each distinct addressable shard is written once.
       options: `compression`, `durable` and `max_inflight_bytes` apply.
-      written: called, as the work goes on, with the number of bytes written since the last call.
+      written: called while values are written, with the number of bytes since the last call.
 
     Returns:
       `prefix`, for `merge_shards`.
 
     Raises:
       FileExistsError: there is something at `prefix`.
-      TypeError: a key is no string, or a list holds something else than slices.
+      TypeError: a key is no string, or a list contains something other than slices.
       ValueError: an array has a dtype that cannot be stored, or another shape than its box.
 
     Source: TensorFlow's SaveV2.
@@ -65,16 +66,16 @@ def write_shard(
       ...     read_slices(path, {"w": ((1, 3), (0, 1))})["w"].tolist()
       [[0.0], [1.0]]
     """
-    prefix = os.fsdecode(prefix)
+    prefix = as_path(prefix, "prefix")
     parts = _on_host({_checked(key): _slices_of(key, value) for key, value in values.items()})
     _shard.write_shard(
         prefix,
-        # Of an array of which this process holds nothing, it writes nothing.
+        # Arrays of which this process holds nothing are left out.
         {key: value for key, value in parts.items() if not isinstance(value, list) or value},
         compression=options.compression,
         durable=options.durable,
-        # Two shards are written at a time, each held three times on its way through TensorStore.
-        max_inflight_bytes=max(options.max_inflight_bytes // 6, 1),
+        # TensorStore holds the bytes of a group three times.
+        max_inflight_bytes=max(options.max_inflight_bytes // 3, 1),
         written=written,
     )
     return prefix
@@ -106,7 +107,7 @@ def _plain(part: Slice) -> Slice:
     if type(part.array) is np.ndarray and type(box) is type(shape) is tuple:
         bounds = [bound for pair in (shape, *box) if type(pair) is tuple for bound in pair]
         if len(bounds) == 3 * len(shape) and {*map(type, bounds)} <= {int}:
-            return part  # as the default saver writes them by the thousand
+            return part  # the usual case: the default saver writes thousands of such slices
     array = encode(part.array)
     if not isinstance(array, jax.Array) or len(array.sharding.device_set) > 1:
         array = np.asarray(array)
@@ -114,7 +115,7 @@ def _plain(part: Slice) -> Slice:
 
 
 def _on_host(parts: Mapping[str, Any]) -> dict[str, Any]:
-    """The same with all arrays on the host, the copies started together."""
+    """The same values with all arrays on the host. All copies are started together."""
     lists = [value for value in parts.values() if isinstance(value, list)]
     far = [part.array for value in lists for part in value if isinstance(part.array, jax.Array)]
     if not far:
@@ -131,7 +132,7 @@ def _on_host(parts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _box(box: Iterable[Iterable[int]]) -> Box:
-    """A box whose pairs may have been lists, and its bounds numpy integers."""
+    """A box as tuples of Python integers; its pairs may be lists, and its bounds numpy integers."""
     return tuple([(index(start), index(stop)) for start, stop in box])
 
 
@@ -145,7 +146,8 @@ def merge_shards(
     """Makes one checkpoint directory of shards, by reference: no array byte is copied.
 
     Args:
-      prefixes: what `write_shard` returned; shards outside `destination` are moved into it.
+      prefixes: the shards, as `write_shard` returned them. Shards outside of `destination` are
+        moved into it.
       destination: the directory of the checkpoint.
       extra: small values by key that are committed in the same transaction.
       options: `durable` applies.
@@ -154,14 +156,15 @@ def merge_shards(
       `destination`.
 
     Raises:
-      ShardError: naming every array of which two shards define the same slice, on whose dtype
-        or shape shards disagree, or that has a hole.
+      ShardError: two shards have the same slice of an array, shards disagree on an array's dtype
+        or shape, or an array has a hole. All such arrays are named.
 
     Source: TensorFlow's MergeV2Checkpoints.
     """
     if isinstance(prefixes, str | bytes | os.PathLike):
         raise TypeError(f"merge_shards takes a list of shards, got the path {prefixes!r}")
-    shards, destination = [*map(os.fsdecode, prefixes)], os.fsdecode(destination)
+    shards = [as_path(prefix, "prefixes") for prefix in prefixes]
+    destination = as_path(destination, "destination")
     return _merge.merge_shards(shards, destination, extra or {}, durable=options.durable)
 
 
@@ -188,12 +191,12 @@ def read_slices(
 
     Source: TensorFlow's RestoreV2.
     """
-    with ShardedReader(os.fsdecode(prefix)) as reader:
+    with ShardedReader(as_path(prefix, "prefix")) as reader:
         return read_values(reader, requests, options)
 
 
 class Contents(Protocol):
-    """What a source holds; `store.index.Index` is one."""
+    """The table of contents of a source; `store.index.Index` is one."""
 
     @property
     def keys(self) -> tuple[str, ...]: ...
@@ -203,7 +206,7 @@ class Contents(Protocol):
 
 
 class Source(Protocol):
-    """Where values are read from; `store.read.ShardedReader` is one, and says what each does."""
+    """Something that values are read from. `store.fetch.ShardedReader` is one and documents it."""
 
     directory: str
     bytes_read: int
@@ -225,9 +228,9 @@ def read_values(
     options: CheckpointOptions = DEFAULT,
     arrived: Callable[[int], object] = lambda nbytes: None,
 ) -> dict[str, Any]:
-    """`read_slices` on an open reader. Arrays are placed while others are still being read.
+    """`read_slices` with an open reader. Arrays are placed while others are still being read.
 
-    `arrived` is called with numbers of bytes, as they come.
+    `arrived` is called with the number of bytes whenever some have been read.
     """
     results: dict[str, Any] = {}
     keys: list[str] = []
@@ -245,7 +248,7 @@ def read_values(
             boxes.append(wanted)
     found = reader.read(
         list(zip(keys, boxes, strict=True)),
-        max_inflight_bytes=max(options.max_inflight_bytes // 2, 1),  # half for what is cut anew
+        max_inflight_bytes=max(options.max_inflight_bytes // 2, 1),  # the rest is for assembly
     )
     for number, contents in found:
         key = keys[number]
@@ -269,20 +272,20 @@ def _wanted(
     reader: Source, key: str, request: jax.ShapeDtypeStruct | Box | None
 ) -> tuple[Box, ...] | None:
     """The boxes to read for a request; None for a byte string."""
-    entry = reader.index.layout_of(key)
-    if entry.dtype == "bytes":
+    layout = reader.index.layout_of(key)
+    if layout.is_bytes:
         if request is not None:
             raise ValueError(f"{key!r} is a byte string; it has no boxes and no sharding")
         return None
     if request is None:
-        return (whole(entry.shape),)
+        return (whole(layout.shape),)
     if not isinstance(request, jax.ShapeDtypeStruct):
         return (_box(request),)
-    if tuple(request.shape) != tuple(entry.shape):
-        raise ValueError(f"{key!r} has shape {entry.shape}, asked for {tuple(request.shape)}")
+    if tuple(request.shape) != tuple(layout.shape):
+        raise ValueError(f"{key!r} has shape {layout.shape}, asked for {tuple(request.shape)}")
     if request.sharding is None:
-        return (whole(entry.shape),)
-    return host.wanted_boxes(request.sharding, entry.shape)
+        return (whole(layout.shape),)
+    return host.wanted_boxes(request.sharding, layout.shape)
 
 
 __all__ = ["Slice", "merge_shards", "read_slices", "write_shard"]

@@ -1,19 +1,19 @@
 """Metrics: what saves and restores cost, for monitoring systems, programs and logs.
 
-Every save and every restore ends in one frozen value. It goes three ways: to the listeners of
-`jax.monitoring`, as events whose names begin with `/ckpt_jax/`; to `last_save()` and
-`last_restore()`; and, for a save, into one line of the logger "ckpt_jax".
+Every save and every restore ends with one frozen value. The listeners of `jax.monitoring` get it
+as events whose names begin with `/ckpt_jax/`; `last_save()` and `last_restore()` return it; and a
+save also writes one line to the logger "ckpt_jax".
 
     /ckpt_jax/write/duration           seconds from the call to the commit
-    /ckpt_jax/write/blocked            seconds of these in which the program had to wait
+    /ckpt_jax/write/blocked            the part of them in which the program had to wait
     /ckpt_jax/write/bytes              bytes of the values that this process wrote
-    /ckpt_jax/training_time_saved      seconds since the write before, or since the first
-                                       `Checkpoint` was made: what a crash no longer loses
+    /ckpt_jax/training_time_saved      seconds since the previous write, or since the first
+                                       `Checkpoint` was made: a crash no longer loses them
     /ckpt_jax/read/duration            seconds of a restore
     /ckpt_jax/read/bytes               bytes of the chunks that were read
 
-Durations and times are events with a duration, bytes are scalars. A save that fails gives none.
-What a registered listener raises is logged and does no harm to the save.
+Durations and times are events with a duration, bytes are scalars. A save that fails causes no
+events. If a registered listener raises, this is logged and does not affect the save.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True, slots=True)
 class SaveMetrics:
-    """What one save cost.
+    """The cost of one save.
 
     Attributes:
-      path: of the checkpoint.
-      nbytes: of all values that this process wrote, before compression; graph and index are
+      path: path of the checkpoint.
+      nbytes: size of all values that this process wrote, before compression; graph and index are
         not counted.
-      blocked_seconds: from the call of `save` until the program could go on; for a save that
+      blocked_seconds: time from the call of `save` until the program could go on; for a save that
         is not in the background, until the commit.
-      durable_seconds: from the call of `save` until the commit. Write callbacks run later.
+      durable_seconds: time from the call of `save` until the commit. Write callbacks run later.
 
     Example:
       >>> SaveMetrics("runs/a/ckpt-1", 6_000_000, 0.5, 2.0).bytes_per_second
@@ -57,19 +57,19 @@ class SaveMetrics:
 
     @property
     def bytes_per_second(self) -> float:
-        """Bytes that became durable per second; 0 where no time went by."""
+        """Bytes that became durable per second; 0 if no time passed."""
         return _rate(self.nbytes, self.durable_seconds)
 
 
 @dataclass(frozen=True, slots=True)
 class RestoreMetrics:
-    """What one restore cost.
+    """The cost of one restore.
 
     Attributes:
-      path: of the checkpoint.
-      nbytes: of all chunks that were read, before they were cut to what was asked for. What
-        waits for objects that appear later is read then, and not counted.
-      seconds: of the whole call.
+      path: path of the checkpoint.
+      nbytes: size of all chunks that were read, before they were cut to the wanted boxes. Values
+        of objects that appear later are read then, and not counted.
+      seconds: duration of the whole call.
     """
 
     path: str
@@ -78,7 +78,7 @@ class RestoreMetrics:
 
     @property
     def bytes_per_second(self) -> float:
-        """Bytes read per second; 0 where no time went by."""
+        """Bytes read per second; 0 if no time passed."""
         return _rate(self.nbytes, self.seconds)
 
 
@@ -101,7 +101,7 @@ class Meter:
     """Measures saves and restores against one clock.
 
     Args:
-      clock: seconds; only differences count. Where it goes backwards, durations are 0.
+      clock: gives seconds; only differences count. If it goes backwards, durations are 0.
     """
 
     def __init__(self, clock: Clock = time.monotonic):
@@ -113,7 +113,7 @@ class Meter:
         self._last_restore: RestoreMetrics | None = None
 
     def constructed(self) -> None:
-        """A `Checkpoint` was made: from the first one on there is training time to lose."""
+        """Notes that a `Checkpoint` was made: from the first one on, training time can be lost."""
         with self._lock:
             if self._mark is None:
                 self._mark = self._clock()
@@ -124,7 +124,7 @@ class Meter:
 
     @contextmanager
     def restoring(self, opened: Callable[[], AbstractContextManager[R]]) -> Iterator[R]:
-        """The reader that `opened` gives, measured from before it is opened until the end."""
+        """Opens a reader for the block, and measures from before the opening until the end."""
         started = self._clock()
         with opened() as reader:
             yield reader
@@ -133,7 +133,7 @@ class Meter:
         _tell(("/ckpt_jax/read/duration", done.seconds), ("/ckpt_jax/read/bytes", done.nbytes))
 
     def saved(self, done: SaveMetrics) -> None:
-        """Takes up a save that was committed just now."""
+        """Records and reports a save that has just been committed."""
         now = self._clock()
         with self._lock:
             gained = max(0.0, now - self._mark) if self._mark is not None else 0.0
@@ -163,7 +163,7 @@ class Meter:
 
 
 class SaveWatch:
-    """The stopwatch of one save, started by making it."""
+    """The stopwatch of one save. It runs from its construction on."""
 
     def __init__(self, meter: Meter, clock: Clock):
         self._meter, self._clock = meter, clock
@@ -173,16 +173,16 @@ class SaveWatch:
         self._lock = threading.Lock()
 
     def unblocked(self) -> None:
-        """The program goes on from here."""
+        """Notes that the program can go on."""
         self._blocked_seconds = self._elapsed()
 
     def wrote(self, nbytes: int) -> None:
-        """Some bytes were written; on any thread."""
+        """Notes that bytes were written. May be called on any thread."""
         with self._lock:
             self._nbytes += nbytes
 
     def committed(self, path: str) -> None:
-        """The checkpoint is there; to be called once."""
+        """Notes that the checkpoint was committed. Must be called once."""
         durable = self._elapsed()
         blocked = durable if self._blocked_seconds is None else self._blocked_seconds
         self._meter.saved(SaveMetrics(path, self._nbytes, blocked, durable))
@@ -199,7 +199,7 @@ def _tell(*events: tuple[str, float | int]) -> None:
                 monitoring.record_scalar(name, value)
             else:
                 monitoring.record_event_duration_secs(name, value)
-    except Exception:  # a listener's own; the checkpoint is committed whatever it thinks of it
+    except Exception:  # a listener may raise anything; the checkpoint is committed all the same
         _log.exception("a listener of jax.monitoring failed")
 
 
@@ -207,7 +207,7 @@ METER = Meter()
 
 
 def last_save() -> SaveMetrics | None:
-    """The cost of the save of this process that was committed last; None before the first.
+    """The cost of this process's last committed save; None before the first.
 
     Example:
       >>> import ckpt_jax as ckpt, numpy as np, os, tempfile
@@ -220,14 +220,14 @@ def last_save() -> SaveMetrics | None:
 
 
 def last_restore() -> RestoreMetrics | None:
-    """The cost of the restore of this process that ended last; None before the first."""
+    """The cost of this process's last restore; None before the first."""
     return METER.last_restore()
 
 
 def training_seconds_saved() -> float:
-    """The training time that the saves of this process have put out of danger.
+    """The training time that the saves of this process have secured against a crash.
 
-    Each save adds the time since the end of the one before it, the first one the time since
+    Each save adds the time since the end of the previous save. The first save adds the time since
     the first `Checkpoint` was made. Restores do not change it.
 
     Source: the metric of the same purpose that `tf.train.Checkpoint` keeps.

@@ -1,22 +1,21 @@
 """Options: frozen values that say how to save and restore.
 
-A sharding policy decides which slices go into which shard: it takes the slices that a process
+A sharding policy decides which slices go into which shard. It takes the slices that a process
 is about to write and returns them in groups, one group per shard.
 """
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
-Path = str | bytes | os.PathLike[Any]  # as programs give it
-MIB = 1 << 20
+from ckpt_jax.graph.boxes import Box, size_of
+from ckpt_jax.store.workers import spare_nbytes
 
-Box = tuple[tuple[int, int], ...]
+Path = str | bytes | os.PathLike[Any]  # as programs give it
 
 
 class PlannedSlice(NamedTuple):
@@ -25,9 +24,9 @@ class PlannedSlice(NamedTuple):
     Attributes:
       key: the checkpoint key.
       box: (start, stop) per axis, inside `shape`.
-      shape: of the whole array.
-      dtype: canonical name.
-      nbytes: of the slice.
+      shape: the shape of the whole array.
+      dtype: its canonical name.
+      nbytes: the size of the slice.
       process: index of the process that writes it.
       device: id of the device that holds it.
     """
@@ -47,12 +46,16 @@ ShardingPolicy = Callable[[Sequence[PlannedSlice]], Groups]
 
 @dataclass(frozen=True, slots=True)
 class ShardByDevice:
-    """One shard for each device that holds values (the default)."""
+    """The slices of each device in shards of their own (the default).
+
+    A device with very many bytes gets several shards, so that as many of them are written at a
+    time as the process has cores.
+    """
 
     def __call__(self, slices: Sequence[PlannedSlice]) -> Groups:
         groups: dict[int, list[PlannedSlice]] = {}
-        for piece in slices:
-            groups.setdefault(piece.device, []).append(piece)
+        for planned in slices:
+            groups.setdefault(planned.device, []).append(planned)
         return list(groups.values())
 
 
@@ -69,11 +72,11 @@ class ShardByProcess:
 
 @dataclass(frozen=True, slots=True)
 class MaxShardSize:
-    """Shards of at most `nbytes`, as far as single elements allow.
+    """Shards of at most `nbytes`. Only a single element that is larger exceeds the limit.
 
-    A slice that does not fit into what is left of a shard is cut along the axis that needs the
-    fewest parts; where not even one row fits, it starts a new shard; where one element is
-    larger than the limit, that element is a shard of its own.
+    A slice that does not fit into the rest of a shard is cut along the axis that needs the fewest
+    parts. If not even one row fits, the slice starts a new shard. If one element is larger than
+    the limit, that element is a shard of its own.
 
     Source: `tf.train.experimental.MaxShardSizePolicy`.
 
@@ -91,49 +94,52 @@ class MaxShardSize:
 
     def __call__(self, slices: Sequence[PlannedSlice]) -> Groups:
         groups: list[list[PlannedSlice]] = []
-        room = 0
-        for piece in slices:
-            todo = [piece]
+        room = 0  # bytes that are left in the last group
+        for planned in slices:
+            todo = [planned]
             while todo:
                 part = todo.pop()
                 if groups and part.nbytes <= room:
                     groups[-1].append(part)
                     room -= part.nbytes
                     continue
-                cut = _cut(part, room) or (None if part.nbytes <= self.nbytes else self._cut(part))
-                if cut is None:
+                split = _split_to_fit(part, room)
+                if split is None and part.nbytes > self.nbytes:
+                    split = self._split_for_empty_shard(part)
+                if split is None:
                     groups.append([part])
                     room = self.nbytes - part.nbytes
                 else:
-                    todo += [cut[1], cut[0]]
-                    if room < cut[0].nbytes <= self.nbytes:
+                    first, rest = split
+                    todo += [rest, first]
+                    if room < first.nbytes <= self.nbytes:
                         groups.append([])
                         room = self.nbytes
         return groups
 
-    def _cut(self, piece: PlannedSlice) -> tuple[PlannedSlice, PlannedSlice] | None:
-        """A first part for an empty shard, or one row to cut further; None for one element."""
-        if cut := _cut(piece, self.nbytes):
-            return cut
-        if _size(piece.box) <= 1:
+    def _split_for_empty_shard(
+        self, planned: PlannedSlice
+    ) -> tuple[PlannedSlice, PlannedSlice] | None:
+        """A first part for an empty shard, or one row to split further; None for one element."""
+        if split := _split_to_fit(planned, self.nbytes):
+            return split
+        if size_of(planned.box) <= 1:
             return None
-        lengths = [stop - start for start, stop in piece.box]
+        lengths = [stop - start for start, stop in planned.box]
         axis = lengths.index(max(lengths))
-        start = piece.box[axis][0]
-        stop = start + lengths[axis]
-        return _part(piece, axis, start, start + 1), _part(piece, axis, start + 1, stop)
+        return _split_at(planned, axis, planned.box[axis][0] + 1)
 
 
-def _size(box: Box) -> int:
-    return math.prod([stop - start for start, stop in box])
+def _split_to_fit(planned: PlannedSlice, room: int) -> tuple[PlannedSlice, PlannedSlice] | None:
+    """Splits a slice along the axis that needs the fewest parts of at most `room` bytes.
 
-
-def _cut(piece: PlannedSlice, room: int) -> tuple[PlannedSlice, PlannedSlice] | None:
-    """`piece` in two, the first at most `room` bytes, along the axis with the fewest parts."""
+    Returns:
+      The first part and the rest, or None if no row fits.
+    """
     best: tuple[int, int, int] | None = None
-    for axis, (start, stop) in enumerate(piece.box):
+    for axis, (start, stop) in enumerate(planned.box):
         length = stop - start
-        fitting = room * length // piece.nbytes if piece.nbytes else 0
+        fitting = room * length // planned.nbytes if planned.nbytes else 0
         if 0 < fitting < length:
             parts = -(-length // fitting)
             candidate = (parts, axis, -(-length // parts))
@@ -141,54 +147,61 @@ def _cut(piece: PlannedSlice, room: int) -> tuple[PlannedSlice, PlannedSlice] | 
     if best is None:
         return None
     _, axis, length = best
-    start, stop = piece.box[axis]
-    return (
-        _part(piece, axis, start, start + length),
-        _part(piece, axis, start + length, stop),
-    )
+    return _split_at(planned, axis, planned.box[axis][0] + length)
 
 
-def _part(piece: PlannedSlice, axis: int, start: int, stop: int) -> PlannedSlice:
-    box = (*piece.box[:axis], (start, stop), *piece.box[axis + 1 :])
-    return piece._replace(box=box, nbytes=piece.nbytes // _size(piece.box) * _size(box))
+def _split_at(planned: PlannedSlice, axis: int, middle: int) -> tuple[PlannedSlice, PlannedSlice]:
+    start, stop = planned.box[axis]
+    return _part(planned, axis, start, middle), _part(planned, axis, middle, stop)
+
+
+def _part(planned: PlannedSlice, axis: int, start: int, stop: int) -> PlannedSlice:
+    box = (*planned.box[:axis], (start, stop), *planned.box[axis + 1 :])
+    nbytes = planned.nbytes // size_of(planned.box) * size_of(box)
+    return planned._replace(box=box, nbytes=nbytes)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckpointOptions:
     """How to save and restore. Every field has a default that is safe.
 
+    Checksums are no option: whatever is read is verified.
+
     Attributes:
-      enable_async: let a `Checkpoint` write in the background. When `save` returns, nothing
-        that the program does can change what is written; errors come with the next `save`,
-        with `sync`, or are logged at exit.
-      sharding_policy: which slices go into which shard.
-      write_callbacks: functions of no argument, or of the path, called after the commit. Where
-        there are several processes, they must not save.
-      skip_slot_variables: leave optimizer slots out of a restore and its assertions.
-      cast: allow a restore to change a value's dtype; otherwise a difference is a mismatch.
-      compression: None, or "zstd".
-      durable: fsync files and directories before a save is reported as done.
-      verify: check every checksum that is read. It costs next to nothing here, so that False
-        saves nothing: TensorStore checks what it decodes in any case.
-      max_inflight_bytes: host memory that a save or restore may use beyond the arrays' own.
-      timeout_seconds: the longest wait for another process, where there are several: give it
-        the time that the slowest takes to write, and process 0 to commit. And the longest wait
-        of an exit of the program for a save in the background.
-      shardings: where a restore places JAX arrays, whatever the target says: one
-        `jax.sharding.Sharding`, a function of (path, `jax.ShapeDtypeStruct`) that gives one or
-        None, or a tree of shardings. A sharding in a tree stands for everything below its place,
-        None for what the target says.
-      when_busy: what a save does while another one of the same `Checkpoint` is in flight, in
-        the background or on another thread: "wait" for it, or "skip": return None at once and
-        count nothing. What failed in the background is raised in both cases. Of several
-        processes, process 0 says for all whether a save is skipped.
-      progress: a function `(done_bytes, total_bytes)`, called from one thread at a time while
-        values are written or read, from 0 up to the total; or True for a line on stderr, where
-        that is a terminal. What the function raises is logged once, and it is not called again.
-      broadcast: where several processes need the same slices of a large array, each reads a part
-        of them, and the devices hand over the rest. All processes have to restore the same at
-        the same time. Where the mesh does not divide an array evenly, each process reads all
-        that it needs.
+      For saves:
+        enable_async: let a `Checkpoint` write in the background. When `save` returns, nothing
+          that the program does can change what is written. An error is raised by the next `save`
+          or by `sync`, or it is logged at exit.
+        when_busy: what a save does if another save of the same `Checkpoint` is in flight, in the
+          background or on another thread. "wait" waits for it; "skip" returns None at once and
+          counts nothing. In both cases an error of a save in the background is raised. If there
+          are several processes, process 0 decides for all of them whether a save is skipped.
+        sharding_policy: decides which slices go into which shard.
+        write_callbacks: functions that are called after the commit, with no argument or with the
+          path. If there are several processes, the functions must not save.
+        compression: None, or "zstd".
+        durable: fsync files and directories before a save is reported as done.
+      For restores:
+        cast: allow a restore to change a value's dtype; otherwise another dtype is a mismatch.
+        skip_slot_variables: leave out the optimizers' slots, in a restore and in its assertions.
+        shardings: where a restore places JAX arrays, whatever the target says. Either one
+          `jax.sharding.Sharding`; or a function of (path, `jax.ShapeDtypeStruct`) that returns a
+          sharding or None; or a tree of shardings, in which a sharding applies to everything
+          below its place. None leaves the placement to the target.
+        broadcast: if several processes need the same slices of a large array, each process reads
+          a part of them, and the devices pass the parts on. All processes have to restore the
+          same values at the same time. If the mesh does not divide an array evenly, each process
+          reads all that it needs.
+      For both:
+        max_inflight_bytes: host memory that a save or restore may use in addition to the arrays.
+          By default 32 MiB for each core, at least 64 MiB, and at most an eighth of what is free.
+        timeout_seconds: if there are several processes, the longest wait for another one: it has
+          to cover the slowest process's writing and process 0's commit. It also bounds how long
+          the program's exit waits for a save in the background.
+        progress: a function `(done_bytes, total_bytes)` that is called while values are written
+          or read, by one thread at a time, from 0 up to the total; or True for a line on stderr,
+          if that is a terminal. If the function raises, this is logged once, and the function is
+          not called again.
 
     Source: `tf.train.CheckpointOptions`.
 
@@ -197,20 +210,24 @@ class CheckpointOptions:
       True
     """
 
+    # For saves.
     enable_async: bool = False
+    when_busy: Literal["wait", "skip"] = "wait"
     sharding_policy: ShardingPolicy = ShardByDevice()
     write_callbacks: tuple[Callable[..., Any], ...] = ()
-    skip_slot_variables: bool = False
-    cast: bool = False
     compression: Literal["zstd"] | None = None
     durable: bool = True
-    verify: bool = True
-    max_inflight_bytes: int = 64 * MIB
-    timeout_seconds: float = 600
+
+    # For restores.
+    cast: bool = False
+    skip_slot_variables: bool = False
     shardings: Any = None
-    progress: bool | Callable[[int, int], object] | None = None
-    when_busy: Literal["wait", "skip"] = "wait"
     broadcast: bool = False
+
+    # For both.
+    max_inflight_bytes: int = field(default_factory=spare_nbytes)
+    timeout_seconds: float = 600
+    progress: bool | Callable[[int, int], object] | None = None
 
     def __post_init__(self) -> None:
         for name in _SWITCHES:
@@ -238,15 +255,15 @@ class CheckpointOptions:
         object.__setattr__(self, "write_callbacks", tuple(found))
 
 
-_SWITCHES = ("enable_async", "skip_slot_variables", "cast", "durable", "verify", "broadcast")
+_SWITCHES = ("enable_async", "durable", "cast", "skip_slot_variables", "broadcast")
 DEFAULT = CheckpointOptions()
 
 
 def given(options: CheckpointOptions | None) -> CheckpointOptions:
-    """The options that a caller gave, or the default ones.
+    """The options that a caller gave, or the defaults.
 
     Raises:
-      TypeError: they are something else.
+      TypeError: the caller gave something else.
     """
     if options is None:
         return DEFAULT

@@ -22,15 +22,15 @@ def progress(wanted: Wanted, what: str, total: int) -> Iterator[Advance]:
     """Reports progress while the block runs.
 
     Args:
-      wanted: a function `(done_bytes, total_bytes)`; True for a line on stderr where that is a
+      wanted: a function `(done_bytes, total_bytes)`; True for a line on stderr, if that is a
         terminal; None or False for nothing.
-      what: names the work on the terminal.
-      total: bytes to do.
+      what: the name of the work on the terminal.
+      total: the number of bytes to save or restore.
 
     Returns:
-      A context manager; its value is to be called, on any thread, with the bytes done since the
-      last call. The report begins with 0 and, where the block ends well, ends with the total;
-      it never goes back, and comes from one thread at a time.
+      A context manager. Its value is a function to call, on any thread, with the bytes done since
+      the last call. The reported numbers begin with 0, never decrease, and end with the total if
+      the block succeeds. The report is called by one thread at a time.
     """
     if callable(wanted):
         report = wanted
@@ -50,7 +50,7 @@ def progress(wanted: Wanted, what: str, total: int) -> Iterator[Advance]:
 
 
 class _Tally:
-    """Adds up, and passes on to one report at a time."""
+    """Adds up the bytes of all threads, and calls the report for one thread at a time."""
 
     def __init__(self, report: Report, total: int):
         self._report: Report | None = report
@@ -75,13 +75,13 @@ class _Tally:
         self._last = self._done
         try:
             self._report(self._done, self._total)
-        except Exception:  # what is shown must not decide about what is saved
+        except Exception:  # an error in showing the progress must not make a save fail
             self._report = None
             _log.exception("the progress function failed, and is not called again")
 
 
 class Line:
-    """One line on a terminal that is drawn again and again."""
+    """One line on a terminal that is redrawn whenever it changes."""
 
     def __init__(self, what: str, stream: TextIO):
         self._what, self._stream = what, stream
@@ -97,6 +97,6 @@ class Line:
             self._stream.flush()
 
     def end(self) -> None:
-        """Leaves the line, so that what is printed next begins another."""
+        """Ends the line, so that the next output begins a new one."""
         self._stream.write("\n")
         self._stream.flush()

@@ -1,8 +1,9 @@
-"""What a restore did, or would do, as data and as a table.
+"""Reports: what a restore did, or would do, as data and as a table.
 
 Every value of the checkpoint and of the program appears exactly once among `restored`,
-`missing`, `unexpected`, `mismatched` and `deferred`; `renamed` says which of them were found
-under another name, `reshaped` and `dtype_changes` which come back otherwise than they were saved.
+`missing`, `unexpected`, `mismatched` and `deferred`. In addition, `renamed` lists values that were
+found under another name, and `reshaped` and `dtype_changes` list values that are restored with
+another shape or dtype than they were saved with.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ class ReportEntry:
 
     Attributes:
       path: its local names joined with "/", as `only=` and `rename=` patterns match them.
-      expected: what the program has there ("" where it has nothing).
-      found: what the checkpoint has there ("" where it has nothing).
-      what: what is wrong, in words, where something is.
-      saved_path: its path in the checkpoint, where that is another one.
-      nearest: the paths of the other side that look most like this one, for what is missing.
+      expected: what the program has there; "" if it has nothing.
+      found: what the checkpoint has there; "" if it has nothing.
+      what: what is wrong, in words; "" if nothing is.
+      saved_path: its path in the checkpoint, if that differs.
+      nearest: for a missing value, the paths in the checkpoint that are most similar.
     """
 
     path: str
@@ -46,13 +47,13 @@ class RestoreReport:
     """The outcome of matching a checkpoint with a program.
 
     Attributes:
-      path: of the checkpoint.
+      path: path of the checkpoint.
       restored: values that the program takes from the checkpoint.
       missing: values of the program that the checkpoint lacks.
       unexpected: values of the checkpoint that the program has no place for.
-      mismatched: values that differ in kind, dtype or shape, or in what is shared.
-      deferred: values that wait for their object to appear.
-      renamed: entries of the others whose `saved_path` differs from their `path`.
+      mismatched: values that differ in kind, dtype or shape, or in what they are shared with.
+      deferred: values that are restored later, when their object appears.
+      renamed: entries of the other tuples whose `saved_path` differs from their `path`.
       reshaped: entries of `restored` that a rename rule stacks, unstacks or transposes.
       dtype_changes: entries of `restored` that are converted to another dtype.
       nbytes: bytes that this process has to read for the restored values.
@@ -84,12 +85,12 @@ class RestoreReport:
         return f"<RestoreReport {self.table(limit=_SHOWN)}>"
 
     def table(self, limit: int | None = None) -> str:
-        """An aligned table, the problems first.
+        """An aligned table with the problems first.
 
         Of many values, those that differ only in the numbers in their paths share a row.
 
         Args:
-          limit: the most rows to show of each kind; all by default.
+          limit: the largest number of rows to show of each kind; all by default.
         """
         rows: list[tuple[str, str, str]] = []
         for kind in _KINDS:
@@ -103,7 +104,7 @@ class RestoreReport:
         return "\n".join([f"{self.path}: {self._summary()}", *lines, *hints])
 
     def _summary(self) -> str:
-        """How many there are of each kind, and of what else there is something to say about."""
+        """The number of entries of each kind, the number of changes, and the size."""
         counts = [f"{len(getattr(self, kind))} {kind}" for kind in _KINDS]
         counts += [f"{len(found)} {what}" for what, found in self._changes() if found]
         return ", ".join([*counts, *([_size(self.nbytes)] if self.nbytes else [])])
@@ -116,7 +117,7 @@ class RestoreReport:
         ]
 
     def _repr_html_(self) -> str:
-        """The table for notebooks: the problems first and open, what is long folded."""
+        """The table for notebooks: problems come first and are open; long lists are folded."""
         parts = [
             f"<b>{html.escape(self.path)}</b><br>{html.escape(self._summary())}",
             *[_html_section(kind, getattr(self, kind)) for kind in _KINDS if getattr(self, kind)],
@@ -125,7 +126,7 @@ class RestoreReport:
 
 
 _KINDS = ("mismatched", "missing", "unexpected", "deferred", "restored")
-# Of medium lightness, so that they can be told apart on white and on black.
+# Of medium lightness, so that they are readable on white and on black.
 _COLORS = {
     "mismatched": "#d9485f",
     "missing": "#c97a12",
@@ -133,7 +134,7 @@ _COLORS = {
     "deferred": "#3f8fd2",
     "restored": "#2f9e62",
 }
-_SHOWN = 20  # rows of a kind that HTML does not fold, and that a `repr` has
+_SHOWN = 20  # rows of a kind that HTML does not fold, and that a `repr` shows
 _LISTED = 50  # rows of a kind that the text of an error has
 _COMPARED = 200  # paths that are compared letter by letter with one that is not found
 _FLAT = 20  # values of a kind that have a row each
@@ -232,7 +233,7 @@ def _html_rows(entries: Sequence[ReportEntry]) -> str:
 
 
 def nearest(path: str, candidates: Iterable[str], count: int = 2) -> tuple[str, ...]:
-    """The candidates that look most like `path`.
+    """The candidates that are most similar to `path`.
 
     >>> nearest("dense/kernl", ["dense/kernel", "step"])
     ('dense/kernel',)
@@ -247,7 +248,7 @@ def nearest(path: str, candidates: Iterable[str], count: int = 2) -> tuple[str, 
 
 
 def near_miss(paths: Sequence[str]) -> str:
-    """What an error adds about the paths that may have been meant, if there are any.
+    """The end of an error message that names the paths that may have been meant, if any.
 
     >>> near_miss(["a", "b"])
     ' (nearest: a, b)'
@@ -268,7 +269,7 @@ def rename_hints(report: RestoreReport) -> list[str]:
 
 
 def describe_problems(report: RestoreReport, advice: str) -> str:
-    """The text of an error: the problems of a report at once, the first ones of each kind."""
+    """The text of an error that names the problems of a report, up to a limit for each kind."""
     lines = []
     for kind in ("mismatched", "missing", "unexpected"):
         entries = getattr(report, kind)

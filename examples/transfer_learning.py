@@ -44,6 +44,7 @@ class Regressor(nnx.Module):
         return self.regression(self.backbone(x))
 
 
+@nnx.jit
 def train_step(model: nnx.Module, optimizer: nnx.Optimizer, x: jax.Array) -> None:
     grads = nnx.grad(lambda model: jnp.mean(model(x) ** 2))(model)
     optimizer.update(model, grads)

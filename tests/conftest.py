@@ -9,6 +9,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 from jax.sharding import Mesh
 
+pytest.register_assert_rewrite("damage", "pytrees", "real_processes")
+
 # No deadlines: the first example of a property compiles or opens a database, the rest do not.
 settings.register_profile(
     "local", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
@@ -45,6 +47,12 @@ def mesh8() -> Mesh:
 @pytest.fixture
 def path(tmp_path):
     return str(tmp_path / "written")
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    """What numbered checkpoints are called: `ckpt-1` and so on."""
+    return str(tmp_path / "ckpt")
 
 
 @pytest.fixture

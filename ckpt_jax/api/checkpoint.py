@@ -27,20 +27,22 @@ from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.metrics import METER
 from ckpt_jax.objects.delegate import delegate_of
 from ckpt_jax.objects.registry import saver_name
-from ckpt_jax.objects.trackable import AutoTrackable, TrackableView, Variable
-from ckpt_jax.objects.views import SlotEntry, View, view_of
+from ckpt_jax.objects.trackable import AutoTrackable, replace_children
+from ckpt_jax.objects.variable import Variable
+from ckpt_jax.objects.views import ForwardingView, View, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import Context, current_context
 from ckpt_jax.processes.meeting import Meeting
 from ckpt_jax.report import near_miss, nearest
-from ckpt_jax.restoring.execute import together
 from ckpt_jax.restoring.reader import CheckpointReader
-from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.restoring.rename import rename as renamed
+from ckpt_jax.restoring.rules import Rule
+from ckpt_jax.restoring.run import broadcast_meeting
 from ckpt_jax.restoring.waiting import Restoration
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import Bookkeeping, SaveRuns, Unrecorded
-from ckpt_jax.store.state_file import CheckpointState, update_checkpoint_state
+from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
+from ckpt_jax.store.paths import as_path, resolved
 
 
 class Checkpoint(AutoTrackable):
@@ -135,7 +137,7 @@ class Checkpoint(AutoTrackable):
           The path of the checkpoint. Pairs with `read`. None if another save was in flight and
           `when_busy="skip"` says not to wait for it.
         """
-        options, path = given(options), os.fsdecode(path)
+        options, path = given(options), as_path(path)
         check_values(self, values)
 
         def open_books(meeting: Meeting) -> Unrecorded:
@@ -175,7 +177,7 @@ class Checkpoint(AutoTrackable):
           UnchangedValuesWarning: the pytrees are the very ones of the save before, which means
             that a training loop does not pass its new ones. Once for each checkpoint.
         """
-        options, prefix = given(options), os.fsdecode(prefix)
+        options, prefix = given(options), as_path(prefix, "prefix")
         check_values(self, values)
 
         def open_books(meeting: Meeting) -> _Numbered:
@@ -215,7 +217,7 @@ class Checkpoint(AutoTrackable):
         processes = context.processes
         is_alone = processes.count == 1  # the others restore, and so does this one
         with (
-            together(path, options, processes) as meeting,
+            broadcast_meeting(path, options, processes) as meeting,
             self._runs().background.turn(is_refused=is_alone),
         ):
             yield meeting
@@ -236,6 +238,7 @@ class Checkpoint(AutoTrackable):
             root = restoration.run(reader, meeting)
         if self.__dict__["_self_rooted"] and root is not self._root_object():
             self.__dict__["_self_root"] = root
+        self._runs().tell_restored(restoration.path)
         return LoadStatus(restoration, self._trace_for_restore)
 
     def restore(
@@ -344,7 +347,7 @@ def _child(obj: Any, label: Label) -> Any:
     return dict(view.children(obj)).get(label) if view is not None else None
 
 
-class _RootedView(View):
+class _RootedView(ForwardingView):
     """A root object with the names that its Checkpoint attaches to it."""
 
     identity = True
@@ -356,6 +359,7 @@ class _RootedView(View):
         self.view = view
         self.container = view.container
         self.mutable = view.mutable
+        self.has_functions = view.has_functions
         own = dict(view.children(root))
         children: dict[Label, Any] = {**checkpoint.trackable_children()}
         for name in own.keys() & children.keys():
@@ -364,43 +368,28 @@ class _RootedView(View):
         self.own_names = own.keys()
         self.checkpoint = checkpoint
 
+    def shown(self, obj: Any) -> tuple[View, Any]:
+        return self.view, obj
+
     @property
     def attached(self) -> dict[Label, Any]:
         children = self.checkpoint.trackable_children()
         return {name: child for name, child in children.items() if name not in self.own_names}
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
-        return [*self.view.children(obj), *self.attached.items()]
+        return [*super().children(obj), *self.attached.items()]
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         names = self.attached.keys()
         attached: dict[Label, Any] = {
             label: child for label, child in changed.items() if label in names
         }
-        TrackableView().rebuild(self.checkpoint, attached)
+        replace_children(self.checkpoint, attached)
         own = {label: child for label, child in changed.items() if label not in attached}
-        return self.view.rebuild(obj, own) if own else obj
+        return super().rebuild(obj, own) if own else obj
 
     def awaiting(self, obj: Any) -> tuple[Any, ...]:
-        return (*self.view.awaiting(obj), self.checkpoint)
-
-    def values(self, obj: Any) -> Mapping[str, Any]:
-        return self.view.values(obj)
-
-    def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
-        return self.view.assign(obj, values)
-
-    def slots(self, obj: Any) -> Iterable[SlotEntry]:
-        return self.view.slots(obj)
-
-    def parameters(self, obj: Any) -> Any | None:
-        return self.view.parameters(obj)
-
-    def replaces_slots(self, obj: Any) -> bool:
-        return self.view.replaces_slots(obj)
-
-    def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
-        return self.view.with_slots(obj, changed)
+        return (*super().awaiting(obj), self.checkpoint)
 
 
 def _unknown(name: str, value: Any) -> str:
@@ -427,19 +416,20 @@ class _Numbered:
         self._number = checkpoint.save_counter + 1
         self._path = f"{prefix}-{self._number}"
         # Of now: the program may have gone elsewhere when it is committed.
-        self._directory = os.path.realpath(os.path.dirname(self._path))
+        self._directory = resolved(os.path.dirname(self._path))
+        self.series = self._directory, os.path.basename(prefix)
 
     def begin(self) -> SaveRequest:
         set_save_counter(self._checkpoint, self._number)
         return request_for(self._checkpoint, self._path, self._options, self._number)
 
-    def record(self) -> None:
-        if self._meeting.leads:
+    def record(self, is_overtaken: bool = False) -> None:
+        if self._meeting.leads and not is_overtaken:
             latest = os.path.join(self._directory, os.path.basename(self._path))
             update_checkpoint_state(self._directory, CheckpointState(latest))
 
     def undo(self) -> None:
-        set_save_counter(self._checkpoint, self._number - 1)
+        take_back_count(self._checkpoint, self._number)
 
 
 def set_save_counter(checkpoint: Checkpoint, number: int) -> None:
@@ -447,6 +437,12 @@ def set_save_counter(checkpoint: Checkpoint, number: int) -> None:
     counter = checkpoint._counter()
     is_own = isinstance(counter, _Counter)
     counter._value = number if is_own else np.asarray(number, counter.dtype)
+
+
+def take_back_count(checkpoint: Checkpoint, number: int) -> None:
+    """Makes a save that has failed not count, unless another one has been counted since."""
+    if checkpoint.save_counter == number:
+        set_save_counter(checkpoint, number - 1)
 
 
 def save_runs_of(checkpoint: Checkpoint) -> SaveRuns:

@@ -1,18 +1,17 @@
 """FrozenSaver: saves and restores one fixed object graph, by key.
 
-Tracing walks all objects and names every value. Where a program's objects stay the same for
-thousands of saves, that can be done once: a frozen saver keeps the graph and the keys, and each
-time only fetches the values. It restores by the keys, too, without matching graphs.
+Each save traces: it walks all objects and names every value. If the objects of a program stay the
+same for thousands of saves, it is enough to do this once. A frozen saver keeps the graph and the
+keys, and only fetches the values each time. It also restores by the keys, without matching graphs.
 
-*Fixed* means that every edge leads to the same mutable object, or to an immutable one of the same
-type, and that the kind, dtype and shape of every value are as they were; what is attached to a
-mutable object later is left out. Each time the edges are compared with that, so that no stale
-value is saved.
+*Fixed* means that every edge leads to the same mutable object, or to an immutable object of the
+same type, and that the kind, dtype and shape of every value are as they were. Objects that are
+attached to a mutable object later are not saved. Each save compares the edges and the values with
+the frozen graph, so that it saves no stale value.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,26 +19,26 @@ from typing import Any
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.nodes import Node, ObjectGraph
 from ckpt_jax.matching.trace import LiveGraph
-from ckpt_jax.objects.views import Below, SlotEntry, view_of
+from ckpt_jax.objects.views import ParameterPath, SlotEntry, slots_of, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
-from ckpt_jax.restoring.execute import opened
-from ckpt_jax.restoring.waiting import restore_pairs
+from ckpt_jax.restoring.run import opened, restore_pairs
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import refuse_async, save_once
+from ckpt_jax.store.paths import as_path
 from ckpt_jax.values.leaves import describe
 
 
 class FrozenSaver:
     """Saves and restores the objects that a `Checkpoint` had when it was frozen.
 
-    `Checkpoint.freeze` makes one. What it writes is an ordinary checkpoint.
+    `Checkpoint.freeze` makes one. It writes ordinary checkpoints.
 
     Args:
       live: the graph, whose root is mutable.
 
     Raises:
-      ValueError: the root is immutable, so that it could not be restored in place.
+      ValueError: the root is immutable, and cannot be restored in place.
 
     Source: TensorFlow's `TrackableSaver.freeze`.
 
@@ -62,7 +61,7 @@ class FrozenSaver:
         self._live = live
 
     def save(self, path: Path, options: CheckpointOptions | None = None) -> str:
-        """Saves to exactly `path`, where it replaces a checkpoint; no counter is advanced.
+        """Saves to exactly `path`, and replaces a checkpoint that is there. Advances no counter.
 
         Args:
           path: the directory to create.
@@ -72,25 +71,25 @@ class FrozenSaver:
           The path.
 
         Raises:
-          ValueError: edges, or the kind, dtype or shape of a value, are not what was frozen.
-            All of them are named; nothing was written. Or `options` has `enable_async`.
+          ValueError: an edge, or the kind, dtype or shape of a value, has changed since the freeze.
+            All changes are named; nothing was written. Or `options` has `enable_async`.
         """
         options = given(options)
         refuse_async("FrozenSaver.save", options)
-        request = SaveRequest(os.fsdecode(path), self._current, options)
+        request = SaveRequest(as_path(path), self._current, options)
         return save_once(request, current_context())
 
     def restore(self, path: Path, options: CheckpointOptions | None = None) -> None:
-        """Restores every value from the key it was saved under; what else is there is ignored.
+        """Restores every value from its key. Other values of the checkpoint are ignored.
 
         Args:
-          path: of a checkpoint that this saver wrote, or one of an identical graph.
+          path: of a checkpoint that this saver wrote, or a saver of an identical graph.
           options: `cast`, `broadcast` and `max_inflight_bytes` apply.
 
         Raises:
-          RestoreMismatchError: naming all keys that are not there, and values of another kind,
-            dtype or shape. Nothing was changed.
-          ValueError: the objects are not what was frozen.
+          RestoreMismatchError: naming all keys that are not there, and all values of another
+            kind, dtype or shape. Nothing was changed.
+          ValueError: the objects have changed since the freeze.
           CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
         """
         options = given(options)
@@ -100,7 +99,7 @@ class FrozenSaver:
             restore_pairs(reader, live, bound, options, meeting)
 
     def _current(self) -> LiveGraph:
-        """The frozen graph with the objects and values of this moment."""
+        """The frozen graph with the present objects and values."""
         graph, views = self._live.graph, self._live.views
         objects = list(self._live.objects)
         problems: list[str] = []
@@ -112,12 +111,12 @@ class FrozenSaver:
                 problems.append(f"{graph.paths[node]}: has {len(now)} children, not {len(edges)}")
             if entry.slots:
                 variables = self._live.variables
-                slots = views[node].slots(objects[node])
+                slots = slots_of(views[node], objects[node])
                 now |= {_slot_label(slot.name, slot.variable): slot.value for slot in slots}
                 edges += [(_slot_label(s.name, variables[s.node]), s.node) for s in entry.slots]
             for label, child in edges:
                 if label not in now:
-                    why = _absence(label, views[node].slots(objects[node]))
+                    why = _absence(label, slots_of(views[node], objects[node]))
                     problems.append(f"{graph.paths[child]}: {why}")
                 elif views[child].mutable:
                     if now[label] is not objects[child]:
@@ -136,23 +135,25 @@ class FrozenSaver:
             problems = _changed(graph, values)
         if problems:
             lines = "\n".join(f"  {problem}" for problem in problems)
-            raise ValueError(f"the objects are not what was frozen:\n{lines}\nFreeze them again.")
+            raise ValueError(
+                f"the objects have changed since they were frozen:\n{lines}\nFreeze them again."
+            )
         return LiveGraph(graph, tuple(objects), views, tuple(values), self._live.variables)
 
 
 def _absence(label: Label, slots: Iterable[SlotEntry]) -> str:
-    """Why an object has no child of a label that the frozen graph has."""
+    """Why an object has no child for a label of the frozen graph."""
     if any(slot.name == label for slot in slots):
-        return "is for parameters outside of what is saved; put them into it"
+        return "is for parameters that are not among the saved objects; add them to these"
     return "is gone"
 
 
 def _slot_label(name: str, variable: Any) -> Any:
-    return name, variable if isinstance(variable, Below) else id(variable)
+    return name, variable if isinstance(variable, ParameterPath) else id(variable)
 
 
 def _changed(graph: ObjectGraph, values: list[Mapping[str, Any]]) -> list[str]:
-    """What is wrong with values that should be of the specs in `graph`."""
+    """How the values differ from the specs in `graph`."""
     problems: list[str] = []
     for node, entry in enumerate(graph.nodes):
         if values[node].keys() != {attribute.name for attribute in entry.attributes}:
@@ -167,7 +168,7 @@ def _changed(graph: ObjectGraph, values: list[Mapping[str, Any]]) -> list[str]:
 
 
 def _by_key(saved: ObjectGraph, live: ObjectGraph) -> dict[int, int]:
-    """Saved nodes and live ones whose values have the same keys."""
+    """Saved node -> the live node whose values have the same keys."""
     node_of = {key: node for node, entry in enumerate(live.nodes) for key in _keys(entry)}
     return {
         node: node_of[key]

@@ -19,6 +19,7 @@ from ckpt_jax.options import Path
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.waiting import log_conflicts
 from ckpt_jax.store.directory import is_checkpoint
+from ckpt_jax.store.paths import as_path
 from ckpt_jax.values.leaves import describe
 
 
@@ -41,7 +42,7 @@ def load_checkpoint(path: Path) -> CheckpointReader:
       ...         reader.paths(), reader.keys(), reader.get_tensor("w")
       (['w'], ['w/.ATTRIBUTES/VARIABLE_VALUE'], array([0, 1, 2]))
     """
-    path = os.fsdecode(path)
+    path = as_path(path)
     if not is_checkpoint(path) and os.path.isdir(path):
         path = latest_checkpoint(path) or path
     return CheckpointReader(path)

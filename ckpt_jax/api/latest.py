@@ -17,40 +17,49 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
-from ckpt_jax.errors import CheckpointError
+from ckpt_jax.errors import CheckpointError, UnsupportedFormatError
 from ckpt_jax.options import Path
 from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.state_file import STATE_FILE, CheckpointState, get_checkpoint_state
 from ckpt_jax.store.directory import (
     checkpoints_in,
     is_checkpoint,
     number_of,
+    others_in,
     require_checkpoint,
 )
 from ckpt_jax.store.durable import fsync_directory
+from ckpt_jax.store.notes import read_notes
+from ckpt_jax.store.paths import absolute, as_path, require_room
 from ckpt_jax.store.stack import MANIFEST
 from ckpt_jax.store.staging import held, staging_name
-from ckpt_jax.store.state_file import get_checkpoint_state
 
 _log = logging.getLogger("ckpt_jax")
 
 
 def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> str | None:
-    """The path of the newest usable checkpoint that the directory's state file knows of.
+    """The path of the newest usable checkpoint of a directory.
 
-    Where the one that the state file names is gone or damaged, the newest older one is taken
-    instead, by number, and a warning says so.
+    The state file says which one that is. If that one is gone or damaged, the newest older one is
+    taken, by number, and a warning says so; checkpoints on a branch that the program has left by
+    going back are not taken. If there is no state file that can be read, the usable checkpoint
+    with the largest number in its name is taken, and a warning says so, too.
 
     Args:
       directory: where `Checkpoint.save` or a manager saved.
-      latest_filename: name of the state file; "checkpoint" by default.
+      latest_filename: name of the state file; "checkpoint" by default. If it is given, the file
+        alone counts.
 
     Returns:
-      A path for `Checkpoint.restore`, or None where there is none.
+      A path for `Checkpoint.restore`, or None if there is none.
 
     Raises:
-      ValueError: the state file names no checkpoint.
+      ValueError: the state file names no checkpoint, and the directory holds none with a number.
+      UnsupportedFormatError: the directory holds checkpoints of another library alone, or the
+        latest one is of another library or of a newer format.
 
-    Source: `tf.train.latest_checkpoint`, which returns None where ours falls back.
+    Source: `tf.train.latest_checkpoint`, which returns None if the latest is gone, or if there is
+    no state file.
 
     Example:
       >>> import os, tempfile
@@ -61,19 +70,22 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
       ...     os.path.basename(latest_checkpoint(directory))
       'ckpt-2'
     """
-    directory = os.fsdecode(directory)
+    directory = as_path(directory, "directory", is_directory=True)
     first = None
     while True:
-        state = get_checkpoint_state(directory, latest_filename)
+        state = state_in(directory, latest_filename)
         if state is None:
-            return None
-        latest = state.model_checkpoint_path
+            return _newest_by_name(directory) if latest_filename is None else None
+        latest = beside(directory, state.model_checkpoint_path)
         problem = problem_with(latest)
         if problem is None:
+            if latest != state.model_checkpoint_path:
+                say_moved(directory, state.model_checkpoint_path, latest)
             return latest
         if latest == first:
             break
         first = latest  # look again: it may have been overtaken, and removed, in this moment
+    _refuse_unsupported(latest)
     _log.warning("the checkpoint %s is not usable: %s", latest, problem)
     for path in older_checkpoints(directory, latest):
         problem = problem_with(path)
@@ -84,27 +96,112 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
     return None
 
 
+def state_in(directory: str, latest_filename: str | None = None) -> CheckpointState | None:
+    """What the state file of a directory says; None if it is missing or cannot be understood.
+
+    Raises:
+      ValueError: it names no checkpoint, and the directory holds none with a number.
+    """
+    try:
+        return get_checkpoint_state(directory, latest_filename)
+    except ValueError as error:
+        if latest_filename is not None or not _numbered(directory):
+            raise
+        _log.warning("%s The file is ignored.", error)
+        return None
+
+
+def beside(directory: str, path: str) -> str:
+    """What a path of a state file in `directory` means. If it leads to where nothing is, it means
+    the checkpoint of its name beside the file, if there is one: the directory was copied."""
+    here = os.path.join(directory, os.path.basename(os.path.normpath(path)))
+    return here if not os.path.lexists(path) and is_checkpoint(here) else path
+
+
+def say_moved(directory: str, named: str, found: str) -> None:
+    """Says that a checkpoint was found beside a state file that names another place."""
+    _log.warning(
+        "%s names the checkpoint %s, and nothing is there: %s is taken, which has this name and "
+        "lies beside the file. The next save corrects the file.",
+        *(os.path.join(directory, STATE_FILE), named, found),
+    )
+
+
+def _numbered(directory: str) -> list[str]:
+    return [name for name in checkpoints_in(directory) if number_of(name) is not None]
+
+
+def _newest_by_name(directory: str) -> str | None:
+    """The newest checkpoint of a directory without a state file, by the numbers in the names."""
+    names = checkpoints_in(directory)
+    numbered = _numbered(directory)
+    if not names:
+        refuse_others(directory)
+    elif not numbered:
+        _log.warning(
+            "%s: expected a state file or checkpoints with a number in their names, found %s. "
+            "Which one is the latest is not known; restore one of them by its path.",
+            *(directory, ", ".join(names)),
+        )
+    for name in reversed(numbered):
+        path = os.path.join(directory, name)
+        problem = problem_with(path)
+        if problem is None:
+            _log.warning(
+                "%s: expected a state file that names the latest checkpoint, found none that can "
+                "be read. %s is taken, which has the largest number of %d checkpoints.",
+                *(os.path.join(directory, STATE_FILE), name, len(numbered)),
+            )
+            return path
+        _log.warning("the checkpoint %s is not usable: %s", path, problem)
+    return None
+
+
+def refuse_others(directory: str) -> None:
+    """Refuses a directory that holds checkpoints of another library.
+
+    Raises:
+      UnsupportedFormatError: naming them.
+    """
+    found = others_in(directory)
+    if found:
+        names = list(found)
+        what = "a checkpoint" if names == ["."] else f"checkpoints ({', '.join(names[-5:])})"
+        raise UnsupportedFormatError(
+            f"{directory}: expected checkpoints of ckpt_jax, found {what} of "
+            f"{', '.join(sorted(set(found.values())))}, whose format is not read here. Restore "
+            "with that library and save with ckpt_jax: docs/migrating.md shows how. To begin "
+            "from scratch, use another directory."
+        )
+
+
 def older_checkpoints(directory: Path, path: str) -> list[str]:
-    """The checkpoints in `directory` of the same name as `path` with smaller numbers.
+    """The checkpoints in `directory` of the same name as `path` with smaller numbers. Those on a
+    branch that the program has left by going back are not among them.
 
     Returns:
-      Paths, the largest number first; none where `path` has no number.
+      Paths, the largest number first; none if `path` has no number.
     """
     number = number_of(path)
     if number is None:
         return []
-    directory = os.fsdecode(directory)
+    directory = as_path(directory, "directory", is_directory=True)
     name = _name_without_number(path)
+    try:
+        notes = read_notes(directory)
+    except ValueError:  # nobody knows of abandoned branches
+        notes = None
+    abandoned = notes.abandoned if notes is not None else frozenset()
     return [
         os.path.join(directory, other)
         for other in reversed(checkpoints_in(directory))
-        if (n := number_of(other)) is not None and n < number
+        if (n := number_of(other)) is not None and n < number and other not in abandoned
         if _name_without_number(other) == name
     ]
 
 
 def problem_with(path: str) -> str | None:
-    """Why the checkpoint at `path` is not usable; None where it is."""
+    """Why the checkpoint at `path` is not usable; None if it is."""
     try:
         with CheckpointReader(path) as reader:
             _ = reader.object_graph
@@ -112,6 +209,16 @@ def problem_with(path: str) -> str | None:
     except (CheckpointError, OSError) as error:
         return str(error)
     return None
+
+
+def _refuse_unsupported(path: str) -> None:
+    """Raises the error of a checkpoint whose format is not read here."""
+    try:
+        CheckpointReader(path).close()
+    except UnsupportedFormatError:
+        raise
+    except (CheckpointError, OSError):
+        return
 
 
 def checkpoints_iterator(
@@ -156,7 +263,21 @@ def checkpoints_iterator(
       ...     [os.path.basename(path) for path in checkpoints_iterator(directory, timeout=0)]
       ['ckpt-1']
     """
-    directory = os.fsdecode(directory)
+    given = as_path(directory, "directory", is_directory=True)  # now, not at the first checkpoint
+    return _as_they_appear(
+        given, timeout, min_interval_seconds, timeout_fn, poll_seconds, wait, clock
+    )
+
+
+def _as_they_appear(
+    directory: str,
+    timeout: float | None,
+    min_interval_seconds: float,
+    timeout_fn: Callable[[], bool] | None,
+    poll_seconds: float,
+    wait: Callable[[float], object],
+    clock: Callable[[], float],
+) -> Iterator[str]:
     seen: str | None = None
     while True:
         deadline = math.inf if timeout is None else clock() + timeout
@@ -176,15 +297,20 @@ def checkpoints_iterator(
 def _newer(
     directory: str, seen: str | None, known_problem: str | None
 ) -> tuple[str | None, str | None]:
-    """The latest checkpoint by the state file, if it is another than `seen` and usable.
+    """The latest checkpoint, if it is another than `seen` and usable.
 
     Returns:
       Its path or None, and the problem that was logged unless it was known before.
     """
-    state = get_checkpoint_state(directory)
-    if state is None or state.model_checkpoint_path == seen:
+    state = state_in(directory)
+    if state is not None:
+        path = beside(directory, state.model_checkpoint_path)
+    elif numbered := _numbered(directory):
+        path = os.path.join(directory, numbered[-1])
+    else:
         return None, None
-    path = state.model_checkpoint_path
+    if path == seen:
+        return None, None
     problem = problem_with(path)
     if problem is None:
         return path, None
@@ -205,7 +331,7 @@ def checkpoint_exists(path: Path) -> bool:
       >>> checkpoint_exists("/nowhere/ckpt-1")
       False
     """
-    return is_checkpoint(os.fsdecode(path))
+    return is_checkpoint(as_path(path))
 
 
 def get_checkpoint_mtimes(paths: Iterable[Path]) -> list[float]:
@@ -228,7 +354,7 @@ def get_checkpoint_mtimes(paths: Iterable[Path]) -> list[float]:
     for path in paths:
         if checkpoint_exists(path):
             with suppress(FileNotFoundError):  # somebody removes it in this moment
-                times.append(os.stat(os.path.join(os.fsdecode(path), MANIFEST)).st_mtime)
+                times.append(os.stat(os.path.join(as_path(path), MANIFEST)).st_mtime)
     return times
 
 
@@ -257,7 +383,7 @@ def remove_checkpoint(path: Path) -> None:
       ...     checkpoint_exists(path)
       False
     """
-    path = os.path.abspath(os.fsdecode(path))
+    path = absolute(as_path(path))
     if not os.path.lexists(path):
         return
     require_checkpoint(path)
@@ -267,6 +393,7 @@ def remove_checkpoint(path: Path) -> None:
             return
         with held(path):
             aside = staging_name(path)
+            require_room(path, aside[len(path) :])
             os.rename(path, aside)
             try:
                 # Else a power failure could take parts of it and leave it its name.

@@ -1,16 +1,16 @@
 """PerProcess: state that each process has for itself, such as the position of its data iterator.
 
-The object graph is the same on all processes, so what differs between them cannot be in it. A
-`PerProcess` is one node of the graph with a saver of its own: each process writes the value that
-it holds as a small object graph with its arrays, under keys that name the process,
+The object graph is the same on all processes, so that state that differs between them cannot be in
+it. A `PerProcess` is one node of the graph with a saver of its own. Each process writes the value
+that it holds as a small object graph with its arrays, under keys that name the process:
 
     iterator/process-0/.GRAPH
     iterator/process-0/position/.ATTRIBUTES/VARIABLE_VALUE
     iterator/process-1/.GRAPH
     ...
 
-and reads back its own. Where there are more or fewer processes than wrote, nobody can say whose
-is whose, unless a merge function does.
+A restore reads the value of the same process. If the number of processes is not the same as in
+the save, a merge function has to say which value each process gets.
 """
 
 from __future__ import annotations
@@ -31,10 +31,9 @@ from ckpt_jax.objects.registry import IsExactly, register_checkpoint_saver
 from ckpt_jax.objects.views import View, add_view
 from ckpt_jax.options import DEFAULT
 from ckpt_jax.processes.current import current
-from ckpt_jax.restoring.adapters import Adapted
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
-from ckpt_jax.restoring.run import EVERYTHING, plan
+from ckpt_jax.restoring.run import EVERYTHING, plan_matched
 from ckpt_jax.saving.pipeline import encoded_values
 from ckpt_jax.store.seal import seal, unseal
 
@@ -45,14 +44,14 @@ class PerProcess:
     """A mutable box for state that each process has for itself.
 
     Args:
-      value: anything that has a view and whose arrays this process holds alone: Python values,
-        numpy arrays, pytrees, trackables. On each process it may be another one.
-      merge: `(values, index, count) -> value`, called where the checkpoint was written by
-        another number of processes: from what all of them saved, in their order, as
-        `ckpt.load` gives it, the value for process `index` of `count`.
+      value: Python values, numpy arrays, pytrees, trackables, without arrays that lie on devices
+        of several processes. It may differ between processes.
+      merge: `(values, index, count) -> value`, called if another number of processes wrote the
+        checkpoint. It gets the values of all these processes, in their order, as `ckpt.load` gives
+        them, and returns the value for process `index` of `count`.
 
-    Restoring fails with `ProcessError` where the number of processes is another one and there is
-    no `merge`.
+    If another number of processes wrote the checkpoint and there is no `merge`, the restore fails
+    with `ProcessError`.
 
     Example:
       >>> import tempfile
@@ -74,7 +73,7 @@ class PerProcess:
 
 
 class _PerProcessView(View):
-    """A node without children; its value is the saver's business."""
+    """A node without children. A registered saver writes and reads its value."""
 
     identity = True
     mutable = True
@@ -103,7 +102,9 @@ def _save(objects: dict[str, Any], prefix: str) -> str:
         ]
         if refused:
             lines = "\n".join(f"  {path}: {what}" for path, what in refused)
-            raise UnsaveableError(f"cannot be in a ckpt.PerProcess:\n{lines}", tuple(refused))
+            raise UnsaveableError(
+                f"ckpt.PerProcess cannot hold these values:\n{lines}", tuple(refused)
+            )
         values |= encoded
         values[f"{root}/.GRAPH"] = seal(codec.encode(live.graph))
     return io.write_shard(prefix, values)
@@ -113,18 +114,18 @@ def _restore(objects: dict[str, Any], path: str) -> None:
     processes = current()
     with CheckpointReader(path) as reader:
         graphs = {name: _graphs(reader, name) for name in objects}
-        strangers = [
+        unmerged = [
             f"{name or '(root)'}: saved by {len(graphs[name])} processes"
             for name, each in objects.items()
             if len(graphs[name]) != processes.count and each.merge is None
         ]
-        if strangers:
-            lines = "\n".join(f"  {stranger}" for stranger in strangers)
+        if unmerged:
+            lines = "\n".join(f"  {problem}" for problem in unmerged)
             raise ProcessError(
-                f"{path} has state of single processes, of which there are {processes.count} now:\n"
-                f"{lines}\n"
-                "Restore with as many processes, or say with ckpt.PerProcess(value, merge=...) "
-                "what becomes of it."
+                f"{path} has state that each process saved for itself, but now there are "
+                f"{processes.count} processes:\n{lines}\n"
+                "Restore with as many processes as in the save, or pass "
+                "ckpt.PerProcess(value, merge=...), which makes the state of each process."
             )
         restored = {}
         for name, each in objects.items():
@@ -148,9 +149,9 @@ def _graphs(reader: CheckpointReader, name: str) -> list[ObjectGraph]:
 
 def _own_value(reader: CheckpointReader, saved: ObjectGraph, target: Any, root: str) -> Any:
     live = live_graph(target, root)
-    adapted = Adapted(Renamed(saved), match(saved, live.graph))
-    planned = plan(reader, adapted, live, DEFAULT).without_deferral(lambda entry: False)
-    planned.require(EVERYTHING)
+    found = match(saved, live.graph)
+    planned = plan_matched(reader, Renamed(saved), found, live, DEFAULT)
+    planned.without_deferral(lambda entry: False).require(EVERYTHING)
     return planned.execute(DEFAULT)[0]
 
 

@@ -1,7 +1,7 @@
-"""Preflight: finding out, before training time is lost, that saving would not work.
+"""Preflight: checks that saving will work, before training time is lost.
 
-Every process writes a small file into the directory and says so. Then it looks for the files of
-all the others and says which of them it does not see. The problems of all processes become one
+Every process writes a small file into the directory and reports it. Then it looks for the files of
+all the others and reports which of them it does not see. The problems of all processes become one
 error, which all of them raise.
 """
 
@@ -15,6 +15,7 @@ from ckpt_jax.errors import PreflightError
 from ckpt_jax.options import DEFAULT, Path
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Processes
+from ckpt_jax.store.paths import absolute, as_path
 
 
 def preflight(
@@ -24,7 +25,7 @@ def preflight(
     """Checks that all processes can write to a directory, and that all of them share it.
 
     All processes have to call it. If there are several, `CheckpointManager.restore_or_initialize`
-    does.
+    calls it.
 
     Args:
       directory: the directory for the checkpoints. It is created if it does not exist.
@@ -38,7 +39,7 @@ def preflight(
       >>> import tempfile
       >>> preflight(tempfile.mkdtemp())
     """
-    _check(os.path.abspath(os.fsdecode(directory)), current(), timeout_seconds)
+    _check(absolute(as_path(directory, "directory", is_directory=True)), current(), timeout_seconds)
 
 
 def _check(directory: str, processes: Processes, timeout_seconds: float) -> None:
@@ -58,7 +59,7 @@ def _check(directory: str, processes: Processes, timeout_seconds: float) -> None
         lines = "\n".join(f"  process {k} {what}" for k, what in problems)
         raise PreflightError(
             f"{directory} cannot take the checkpoints of {processes.count} processes:\n{lines}\n"
-            "Every process has to be able to write there, and all have to share it.",
+            "Every process has to be able to write there, and all have to share the directory.",
             problems,
         )
 
@@ -66,7 +67,7 @@ def _check(directory: str, processes: Processes, timeout_seconds: float) -> None
 def _problems(
     hosts: list[tuple[str, str | None]], unseen_by: list[list[int]]
 ) -> tuple[tuple[int, str], ...]:
-    """What is wrong, by process.
+    """The problems, as (process, problem).
 
     Args:
       hosts: for each process, its host's name and why it could not write, or None if it could.
@@ -74,19 +75,19 @@ def _problems(
 
     Example:
       >>> _problems([("a", None), ("b", None)], [[], [0]])
-      ((1, '(b) does not see what was written by 0 (a)'),)
+      ((1, '(b) does not see the files of 0 (a)'),)
     """
     problems = [(k, f"({host}) {problem}") for k, (host, problem) in enumerate(hosts) if problem]
     failed = {k for k, _ in problems}
     for k, unseen in enumerate(unseen_by):
         if k not in failed and (others := sorted({*unseen} - failed)):
             listed = ", ".join(f"{other} ({hosts[other][0]})" for other in others)
-            problems.append((k, f"({hosts[k][0]}) does not see what was written by {listed}"))
+            problems.append((k, f"({hosts[k][0]}) does not see the files of {listed}"))
     return tuple(sorted(problems))
 
 
 def _write(path: str, content: str) -> str | None:
-    """Writes a small file; returns why that was not possible."""
+    """Writes a small file. If this is not possible, returns the reason."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "x", encoding="ascii") as file:

@@ -15,7 +15,6 @@ from typing import Any
 from ckpt_jax.errors import UnsaveableError
 from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph
-from ckpt_jax.graph.order import CyclicDependencyError
 from ckpt_jax.graph.plain import encode
 from ckpt_jax.graph.saved_objects import (
     CONTAINERS,
@@ -24,6 +23,7 @@ from ckpt_jax.graph.saved_objects import (
     OBJECT,
     VALUE,
     VARIABLE,
+    CyclicDependencyError,
     PlainPart,
     SavedObject,
     has_dtype_number,
@@ -33,7 +33,7 @@ from ckpt_jax.graph.saved_objects import (
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects import registry
-from ckpt_jax.objects.containers import Container
+from ckpt_jax.objects.containers import Wrapper
 from ckpt_jax.objects.state import PLAIN, NoDependency
 from ckpt_jax.objects.views import View, view_of
 from ckpt_jax.values.leaves import describe
@@ -115,11 +115,11 @@ def _recorded(live: LiveGraph, node: int, node_of: Mapping[int, int]) -> SavedOb
         name,
         dependencies=_dependencies(live, node, node_of) if name else (),
         spec=spec,
-        plain_parts=_plain_parts(obj, entry) if isinstance(obj, Container) else (),
+        plain_parts=_plain_parts(obj, entry) if isinstance(obj, Wrapper) else (),
     )
 
 
-def _plain_parts(container: Container, node: Node) -> tuple[PlainPart, ...]:
+def _plain_parts(container: Wrapper, node: Node) -> tuple[PlainPart, ...]:
     """The elements of a list or dict of a trackable that are no state, and so no nodes."""
     states = {label for label, _ in node.children}
     parts: list[PlainPart] = []
@@ -184,8 +184,8 @@ def _check_plain(obj: Any, kind: str, node: Node) -> None:
 
 def _spec_for_saver(value: Any, kind: str, saver: str) -> LeafSpec:
     spec = describe(value)[0]
-    known = spec.kind == "array" and has_dtype_number(spec.dtype)
-    if not known and (kind == VARIABLE or spec.kind not in ("array", "numpy")):
+    known = spec.is_jax_array and has_dtype_number(spec.dtype)
+    if not known and (kind == VARIABLE or not (spec.is_jax_array or spec.is_numpy_array)):
         raise TypeError(
             f"{spec} is held by the checkpoint saver {saver!r}, and cannot be made anew for it"
         )

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -32,7 +31,6 @@ from ckpt_jax.api.recipes import TYPE_NAME, lasting, recorded
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, RegistrationError
 from ckpt_jax.graph.labels import SAVED_OBJECTS_KEY, Label
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, descendants
-from ckpt_jax.graph.order import CyclicDependencyError
 from ckpt_jax.graph.saved_objects import (
     CONTAINERS,
     DICT,
@@ -40,6 +38,7 @@ from ckpt_jax.graph.saved_objects import (
     OBJECT,
     VALUE,
     VARIABLE,
+    CyclicDependencyError,
     SavedObject,
     encode,
     in_order,
@@ -50,17 +49,19 @@ from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.match import match
 from ckpt_jax.metrics import METER
 from ckpt_jax.objects import registry
-from ckpt_jax.objects.trackable import AutoTrackable, PythonState, Trackable, Variable
+from ckpt_jax.objects.python_state import PythonState
+from ckpt_jax.objects.trackable import AutoTrackable, Trackable
+from ckpt_jax.objects.variable import Variable
 from ckpt_jax.objects.views import View, view_of
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
 from ckpt_jax.report import ReportEntry
-from ckpt_jax.restoring.adapters import Adapted
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
-from ckpt_jax.restoring.run import Demand, plan
+from ckpt_jax.restoring.run import Demand, plan_matched
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import refuse_async, save_once
+from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.seal import seal
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import decode, struct_of
@@ -113,7 +114,7 @@ def save_object(
     options = given(options)
     refuse_async("ckpt.save_object", options)
     request = SaveRequest(
-        os.fsdecode(path),
+        as_path(path),
         lambda: lasting(live_graph(obj, for_restore=False)),
         options,
         overwrite=overwrite,
@@ -258,11 +259,10 @@ class _Revival:
                 continue
             (attribute,) = attributes
             spec = attribute.spec
-            if kind == VARIABLE and spec.kind == "array" and node not in early:
+            if kind == VARIABLE and spec.is_jax_array and node not in early:
                 continue
             wanted[node] = attribute
-            placed = spec.kind in ("array", "prng_key")
-            requests[attribute.key] = struct_of(spec) if placed else None
+            requests[attribute.key] = struct_of(spec) if spec.is_placed else None
         data = self.reader.read(requests)
         for node, attribute in wanted.items():
             spec = attribute.spec
@@ -303,7 +303,7 @@ class _Revival:
             struct = struct_of(spec)
         except (TypeError, ValueError) as error:
             raise self.corrupt(error) from error
-        if spec.kind == "array":
+        if spec.is_jax_array:
             return struct
         return np.broadcast_to(np.zeros((), struct.dtype), spec.shape)  # takes no memory
 
@@ -388,8 +388,8 @@ class _Revival:
             if saved in self.filled and live.objects[node] is self.made[saved]
         }
         only = frozenset(range(len(live.objects))) - placed.keys()
-        adapted = Adapted(Renamed(self.graph), found)
-        planned = plan(self.reader, adapted, live, DEFAULT, only=only)
+        saved = Renamed(self.graph)
+        planned = plan_matched(self.reader, saved, found, live, DEFAULT, only=only)
         done = planned.reads.used | set(placed.values())
         lost = [
             ReportEntry(self.graph.paths[node] or "(root)", found=found_there)

@@ -16,8 +16,8 @@ from ckpt_jax.graph.labels import SAVE_COUNTER
 from ckpt_jax.graph.nodes import pretty_name
 from ckpt_jax.matching.match import Match, match
 from ckpt_jax.matching.trace import LiveGraph
-from ckpt_jax.report import RestoreReport, near_miss, nearest, rename_hints
-from ckpt_jax.restoring.run import look, truly_restored
+from ckpt_jax.report import ReportEntry, RestoreReport, near_miss, nearest, rename_hints
+from ckpt_jax.restoring.run import plan_values, truly_restored
 from ckpt_jax.restoring.waiting import Restoration
 
 _MAX_LISTED = 10
@@ -158,11 +158,9 @@ class LoadStatus:
         restoration = self._done
         live = self._trace()
         found = match(restoration.saved, live.graph)
-        reads, report = look(
-            restoration.renamed, found, live, restoration.path, restoration.options
-        )
+        reads = plan_values(restoration.renamed, found, live, restoration.path, restoration.options)
         given = restoration.given_nodes(live)
-        report = truly_restored(report, reads, live, given)
+        report = truly_restored(reads, live, given)
         return _Look(live, found, given, replace(report, nbytes=restoration.nbytes))
 
     def _skips_slots(self) -> bool:
@@ -201,6 +199,40 @@ class _Look:
     found: Match
     given: frozenset[int]
     report: RestoreReport
+
+
+def restored_nothing(status: LoadStatus) -> bool:
+    """Whether nothing of a checkpoint was restored, although the program has values.
+
+    It is not so if values wait for an object that the program has, but has not built yet.
+    """
+    report = status.report
+    if _without_counter(report.restored) or not _without_counter(report.missing):
+        return False
+    live = status._look().live
+    there = {str(label) for label, _ in live.graph.nodes[0].children}
+    unbuilt = there - {entry.path.partition("/")[0] for entry in report.missing}
+    return not any(entry.path.partition("/")[0] in unbuilt for entry in report.deferred)
+
+
+def what_was_left(status: LoadStatus) -> str | None:
+    """What a restore has not restored, in words; None if it has restored everything."""
+    report = status.report
+    kinds = {
+        "the checkpoint lacks": report.missing,
+        "the program has no place for": report.unexpected,
+        "what waits for objects that the program does not have yet is": report.deferred,
+    }
+    parts = [
+        f"{what} {_listed([entry.path for entry in left])}"
+        for what, entries in kinds.items()
+        if (left := _without_counter(entries))
+    ]
+    return "; ".join(parts) or None
+
+
+def _without_counter(entries: tuple[ReportEntry, ...]) -> list[ReportEntry]:
+    return [entry for entry in entries if entry.path != SAVE_COUNTER]
 
 
 def _listed(names: list[str]) -> str:

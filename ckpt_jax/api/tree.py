@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -23,15 +22,15 @@ from ckpt_jax.processes.context import current_context
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Processes
 from ckpt_jax.report import ReportEntry, RestoreReport, near_miss, nearest
-from ckpt_jax.restoring.execute import opened
 from ckpt_jax.restoring.plain_slots import slots_as_children
 from ckpt_jax.restoring.reader import CheckpointReader
-from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.restoring.rename import rename as renamed
-from ckpt_jax.restoring.run import Demand, PlannedRestore, plan_whole, require_fit
-from ckpt_jax.restoring.shardings import Place, Structs, with_shardings
+from ckpt_jax.restoring.rules import Rule
+from ckpt_jax.restoring.run import Demand, PlannedRestore, opened, plan_whole, require_fit
+from ckpt_jax.restoring.shardings import Structs, ValueId, with_shardings
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import SaveRuns, Unrecorded
+from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import struct_of
 
@@ -64,7 +63,7 @@ def save(
     The saves of a program that this function makes come one after the other, whatever their paths.
 
     Args:
-      path: the directory to create.
+      path: the directory to create. An empty one is filled; it keeps its owner and its mode.
       tree: what to save.
       options: how; `enable_async=True` returns as soon as the values are safe from changes. Then
         `ckpt.sync` waits, and `ckpt.restore` and `ckpt.load` of the same path wait, too.
@@ -86,14 +85,14 @@ def save(
       ...     load(path)
       {'w': array([0, 1, 2]), 'step': 7}
     """
-    options, path, context = given(options), os.fsdecode(path), current_context()
+    options, path, context = given(options), as_path(path), current_context()
     request = SaveRequest(
         path, lambda: live_graph(tree, for_restore=False), options, overwrite=overwrite
     )
     saves = _saves_of(context.processes)
     saved = saves.runs.save(path, options, context, lambda meeting: Unrecorded(request))
     if saved is not None and options.enable_async:
-        saves.left_to_background = os.path.abspath(path)
+        saves.left_to_background = absolute(path)
     return saved
 
 
@@ -138,7 +137,7 @@ def _await_save_to(path: Path) -> None:
     if not _saves:  # asking for the processes would start the devices
         return
     saves = _saves_of(current())
-    if saves.left_to_background and os.path.abspath(os.fsdecode(path)) == saves.left_to_background:
+    if saves.left_to_background and absolute(as_path(path)) == saves.left_to_background:
         saves.runs.background.wait_unless_inside()
 
 
@@ -348,13 +347,13 @@ def _hint(only: Selection, paths: list[str]) -> str:
 
 
 def _placements(
-    saved: ObjectGraph, wanted: Mapping[Place, Attribute], sharding: Any, path: str
+    saved: ObjectGraph, wanted: Mapping[ValueId, Attribute], sharding: Any, path: str
 ) -> Structs:
     """What `load` places on devices, and where; raises naming all that cannot lie there."""
     structs = {
         place: struct_of(attribute.spec)
         for place, attribute in wanted.items()
-        if attribute.spec.kind in ("array", "numpy", "prng_key")
+        if attribute.spec.is_placed or attribute.spec.is_numpy_array
     }
     placements, problems = with_shardings(saved, structs, sharding)
     entries = tuple([ReportEntry(where, what=what) for where, what in problems])

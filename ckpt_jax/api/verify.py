@@ -12,6 +12,7 @@ from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY, object_ke
 from ckpt_jax.options import Path
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.store.batches import batches
+from ckpt_jax.store.paths import as_path
 
 _BATCH_NBYTES = 64 << 20
 _MAX_FILES = 10  # that the text of a report names
@@ -119,7 +120,7 @@ def verify(path: Path) -> VerifyReport:
       ...     verify(ckpt.save(f"{directory}/a", {"step": 7})).ok
       True
     """
-    path = os.fsdecode(path)
+    path = as_path(path)
     try:
         with CheckpointReader(path) as reader:
             problems = [*_graph(reader)]

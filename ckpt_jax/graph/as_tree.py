@@ -1,12 +1,13 @@
-"""A graph as a tree: what is shared stands at each of its places.
+"""A graph as a tree: a shared object appears at each of its places.
 
-A pattern that selects `params/**` means what lies there, also where `ema/**` is the same arrays and
-they are saved under that name. In the tree, each path from the root to a node is a node of its own,
-with the attributes, and so the checkpoint keys, of the one that it stands for.
+The pattern `params/**` selects everything below `params`, even if the same arrays were saved under
+the name `ema/**`, because the program shares them. In the tree, each path from the root to a node
+is a node of its own. It has the attributes, and so the checkpoint keys, of the node that it stands
+for.
 
-There may be very many paths where shared objects share others in turn; of those that take more
-than `_MAX_DETOURS` edges beside the first way to a node, none is followed. Neither is one back to
-an object on the path itself.
+If shared objects share others in turn, there may be very many paths. So a path is followed only as
+long as at most `_MAX_DETOURS` of its edges lead to a node that another path has reached before. An
+edge back to an object on the path itself is never followed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _MAX_DETOURS = 3
 
 
 def is_tree(graph: ObjectGraph) -> bool:
-    """Whether no two edges lead to one node.
+    """Whether no two edges lead to the same node.
 
     >>> from ckpt_jax.graph.nodes import Node
     >>> is_tree(ObjectGraph((Node("dict", children=(("a", 1), ("b", 1))), Node("leaf")), ("", "a")))
@@ -31,7 +32,7 @@ def is_tree(graph: ObjectGraph) -> bool:
 
 
 def as_tree(graph: ObjectGraph) -> ObjectGraph:
-    """The same graph with a node for each path; optimizers' slots are left out.
+    """The same graph with one node for each path; optimizers' slots are left out.
 
     >>> from ckpt_jax.graph.nodes import Node
     >>> graph = ObjectGraph(
@@ -42,10 +43,10 @@ def as_tree(graph: ObjectGraph) -> ObjectGraph:
     """
     edges_into = _edges_into(graph)
     seen: set[int] = set()
-    # Of each node of the tree: the one that it stands for, its parent, its key, its detours.
+    # For each node of the tree: the node that it stands for, its parent, its key, its detours.
     origins, parents, keys, detours = [0], [-1], [""], [0]
     children: list[tuple[tuple[Label, int], ...]] = []
-    while (at := len(children)) < len(origins):  # breadth first, so that first ways come first
+    while (at := len(children)) < len(origins):  # breadth first: shortest paths come first
         edges = graph.nodes[origins[at]].children
         names = escaped_names([label for label, _ in edges])
         prefix = f"{keys[at]}/" if keys[at] else ""

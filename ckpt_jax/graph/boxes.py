@@ -1,8 +1,8 @@
 """Boxes: the axis-aligned regions that arrays are cut into.
 
 A box is a tuple of half-open `(start, stop)` pairs, one per axis, inside the shape of the
-array that it belongs to. A rank-0 array has exactly one box, `()`. Every function is pure;
-nothing here knows of devices or files.
+array that it belongs to. A rank-0 array has exactly one box, `()`. Every function is pure, and
+nothing here depends on devices or files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def whole(shape: Sequence[int]) -> Box:
 
 
 def from_index(index: Sequence[slice], shape: Sequence[int]) -> Box:
-    """The box of a tuple of unit-stride slices, as `jax.Shard.index` gives it.
+    """The box that a tuple of slices with stride 1 selects, such as `jax.Shard.index`.
 
     >>> from_index((slice(2, None), slice(None)), (4, 3))
     ((2, 4), (0, 3))
@@ -45,14 +45,14 @@ def size_of(box: Box) -> int:
 
 
 def slices(box: Box, origin: Box | None = None) -> tuple[slice, ...]:
-    """`box` as an index, relative to the corner of `origin` where one is given."""
+    """`box` as an index into an array, or into the part of it that has the box `origin`."""
     if origin is None:
         return tuple([slice(start, stop) for start, stop in box])
     return tuple([slice(a - o, b - o) for (a, b), (o, _) in zip(box, origin, strict=True)])
 
 
 def intersect(a: Box, b: Box) -> Box | None:
-    """The common part of two boxes of equal rank, or None where it has no element.
+    """The common part of two boxes of equal rank, or None if they share no element.
 
     >>> intersect(((0, 4),), ((2, 9),))
     ((2, 4),)
@@ -62,6 +62,7 @@ def intersect(a: Box, b: Box) -> Box | None:
 
 
 def inside(box: Box, shape: Sequence[int]) -> bool:
+    """Whether `box` has the rank of `shape` and lies inside it."""
     return len(box) == len(shape) and all(
         0 <= start <= stop <= n for (start, stop), n in zip(box, shape, strict=True)
     )
@@ -70,8 +71,8 @@ def inside(box: Box, shape: Sequence[int]) -> bool:
 def overlap(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
     """The first pair of boxes that share an element, or None.
 
-    Boxes are swept along the axis on which they differ most, so disjoint slices of the
-    usual kind cost O(n log n).
+    Boxes are swept along the axis on which they differ most. For disjoint slices as shardings
+    make them, this takes O(n log n).
     """
     todo = [box for box in boxes if size_of(box)]
     if len(todo) < 2 or not todo[0]:
@@ -89,7 +90,7 @@ def overlap(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
 
 
 def tiling_problem(boxes: Sequence[Box], shape: Sequence[int]) -> str | None:
-    """Why `boxes` do not cut an array of `shape` into disjoint parts without a hole.
+    """Why `boxes` do not tile an array of `shape`; None if they do.
 
     >>> tiling_problem([((0, 2),), ((2, 4),)], (4,)) is None
     True

@@ -1,7 +1,7 @@
-"""Codec: an object graph as the bytes of a `TrackableObjectGraph`, and back.
+"""Codec: turns an object graph into the bytes of a `TrackableObjectGraph`, and back.
 
-Bytes from a file are data from outside: whatever they say is checked (ids, labels, the format
-version) before a graph is made of it. Paths are not stored; they follow from the edges.
+Bytes from a file may contain anything. So ids, labels, specs and the format version are checked
+before a graph is made of them. Paths are not stored; they follow from the edges.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ckpt_jax.graph.nodes import (
     Slot,
     object_keys,
 )
-from ckpt_jax.graph.specs import LeafSpec, ShardingSpec
+from ckpt_jax.graph.specs import DTYPES_OF_KIND, LeafSpec, ShardingSpec
 from ckpt_jax.version import __version__
 
 _Reference = pb.TrackableObjectGraph.TrackableObject.ObjectReference
@@ -110,27 +110,23 @@ def to_message(graph: ObjectGraph) -> pb.TrackableObjectGraph:
     return message
 
 
-def decode(data: bytes, *, foreign: bool = False) -> ObjectGraph:
+def decode(data: bytes) -> ObjectGraph:
     """The graph in an unsealed `TrackableObjectGraph` message.
 
-    Args:
-      data: the message.
-      foreign: whether it may come from TensorFlow, which writes no format version.
-
     Raises:
-      CorruptCheckpointError: the bytes are no such message or contradict themselves.
+      CorruptCheckpointError: the bytes are no such message or contradict themselves. A graph
+        that TensorFlow wrote is refused, too: it has no format version.
       UnsupportedFormatError: they come from a newer format.
     """
     with decoding("object graph"):
         message = pb.TrackableObjectGraph.FromString(data)
-        if message.format_version or not foreign:
-            check_version(message.format_version, FORMAT_VERSION)
+        check_version(message.format_version, FORMAT_VERSION)
         return _decode(message)
 
 
 @contextmanager
 def decoding(what: str) -> Iterator[None]:
-    """Says of an error that `what` is damaged."""
+    """Raises errors of the block as a CorruptCheckpointError that says that `what` is damaged."""
     try:
         yield
     except DecodeError as error:
@@ -140,13 +136,13 @@ def decoding(what: str) -> Iterator[None]:
 
 
 def check_version(found: int, known: int) -> None:
-    """Checks that a message is of a format version that can be read here."""
+    """Checks that this library reads the format version of a message."""
     if not found:
         raise CorruptCheckpointError("there is no format version")
     if found > known:
         raise UnsupportedFormatError(
-            f"written by format {found}, this is ckpt_jax {__version__} which reads up to "
-            f"{known}; install a newer ckpt_jax"
+            f"written in format {found}, but this is ckpt_jax {__version__}, which reads formats "
+            f"up to {known}; install a newer ckpt_jax"
         )
 
 
@@ -173,7 +169,7 @@ def _decode(message: pb.TrackableObjectGraph) -> ObjectGraph:
         slots = slots_of(entry.slot_variables)
         children = references(entry.children)
         if len({(child.key_kind, child.local_name) for child in entry.children}) < len(children):
-            raise ValueError(f"node {len(nodes)} has two edges of one label")
+            raise ValueError(f"node {len(nodes)} has two edges with the same label")
         ids = [child for _, child in children]
         ids += [node for slot in slots for node in (slot.variable, slot.node)]
         if ids and not (0 <= min(ids) and max(ids) < count):
@@ -208,28 +204,17 @@ def _decode(message: pb.TrackableObjectGraph) -> ObjectGraph:
     return ObjectGraph(tuple(nodes), object_keys(nodes))
 
 
-_DTYPES = {  # of the kinds that are stored in one way only
-    "int": ("int64", "bytes"),
-    "bool": ("bool",),
-    "float": ("float64",),
-    "complex": ("complex128",),
-    "str": ("bytes",),
-    "bytes": ("bytes",),
-    "enum": ("bytes",),
-    "python_state": ("bytes",),
-}
-_ARRAYS = ("", "array", "numpy", "numpy_scalar", "prng_key")
-
-
 def _spec(message: pb.LeafSpec) -> LeafSpec:
-    kind, dtype, shape = message.kind, message.dtype, tuple(message.shape)
-    if kind in _ARRAYS:
-        sound = dtype != "bytes" and (kind != "numpy_scalar" or not shape)
+    spec = LeafSpec(
+        message.kind, message.dtype, tuple(message.shape), message.weak_type, message.prng_impl
+    )
+    if spec.is_array or spec.is_key:
+        sound = not spec.is_bytes and (spec.kind != "numpy_scalar" or not spec.shape)
     else:
-        sound = dtype in _DTYPES[kind] and not shape
+        sound = spec.dtype in DTYPES_OF_KIND.get(spec.kind, ()) and not spec.shape
     if not sound:
-        raise ValueError(f"a value of kind {kind!r} cannot be {dtype}{list(shape)}")
-    return LeafSpec(kind, dtype, shape, message.weak_type, message.prng_impl)
+        raise ValueError(f"a value of kind {spec.kind!r} cannot be {spec.dtype}{list(spec.shape)}")
+    return spec
 
 
 # --- edges -----------------------------------------------------------------------------
@@ -248,7 +233,7 @@ def references(entries: Any) -> tuple[tuple[Label, int], ...]:
 
 
 def _label(reference: Any) -> Label:
-    """The label of an `ObjectReference`, whose text has to be the label's own."""
+    """The label of an `ObjectReference`. Its text has to be how that label is written."""
     label = _FROM_TEXT[reference.key_kind](reference.local_name)
     if labels.local_name(label) != reference.local_name:
         raise ValueError(f"{reference.local_name!r} is not how the label {label!r} is written")

@@ -1,4 +1,4 @@
-"""Dtypes by their canonical names: all that arrays in a checkpoint can have.
+"""Dtypes by their canonical names: all dtypes that arrays in a checkpoint can have.
 
 The names are numpy's, and those of `ml_dtypes` for the types that numpy lacks.
 """
@@ -18,8 +18,9 @@ _TIME_DTYPE = re.compile(r"(datetime|timedelta)64(\[\d*[a-zA-Z]+\])?")
 
 
 def _named_dtypes() -> dict[str, np.dtype]:
-    # longdouble has the same name for different bits on different machines: left out.
-    # By name, not by type code: where two codes are one type, the name gives the usual one.
+    # longdouble is left out, because the same name means different bits on different machines.
+    # Types are listed by name, not by type code: if two codes mean one type, the name gives the
+    # usual one.
     sized = "int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64"
     numpy_types = [np.dtype(name) for name in ("bool", *sized.split(), "complex64", "complex128")]
     members = [getattr(ml_dtypes, name) for name in dir(ml_dtypes)]
@@ -32,7 +33,7 @@ _DTYPES = _named_dtypes()
 
 @cache
 def dtype_name(dtype: np.dtype) -> str:
-    """The canonical name of `dtype`, whatever its byte order.
+    """The canonical name of `dtype`, which is the same for both byte orders.
 
     Raises:
       ValueError: arrays of that dtype cannot be stored.
@@ -47,7 +48,7 @@ def dtype_name(dtype: np.dtype) -> str:
 
 
 def dtype_of(name: str) -> np.dtype:
-    """The native dtype with that canonical name.
+    """The dtype with that canonical name, in native byte order.
 
     Raises:
       ValueError: no dtype has that name.

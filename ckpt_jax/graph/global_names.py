@@ -1,12 +1,12 @@
 """Global names: an object graph for a checkpoint that has none.
 
 Some files hold no object graph, only a flat mapping from names to values. The *global name* of
-a value is its path: the local names of its objects joined with "/", or, in a file none of whose
-names has a "/", with ".". Splitting the names at their separators gives a tree of nodes, and
-with it such a file is matched, planned, renamed and reported like any other.
+a value is its path: the local names of its objects joined with "/", or with "." if no name in the
+file has a "/". Splitting the names at their separators gives a tree of nodes, and with the tree
+such a file is matched, planned, renamed and reported like any other.
 
-One thing the names do not say: whether `a/b` is the value of an object `b`, or a value called
-"b" that the object `a` owns. The tree takes it for the former; `own_values` corrects that for
+The names leave one question open: whether `a/b` is the value of an object `b`, or a value called
+"b" that the object `a` owns. The tree assumes an object `b`. `own_values` corrects this for
 objects of the program that turn out to own values.
 """
 
@@ -21,7 +21,7 @@ from ckpt_jax.graph.specs import LeafSpec
 
 
 def labels_of(name: str, separator: str = "/") -> tuple[str, ...]:
-    """The labels that a global name is made of.
+    """The labels that a global name consists of.
 
     >>> labels_of("layers/0/w"), labels_of("layers.0.w", "."), labels_of("a.Sb/c")
     (('layers', '0', 'w'), ('layers', '0', 'w'), ('a/b', 'c'))
@@ -34,7 +34,7 @@ def graph_of(specs: Mapping[str, LeafSpec]) -> ObjectGraph:
     """The tree of a name-based checkpoint. The key of each value is its name.
 
     Raises:
-      ValueError: two names are one path.
+      ValueError: two names give the same path.
     """
     separator = "/" if any("/" in name for name in specs) else "."
     nodes = [Node(container="dict")]
@@ -63,9 +63,14 @@ def graph_of(specs: Mapping[str, LeafSpec]) -> ObjectGraph:
 
 
 def own_values(saved: ObjectGraph, live: ObjectGraph, bound: Mapping[int, int]) -> ObjectGraph:
-    """The tree once more, where objects of the program own some of the values.
+    """The tree, with values moved to their parents if the parents' objects in the program own them.
 
-    Node ids stay what they are; a node whose value has moved to its parent is left empty.
+    Node ids do not change. A node whose value has moved to its parent is left empty.
+
+    Args:
+      saved: the tree.
+      live: the graph of the program's objects.
+      bound: saved node -> live node.
     """
     nodes = list(saved.nodes)
     for source, target in bound.items():

@@ -11,9 +11,9 @@ Two strings are made of the labels on a node's first path from the root:
 * its *checkpoint key*, for the file: the local names escaped as TensorFlow does, so that no
   name can be mistaken for a separator, followed by ".ATTRIBUTES/<attribute>".
 
-Both are injective: different nodes never share one. A slot variable's key begins with its
-variable's; its path begins with its optimizer's (`opt/momentum/model/w`), so that a pattern for
-parameters does not take their optimizer state along.
+Different nodes never have the same path or the same key. The key of a slot variable begins with
+the key of its variable. Its path begins with the path of its optimizer (`opt/momentum/model/w`), so
+that a pattern for parameters does not select their optimizer state.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def unescape(segment: str) -> str:
 
 
 def readable(name: str) -> str:
-    """`name` as one segment of a path: verbatim, or escaped where that could be misread.
+    """`name` as one segment of a path: unchanged, or escaped if it could be misread.
 
     >>> readable("layer.0"), readable("a/b"), readable("")
     ('layer.0', 'a.Sb', '.E')
@@ -81,8 +81,8 @@ def readable(name: str) -> str:
 def escaped_names(labels: Sequence[Label]) -> list[str]:
     """The escaped local names of one object's edges, made distinct.
 
-    A label that is no string gives way, where another label has the same text, by a suffix
-    that no escaped name contains.
+    If a label that is no string has the same text as another label, its name gets a suffix that
+    no escaped name contains.
 
     >>> escaped_names(["0", 0, "a.b"])
     ['0', '0.Tint', 'a..b']
@@ -115,7 +115,7 @@ def path_of(object_key: str) -> str:
 
 
 def attribute_key(object_key: str, attribute: str) -> str:
-    """Checkpoint key of one value of the object with the escaped path `object_key`.
+    """The checkpoint key of one value of the object that has the escaped path `object_key`.
 
     >>> attribute_key("model/w", VARIABLE_VALUE)
     'model/w/.ATTRIBUTES/VARIABLE_VALUE'
@@ -124,10 +124,10 @@ def attribute_key(object_key: str, attribute: str) -> str:
 
 
 def slot_key(variable_key: str, optimizer_key: str, slot_name: str) -> str:
-    """Escaped path of a slot variable, from the escaped paths of variable and optimizer."""
+    """The escaped path of a slot variable, from the escaped paths of variable and optimizer."""
     return f"{variable_key}/{_OPTIMIZER_SLOT}/{optimizer_key}/{escape(slot_name)}"
 
 
 def object_key_of(key: str) -> str:
-    """The object's part of a checkpoint key."""
+    """The escaped path of the object that a checkpoint key belongs to."""
     return key.partition(f"/{_ATTRIBUTES}/")[0]

@@ -1,10 +1,10 @@
-"""The object graph as a value: what is saved, and what a live program looks like.
+"""The object graph as a value.
 
 A graph is a tuple of nodes; a node's id is its position and node 0 is the root. A node has
-labelled edges to its children, values of its own (*attributes*), and, where it is an
-optimizer, *slots*: edges labelled with (variable, slot name). The same type describes the
-graph in a file and the graph of live objects, which is why restoring is a match of two
-values.
+labelled edges to its children and values of its own (*attributes*). An optimizer also has *slots*:
+edges to the state that it keeps for a variable, labelled with (variable, slot name). The same type
+describes the graph in a file and the graph of a program's objects. So restoring begins with the
+match of two values of this type.
 
 Nothing here holds arrays, devices or files; a `LeafSpec` and a `ShardingSpec` are plain data.
 """
@@ -34,7 +34,7 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class Attribute:
-    """One value of a node: its local name, its checkpoint key, and what it is."""
+    """One value of a node: its local name, its checkpoint key, and its spec."""
 
     name: str
     key: str
@@ -54,7 +54,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class SaverRef:
-    """The registered saver that holds a node's values, and the node's name in it."""
+    """The registered saver that holds a node's values, and the saver's name for the node."""
 
     name: str
     object_name: str
@@ -67,7 +67,7 @@ class Node:
     `container` is what a reader without the program makes of it: "" for an object, "leaf",
     "none", "dict", "list", "tuple", "namedtuple", "dataclass", ...; `type_name` is for people.
     `has_values` is TensorFlow's has_checkpoint_values: whether this node or a descendant
-    carries values (None in files that do not say).
+    carries values (None if the file does not say).
     """
 
     container: str = ""
@@ -100,7 +100,7 @@ class ObjectGraph:
 
     @cached_property
     def by_key(self) -> dict[str, LeafSpec]:
-        """What is stored under each checkpoint key."""
+        """The spec of the value under each checkpoint key."""
         return {attribute.key: attribute.spec for _, attribute in self.attributes()}
 
     @cached_property
@@ -133,7 +133,7 @@ class ObjectGraph:
         }
 
     def carries_values(self, node: int) -> bool:
-        """Whether a node or a descendant has values; files that do not say count as yes
+        """Whether a node or a descendant has values. If the file does not say, the answer is yes,
         unless the node has nothing at all."""
         entry = self.nodes[node]
         if entry.has_values is not None:
@@ -156,14 +156,17 @@ class ObjectGraph:
         return to_message(self)
 
     def value_path(self, node: int, attribute: str) -> str:
-        """The path of a value: that of its node where it is the node's one value."""
+        """The path of a value: the path of its node if it is the node's only value."""
         path = self.paths[node]
         if len(self.nodes[node].attributes) == 1 and attribute in ONLY_VALUE:
             return path
         return f"{path}/{attribute}" if path else attribute
 
     def other_paths(self, changed: ObjectGraph) -> dict[int, str]:
-        """The paths here of nodes, or of their one value, that have others in a changed graph."""
+        """The old paths of nodes that have another path in `changed`, a version of this graph.
+
+        A node with values is listed with the path of its one value.
+        """
         if changed is self:
             return {}
         return {
@@ -181,7 +184,7 @@ def slots_in(nodes: Sequence[Node]) -> Iterator[tuple[int, Slot]]:
 
 
 def descendants(nodes: Sequence[Node], roots: Iterable[int] = (0,)) -> list[int]:
-    """The roots and all that child edges lead to from them, breadth first."""
+    """The roots and all nodes that child edges lead to from them, breadth first."""
     order = list(dict.fromkeys(roots))
     seen = set(order)
     for node in order:  # grows while it is walked
@@ -195,7 +198,7 @@ def descendants(nodes: Sequence[Node], roots: Iterable[int] = (0,)) -> list[int]
 def object_keys(nodes: Sequence[Node]) -> tuple[str, ...]:
     """The escaped path of each node, along its first breadth-first discovery.
 
-    A node that cannot be reached has the path of its id, which no escaped name equals.
+    A node that cannot be reached gets a path made of its id, which no escaped name equals.
     """
     keys: dict[int, str] = {0: ""}
 
@@ -220,7 +223,7 @@ def object_keys(nodes: Sequence[Node]) -> tuple[str, ...]:
 
 
 def reachable(graph: ObjectGraph, roots: list[int]) -> set[int]:
-    """Nodes that can be reached from `roots` along child edges, and the slots of those."""
+    """Nodes that can be reached from `roots` along child edges and slots."""
     seen = set(roots)
     todo = list(roots)
     while todo:
@@ -251,7 +254,12 @@ def _dotted(graph: ObjectGraph, node: int) -> str:
 def has_values(
     own: Sequence[bool], children: Sequence[tuple[tuple[Label, int], ...]]
 ) -> list[bool]:
-    """For each node, whether it or a descendant has values of its own (cycles are fine)."""
+    """For each node, whether it or a descendant has values. The graph may have cycles.
+
+    Args:
+      own: for each node, whether it has values of its own.
+      children: the edges of each node.
+    """
     parents: dict[int, list[int]] = {}
     for node, edges in enumerate(children):
         for _, child in edges:

@@ -1,8 +1,9 @@
-"""Patterns on paths, and the paths that templates make of what they matched.
+"""Patterns that match paths, and templates that make new paths of the matches.
 
-In a pattern "*" stands for any text without "/", "**" for any text, "?" for one character; all
-else stands for itself. A compiled regular expression is taken as it is and has to match the
-whole path. In a template the wildcards stand for what those of the pattern matched, in order.
+In a pattern, "*" matches any text without "/", "**" matches any text, "?" matches one character
+except "/", and every other character matches itself. A compiled regular expression is used as it
+is; it has to match the whole path. The wildcards of a template are replaced with what the
+pattern's wildcards matched, in order.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _MEANING = {"**": "(.*)", "*": "([^/]*)", "?": "([^/])"}
 
 
 def compile_pattern(pattern: Pattern) -> re.Pattern[str]:
-    """A regular expression with one group per wildcard.
+    """The regular expression for a pattern, with one group per wildcard.
 
     >>> compile_pattern("layers/*/w").fullmatch("layers/3/w").groups()
     ('3',)
@@ -32,7 +33,9 @@ def compile_pattern(pattern: Pattern) -> re.Pattern[str]:
 
 
 def selects(selection: Selection | None) -> Callable[[str], bool]:
-    """The predicate on paths that a pattern, a list of patterns or a function stands for.
+    """A function that says of a path whether a selection contains it.
+
+    A selection is a pattern, a list of patterns or such a function; None selects every path.
 
     >>> chosen = selects(["params/**", "step"])
     >>> [chosen(path) for path in ("params/dense/kernel", "step", "opt_state/0")]
@@ -52,7 +55,7 @@ def selects(selection: Selection | None) -> Callable[[str], bool]:
 
 
 def fill(template: str, groups: Sequence[str | None]) -> str:
-    """The path that a template makes of what the wildcards of a pattern matched.
+    """A template with its wildcards replaced by what the pattern's wildcards matched.
 
     >>> fill("blocks/*/w", ["3"])
     'blocks/3/w'
@@ -62,10 +65,11 @@ def fill(template: str, groups: Sequence[str | None]) -> str:
 
 
 def odd_wildcards(longer: str, shorter: str) -> list[int]:
-    """Which wildcard of `longer` may be the one without a counterpart in `shorter`.
+    """The positions of wildcards in `longer` that may have no counterpart in `shorter`.
 
-    The others have to be of the same kinds as those of `shorter`. Of several, those in segments
-    that `shorter` does not have go first.
+    Without such a wildcard, `longer` has the same kinds of wildcards in the same order as
+    `shorter`. If some of the candidates lie in segments that `shorter` does not have, only those
+    are returned.
 
     >>> odd_wildcards("layers_*/*", "layers/*"), odd_wildcards("*/layers_*/w", "*/layers/w")
     ([0], [1])

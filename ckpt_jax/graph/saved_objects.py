@@ -1,22 +1,23 @@
-"""What each object of an object graph is made anew as, and the codec of `SavedObjectGraph`.
+"""Saved objects: how each object of an object graph is recreated; the codec of `SavedObjectGraph`.
 
-The object graph says where the values of a program's objects are stored. A `SavedObject` says,
-node by node, what the object is: one that a registered class makes, with the message that the
-class wrote, or one of a few kinds that need no class.
+The object graph says where the values of a program's objects are stored. A `SavedObject` says
+what one node's object is. Either a registered class makes it, from the message that the class
+wrote, or it has one of a few kinds that need no class:
 
-    object    of a class; a plain AutoTrackable where the class is not registered
+    object    an object of a class; a plain AutoTrackable if the class is not registered
     variable  a mutable box for one value
     list, tuple, dict, none
-    value     an array, a number, a string: its leaf spec says which
+    value     an array, a number or a string; its leaf spec says which
 
 Both graphs have the same nodes and edges. A file in which they differ is damaged.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from graphlib import CycleError, TopologicalSorter
+from typing import Any, NamedTuple, TypeVar
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
@@ -33,15 +34,17 @@ from ckpt_jax.graph.codec import (
 )
 from ckpt_jax.graph.labels import LABEL_TYPES, VARIABLE_VALUE, Label
 from ckpt_jax.graph.nodes import Node, ObjectGraph
-from ckpt_jax.graph.order import order_by_dependency
 from ckpt_jax.graph.specs import LeafSpec
 
 FORMAT_VERSION = 1
 
 OBJECT, VARIABLE, VALUE, NONE = "object", "variable", "value", "none"
 LIST, TUPLE, DICT = "list", "tuple", "dict"
-CONTAINERS = (LIST, TUPLE, DICT)  # made after their parts
+CONTAINERS = (LIST, TUPLE, DICT)  # made after their children
 
+T = TypeVar("T", bound=Hashable)
+
+# The names of DataType's numbers are "DT_" and our name of the dtype in capitals, but for these.
 _IRREGULAR = {"float32": "FLOAT", "float64": "DOUBLE", "float16": "HALF", "bytes": "STRING"}
 _REGULAR = {number: name.removeprefix("DT_").lower() for name, number in pb.DataType.items()}
 _DTYPE_NAMES = {**_REGULAR, **{pb.DataType.Value(f"DT_{v}"): k for k, v in _IRREGULAR.items()}}
@@ -64,14 +67,16 @@ class PlainPart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SavedObject:
-    """What one node is made anew as.
+    """How the object of one node is recreated.
 
     Attributes:
-      kind: see above.
-      registered_name: of its class; "" for none.
-      message: what the class wrote; empty where it wrote nothing.
-      dependencies: (name, node) of what has to exist before the class can make it.
-      spec: what its value is, where a registered saver holds it and the object graph does not say.
+      kind: one of the kinds that the module lists.
+      registered_name: the name of its registered class; "" if there is none.
+      message: the message that the class wrote; None if it wrote nothing.
+      dependencies: (name, node) of each object that has to exist before the class can make this
+        one.
+      spec: what its value is, if a registered saver holds the value. Otherwise the object graph
+        says it, and this is None.
       plain_parts: of a list or dict, in the order of their positions.
     """
 
@@ -84,10 +89,10 @@ class SavedObject:
 
 
 def packed(message: Any) -> AnyMessage | None:
-    """What a class wrote, as the message that goes into the file.
+    """A message that a class wrote, packed for the file.
 
     Raises:
-      TypeError: it is no protobuf message.
+      TypeError: the class wrote something that is no protobuf message.
     """
     if message is None or isinstance(message, AnyMessage):
         return message
@@ -113,27 +118,62 @@ def with_plain_parts(
 
 
 def has_dtype_number(dtype: str) -> bool:
-    """Whether the message of a variable can say this dtype."""
+    """Whether `SavedVariable` has a number for this dtype."""
     return dtype in _DTYPE_NUMBERS
 
 
 def needs(graph: ObjectGraph, objects: Sequence[SavedObject], node: int) -> list[int]:
-    """The nodes that have to be made before `node`: containers need their parts."""
+    """The nodes that have to be made before `node`: dependencies, and a container's children."""
     saved = objects[node]
-    parts = [child for _, child in graph.nodes[node].children] if saved.kind in CONTAINERS else []
-    return [*(child for _, child in saved.dependencies), *parts]
+    children = graph.nodes[node].children if saved.kind in CONTAINERS else ()
+    return [needed for _, needed in (*saved.dependencies, *children)]
 
 
 def in_order(graph: ObjectGraph, objects: Sequence[SavedObject], nodes: Iterable[int]) -> list[int]:
     """Nodes in an order in which they can be made.
 
     Raises:
-      CyclicDependencyError: there is none.
+      CyclicDependencyError: there is no such order.
     """
     return order_by_dependency({node: needs(graph, objects, node) for node in nodes})
 
 
-# --- out -------------------------------------------------------------------------------
+class CyclicDependencyError(ValueError):
+    """Objects depend on each other in a cycle.
+
+    Attributes:
+      cycle: the objects of the cycle; the first one is repeated at the end.
+    """
+
+    def __init__(self, cycle: tuple[Any, ...]):
+        super().__init__(f"dependencies form a cycle: {' -> '.join(map(str, cycle))}")
+        self.cycle = cycle
+
+
+def order_by_dependency(dependencies: Mapping[T, Iterable[T]]) -> list[T]:
+    """All keys, each after those that it depends on.
+
+    Args:
+      dependencies: for each key, the keys that have to come before it.
+
+    Raises:
+      ValueError: a dependency is no key.
+      CyclicDependencyError: there is no such order.
+
+    >>> order_by_dependency({"roof": ["walls"], "walls": ["ground"], "ground": []})
+    ['ground', 'walls', 'roof']
+    """
+    known = {key: list(needed) for key, needed in dependencies.items()}
+    unknown = {need for needed in known.values() for need in needed} - known.keys()
+    if unknown:
+        raise ValueError(f"dependencies that are not in the map: {sorted(map(str, unknown))}")
+    try:
+        return list(TopologicalSorter(known).static_order())
+    except CycleError as error:
+        raise CyclicDependencyError(tuple(reversed(error.args[1]))) from None
+
+
+# --- to a message ----------------------------------------------------------------------
 
 
 def encode(graph: ObjectGraph, objects: Sequence[SavedObject]) -> bytes:
@@ -179,11 +219,11 @@ def _spec_text(spec: LeafSpec) -> str:
     return ":".join([spec.kind, spec.dtype, ",".join(map(str, spec.shape))])
 
 
-# --- back ------------------------------------------------------------------------------
+# --- from a message --------------------------------------------------------------------
 
 
 def decode(data: bytes, graph: ObjectGraph) -> tuple[SavedObject, ...]:
-    """The objects in an unsealed `SavedObjectGraph` message that stands beside `graph`.
+    """The objects in an unsealed `SavedObjectGraph` message of the checkpoint that has `graph`.
 
     Raises:
       CorruptCheckpointError: the bytes are no such message, or contradict themselves or `graph`.
@@ -193,7 +233,7 @@ def decode(data: bytes, graph: ObjectGraph) -> tuple[SavedObject, ...]:
         message = pb.SavedObjectGraph.FromString(data)
         check_version(message.format_version, FORMAT_VERSION)
         if len(message.nodes) != len(graph.nodes):
-            raise ValueError(f"{len(message.nodes)} for {len(graph.nodes)} nodes")
+            raise ValueError(f"{len(message.nodes)} objects for {len(graph.nodes)} nodes")
         return tuple([_object(n, entry, graph) for n, entry in enumerate(message.nodes)])
 
 
@@ -203,13 +243,13 @@ def _object(number: int, entry: Any, graph: ObjectGraph) -> SavedObject:
     saver = node.saver.name if node.saver else ""
     edges = references(entry.children), slots_of(entry.slot_variables), entry.registered_saver
     if edges != (node.children, node.slots, saver):
-        raise ValueError(f"{where}: other edges than the object graph has")
+        raise ValueError(f"{where}: its edges or saver differ from those in the object graph")
     dependencies = references(entry.dependencies)
     names = [name for name, _ in dependencies if isinstance(name, str)]
     if len(set(names)) < len(dependencies):
-        raise ValueError(f"{where}: dependencies without names of their own")
+        raise ValueError(f"{where}: two dependencies have one name, or one has none")
     if not all(0 <= child < len(graph.nodes) for _, child in dependencies):
-        raise ValueError(f"{where}: depends on a node that there is not")
+        raise ValueError(f"{where}: depends on a node that does not exist")
     kind = _kind(entry, where)
     saved = SavedObject(
         kind,
@@ -220,9 +260,9 @@ def _object(number: int, entry: Any, graph: ObjectGraph) -> SavedObject:
         _decode_plain_parts(entry, where) if kind in (LIST, DICT) else (),
     )
     if not _FITS[saved.kind](saved, node):
-        raise ValueError(f"{where}: its values or edges are not those of a {saved.kind}")
+        raise ValueError(f"{where}: its values or edges do not fit the kind {saved.kind}")
     if dependencies and not saved.registered_name:
-        raise ValueError(f"{where}: has dependencies, but no class that could ask for them")
+        raise ValueError(f"{where}: has dependencies, but no class that could use them")
     return saved
 
 
@@ -230,9 +270,9 @@ def _kind(entry: Any, where: str) -> str:
     which = entry.WhichOneof("kind")
     kind = VARIABLE if which == "variable" else entry.user_object.identifier
     if which not in ("variable", "user_object") or kind not in _FITS:
-        raise ValueError(f"{where}: objects of the kind {kind or which!r} are not known here")
+        raise ValueError(f"{where}: the kind {kind or which!r} is unknown")
     if entry.user_object.version.min_consumer > FORMAT_VERSION:
-        raise ValueError(f"{where}: has to be read by a newer ckpt_jax")
+        raise ValueError(f"{where}: only a newer ckpt_jax can read it")
     return kind
 
 
@@ -264,12 +304,12 @@ def _decode_plain_parts(entry: Any, where: str) -> tuple[PlainPart, ...]:
 def _shape(sizes: Any) -> tuple[int, ...]:
     shape = tuple(sizes)
     if any(size < 0 for size in shape):
-        raise ValueError(f"no shape: {shape}")
+        raise ValueError(f"a shape has no negative sizes: {shape}")
     return shape
 
 
 def _is_leaf(saved: SavedObject, node: Node) -> bool:
-    """One value, which the object graph or a registered saver holds."""
+    """Whether it has one value, and the object graph or a registered saver holds that."""
     if node.children or (saved.registered_name and saved.kind == VALUE):
         return False
     if node.saver is not None:

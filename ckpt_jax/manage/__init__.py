@@ -1,0 +1,1 @@
+"""Many checkpoints of one directory: which there are, which stay, and a last one at preemption."""

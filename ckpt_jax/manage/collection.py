@@ -12,7 +12,8 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, replace
 
 from ckpt_jax.api.latest import (
     checkpoint_exists,
@@ -20,16 +21,50 @@ from ckpt_jax.api.latest import (
     problem_with,
     remove_checkpoint,
 )
-from ckpt_jax.manage.ledger import Ledger, read_ledger, recovered, write_ledger
-from ckpt_jax.manage.retention import CheckpointRecord, RetentionPolicy, Sweep, plan_sweep
+from ckpt_jax.errors import CheckpointNotFoundError
+from ckpt_jax.manage.ledger import (
+    Ledger,
+    UnknownMetrics,
+    path_in,
+    read_ledger,
+    recovered,
+    restorable,
+    write_ledger,
+)
+from ckpt_jax.retention import CheckpointRecord, RetentionPolicy, Sweep, plan_sweep
 from ckpt_jax.store.directory import number_of
+from ckpt_jax.store.notes import NOTES_FILE
 from ckpt_jax.store.staging import STAGING, is_abandoned, remove_abandoned
+from ckpt_jax.store.storage import POSIX
 
 _log = logging.getLogger("ckpt_jax")
 
 
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """A save that has begun.
+
+    Attributes:
+      record: of its checkpoint.
+      before: the generation of what was at its path.
+      origin: the checkpoint that was saved or restored before it.
+    """
+
+    record: CheckpointRecord
+    before: Hashable | None
+    origin: str | None
+
+    @property
+    def is_committed(self) -> bool:
+        """Whether the checkpoint is at its path."""
+        return POSIX.generation(self.record.path) not in (None, self.before)
+
+
 class Collection:
     """The managed checkpoints of a directory.
+
+    A checkpoint may be committed but not recorded: a write callback has failed, or Ctrl-C came
+    between the two. It is *adopted* at the next save: then it is managed, and it is not the latest.
 
     Args:
       directory: an absolute path; it need not exist yet.
@@ -53,36 +88,164 @@ class Collection:
         self._directory, self._name = directory, name
         self._policy = policy
         self._preserve_interval_seconds = preserve_interval_seconds
-        self.ledger = recovered(directory, now)
+        self._begun: dict[str, _Begun] = {}  # by path
+        self._origin: str | None = None  # the checkpoint that was saved or restored last
+        self.ledger = recovered(directory, name, now)
 
     def candidates(self) -> list[str]:
-        """What there is to restore, best first."""
+        """The checkpoints that can be restored, best first."""
         latest = self.ledger.latest
-        return [latest, *older_checkpoints(self._directory, latest)] if latest else []
+        if latest is None:
+            return []
+        abandoned = {record.path for record in self.ledger.records if record.is_abandoned}
+        older = [p for p in older_checkpoints(self._directory, latest) if p not in abandoned]
+        return [latest, *older]
+
+    def path_of(self, number: int) -> str:
+        """The path of the checkpoint with a number.
+
+        Raises:
+          CheckpointNotFoundError: there is none.
+        """
+        path = path_in(self._directory, self._name, number)
+        if not checkpoint_exists(path):
+            found = ", ".join(map(str, restorable(self._directory, self._name)[-20:]))
+            raise CheckpointNotFoundError(
+                f"{path}: expected a checkpoint, found none. "
+                + (f"There are checkpoints of the steps {found}" if found else "There are none")
+                + f" in {self._directory}; pass one of these."
+            )
+        return path
+
+    def restored(self, path: str) -> None:
+        """Notes that the program has restored one of the checkpoints, and goes on from there."""
+        self._origin = path
+
+    def begin(self, record: CheckpointRecord) -> None:
+        """Notes that a save has begun."""
+        before = POSIX.generation(record.path)
+        self._begun[record.path] = _Begun(record, before, self._origin)
+        self._origin = record.path
+
+    def take_back(self, path: str) -> bool:
+        """Notes that a save has failed; returns whether there is a checkpoint all the same: an
+        interrupt came after the commit. It will be adopted."""
+        begun = self._begun.get(path)
+        if begun is None:
+            return False
+        if begun.is_committed:
+            return True
+        del self._begun[path]
+        if self._origin == path:
+            self._origin = begun.origin
+        return False
+
+    def _with_adopted(self, ledger: Ledger) -> Ledger:
+        """A ledger with what was committed but not recorded."""
+        begun = [*self._begun.values()]  # a signal handler may change them
+        return ledger.with_adopted([each.record for each in begun if each.is_committed])
 
     def collect(self, dry_run: bool) -> list[str]:
+        """Removes what is not needed, and what interrupted saves have left; see
+        `CheckpointManager.gc`."""
+        before = self.ledger
+        if before.latest is None:
+            return []
+        self.ledger = self._with_adopted(before)
         sweep = self._plan_sweep()
         leftovers = self._leftovers()
+        if dry_run:
+            self.ledger = before
         if not (sweep.preserve or sweep.remove or leftovers) or not self._is_latest_usable():
+            self.ledger = before
             return []
         if dry_run:
             return [*(record.path for record in sweep.remove), *leftovers]
+        self._forget_recorded()
         return [*self._sweep(sweep), *(p for p in leftovers if _attempt(remove_abandoned, p))]
 
-    def record(self, record: CheckpointRecord) -> None:
-        """Makes a checkpoint that was just committed the latest, and sweeps."""
-        ledger = self.ledger.with_latest(record)
-        write_ledger(self._directory, ledger)
+    def record(self, record: CheckpointRecord, is_overtaken: bool = False) -> None:
+        """Makes a checkpoint that was just committed the latest, and sweeps.
+
+        Args:
+          record: of the checkpoint.
+          is_overtaken: whether one with newer values is recorded already, which stays the latest.
+        """
+        begun = self._begun.get(record.path)
+        origin = begun.origin if begun is not None else None
+        while True:
+            before = self.ledger
+            ledger = self._with_adopted(before)
+            is_older = is_overtaken and ledger.latest is not None
+            ledger = ledger.with_older(record) if is_older else ledger.with_latest(record, origin)
+            write_ledger(self._directory, self._name, ledger, is_newest=True)
+            if self.ledger is before:
+                break
+            is_overtaken = True  # by a save in a signal handler, during this loop
         self.ledger = ledger
+        self._forget_recorded()
         sweep = self._plan_sweep()
         if (sweep.preserve or sweep.remove) and self._is_latest_usable():
             self._sweep(sweep)
 
+    def _forget_recorded(self) -> None:
+        for record in self.ledger.records:
+            self._begun.pop(record.path, None)
+
     def follow(self) -> None:
         """Takes over what process 0 has recorded."""
-        self.ledger = read_ledger(self._directory) or self.ledger
+        self.ledger = read_ledger(self._directory, self._name) or self.ledger
+
+    def delete(self, number: int) -> None:
+        """Removes a checkpoint, which need not be managed. If it is the latest, the one before it
+        becomes the latest.
+
+        Raises:
+          CheckpointNotFoundError: there is no checkpoint of this number.
+          ValueError: it is the only one that can be restored.
+          OSError: it could not be removed.
+        """
+        path = self.path_of(number)
+        ledger = self.ledger
+        if path == ledger.latest:
+            others = [each for each in self.candidates()[1:] if problem_with(each) is None]
+            if not others:
+                raise ValueError(
+                    f"{path}: expected another usable checkpoint to become the latest, found none. "
+                    "Save first, or remove the directory."
+                )
+            ledger = Ledger(others[0], ledger.records, ledger.last_preserved)
+            self._write(ledger)
+        remove_checkpoint(path)
+        self._begun.pop(path, None)
+        if ledger.latest is not None:
+            self._write(self.ledger.without(frozenset([path])))
+
+    def _write(self, ledger: Ledger) -> None:
+        write_ledger(self._directory, self._name, ledger, is_newest=False)
+        self.ledger = ledger
 
     def _plan_sweep(self) -> Sweep:
+        sweep = self._planned()
+        unknown = frozenset(
+            record.path
+            for record in self.ledger.records
+            if isinstance(record.metrics, UnknownMetrics) and record.metrics.is_asked
+        )
+        if not unknown:
+            return sweep
+        _log.warning(
+            "%s: expected the metrics of %d checkpoints, which a retention policy asks for, found "
+            "no file. These checkpoints will not be removed: %s. Restore the file from a copy and "
+            "make the manager again, or remove what is not needed by hand.",
+            os.path.join(self._directory, NOTES_FILE),
+            len(unknown),
+            ", ".join(sorted(map(os.path.basename, unknown))),
+        )
+        self.ledger = self.ledger.without(unknown)
+        return self._planned()
+
+    def _planned(self) -> Sweep:
         records, last_preserved = self.ledger.records, self.ledger.last_preserved
         if self._policy is None:
             return Sweep(records, (), (), last_preserved)
@@ -101,18 +264,20 @@ class Collection:
     def _sweep(self, sweep: Sweep) -> list[str]:
         """Removes what the plan says; what cannot be removed stays managed, for the next time."""
         removed: list[str] = []
-        stay: list[CheckpointRecord] = []
+        gone = {record.path for record in sweep.preserve}
         for record in sweep.remove:
             if not checkpoint_exists(record.path):
                 _log.warning("%s was to be removed, but is there no longer", record.path)
             elif _attempt(remove_checkpoint, record.path) or not checkpoint_exists(record.path):
                 removed.append(record.path)
             else:
-                stay.append(record)
-        records = (*sweep.keep, *stay)
-        self.ledger = Ledger(self.ledger.latest, records, sweep.last_preserved)
+                continue
+            gone.add(record.path)
+        # A save in a signal handler may have changed the ledger meanwhile.
+        ledger = self.ledger.without(frozenset(gone))
+        self.ledger = replace(ledger, last_preserved=sweep.last_preserved)
         try:
-            write_ledger(self._directory, self.ledger)
+            write_ledger(self._directory, self._name, self.ledger, is_newest=False)
         except OSError as error:  # the file still names the latest, and some that are gone
             _log.warning("%s: what was removed could not be recorded: %s", self._directory, error)
         return removed

@@ -38,7 +38,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from ckpt_jax.errors import AsyncSaveError
-from ckpt_jax.manage.manager import CheckpointManager
+from ckpt_jax.manage.manager import CheckpointManager, schedule_of
 from ckpt_jax.processes.common_step import CommonStep
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Processes
@@ -159,7 +159,7 @@ class PreemptionHandler:
             self._agree, self._pass_on = lambda step, noticed: common.is_passed(), common.ask
         else:
             watch = _GraceWatch(
-                self._signals, self._grace_seconds, self._set_noticed, self._save_at_once
+                self._signals, self._grace_seconds, self._announce, self._save_at_once
             )
             watch.start(undo)
 
@@ -207,6 +207,16 @@ class PreemptionHandler:
     def _set_noticed(self) -> None:
         self._noticed = True
 
+    def _announce(self) -> None:
+        """Is told of the first signal, on the thread that watches the clock."""
+        self._set_noticed()
+        if self._step is None:
+            _log.warning(
+                "a preemption notice came, but reached(step) has never been called, which saves: "
+                "call it at the end of each training step. Nothing is saved until then%s.",
+                "" if self._grace_seconds is None else f" or for {self._grace_seconds} s",
+            )
+
     def _save_at_once(self, why: str) -> None:
         with self._saving:
             if self._is_done:
@@ -214,7 +224,8 @@ class PreemptionHandler:
             _log.warning("%s: saving in the middle of a step", why)
             try:
                 self._save_now(self._step)
-                self._manager._make_due()  # so that the boundary after this step saves again
+                # So that the boundary after this step saves again.
+                schedule_of(self._manager).make_due()
             except Exception:  # nobody waits for this thread, and a boundary may yet come
                 _log.exception("the save in the middle of a step failed")
 
@@ -225,9 +236,9 @@ class PreemptionHandler:
             _log.error("%s", error, exc_info=error.__cause__)
         before = self._manager.latest_checkpoint
         # A manager saves a step only once: if this step has been saved, that checkpoint counts.
-        is_there = self._manager._has_saved_step()
+        is_there = schedule_of(self._manager).has_saved(self._manager.latest_checkpoint)
         if not is_there:
-            self._manager._make_due()
+            schedule_of(self._manager).make_due()
         try:
             try:
                 path = self._save(step)

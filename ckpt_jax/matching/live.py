@@ -1,6 +1,4 @@
-"""The live graph: a program's objects as they are now, traced with this library's own answers to
-what a value is and who saves it.
-"""
+"""The live graph of a program's objects, traced with this library's specs and registered savers."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from ckpt_jax.values.leaves import describe, evaluate
 def live_graph(
     root: Any, root_key: str = "", *, for_restore: bool = True, root_view: View | None = None
 ) -> LiveGraph:
-    """The object graph of a program's objects, to be saved or restored; see `trace`."""
+    """The object graph of a program's objects, for a save or a restore; see `trace`."""
     return trace(
         root,
         describe,

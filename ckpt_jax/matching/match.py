@@ -1,17 +1,16 @@
-"""Match: two rooted graphs walked side by side, along equal edge labels.
+"""Match: walks two rooted graphs side by side, along equal edge labels.
 
-Terms. A saved node is *bound* to the live node that stands in its place. The *frontier* is
-the set of saved edges whose parent is bound but which the live graph lacks: what may still
-come. A *conflict* is a saved node that two live nodes ask for, or the other way round; the
-first binding stands.
+Terms. A saved node is *bound* to the live node that corresponds to it. The *frontier* is the set
+of saved edges whose parent is bound, but which the live graph lacks: their children may appear
+later. A *conflict* is a saved node that two live nodes ask for, or a live node that two saved
+nodes ask for; the first binding counts.
 
-Algorithm. Breadth first from the given pairs, so that shallow paths bind first. Slots are
-edges too: their label is (variable, slot name), known once optimizer and variable are both
-bound. `extend` continues a match when the live graph has grown; it never unbinds, and what it
-ends in does not depend on the order in which the parts appeared.
+Algorithm. The walk is breadth first from the given pairs, so that shallow paths bind first. Slots
+are edges, too: their label is (variable, slot name), known as soon as optimizer and variable are
+both bound. `extend` continues a match when the live graph has grown. It never unbinds, and the
+result does not depend on the order in which the parts appeared.
 
-A match knows nothing of values: whether a dtype fits is a question for the plan that is made
-from it.
+A match does not look at values: the plan that is made from it checks whether dtypes and shapes fit.
 """
 
 from __future__ import annotations
@@ -32,8 +31,7 @@ class Conflict:
 
     saved: int
     live: int
-    bound_saved: int | None  # what `live` is bound to
-    bound_live: int | None  # what `saved` is bound to
+    bound_saved: int | None  # the saved node that `live` is bound to, if it is bound
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,18 +41,20 @@ class Match:
     Attributes:
       bound: saved node -> live node.
       frontier: (live parent, label) -> saved child that has no live counterpart yet.
-      conflicts: disagreements about sharing, in the order found.
+      conflicts: differences in what is shared, in the order in which they were found.
+      shared: (saved node, live node) for each further live node that takes the values of a
+        bound saved node.
     """
 
     bound: Mapping[int, int]
     frontier: Mapping[tuple[int, Label], int]
     conflicts: tuple[Conflict, ...] = ()
-    shared: tuple[tuple[int, int], ...] = ()  # further live nodes for a bound saved node
+    shared: tuple[tuple[int, int], ...] = ()
 
     def sources(self) -> dict[int, int]:
         """Live node -> the saved node whose values it takes."""
         sources = {live: saved for saved, live in self.shared}
-        for saved, live in reversed(tuple(self.bound.items())):  # of several, the first counts
+        for saved, live in reversed(tuple(self.bound.items())):  # the first of several counts
             sources[live] = saved
         return sources
 
@@ -85,19 +85,19 @@ def extend(
         if known_live == live_node or known_saved == saved_node:
             continue
         if known_live is not None and known_saved is None and _may_share(live, live_node):
-            # Two leaves of the program where the checkpoint has one: both take its value.
+            # The program has two leaves, the checkpoint has one: both leaves take its value.
             shared.append((saved_node, live_node))
             taken[live_node] = saved_node
             queue.extend(_slot_pairs(saved, live, bound, shared, saved_node))
             continue
         if known_live is not None:
-            conflicts.append(Conflict(saved_node, live_node, known_saved, known_live))
+            conflicts.append(Conflict(saved_node, live_node, known_saved))
             continue
         if known_saved is None:
             taken[live_node] = saved_node
         elif saved.nodes[saved_node].attributes:
             # Two saved values for one live one. (Two saved containers may become one object.)
-            conflicts.append(Conflict(saved_node, live_node, known_saved, None))
+            conflicts.append(Conflict(saved_node, live_node, known_saved))
         bound[saved_node] = live_node
         theirs, ours = _aligned(saved.nodes[saved_node], live.nodes[live_node])
         here = _edges(ours)
@@ -115,7 +115,7 @@ def extend(
 
 
 def _aligned(saved: Node, live: Node) -> tuple[Edges, Edges]:
-    """The children of both; by position, where one calls them fields and the other numbers them."""
+    """The children of both nodes; by position if one is a namedtuple and the other a sequence."""
     if live.container == "namedtuple" and saved.container in ("list", "tuple"):
         return saved.children, _numbered(live)
     if saved.container == "namedtuple" and live.container in ("list", "tuple"):
@@ -132,7 +132,7 @@ def _may_share(live: ObjectGraph, node: int) -> bool:
 
 
 def _edges(children: Iterable[tuple[Label, int]]) -> dict[Label, int]:
-    """Live children by label, and by text where no string label has that text."""
+    """Live children by label, and also by the label's text if no string label has that text."""
     edges: dict[Label, int] = {
         local_name(label): node for label, node in children if not isinstance(label, str)
     }

@@ -1,9 +1,8 @@
-"""Plan: from a match to what has to be read, with every problem known before a byte is.
+"""Plan: turns a match into a list of values to read. All problems are known before a byte is read.
 
-A `ReadPlan` lists one `Read` per value that the program takes from the checkpoint and one
-`SaverCall` per registered saver, next to a report that accounts for every value on either
-side. `assign` executes the other end: it puts the values that were read into the live
-objects, in place where they are mutable, by rebuilding where they are not.
+A `ReadPlan` lists one `ValueRead` for each value that the program takes from the checkpoint, and
+the `SaverCall`s of registered savers. Its report accounts for every value of the checkpoint and of
+the program. After the values have been read, `assign` puts them into the live objects.
 """
 
 from __future__ import annotations
@@ -14,17 +13,18 @@ from typing import Any
 
 from ckpt_jax.graph.labels import ONLY_VALUE
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, reachable
-from ckpt_jax.graph.specs import LeafSpec
+from ckpt_jax.graph.specs import OPEN, LeafSpec
 from ckpt_jax.matching.match import Match
 from ckpt_jax.matching.trace import LiveGraph
+from ckpt_jax.objects.views import OptimizerView
 from ckpt_jax.report import ReportEntry, RestoreReport, nearest
 
 Fits = Callable[[LeafSpec, LeafSpec, Any], str | None]
-_MAX_HINTS = 50  # looking for near names costs time for each missing one
+_MAX_HINTS = 50  # missing values with suggestions: looking for similar names takes time
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ValueRead:
     """One value to read: from checkpoint key `key` into attribute `name` of a live node."""
 
     node: int
@@ -32,12 +32,12 @@ class Read:
     key: str
     saved: LeafSpec
     target: LeafSpec
-    value: Any  # what the target holds now
+    value: Any  # the present value of the target
 
 
 @dataclass(frozen=True, slots=True)
 class SaverCall:
-    """Live nodes by the name that a registered saver knows them by."""
+    """Live nodes for a registered saver, by the name that the saver knows them by."""
 
     saver: str
     nodes: Mapping[str, int]
@@ -45,15 +45,17 @@ class SaverCall:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """Attributes:
-    report: every value on either side.
-    reads: what the default saver reads.
-    calls: what registered savers restore.
-    used: saved nodes all of whose values have a place in the program.
+    """What a restore has to read.
+
+    Attributes:
+      report: accounts for every value of the checkpoint and of the program.
+      reads: the values that the default saver reads.
+      calls: the objects that registered savers restore.
+      used: the saved nodes whose values all have a place in the program.
     """
 
     report: RestoreReport
-    reads: tuple[Read, ...]
+    reads: tuple[ValueRead, ...]
     calls: tuple[SaverCall, ...]
     used: frozenset[int] = frozenset()
     conflicting: tuple[ReportEntry, ...] = ()
@@ -70,16 +72,17 @@ def plan_read(
     only: frozenset[int] | None = None,
     skip_slots: bool = False,
 ) -> ReadPlan:
-    """What a match means for values.
+    """The plan that follows from a match.
 
     Args:
       saved, live, match: the two graphs and their match.
-      path: of the checkpoint, for the report.
-      fits: says why a saved spec cannot become what the target is (spec, value), or None.
-      saved_paths: paths in the checkpoint as written, where names were changed since.
-      only: live nodes to plan for, where the others are done; all by default. The report is then
-        about these alone: it says nothing of values that nobody takes.
-      skip_slots: leave slot variables alone on both sides.
+      path: the path of the checkpoint, for the report.
+      fits: a function of (saved spec, target spec, target value) that returns why the saved value
+        cannot become the target's, or None if it can.
+      saved_paths: for nodes whose names were changed, their path in the checkpoint.
+      only: live nodes to plan for, if the others are done; all by default. Then the report is
+        about these nodes only, and does not list saved values that no node takes.
+      skip_slots: leave out slot variables, both saved and live ones.
     """
     planner = _Planner(saved, live, match, fits, saved_paths or {}, skip_slots)
     planner.live_side(only)
@@ -105,7 +108,7 @@ class _Planner:
         self.saved_paths = saved_paths
         self.skipped_saved = saved.slot_nodes if skip_slots else frozenset()
         self.skipped_live = live.graph.slot_nodes if skip_slots else frozenset()
-        self.reads: list[Read] = []
+        self.reads: list[ValueRead] = []
         self.calls: dict[str, list[dict[str, int]]] = {}  # by saver
         self.used: set[tuple[int, str]] = set()  # (saved node, attribute) with a place to go
         self.conflicting: list[ReportEntry] = []
@@ -119,7 +122,7 @@ class _Planner:
                 continue
             source = self.sources.get(node_id)
             if self.saved.named and node.saver:
-                source = None  # a saver reads only what a saver wrote
+                source = None  # a registered saver reads only what a registered saver wrote
             if source is not None and (node.saver or self.saved.nodes[source].saver):
                 self.by_saver(node_id, node, source)
                 continue
@@ -129,10 +132,10 @@ class _Planner:
                 self.entries["missing"].append(ReportEntry(path, f"saver {node.saver.name}"))
 
     def fixed_slots(self, only: frozenset[int] | None) -> None:
-        """Slot variables that can neither change nor be replaced."""
+        """Reports slot variables that can neither change nor be replaced."""
         for optimizer, node in enumerate(self.live.graph.nodes):
-            obj = self.live.objects[optimizer]
-            if not node.slots or self.live.views[optimizer].replaces_slots(obj):
+            obj, view = self.live.objects[optimizer], self.live.views[optimizer]
+            if not isinstance(view, OptimizerView) or not node.slots or view.replaces_slots(obj):
                 continue
             what = (
                 f"a slot variable that cannot change: let {type(obj).__qualname__}.slots() give a "
@@ -153,20 +156,20 @@ class _Planner:
             self.by_attribute(node_id, attribute, source)
         lost = self.entries["missing"][missing:]
         if 0 < len(lost) < len(node.attributes):
-            # An object takes its values together, or it would be half restored.
+            # An object takes all of its values or none; otherwise it would be half restored.
             del self.entries["missing"][missing:]
             self.entries["mismatched"] += [
                 ReportEntry(
                     entry.path,
                     entry.expected,
-                    what=f"expected {entry.expected}, but the checkpoint has only others of this "
-                    "object's values",
+                    what=f"expected {entry.expected}, but the checkpoint has only other values of "
+                    "this object",
                 )
                 for entry in lost
             ]
 
     def by_saver(self, node_id: int, node: Node, source: int) -> None:
-        """A registered saver wrote these values, or takes the object now."""
+        """Plans a node whose values a registered saver wrote, or whose object one takes now."""
         saved = self.saved.nodes[source]
         if saved.saver:
             name, object_name = saved.saver.name, saved.saver.object_name
@@ -174,7 +177,7 @@ class _Planner:
             name, object_name = node.saver.name, saved.attributes[0].key
         else:
             return
-        # Two leaves here may share one object there: that takes a call for each.
+        # Two leaves of the program may take the same saved object. Then each needs its own call.
         calls = self.calls.setdefault(name, [])
         free = next((nodes for nodes in calls if object_name not in nodes), None)
         if free is None:
@@ -192,8 +195,8 @@ class _Planner:
             return
         self.used.add((source, found.name))
         value = self.live.values[node_id][target.name]
-        # Where a function makes the value, the object takes whatever was saved.
-        is_open = target.spec == LeafSpec()
+        # If a function makes the value, the object takes whatever was saved.
+        is_open = target.spec == OPEN
         spec = found.spec if is_open else target.spec
         problem = None if is_open else self.fits(found.spec, spec, value)
         entry = ReportEntry(
@@ -203,7 +206,7 @@ class _Planner:
             self.entries["mismatched"].append(entry)
         else:
             self.entries["restored"].append(entry)
-            read = Read(node_id, target.name, found.key, found.spec, spec, value)
+            read = ValueRead(node_id, target.name, found.key, found.spec, spec, value)
             self.reads.append(read)
 
     def original(self, node: int, attribute: Attribute) -> str:
@@ -230,7 +233,7 @@ class _Planner:
                 entries.append(ReportEntry(path, "", f"saver {node.saver.name}", "", original))
 
     def waiting_roots(self) -> list[int]:
-        """Saved nodes whose parent is bound to an object that may still get such a child."""
+        """Saved nodes whose parent is bound to an object that may still get this child."""
         return [
             saved
             for (parent, _), saved in self.match.frontier.items()
@@ -295,13 +298,13 @@ class _Planner:
 
 
 def _value_names(node: Node) -> list[str]:
-    """Names for a node's values, a registered saver's included."""
+    """A name for each of a node's values; a registered saver counts as one value."""
     names = [attribute.name for attribute in node.attributes]
     return [*names, node.saver.name] if node.saver else names
 
 
 def _same_attribute(node: Node, target: Attribute) -> Attribute | None:
-    """The saved value for a live attribute: by name, else the only one there is."""
+    """The saved value for a live attribute: by name, or because both are the only value."""
     for attribute in node.attributes:
         if attribute.name == target.name:
             return attribute

@@ -1,13 +1,14 @@
 """Trace: from live objects to an object graph.
 
-A breadth-first walk over the children that views show. An object with an identity (a
-trackable, a module, an array) is one node however many edges lead to it, and is named after
-the first, shortest path; the parts of an immutable container are one node per place. After
-the walk, optimizers add their slot variables.
+The walk is breadth first over the children that *views* show; a view says how objects of a type
+are seen. An object with an identity (a trackable, a module, an array) is one node, however many
+edges lead to it, and is named after the first, shortest path. The parts of an immutable container
+are one node for each place. After the walk, optimizers add their *slots*: the state that they keep
+for each variable.
 
-The walk reads no value. What a value *is* (`describe`), what a function that stands for one
-makes (`evaluate`) and whether a registered saver takes an object (`saver_of`) are questions it
-passes on.
+The walk reads no value. Three functions tell it what it needs to know: `describe` says what a
+value is, `evaluate` calls a function that stands for a value, and `saver_of` says whether a
+registered saver takes an object.
 """
 
 from __future__ import annotations
@@ -23,7 +24,15 @@ from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, SaverRef, Slot, has_values
 from ckpt_jax.graph.specs import LeafSpec, ShardingSpec
 from ckpt_jax.objects.delegate import DELEGATE, delegate_of
-from ckpt_jax.objects.views import Below, NoState, SlotEntry, View, view_of
+from ckpt_jax.objects.views import (
+    NoState,
+    OptimizerView,
+    ParameterPath,
+    SlotEntry,
+    View,
+    slots_of,
+    view_of,
+)
 
 # Names of copies of parameters, which no optimizer is made for.
 _COPY = re.compile(r"(^|_)(ema|ref|reference|target|teacher|old|prev|best|avg|average|swa)(_|$)")
@@ -37,9 +46,9 @@ Evaluate = Callable[[Any], Any]
 class LiveGraph:
     """An object graph together with the objects that it was traced from.
 
-    `objects`, `views` and `values` run parallel to `graph.nodes`; `values[i]` maps attribute
-    names to values as they were when traced. `variables` gives, for the node of each slot
-    variable, what its optimizer calls the variable.
+    `objects`, `views` and `values` have one entry for each of `graph.nodes`; `values[i]` maps
+    attribute names to the values that were there when traced. `variables` maps the node of each
+    slot variable to its variable, as the optimizer gives it: an object or a place.
     """
 
     graph: ObjectGraph
@@ -49,7 +58,7 @@ class LiveGraph:
     variables: Mapping[int, Any] = field(default_factory=dict)
 
     def awaiting(self, node: int) -> tuple[Any, ...]:
-        """The trackables that will say so when a node's object gets another child."""
+        """The trackables that will tell when a node's object gets another child."""
         if not 0 <= node < len(self.views):
             return ()
         return self.views[node].awaiting(self.objects[node])
@@ -69,14 +78,14 @@ def trace(
 
     Args:
       root: any object that has a view.
-      describe: says what a value is; raises TypeError for one that cannot be saved.
-      saver_of: the name of the registered saver that takes an object, or None.
-      root_view: how to see the root, where that is not its own view.
-      root_key: the root's escaped path, where it is part of something larger.
-      tie_values: whether one immutable array at two places is one node, as it should be saved.
-        Where values are to be put, each place is a node of its own.
-      evaluate: gives the value that is to be saved for one that a view shows, which may be a
-        function that makes it; asked once for each. By default values are left as they are.
+      describe: says what a value is; raises TypeError for a value that cannot be saved.
+      saver_of: gives the name of the registered saver that takes an object, or None.
+      root_view: the view of the root, if it is not the usual one.
+      root_key: the root's escaped path, if it is part of something larger.
+      tie_values: whether one immutable array at two places is one node, as a save needs it. For a
+        restore, each place is a node of its own.
+      evaluate: gives the value to save for a value that a view shows, which may be a function
+        that makes it. It is called once for each value. By default values stay as they are.
 
     Raises:
       UnsaveableError: naming every object that has no view or cannot be saved.
@@ -89,7 +98,7 @@ def trace(
 
 @dataclass(slots=True, eq=False)
 class _Walk:
-    """The growing columns of a trace; one list entry per node."""
+    """A trace that is growing: lists with one entry for each node."""
 
     describe: Describe
     saver_of: SaverOf
@@ -112,8 +121,10 @@ class _Walk:
     def enter(
         self, obj: Any, key: str, parent: int = -1, view: View | None = None, tie: bool = True
     ) -> int:
-        """The node of `obj`, or of what it stands for, made where it is new; an array may be one
-        node or one per place."""
+        """The node of `obj`, or of the object that it stands for; a new node if it has none.
+
+        If `tie` is false, an array gets a node of its own even if it has one already.
+        """
         view = view or view_of(obj)
         if view is DELEGATE:
             obj = delegate_of(obj)
@@ -157,7 +168,7 @@ class _Walk:
         for name, value in values.items():
             try:
                 result[name] = self.evaluate(value)
-            except Exception as error:  # whatever a user's function raises: named with its path
+            except Exception as error:  # a user's function may raise anything
                 what = f"{name}: {type(error).__name__}: {error}"
                 self.problems.append((labels.path_of(key), what))
         return result
@@ -166,11 +177,11 @@ class _Walk:
         return any(self.objects[node] is obj for node in self.upwards(parent))
 
     def is_program(self, parent: int) -> bool:
-        """Whether a function below `parent` belongs to an object that has such."""
+        """Whether a function below `parent` is part of the program, not a value to save."""
         return any(self.views[node].has_functions for node in self.upwards(parent))
 
     def upwards(self, node: int) -> Iterator[int]:
-        """A node and those above it, along the first way to each."""
+        """A node and the nodes above it, along the first path to each."""
         while node >= 0:
             yield node
             node = self.parents[node]
@@ -185,7 +196,7 @@ class _Walk:
         return Attribute(name, labels.attribute_key(key, name), spec, sharding)
 
     def run(self) -> None:
-        """Breadth first: the list of objects is the queue."""
+        """Walks breadth first; the list of objects is the queue."""
         at = len(self.children)
         while at < len(self.objects):
             pairs = tuple(self.views[at].children(self.objects[at]))
@@ -222,18 +233,17 @@ class _Walk:
                     self.problems.append((labels.path_of(prefix) + repr(name), what))
 
     def add_slots(self) -> None:
-        """Slot variables, named after their variable; only where both ends are in the graph."""
+        """Adds slot variables, named after their variables, if optimizer and variable are nodes."""
         regular = len(self.objects)
         for node in range(regular):
-            entries = tuple(self.views[node].slots(self.objects[node]))
+            entries = tuple(slots_of(self.views[node], self.objects[node]))
             if not entries:
                 continue
-            trees = self.places(
-                node, [e.variable for e in entries if isinstance(e.variable, Below)]
-            )
+            paths = [e.variable for e in entries if isinstance(e.variable, ParameterPath)]
+            trees = self.places(node, paths)
             for entry in entries:
-                if isinstance(entry.variable, Below):
-                    owners = [tree[entry.variable.path] for tree in trees]
+                if isinstance(entry.variable, ParameterPath):
+                    owners = [tree[entry.variable] for tree in trees]
                 else:
                     owner = self.node_of.get(id(delegate_of(entry.variable)))
                     owners = [] if owner is None else [owner]
@@ -258,8 +268,10 @@ class _Walk:
         self.slots.setdefault(optimizer, []).append(Slot(variable, entry.name, slot))
         return slot
 
-    def places(self, optimizer: int, wanted: Sequence[Below]) -> list[dict[tuple[Label, ...], int]]:
-        """The nodes of variables that are given as places in a tree of parameters.
+    def places(
+        self, optimizer: int, wanted: Sequence[ParameterPath]
+    ) -> list[dict[ParameterPath, int]]:
+        """The nodes of variables that are given as paths in a tree of parameters.
 
         Returns:
           The trees that may be meant, the likeliest first. If the optimizer has its parameters at
@@ -267,9 +279,10 @@ class _Walk:
           copy of the parameters often begins as the very same tree. Else it is the tree that is
           called like parameters or a model, or is the nearest.
         """
-        if not wanted:
+        view = self.views[optimizer]
+        if not wanted or not isinstance(view, OptimizerView):
             return []
-        parameters = self.views[optimizer].parameters(self.objects[optimizer])
+        parameters = view.parameters(self.objects[optimizer])
         same = [node for node, obj in enumerate(self.objects) if obj is parameters]
         is_known = parameters is not None and bool(same)
         candidates = same if is_known else range(len(self.children))
@@ -287,13 +300,13 @@ class _Walk:
         trees = [there for _, there in sorted(found, key=merit, reverse=True)]
         return trees if is_known else trees[:1]
 
-    def below(self, node: int, wanted: Sequence[Below]) -> dict[tuple[Label, ...], int]:
-        """Nodes by their place below `node`; none at all unless every place is there."""
+    def below(self, node: int, wanted: Sequence[ParameterPath]) -> dict[ParameterPath, int]:
+        """Nodes by their path below `node`; none at all unless every path is there."""
         edges: dict[int, dict[Label, int]] = {}
-        found: dict[tuple[Label, ...], int] = {}
+        found: dict[ParameterPath, int] = {}
         for variable in wanted:
             here: int | None = node
-            for label in variable.path:
+            for label in variable.steps:
                 if here not in edges:
                     edges[here] = dict(self.children[here])
                 here = edges[here].get(label)
@@ -301,15 +314,15 @@ class _Walk:
                     return {}
             if not self.attributes[here]:
                 return {}
-            found[variable.path] = here
+            found[variable] = here
         return found
 
     def add_as_children(self, optimizer: int, entries: Sequence[SlotEntry]) -> None:
         trees: dict[Label, Any] = {}
         for name, variable, value in entries:
-            if isinstance(variable, Below):
+            if isinstance(variable, ParameterPath):
                 tree, label = trees, cast(Label, name)
-                for step in variable.path:
+                for step in variable.steps:
                     tree, label = tree.setdefault(label, {}), step
                 tree[label] = value
         prefix = f"{self.keys[optimizer]}/" if self.keys[optimizer] else ""
@@ -346,7 +359,7 @@ class _Walk:
             [
                 Node(
                     view.container,
-                    # What kind of array a leaf was says its spec, and JAX's names change.
+                    # A leaf's spec says what kind of array it was, and JAX's class names change.
                     ""
                     if view.container == "leaf" and not view.mutable
                     else _type_name(view.type_of(obj)),
@@ -377,14 +390,14 @@ def _no_view(obj: Any) -> str:
 
 
 class _OpaqueView(View):
-    """An object of no known kind, of which a registered saver knows all that there is to know."""
+    """An object without a view; only its registered saver knows what is in it."""
 
     identity = True
     mutable = True
 
 
 class _ProgramView(View):
-    """A function that stays what it is in the program; it keeps its place in the graph."""
+    """A function of the program, which is not saved, but keeps its place in the graph."""
 
     container = "none"
 

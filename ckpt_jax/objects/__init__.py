@@ -1,14 +1,16 @@
 """What can be tracked, and how the object graph sees it.
 
-Importing any module of this package registers the views of plain values and pytrees. The order
-matters: train states are registered with JAX as well, and must not be taken for mere pytrees.
+Importing any module of this package adds the views of plain values and pytrees. The order of the
+fallbacks matters: a train state is registered with JAX, too, and must not be taken for a mere
+pytree. The views of Flax's types follow when a program first uses them, because importing Flax
+takes longer than importing this whole package.
 """
 
-from ckpt_jax.objects.lazy_flax import load_flax_views
 from ckpt_jax.objects.optax_states import train_state_view
 from ckpt_jax.objects.pytrees import pytree_view
-from ckpt_jax.objects.views import add_kind, add_loader
+from ckpt_jax.objects.views import add_fallback, add_views_of_package
 
-add_loader(load_flax_views)
-for _kind_view in (train_state_view, pytree_view):
-    add_kind(_kind_view)
+for _find in (train_state_view, pytree_view):
+    add_fallback(_find)
+add_views_of_package("flax.nnx", "ckpt_jax.objects.nnx")
+add_views_of_package("flax.linen", "ckpt_jax.objects.linen")

@@ -1,57 +1,61 @@
 """Containers that notice what is put into them: lists and dicts of trackables.
 
-`wrap` decides what an attribute keeps of a container that is assigned to it:
+A container may be assigned to an attribute. `wrap` decides what the attribute then holds:
 
-* A list or dict that holds an object with a mutable identity (a trackable, a variable, a
-  module), or nothing but plain data (so that such an object may yet come), is *wrapped*: it
-  is a node of the object graph of its own, and an element that is put into it receives the
-  restore that waits for its place.
-* A tuple is rebuilt around its wrapped parts, where it has any.
-* A container of arrays, or of things that have no view (devices, shardings), whatever plain data
-  is beside them, is a *value*, a pytree, and stays exactly what it is: `jax.tree.map` must find
-  the same structure in it as in its gradients, `jax.device_put` as in what it places.
+* A list or dict is *wrapped* if it holds an object with a mutable identity (a trackable, a
+  variable, a module), or if it holds nothing but plain data, because such an object may still
+  come. A wrapper is a node of the object graph. An element that is put into it receives the
+  restore that waits for its position or key.
+* A tuple is rebuilt around its wrapped parts, if it has any.
+* Any other container is a *value*, a pytree, and stays exactly what it is. It holds arrays, or
+  things that have no view (devices, shardings), and perhaps plain data beside them. `jax.tree.map`
+  must find the same structure in parameters and in their gradients, and `jax.device_put` in
+  arrays and in their shardings.
 
-A wrapper *shares* the list or dict that it was made of (its storage): a change through either
-is seen through both. It never changes it of its own accord: nested containers are wrapped when
-they are read, not where they lie, and where a restore replaces an element that is immutable,
-the wrapper takes a copy as its new storage.
+A wrapper *shares* the list or dict that it was made of (its storage): a change through either is
+seen through both. Only the program changes the storage. Nested containers are wrapped when they
+are read, and the storage keeps the plain ones. If a restore replaces an immutable element, the
+wrapper takes a copy as its new storage.
 
-The wrappers are subclasses of list and dict for `isinstance`, but the memory of the base class
-is not where the elements are. CPython's own fast paths are for the exact builtin types, and
-ask a subclass; the base holds one element that says so, lest an extension that asks nobody
-takes it for an empty container.
+The wrappers are subclasses of list and dict for `isinstance`, but the elements are not in the
+memory of the base class. CPython's own fast paths are for the exact builtin types; for a subclass
+they call its methods. An extension might look into the base's memory all the same, and would take
+the wrapper for an empty container. So the base holds one element that says where to look.
 """
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 import weakref
 from collections import OrderedDict
-from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, MutableSequence
 from operator import index as as_index
 from typing import Any
 
 import jax
 
 from ckpt_jax.graph.labels import Label
-from ckpt_jax.objects.pending import Pending, pending_names, receive
+from ckpt_jax.objects.pending import pending_names, received
 from ckpt_jax.objects.pytrees import TupleView
 from ckpt_jax.objects.state import PLAIN, Holds, NoDependency, holds, holds_state
 from ckpt_jax.objects.views import View, add_view, view_of
 
 _ELSEWHERE = "(the elements are elsewhere: make a list or dict of this object)"
-_wrappers: weakref.WeakValueDictionary[int, Container] = weakref.WeakValueDictionary()
+_wrappers: weakref.WeakValueDictionary[int, Wrapper] = weakref.WeakValueDictionary()
 
 
 def wrap(value: Any, whole: bool) -> Any:
-    """What is to be tracked in the place of `value`: a wrapper where it is a list or a dict that
-    needs one, a tuple around wrappers, or else `value` itself.
+    """The object that is tracked in place of `value`.
+
+    It is a wrapper if `value` is a list or a dict that needs one, a tuple around wrappers, or
+    else `value` itself. One list or dict has one wrapper, however often it is wrapped.
 
     Args:
-      value: anything. One list or dict has one wrapper, however often it is asked for.
+      value: anything.
       whole: whether plain data in the container is state, too.
     """
-    if isinstance(value, Container):
+    if isinstance(value, Wrapper):
         value._whole |= whole
         return value
     if type(value) in _WRAPPERS:
@@ -69,14 +73,14 @@ def wrap(value: Any, whole: bool) -> Any:
 
 
 def unmarked(value: Any) -> Any:
-    """`value` as it is read: without marks of `NoDependency`."""
+    """`value` as the program reads it: without `NoDependency` marks."""
     if isinstance(value, NoDependency):
         return value.value
     return _map_tuple(value, unmarked) if isinstance(value, tuple) else value
 
 
 def _map_tuple(value: tuple[Any, ...], function: Any) -> tuple[Any, ...]:
-    """The tuple with `function` applied to its parts; itself where that changes none."""
+    """The tuple with `function` applied to its parts; the same tuple if that changes none."""
     view = view_of(value)
     if not isinstance(view, TupleView):
         return value
@@ -88,26 +92,28 @@ def _map_tuple(value: tuple[Any, ...], function: Any) -> tuple[Any, ...]:
 # --- wrappers --------------------------------------------------------------------------
 
 
-class Container:
-    """What the wrappers of lists and of dicts have in common."""
+class Wrapper:
+    """The part that the wrappers of lists and of dicts have in common."""
 
     _whole = False  # whether plain data is state, too
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, storage: Any):
         self._storage = storage
         self._parts: dict[int, tuple[Any, Any]] = {}  # id(raw) -> (raw, wrapped)
-        self._arrived: list[Pending] = []  # restores to tell that elements are in their places
+
+    # --- elements
 
     def _content(self) -> Any:
         """A plain container of the elements as they are read."""
         raise NotImplementedError
 
     def _elements(self) -> Iterable[tuple[Label, Any]]:
-        """Label and element, as they lie in the storage."""
+        """Label and element, as they are in the storage."""
         raise NotImplementedError
 
     def _child(self, element: Any) -> Any:
-        """What the object graph sees of an element of the storage; always the same object."""
+        """The object that the object graph sees for an element; always the same object."""
         if not isinstance(element, list | dict | tuple):
             return element
         _, known = self._parts.get(id(element), (None, element))
@@ -117,25 +123,24 @@ class Container:
         return child
 
     def _read(self, element: Any) -> Any:
-        """What a program sees of an element of the storage."""
+        """The object that a program sees for an element."""
         return unmarked(self._child(element))
 
     def _is_state(self, child: Any) -> bool:
         return not isinstance(child, NoDependency) and (self._whole or holds_state(child))
 
-    def _received(self, label: Label, element: Any) -> Any:
-        """What to store for a new element: what a restore makes of it, where one waits."""
+    @contextlib.contextmanager
+    def _received(self, label: Label, element: Any) -> Iterator[Any]:
+        """Hands a new element to the restores that wait for it; the block stores what it gets."""
         if not pending_names(self):
-            return element
+            yield element
+            return
         child = self._child(element)
-        new = receive(self, label, child, self._arrived) if self._is_state(child) else child
-        return element if new is child else new
+        is_state = self._is_state(child)
+        with received(self, label, child) if is_state else contextlib.nullcontext(child) as new:
+            yield element if new is child else new
 
-    def _settle(self) -> None:
-        """To be called after what was received is stored."""
-        arrived, self._arrived = self._arrived, []
-        for restore in arrived:
-            restore.attached()
+    # --- for the view
 
     def _children(self) -> list[tuple[Label, Any]]:
         skip = () if self._whole else PLAIN
@@ -146,12 +151,12 @@ class Container:
         return [(label, child) for label, child in children if self._is_state(child)]
 
     def _replace(self, changed: Mapping[Any, Any]) -> None:
-        """Takes a copy with other elements as the storage; the caller's stays as it was."""
+        """Takes a copy with other elements as the storage; the caller's stays as it is."""
         self._storage = self._storage.copy()
         for label, child in changed.items():
             self._storage[label] = child
 
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
+    # --- what lists and dicts do alike
 
     def __len__(self) -> int:
         return len(self._storage)
@@ -177,12 +182,21 @@ class Container:
         self._storage.clear()
 
 
-class ListWrapper(Container, list[Any]):
+# The order of the bases of the wrappers matters. Each method is taken from the first base that has
+# it, and a method of list or dict would look at its own memory, in which no elements are. So the
+# builtin comes last. The abstract class before it defines most methods through a few that are
+# defined here. `Wrapper` comes first, for its `__eq__` and `clear`. (The type checker believes that
+# list and dict inherit from the abstract classes. They do not: they are registered with them.)
+
+
+class ListWrapper(  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibleMethodOverride]
+    Wrapper, MutableSequence[Any], list[Any]
+):
     """A list attribute; see the module."""
 
     def __init__(self, items: Iterable[Any] = ()):
         list.__init__(self, (_ELSEWHERE,))
-        Container.__init__(self, items if type(items) is list else list(items))
+        Wrapper.__init__(self, items if type(items) is list else list(items))
 
     def _content(self) -> list[Any]:
         return [self._read(element) for element in self._storage]
@@ -197,29 +211,42 @@ class ListWrapper(Container, list[Any]):
     def __iter__(self) -> Iterator[Any]:
         return map(self._read, self._storage)
 
-    def __reversed__(self) -> Iterator[Any]:
-        return map(self._read, reversed(self._storage))
-
-    def __contains__(self, value: object) -> bool:
-        return value in self._content()
-
     def __getitem__(self, at: Any) -> Any:
         if isinstance(at, slice):
             return [self._read(element) for element in self._storage[at]]
         return self._read(self._storage[at])
 
     def __setitem__(self, at: Any, value: Any) -> None:
-        if isinstance(at, slice):
-            places, values = range(len(self))[at], list(value)
-            if places.step == 1:
-                values = [self._received(places.start + i, v) for i, v in enumerate(values)]
-            elif len(places) == len(values):
-                values = [self._received(i, v) for i, v in zip(places, values, strict=True)]
+        if not isinstance(at, slice):
+            position = range(len(self))[at]
+            with self._received(position, value) as element:
+                self._storage[position] = element
+            return
+        positions, values = range(len(self))[at], list(value)
+        if positions.step == 1:
+            positions = range(positions.start, positions.start + len(values))
+        with contextlib.ExitStack() as stack:
+            if len(positions) == len(values):
+                pairs = zip(positions, values, strict=True)
+                values = [stack.enter_context(self._received(i, x)) for i, x in pairs]
             self._storage[at] = values
-        else:
-            place = range(len(self))[at]
-            self._storage[place] = self._received(place, value)
-        self._settle()
+
+    def insert(self, index: Any, value: Any) -> None:
+        position = slice(as_index(index), None).indices(len(self))[0]
+        with self._received(position, value) as element:
+            self._storage.insert(position, element)
+
+    def extend(self, values: Iterable[Any]) -> None:
+        # A list is copied because it may be the storage, which grows meanwhile.
+        for value in list(values) if isinstance(values, list) else values:
+            self.append(value)
+
+    def reverse(self) -> None:
+        self._storage.reverse()
+
+    def sort(self, *, key: Any = None, reverse: bool = False) -> None:
+        read = self._read if key is None else lambda element: key(self._read(element))
+        self._storage.sort(key=read, reverse=reverse)
 
     def __lt__(self, other: Any) -> bool:
         return self._content() < other
@@ -244,59 +271,25 @@ class ListWrapper(Container, list[Any]):
 
     __rmul__ = __mul__
 
-    def __iadd__(self, values: Iterable[Any]) -> ListWrapper:
-        self.extend(values)
-        return self
-
     def __imul__(self, times: Any) -> ListWrapper:
         repeated = self._storage * times
         del self._storage[len(repeated) :]
         self.extend(repeated[len(self._storage) :])
         return self
 
-    def append(self, value: Any) -> None:
-        self._storage.append(self._received(len(self), value))
-        self._settle()
-
-    def extend(self, values: Iterable[Any]) -> None:
-        for value in list(values) if isinstance(values, list) else values:
-            self.append(value)
-
-    def insert(self, at: Any, value: Any) -> None:
-        place = slice(as_index(at), None).indices(len(self))[0]
-        self._storage.insert(place, self._received(place, value))
-        self._settle()
-
-    def pop(self, at: Any = -1) -> Any:
-        return self._read(self._storage.pop(at))
-
-    def remove(self, value: Any) -> None:
-        del self._storage[self.index(value)]
-
-    def index(self, value: Any, *bounds: Any) -> int:
-        return self._content().index(value, *bounds)
-
-    def count(self, value: Any) -> int:
-        return self._content().count(value)
-
-    def reverse(self) -> None:
-        self._storage.reverse()
-
-    def sort(self, *, key: Any = None, reverse: bool = False) -> None:
-        read = self._read if key is None else lambda element: key(self._read(element))
-        self._storage.sort(key=read, reverse=reverse)
-
     def __reduce__(self) -> Any:
         return ListWrapper, (), {"_whole": self._whole}, iter(self._content())
 
 
-class DictWrapper(Container, dict[Any, Any]):
-    """A dict attribute; see the module. An OrderedDict stays one underneath."""
+class DictWrapper(  # pyright: ignore[reportGeneralTypeIssues]
+    Wrapper, MutableMapping[Any, Any], dict[Any, Any]
+):
+    """A dict attribute; see the module. If it was an OrderedDict, the storage still is one."""
 
     def __init__(self, *args: Any, **items: Any):
         dict.__init__(self, {_ELSEWHERE: None})
         shared = len(args) == 1 and type(args[0]) in (dict, OrderedDict) and not items
-        Container.__init__(self, args[0] if shared else dict(*args, **items))
+        Wrapper.__init__(self, args[0] if shared else dict(*args, **items))
 
     def _content(self) -> dict[Any, Any]:
         return type(self._storage)((key, self._read(value)) for key, value in self._elements())
@@ -315,14 +308,26 @@ class DictWrapper(Container, dict[Any, Any]):
         return reversed(self._storage)
 
     def __contains__(self, key: object) -> bool:
-        return key in self._storage
+        return key in self._storage  # the mixin would read, and so wrap, the element
 
     def __getitem__(self, key: Any) -> Any:
         return self._read(self._storage[key])
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self._storage[key] = self._received(key, value)
-        self._settle()
+        with self._received(key, value) as element:
+            self._storage[key] = element
+
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        if key not in self:
+            self[key] = default
+        return self[key]  # a restore may have put another value there than `default`
+
+    def popitem(self, *args: Any, **named: Any) -> tuple[Any, Any]:  # an OrderedDict takes `last`
+        key, value = self._storage.popitem(*args, **named)
+        return key, self._read(value)
+
+    def move_to_end(self, key: Any, last: bool = True) -> None:
+        self._storage.move_to_end(key, last)
 
     def __or__(self, other: Any) -> Any:
         return self._content() | other
@@ -333,39 +338,6 @@ class DictWrapper(Container, dict[Any, Any]):
     def __ior__(self, other: Any) -> DictWrapper:
         self.update(other)
         return self
-
-    def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default  # noqa: SIM401
-
-    def keys(self) -> Any:
-        return self._storage.keys()
-
-    def values(self) -> Any:
-        return ValuesView(self)
-
-    def items(self) -> Any:
-        return ItemsView(self)
-
-    def pop(self, key: Any, *default: Any) -> Any:
-        if key in self._storage:
-            return self._read(self._storage.pop(key))
-        return self._storage.pop(key, *default)
-
-    def popitem(self, *args: Any, **named: Any) -> tuple[Any, Any]:  # an OrderedDict takes `last`
-        key, value = self._storage.popitem(*args, **named)
-        return key, self._read(value)
-
-    def setdefault(self, key: Any, default: Any = None) -> Any:
-        if key not in self:
-            self[key] = default
-        return self[key]
-
-    def update(self, *args: Any, **items: Any) -> None:
-        for key, value in dict(*args, **items).items():
-            self[key] = value
-
-    def move_to_end(self, key: Any, last: bool = True) -> None:
-        self._storage.move_to_end(key, last)
 
     def __reduce__(self) -> Any:
         empty = type(self._storage)()
@@ -379,8 +351,8 @@ _WRAPPERS: dict[type, type[ListWrapper] | type[DictWrapper]] = {
 }
 
 
-class ContainerView(View):
-    """A wrapper: a mutable object whose elements are its children."""
+class WrapperView(View):
+    """A wrapper: a mutable object with its elements as children."""
 
     identity = True
     mutable = True
@@ -388,17 +360,17 @@ class ContainerView(View):
     def __init__(self, container: str):
         self.container = container
 
-    def children(self, obj: Container) -> Iterable[tuple[Label, Any]]:
+    def children(self, obj: Wrapper) -> Iterable[tuple[Label, Any]]:
         return obj._children()
 
-    def type_of(self, obj: Container) -> type:
+    def type_of(self, obj: Wrapper) -> type:
         return type(obj._storage)
 
-    def rebuild(self, obj: Container, changed: Mapping[Label, Any]) -> Any:
+    def rebuild(self, obj: Wrapper, changed: Mapping[Label, Any]) -> Any:
         obj._replace(changed)
         return obj
 
-    def awaiting(self, obj: Container) -> tuple[Any, ...]:
+    def awaiting(self, obj: Wrapper) -> tuple[Any, ...]:
         return (obj,)
 
 
@@ -438,5 +410,5 @@ def _unflatten_dict(kind_and_keys: Any, children: Iterable[Any]) -> DictWrapper:
 
 jax.tree_util.register_pytree_with_keys(ListWrapper, _flatten_list, _unflatten_list)
 jax.tree_util.register_pytree_with_keys(DictWrapper, _flatten_dict, _unflatten_dict)
-add_view(ListWrapper, ContainerView("list"))
-add_view(DictWrapper, ContainerView("dict"))
+add_view(ListWrapper, WrapperView("list"))
+add_view(DictWrapper, WrapperView("dict"))

@@ -1,16 +1,14 @@
-"""Delegates: objects that stand for another one.
+"""Delegates: objects that stand for another object.
 
-In the object graph a delegate is not there: an edge to it is an edge to the object that it
-stands for. So a program may wrap an object, or unwrap it, without its checkpoints changing.
+The object graph does not contain a delegate: an edge to it is an edge to the object that it
+stands for. So a program may wrap or unwrap an object, and its checkpoints do not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ckpt_jax.graph.labels import Label
-from ckpt_jax.objects.views import SlotEntry, View, add_view, view_of
+from ckpt_jax.objects.views import ForwardingView, View, add_view, view_of
 
 _INNER = "_self_delegate"
 
@@ -18,10 +16,10 @@ _INNER = "_self_delegate"
 class DelegatingTrackable:
     """A wrapper that is saved and restored exactly as the object in it.
 
-    Children, values, slots and registered saver are those of the object, in whose place the
-    wrapper may stand anywhere: a checkpoint of one restores into the other. Reading an
-    attribute that the wrapper does not have reads the object's. Attributes that are assigned
-    to the wrapper stay with the wrapper and are not saved.
+    The wrapper has the object's children, values, slots and registered saver. It may stand in
+    place of the object anywhere: a checkpoint of one restores into the other. If the wrapper
+    lacks an attribute, reading it reads the object's attribute. Attributes that are assigned to
+    the wrapper stay with the wrapper and are not saved.
 
     Args:
       obj: a mutable object that has a view: a trackable, a `Variable`, an `nnx.Module`.
@@ -32,13 +30,12 @@ class DelegatingTrackable:
     Source: TensorFlow's DelegatingTrackableMixin.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from ckpt_jax.objects.trackable import Variable
+      >>> import ckpt_jax as ckpt, jax.numpy as jnp
       >>> class Logged(DelegatingTrackable):
       ...     def assign(self, value):
       ...         print("assigned")
       ...         return delegate_of(self).assign(value)
-      >>> v = Logged(Variable(jnp.zeros(2)))
+      >>> v = Logged(ckpt.Variable(jnp.zeros(2)))
       >>> v.assign(jnp.ones(2)).value
       assigned
       Array([1., 1.], dtype=float32)
@@ -63,53 +60,23 @@ class DelegatingTrackable:
 
 
 def delegate_of(obj: Any) -> Any:
-    """The object that `obj` stands for, through any number of wrappers; `obj` where for none."""
+    """The object that `obj` stands for, through any number of wrappers; `obj` if for none."""
     while isinstance(obj, DelegatingTrackable):
         obj = obj.__dict__[_INNER]
     return obj
 
 
-class DelegateView(View):
-    """Whatever the object in the wrapper shows; for those who ask about a wrapper itself."""
+class DelegateView(ForwardingView):
+    """What the view of the object in the wrapper shows, if somebody asks about a wrapper itself."""
 
     identity = True
     mutable = True
 
-    def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
-        return _view(obj).children(delegate_of(obj))
-
-    def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
-        _view(obj).rebuild(delegate_of(obj), changed)
-        return obj
-
-    def values(self, obj: Any) -> Mapping[str, Any]:
-        return _view(obj).values(delegate_of(obj))
-
-    def assign(self, obj: Any, values: Mapping[str, Any]) -> Any:
-        _view(obj).assign(delegate_of(obj), values)
-        return obj
-
-    def awaiting(self, obj: Any) -> tuple[Any, ...]:
-        return _view(obj).awaiting(delegate_of(obj))
-
-    def slots(self, obj: Any) -> Iterable[SlotEntry]:
-        return _view(obj).slots(delegate_of(obj))
-
-    def parameters(self, obj: Any) -> Any | None:
-        return _view(obj).parameters(delegate_of(obj))
-
-    def replaces_slots(self, obj: Any) -> bool:
-        return _view(obj).replaces_slots(delegate_of(obj))
-
-    def with_slots(self, obj: Any, changed: Mapping[tuple[str, Any], Any]) -> Any:
-        _view(obj).with_slots(delegate_of(obj), changed)
-        return obj
-
-
-def _view(obj: Any) -> View:
-    view = view_of(delegate_of(obj))
-    assert view is not None  # checked when the wrapper was made
-    return view
+    def shown(self, obj: Any) -> tuple[View, Any]:
+        inner = delegate_of(obj)
+        view = view_of(inner)
+        assert view is not None  # checked when the wrapper was made
+        return view, inner
 
 
 DELEGATE = DelegateView()

@@ -1,6 +1,8 @@
-"""Linen's modules. A module that is bound to variables is seen as its submodules and, in each,
-its own variables by collection: `encoder/Dense_0/params/kernel`. What is restored is the module
-bound to the new variables. A module that is not bound has no state.
+"""Linen's modules.
+
+The children of a module that is bound to variables are its submodules, and its own variables by
+collection: `encoder/Dense_0/params/kernel`. A restore gives the module, bound to the new
+variables. A module that is not bound has no state.
 """
 
 from __future__ import annotations
@@ -17,31 +19,22 @@ from ckpt_jax.objects.views import NoState, View, add_view
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """What a module's variables hold for one submodule: {collection: its part of the tree}."""
+    """The variables of one submodule: {collection: the submodule's part of the tree}."""
 
     variables: Mapping[str, Mapping[str, Any]]
 
     def submodules(self) -> list[str]:
-        """Names below which there are variables, in any collection."""
+        """The names that have variables below them, in any collection."""
         names = [
             name for tree in self.variables.values() for name, x in tree.items() if _is_tree(x)
         ]
         return list(dict.fromkeys(names))
 
+    def submodule(self, name: str) -> _Scope:
+        return _Scope({c: t[name] for c, t in self.variables.items() if _is_tree(t.get(name))})
+
     def children(self) -> list[tuple[Label, Any]]:
-        scopes = [
-            (
-                name,
-                _Scope(
-                    {
-                        c: tree[name]
-                        for c, tree in self.variables.items()
-                        if _is_tree(tree.get(name))
-                    }
-                ),
-            )
-            for name in self.submodules()
-        ]
+        scopes = [(name, self.submodule(name)) for name in self.submodules()]
         own = [
             (collection, leaves)
             for collection, tree in self.variables.items()
@@ -74,33 +67,26 @@ class ScopeView(View):
         return obj.replaced(changed)
 
 
-class BoundView(View):
-    """A module bound to variables."""
+class LinenModuleView(View):
+    """A module that is bound to variables, or a description of a computation without any."""
 
     container = "dict"
 
     def children(self, obj: linen.Module) -> Iterable[tuple[Label, Any]]:
-        return _Scope(obj.variables).children()
+        return () if obj.scope is None else _Scope(obj.variables).children()
 
     def rebuild(self, obj: linen.Module, changed: Mapping[Label, Any]) -> Any:
         module, variables = obj.unbind()
         return module.bind(_Scope(variables).replaced(changed).variables)
 
-
-class UnboundView(View):
-    """A module without variables: a description of a computation, which no checkpoint can hold."""
-
     def values(self, obj: linen.Module) -> Mapping[str, Any]:
+        if obj.scope is not None:
+            return {}
         raise NoState(
             f"a {type(obj).__qualname__} that is not bound to variables has no state: save the "
             "variables, or module.bind(variables)"
         )
 
 
-def _is_bound(obj: Any) -> bool:
-    return isinstance(obj, linen.Module) and obj.scope is not None
-
-
-add_view(linen.Module, UnboundView())
-add_view(_is_bound, BoundView())
+add_view(linen.Module, LinenModuleView())
 add_view(_Scope, ScopeView())

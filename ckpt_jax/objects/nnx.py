@@ -1,8 +1,8 @@
 """nnx: modules, optimizers and everything else that is built on its Pytree.
 
-Such an object is mutable; its children are the attributes that nnx itself calls data, the
-static ones are the program's own, but for mutable objects that nnx does not know and this library
-does, such as a `ckpt.Variable`. An `nnx.Variable` is a mutable box for one value.
+Such an object is mutable. Its children are the attributes that nnx itself calls data. Static
+attributes belong to the program, with one exception: mutable objects that this library knows and
+nnx does not, such as a `ckpt.Variable`. An `nnx.Variable` is a mutable box for one value.
 """
 
 from __future__ import annotations
@@ -15,13 +15,20 @@ from flax import nnx
 from flax.nnx.training.optimizer import OptVariable
 
 from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
-from ckpt_jax.objects.optax_states import Part, Place, flatten, is_leaf, is_masked, parts_of
+from ckpt_jax.objects.optax_states import StateLeaf, flatten, is_leaf, is_masked, layout_of
 from ckpt_jax.objects.pytrees import DictView
-from ckpt_jax.objects.views import Below, SlotEntry, View, add_view, view_of
+from ckpt_jax.objects.views import (
+    OptimizerView,
+    ParameterPath,
+    SlotEntry,
+    View,
+    add_view,
+    view_of,
+)
 
 
-class ModuleView(View):
-    """An nnx object: the attributes that hold data, or an object of state that is not nnx's."""
+class NnxObjectView(View):
+    """An nnx object: the attributes that hold data, or a mutable object that nnx does not know."""
 
     identity = True
     mutable = True
@@ -41,7 +48,7 @@ class ModuleView(View):
         return obj
 
 
-class ListView(ModuleView):
+class NnxListView(NnxObjectView):
     """An nnx.List, by position."""
 
     container = "list"
@@ -55,17 +62,21 @@ class ListView(ModuleView):
         return obj
 
 
-class DictModuleView(ModuleView):
+class NnxDictView(NnxObjectView):
+    """An nnx.Dict, by key."""
+
     container = "dict"
 
 
-class OptimizerView(ModuleView):
+class NnxOptimizerView(NnxObjectView, OptimizerView):
     """An nnx.Optimizer: what mirrors the model's variables are their slot variables."""
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
-        parts, leaves = _state_of(obj)
+        layout, leaves = _state_of(obj)
         own = [(name, value) for name, value in super().children(obj) if name != "opt_state"]
-        return own + [(part.name, leaves[part.leaf]) for part in parts if part.place is None]
+        return own + [
+            (leaf.name, leaves[leaf.position]) for leaf in layout if leaf.parameter is None
+        ]
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         """Leaves of the state are boxes that were restored in place."""
@@ -73,36 +84,36 @@ class OptimizerView(ModuleView):
         return super().rebuild(obj, own)
 
     def slots(self, obj: Any) -> Iterable[SlotEntry]:
-        parts, leaves = _state_of(obj)
+        layout, leaves = _state_of(obj)
         return [
-            SlotEntry(part.name, Below(part.place), leaves[part.leaf])
-            for part in parts
-            if part.place is not None
+            SlotEntry(leaf.name, leaf.parameter, leaves[leaf.position])
+            for leaf in layout
+            if leaf.parameter is not None
         ]
 
     def parameters(self, obj: Any) -> Any | None:
         return vars(obj).get("model")
 
 
-def _state_of(optimizer: nnx.Optimizer[Any]) -> tuple[list[Part], list[Any]]:
-    """The parts of an optimizer's state, but for the masked ones, and its leaves."""
+def _state_of(optimizer: nnx.Optimizer[Any]) -> tuple[list[StateLeaf], list[Any]]:
+    """The layout of an optimizer's state without the masked leaves, and all its leaves."""
     leaves = jax.tree.leaves(optimizer.opt_state, is_leaf=is_leaf)
-    parts = parts_of(optimizer.opt_state, leaves, _mirrored)
+    layout = layout_of(optimizer.opt_state, leaves, _mirrored)
     masked = [isinstance(x, nnx.Variable) and is_masked(x.get_raw_value()) for x in leaves]
-    return [part for part in parts if not masked[part.leaf]], leaves
+    return [leaf for leaf in layout if not masked[leaf.position]], leaves
 
 
-def _mirrored(node: Any) -> list[Place] | None:
-    """The places of an nnx.State of variables; the optimizer has no other."""
+def _mirrored(node: Any) -> list[ParameterPath] | None:
+    """The parameters of an nnx.State of variables; nothing else in an optimizer mirrors them."""
     if not isinstance(node, nnx.State):
         return None
     leaves, _ = flatten(node)
     is_mirror = leaves and all(isinstance(leaf, OptVariable) for _, leaf in leaves)
-    return [place for place, _ in leaves] if is_mirror else None
+    return [path for path, _ in leaves] if is_mirror else None
 
 
-class VariableView(View):
-    """An nnx.Variable: its value is its own where that is one array, else its child."""
+class NnxVariableView(View):
+    """An nnx.Variable: one array is its own value; any other value is its child."""
 
     container = "leaf"
     identity = True
@@ -125,7 +136,7 @@ class VariableView(View):
         return obj
 
 
-class StateView(DictView):
+class NnxStateView(DictView):
     """An nnx.State: a mapping that is rebuilt, of variables that are restored in place."""
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
@@ -133,7 +144,7 @@ class StateView(DictView):
 
 
 def _is_foreign(value: Any) -> bool:
-    """Whether a static attribute is one only because nnx does not know what it is."""
+    """Whether a static attribute is state that nnx does not know."""
     view = view_of(value)
     return view is not None and view.mutable
 
@@ -143,9 +154,9 @@ def _is_leaf(value: Any) -> bool:
     return view is not None and view.container == "leaf"
 
 
-add_view(nnx.Pytree, ModuleView())
-add_view(nnx.List, ListView())
-add_view(nnx.Dict, DictModuleView())
-add_view(nnx.Optimizer, OptimizerView())
-add_view(nnx.Variable, VariableView())
-add_view(nnx.State, StateView())
+add_view(nnx.Pytree, NnxObjectView())
+add_view(nnx.List, NnxListView())
+add_view(nnx.Dict, NnxDictView())
+add_view(nnx.Optimizer, NnxOptimizerView())
+add_view(nnx.Variable, NnxVariableView())
+add_view(nnx.State, NnxStateView())

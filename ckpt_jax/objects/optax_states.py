@@ -1,16 +1,16 @@
-"""Optax states, shown as optimizers whose slot variables follow their parameters.
+"""Optax states, shown as optimizers with slot variables that follow their parameters.
 
-An optax state is a nest of named tuples. Some parts of it *mirror* the parameters: they have
-the parameters' tree structure, with masked places where a transform leaves parameters alone.
-Each leaf of such a part is a slot variable, tied to the parameter in whose place it stands, and
-named by the state's class and field: "ScaleByAdamState.mu". What mirrors nothing (counts,
-hyperparameters) is a child with such a name.
+An optax state is a nest of named tuples. Some parts of it *mirror* the parameters: they have the
+parameters' tree structure, with a masked node for each parameter that a transform leaves alone.
+Each leaf of such a part is a *slot variable*. It belongs to the parameter at the same path, and its
+name is made of the state's class and field: "ScaleByAdamState.mu". A leaf of any other part (a
+count, a hyperparameter) is a child with such a name.
 
 So neither the parameters' names nor the position of a transform in its chain matter: moments
-move with their parameter, and stay when transforms are added, removed, wrapped or reordered.
-Where two have the same name (for the same parameter), the later ones get a number.
+move with their parameter, and stay if transforms are added, removed, wrapped or reordered.
+If two leaves have the same name and the same parameter, the later one gets a number.
 
-Nothing here imports optax: what it looks at is structure.
+This module does not import optax: it looks at the structure of the state alone.
 """
 
 from __future__ import annotations
@@ -25,72 +25,78 @@ import jax
 
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.objects.pytrees import RegisteredView, is_registered, label_of
-from ckpt_jax.objects.views import Below, SlotEntry, View, add_view, view_of
+from ckpt_jax.objects.views import (
+    OptimizerView,
+    ParameterPath,
+    SlotEntry,
+    View,
+    add_view,
+    view_of,
+)
 
-Place = tuple[Label, ...]
 
-
-class Part(NamedTuple):
-    """One leaf of an optimizer state.
+class StateLeaf(NamedTuple):
+    """What is known about one leaf of an optimizer state.
 
     Attributes:
       name: by class and field.
-      place: of the parameter that it belongs to; None for what belongs to none.
-      leaf: its number in the flattened state.
+      parameter: the parameter that it belongs to; None if it belongs to none.
+      position: its number in the flattened state.
     """
 
     name: str
-    place: Place | None
-    leaf: int
+    parameter: ParameterPath | None
+    position: int
 
 
 def is_masked(node: Any) -> bool:
-    """Whether a transform leaves the parameter in this place alone."""
+    """Whether a transform leaves the parameter at this path alone."""
     return type(node).__name__ == "MaskedNode"
 
 
 def is_leaf(node: Any) -> bool:
-    """Whether a state is not taken apart any further: masked places, and boxes (nnx.Variables)."""
+    """Whether a state is not taken apart any further: masked nodes, and boxes (nnx.Variables)."""
     return is_masked(node) or ((view := view_of(node)) is not None and view.mutable)
 
 
-def flatten(state: Any) -> tuple[list[tuple[Place, Any]], Any]:
-    """The leaves of a tree with their places, and its structure."""
+def flatten(state: Any) -> tuple[list[tuple[ParameterPath, Any]], Any]:
+    """The leaves of a tree with their paths, and its structure."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_leaf)
-    return [(tuple([label_of(key) for key in path]), leaf) for path, leaf in leaves], treedef
+    paths = [ParameterPath(tuple([label_of(key) for key in keys])) for keys, _ in leaves]
+    return [(path, leaf) for path, (_, leaf) in zip(paths, leaves, strict=True)], treedef
 
 
-def parts_of(
-    state: Any, leaves: Sequence[Any], mirrored: Callable[[Any], Sequence[Place] | None]
-) -> tuple[Part, ...]:
-    """The leaves of an optimizer state, masked ones left out.
+def layout_of(
+    state: Any, leaves: Sequence[Any], mirrored: Callable[[Any], Sequence[ParameterPath] | None]
+) -> tuple[StateLeaf, ...]:
+    """What the leaves of an optimizer state are; masked leaves are left out.
 
     Args:
       state: a tree of optax states.
       leaves: of the state, taken apart as far as `is_leaf` says.
-      mirrored: says of a subtree in which parameter's place each of its leaves stands, or None
-        where it does not mirror the parameters.
+      mirrored: gives, for a subtree, the parameter of each of its leaves; None if the subtree does
+        not mirror the parameters.
     """
-    found: list[Part] = []
+    found: list[StateLeaf] = []
     index = 0
 
     def walk(node: Any, name: str) -> None:
         nonlocal index
         if node is None:
             return
-        places = mirrored(node)
-        if places is not None:
-            for place in places:
+        paths = mirrored(node)
+        if paths is not None:
+            for path in paths:
                 if not is_masked(leaves[index]):
-                    found.append(Part(name, place, index))
+                    found.append(StateLeaf(name, path, index))
                 index += 1
             return
         children, _ = jax.tree_util.tree_flatten_with_path(
             node, is_leaf=lambda x: x is not node or is_leaf(x)
         )
-        if len(children) == 1 and not children[0][0]:  # at no distance: a leaf
+        if len(children) == 1 and not children[0][0]:  # an empty path: the node is a leaf
             if not is_masked(node):
-                found.append(Part(name, None, index))
+                found.append(StateLeaf(name, None, index))
             index += 1
             return
         is_state = hasattr(node, "_fields") or dataclasses.is_dataclass(node)
@@ -103,38 +109,38 @@ def parts_of(
     return _numbered(found)
 
 
-def _numbered(parts: Iterable[Part]) -> tuple[Part, ...]:
-    """Parts with distinct names, each name counted for each parameter."""
-    count: Counter[tuple[str, Place | None]] = Counter()
-    numbered: list[Part] = []
-    for part in parts:
-        number = count[part.name, part.place]
-        count[part.name, part.place] += 1
-        numbered.append(part._replace(name=f"{part.name}#{number}") if number else part)
+def _numbered(leaves: Iterable[StateLeaf]) -> tuple[StateLeaf, ...]:
+    """Leaves with distinct names; for each parameter, equal names are counted."""
+    count: Counter[tuple[str, ParameterPath | None]] = Counter()
+    numbered: list[StateLeaf] = []
+    for leaf in leaves:
+        number = count[leaf.name, leaf.parameter]
+        count[leaf.name, leaf.parameter] += 1
+        numbered.append(leaf._replace(name=f"{leaf.name}#{number}") if number else leaf)
     return tuple(numbered)
 
 
 class Parameters:
-    """The structure of a tree of parameters, and so what mirrors it."""
+    """The structure of a tree of parameters; it tells what mirrors them."""
 
     def __init__(self, params: Any):
         leaves, self.treedef = flatten(params)
-        self.places = tuple([place for place, _ in leaves])
+        self.paths = tuple([path for path, _ in leaves])
         self.shapes = tuple([tuple(getattr(leaf, "shape", ())) for _, leaf in leaves])
         self.inner = None
         if hasattr(params, "_fields") and params:  # optax.LookaheadParams: its state mirrors fast
             first = params._fields[0]
             self.inner = first, Parameters(params[0])
 
-    def mirrored(self, node: Any) -> Sequence[Place] | None:
-        """The places of a subtree's leaves, or None where it does not mirror the parameters."""
-        if self.places and jax.tree.structure(node, is_leaf=is_leaf) == self.treedef:
-            is_tree = self.places != ((),)
-            return self.places if is_tree or _could_be_moment(node, self.shapes[0]) else None
+    def mirrored(self, node: Any) -> Sequence[ParameterPath] | None:
+        """The parameters of a subtree's leaves; None if it does not mirror the parameters."""
+        if self.paths and jax.tree.structure(node, is_leaf=is_leaf) == self.treedef:
+            is_tree = self.paths != (ParameterPath(()),)
+            return self.paths if is_tree or _could_be_moment(node, self.shapes[0]) else None
         if self.inner is not None:
             step, parameters = self.inner
-            places = parameters.mirrored(node)
-            return None if places is None else [(step, *place) for place in places]
+            paths = parameters.mirrored(node)
+            return None if paths is None else [ParameterPath((step, *p.steps)) for p in paths]
         return None
 
     def __eq__(self, other: object) -> bool:
@@ -157,7 +163,7 @@ def _could_be_moment(leaf: Any, shape: tuple[int, ...]) -> bool:
 class OptaxState:
     """An optax state as the optimizer of some parameters; see `optax_state`.
 
-    It reads like the state that it holds: `tx.update` takes it, too.
+    It can be read like the state that it holds, and `tx.update` takes it, too.
 
     Attributes:
       opt_state: the optax state itself.
@@ -169,8 +175,8 @@ class OptaxState:
         self._parameters = Parameters(params) if parameters is None else parameters
 
     @cached_property
-    def parts(self) -> tuple[Part, ...]:
-        return parts_of(self.opt_state, self.leaves, self._parameters.mirrored)
+    def layout(self) -> tuple[StateLeaf, ...]:
+        return layout_of(self.opt_state, self.leaves, self._parameters.mirrored)
 
     @cached_property
     def leaves(self) -> list[Any]:
@@ -181,7 +187,7 @@ class OptaxState:
         leaves = [changed.get(i, leaf) for i, leaf in enumerate(self.leaves)]
         treedef = jax.tree.structure(self.opt_state, is_leaf=is_leaf)
         new = OptaxState(jax.tree.unflatten(treedef, leaves), self._params, self._parameters)
-        new.__dict__["parts"] = self.parts  # of the same structure
+        new.__dict__["layout"] = self.layout  # the structure is the same
         return new
 
     def __getattr__(self, name: str) -> Any:
@@ -212,72 +218,73 @@ jax.tree_util.register_pytree_with_keys(
 def optax_state(opt_state: Any, params: Any) -> OptaxState:
     """An optax state to save or restore, as the optimizer of its parameters.
 
-    Its per-parameter parts are saved as slot variables of the parameters, which have to be in
-    the same checkpoint, and the rest by class and field. After the program has changed, what
-    still is there is restored: moments follow their parameters under new names, and survive
-    when transforms are added, removed, wrapped or reordered. (In an optax state that is saved as
-    the bare tuple that it is, everything goes by position.)
+    The values that it has for each parameter are saved as slot variables of the parameter, which
+    has to be in the same checkpoint. Its other values are saved by class and field. If the
+    program changes, a restore takes what is still there: moments follow their parameters under
+    new names, and survive if transforms are added, removed, wrapped or reordered. (If an optax
+    state is saved without this, as a tuple, all its values are found by position.)
 
     Args:
       opt_state: what `tx.init(params)` or `tx.update` returned.
-      params: the parameters it is for.
+      params: the parameters that it is for.
 
     Returns:
-      An object to put into the tree, or to give to a `Checkpoint`; after a restore its
+      An object to put into the tree, or to give to a `Checkpoint`. After a restore, its
       `.opt_state` is the restored state. It can be read and updated like that state.
 
     Example:
-      >>> import jax.numpy as jnp, optax, tempfile
-      >>> from ckpt_jax.api.tree import restore, save
+      >>> import ckpt_jax as ckpt, jax.numpy as jnp, optax, tempfile
       >>> params, tx = {"w": jnp.ones(2)}, optax.adam(0.1)
-      >>> tree = {"params": params, "opt": optax_state(tx.init(params), params)}
+      >>> tree = {"params": params, "opt": ckpt.optax_state(tx.init(params), params)}
       >>> with tempfile.TemporaryDirectory() as directory:
-      ...     path = save(f"{directory}/a", tree)
-      ...     restored = restore(path, tree)
+      ...     path = ckpt.save(f"{directory}/a", tree)
+      ...     restored = ckpt.restore(path, tree)
       >>> restored["opt"][0].mu["w"]
       Array([0., 0.], dtype=float32)
     """
     return OptaxState(opt_state, params)
 
 
-class OptaxStateView(View):
+class OptaxStateView(OptimizerView):
     """Slot variables and other leaves, by class and field; rebuilt with the same structure."""
 
     def children(self, obj: OptaxState) -> Iterable[tuple[Label, Any]]:
-        return [(part.name, obj.leaves[part.leaf]) for part in obj.parts if part.place is None]
+        return [
+            (leaf.name, obj.leaves[leaf.position]) for leaf in obj.layout if leaf.parameter is None
+        ]
 
     def slots(self, obj: OptaxState) -> Iterable[SlotEntry]:
         return [
-            SlotEntry(part.name, Below(part.place), obj.leaves[part.leaf])
-            for part in obj.parts
-            if part.place is not None
+            SlotEntry(leaf.name, leaf.parameter, obj.leaves[leaf.position])
+            for leaf in obj.layout
+            if leaf.parameter is not None
         ]
 
     def parameters(self, obj: OptaxState) -> Any | None:
         return obj._params
 
     def rebuild(self, obj: OptaxState, changed: Mapping[Label, Any]) -> Any:
-        new = {part.leaf: changed[part.name] for part in obj.parts if part.name in changed}
-        for part in obj.parts:
-            if part.place is not None and part.name in changed:  # kept as a tree of children
-                new[part.leaf] = _at(changed[part.name], part.place)
+        new: dict[int, Any] = {}
+        for name, parameter, position in obj.layout:
+            if name in changed:  # if it has a parameter, the child is a tree of slot variables
+                new[position] = _at(changed[name], parameter.steps if parameter else ())
         return obj.replaced(new)
 
     def replaces_slots(self, obj: OptaxState) -> bool:
         return True
 
     def with_slots(self, obj: OptaxState, changed: Mapping[tuple[str, Any], Any]) -> Any:
-        keys = [(part.name, Below(part.place or ())) for part in obj.parts]
-        new = {
-            part.leaf: changed[key]
-            for part, key in zip(obj.parts, keys, strict=True)
-            if part.place is not None and key in changed
-        }
-        return obj.replaced(new)
+        return obj.replaced(
+            {
+                position: changed[name, parameter]
+                for name, parameter, position in obj.layout
+                if (name, parameter) in changed
+            }
+        )
 
 
-def _at(tree: Any, place: Place) -> Any:
-    for step in place:
+def _at(tree: Any, steps: Iterable[Label]) -> Any:
+    for step in steps:
         tree = tree[step]
     return tree
 
@@ -298,7 +305,7 @@ class TrainStateView(RegisteredView):
 
 
 def train_state_view(obj: Any) -> View | None:
-    """The view of a train state, recognised by its fields."""
+    """The view of a train state, which is recognised by its fields."""
     if not dataclasses.is_dataclass(obj) or isinstance(obj, type) or not is_registered(obj):
         return None
     names = {field.name for field in dataclasses.fields(obj)}

@@ -1,10 +1,10 @@
-"""What waits for a child: restores that came before the object that they are for.
+"""Restores that came before the object that they are for.
 
-A *pending* entry waits on a trackable under the name of a child that does not exist yet.
-Whoever gains a child hands it over (`receive`, or `received` around putting it into its place).
-That is all that a trackable knows of checkpoints: somebody awaits this name.
+A *pending* restore waits on a trackable, under the name of a child that does not exist yet. When
+the trackable gets the child, it hands the child over with `received`. This is all that a trackable
+knows of checkpoints: somebody waits for this name.
 
-The entries live in the instance's `__dict__`, made on first use.
+The entries are in the `__dict__` of the trackable, and are created on first use.
 """
 
 from __future__ import annotations
@@ -29,28 +29,33 @@ class Pending(Protocol):
         """Restores what it can into `child`; returns the child to use."""
 
     def attached(self) -> None:
-        """Is told that the child is in its place."""
+        """Is called when the child is a child of its parent."""
 
     def initial_value(self) -> Any | None:
-        """The value that waits, where it is one array; None where it is more."""
+        """The value that waits if it is one array; None if it is more."""
 
 
-def receive(parent: Any, label: Label, child: Any, arrived: list[Pending]) -> Any:
-    """Hands a new child to the restores that wait for its name; returns the child to use.
+@contextlib.contextmanager
+def received(parent: Any, label: Label, child: Any) -> Iterator[Any]:
+    """Hands a new child to the restores that wait for its name.
 
-    The oldest comes first, so that the values of later ones win, and what only an older
-    checkpoint holds still arrives. If one fails, all go on waiting; but where a checkpoint is gone
-    and a later restore waits too, the later one does. What waits for the same text (the position
-    0, where the checkpoint has a key "0") is meant, too. The restores are added to `arrived`: they
-    are to be told when the child is in its place.
+    The block gets the child to use, and makes it a child of the parent. Then the restores are told
+    (`Pending.attached`).
+
+    The oldest restore comes first, so that the values of later restores win, and a value that
+    only an older checkpoint has still arrives. If a restore fails, all go on waiting. But if its
+    checkpoint is gone and a later restore waits too, the later restore goes on. A restore that
+    waits for the same text is meant, too: the position 0, if the checkpoint has a key "0".
     """
     pending = getattr(parent, "__dict__", {}).get(PENDING)
     if not pending:
-        return child
+        yield child
+        return
     if label not in pending:
         text = local_name(label)
         label = next((other for other in pending if local_name(other) == text), label)
     waiting = tuple(pending.get(label, ()))
+    arrived: list[Pending] = []
     for restore in waiting:
         try:
             child = restore.attach(parent, label, child)
@@ -61,15 +66,7 @@ def receive(parent: Any, label: Label, child: Any, arrived: list[Pending]) -> An
         else:
             arrived.append(restore)
     pending.pop(label, None)
-    return child
-
-
-@contextlib.contextmanager
-def received(parent: Any, label: Label, child: Any) -> Iterator[Any]:
-    """Hands a new child over, as `receive`; the block, which is given the child to use, puts it
-    into its place."""
-    arrived: list[Pending] = []
-    yield receive(parent, label, child, arrived)
+    yield child
     for restore in arrived:
         restore.attached()
 

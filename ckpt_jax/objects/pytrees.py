@@ -1,11 +1,10 @@
 """Views of plain values and pytrees: leaves, the builtin containers, and all that JAX knows.
 
-A pytree is immutable to this library, whatever Python thinks of its containers: the caller's
-lists and dicts are never changed, a restored tree is a rebuilt one. The builtin containers
-are read directly, so that dict keys of any sortable or unsortable mixture work and keep their
-order; any other type that is registered with JAX (flax.struct, FrozenDict, Equinox modules,
-a user's own) is taken apart and put together by JAX itself, which leaves its static fields as
-the target has them.
+This library treats every pytree as immutable: it never changes the caller's lists and dicts, and a
+restored tree is a rebuilt one. The builtin containers are read directly. So dicts keep their
+order, and their keys need not be sortable. Any other type that is registered with JAX
+(flax.struct, FrozenDict, Equinox modules, a user's own type) is taken apart and rebuilt by JAX
+itself. Its static fields stay as the target has them.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from ckpt_jax.objects.views import View
 
 
 class LeafView(View):
-    """A value that is its own only part: an array, a scalar, a string."""
+    """A value without parts: an array, a scalar, a string."""
 
     container = "leaf"
 
@@ -55,10 +54,14 @@ class RefView(View):
 
 
 class NoneView(View):
+    """None, which keeps its place in the tree."""
+
     container = "none"
 
 
 class DictView(View):
+    """Dicts, by key."""
+
     container = "dict"
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
@@ -72,6 +75,8 @@ class DictView(View):
 
 
 class ListView(View):
+    """Lists, by position."""
+
     container = "list"
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
@@ -85,7 +90,7 @@ class ListView(View):
 
 
 class TupleView(View):
-    """Tuples, and named tuples by field."""
+    """Tuples by position, named tuples by field."""
 
     def __init__(self, named: bool):
         self.named = named
@@ -96,7 +101,7 @@ class TupleView(View):
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         parts = [changed.get(label, child) for label, child in self.children(obj)]
-        if hasattr(obj, "n_fields"):  # a structseq, which cannot be made without its own __new__
+        if hasattr(obj, "n_fields"):  # a structseq, which tuple.__new__ cannot create
             return tuple(parts)
         rebuilt = tuple.__new__(type(obj), parts)  # a subclass's constructor may take anything
         if hasattr(obj, "__dict__"):
@@ -113,14 +118,14 @@ class DataclassView(View):
         return [(field.name, getattr(obj, field.name)) for field in dataclasses.fields(obj)]
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
-        rebuilt = copy.copy(obj)  # not `replace`: __post_init__ has run already
+        rebuilt = copy.copy(obj)  # not dataclasses.replace: it would run __post_init__ again
         for name, child in changed.items():
             object.__setattr__(rebuilt, str(name), child)
         return rebuilt
 
 
 class RegisteredView(View):
-    """Any other type registered with JAX, one level of it."""
+    """Any other type that is registered with JAX; one level of it."""
 
     def __init__(self, container: str, has_functions: bool = False):
         self.container = container
@@ -137,6 +142,7 @@ class RegisteredView(View):
 
 
 def label_of(key: Any) -> Label:
+    """The label of one step in a path of JAX's."""
     match key:
         case jax.tree_util.GetAttrKey(name=name):
             return name
@@ -148,7 +154,7 @@ def label_of(key: Any) -> Label:
 
 
 def is_registered(obj: Any) -> bool:
-    """Whether JAX can take an object apart."""
+    """Whether JAX takes an object apart."""
     leaves = jax.tree.leaves(obj, is_leaf=lambda x: x is not obj)
     return not (len(leaves) == 1 and leaves[0] is obj)
 
@@ -166,7 +172,7 @@ def _is_equinox(kind: type) -> bool:
 
 
 def pytree_view(obj: Any) -> View | None:
-    """The view of an object by what kind of value or pytree its type is."""
+    """The view of a plain value or a pytree, chosen by its type; None for any other object."""
     match obj:
         case None:
             return _NONE

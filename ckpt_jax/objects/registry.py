@@ -1,8 +1,8 @@
-"""The registries: savers for objects that save themselves, and classes revived by name.
+"""The registries: savers that programs write for their own objects, and classes that have names.
 
-A registered saver takes the objects that its predicate accepts; those registered later are
-asked first. Its name is stored in the checkpoint beside each object, and restoring asks for
-the saver of that name.
+A registered saver takes the objects that its predicate accepts; the newest saver is asked first.
+The checkpoint stores the saver's name beside each object, and a restore looks for the saver of
+that name. An object of a registered class can be recreated by name, without a target.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from ckpt_jax.errors import RegistrationError
-from ckpt_jax.objects.trackable import PythonState
-from ckpt_jax.objects.views import mark_views, remove_views_since
+from ckpt_jax.objects.python_state import PythonState
+from ckpt_jax.objects.views import view_registration_scope
 
 C = TypeVar("C", bound=type)
 SaveFn = Callable[[dict[str, Any], str], "str | list[str] | None"]
@@ -26,6 +26,8 @@ _NAME = re.compile(r"[a-zA-Z0-9._-]+")
 
 @dataclass(frozen=True, slots=True)
 class RegisteredSaver:
+    """A saver, as `register_checkpoint_saver` was given it; `name` is the full name."""
+
     name: str
     predicate: Callable[[Any], bool]
     save_fn: SaveFn
@@ -48,23 +50,24 @@ def register_checkpoint_saver(
 
     Args:
       package, name: the saver is known as "package.name", in checkpoints too.
-      predicate: sees every object of the graph: trackables, Flax objects, containers, leaves,
-        and objects of no known kind that are elements of containers or named in a Checkpoint.
+      predicate: is called with every object of the graph: trackables, Flax objects, containers,
+        leaves, and objects of unknown kinds that are elements of containers or are given to a
+        `Checkpoint` by name.
       save_fn: `(objects by name, file_prefix)`; writes shards with `ckpt.io.write_shard` at
-        paths that begin with `file_prefix`, and returns None, a shard or a list of shards. Where
-        there are several processes it is called on each, with a prefix of its own; what it
-        writes has to be another slice on each (of a jax.Array it is; a numpy array is written
-        where `jax.process_index()` is 0, or in parts, with `ckpt.io.Slice`).
-      restore_fn: `(objects by name, merged_prefix)`; reads with `ckpt.io.read_slices` and
-        assigns in place (returning None), or returns new values by name for immutable objects.
+        paths that begin with `file_prefix`, and returns None, a shard or a list of shards. If
+        there are several processes, it is called on each of them with another prefix, and has to
+        write another slice on each. A jax.Array is written so. A numpy array is to be written by
+        the process with `jax.process_index() == 0` alone, or in parts, with `ckpt.io.Slice`.
+      restore_fn: `(objects by name, merged_prefix)`; reads with `ckpt.io.read_slices`. It
+        assigns in place and returns None, or returns new values by name for immutable objects.
         It is called on each process.
-      strict_predicate_restore: whether restoring into an object that the predicate refuses is
-        an error; otherwise the object is skipped and keeps its value.
+      strict_predicate_restore: whether it is an error to restore into an object that the
+        predicate refuses. If it is not, the object is skipped and keeps its value.
 
     Raises:
-      TypeError: an argument of the wrong kind.
-      RegistrationError: a name with other characters than letters, digits, ".", "_" and "-",
-        or one that is taken.
+      TypeError: an argument is of the wrong kind.
+      RegistrationError: the name is taken, or has characters that are not letters, digits, ".",
+        "_" or "-".
 
     Source: `tf.train.experimental`'s register_checkpoint_saver.
 
@@ -93,9 +96,9 @@ def register_checkpoint_saver(
 
 
 def saver_name(obj: Any) -> str | None:
-    """The saver that takes `obj`, the latest registered first; None for the default saver.
+    """The newest saver that takes `obj`; None for the default saver.
 
-    A `PythonState` saves itself, whatever a predicate says.
+    A `PythonState` always saves itself, even if a predicate accepts it.
     """
     if isinstance(obj, PythonState):
         return None
@@ -116,7 +119,7 @@ class IsExactly:
 
 
 def saver_of() -> Callable[[Any], str | None]:
-    """`saver_name`, or the same in one lookup while all predicates are `IsExactly`."""
+    """`saver_name`, as a function that needs one lookup if all predicates are `IsExactly`."""
     names: dict[type, str] = {}
     for saver in _savers.values():
         if not isinstance(saver.predicate, IsExactly):
@@ -146,22 +149,22 @@ def has_saver(name: str) -> bool:
 
 
 def unregister_checkpoint_saver(name: str) -> None:
-    """Forgets a saver: the program as it is where nobody registered it."""
+    """Forgets a saver, as if nobody had registered it."""
     del _savers[get_saver(name).name]
 
 
 @contextlib.contextmanager
 def registration_scope() -> Iterator[None]:
-    """Undoes, on leaving, the registrations of savers, classes and views made inside."""
-    savers, classes, views = dict(_savers), dict(_classes), mark_views()
+    """Undoes, on leaving, the registrations of savers, classes and views that were made inside."""
+    savers, classes = dict(_savers), dict(_classes)
     try:
-        yield
+        with view_registration_scope():
+            yield
     finally:
         _savers.clear()
         _savers.update(savers)
         _classes.clear()
         _classes.update(classes)
-        remove_views_since(views)
 
 
 # --- classes ---------------------------------------------------------------------------
@@ -169,6 +172,8 @@ def registration_scope() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class RegisteredClass:
+    """A class, as `register_serializable` was given it; `name` is the full name."""
+
     name: str
     cls: type
     predicate: Callable[[Any], bool]
@@ -185,10 +190,10 @@ def register_serializable(
     """Class decorator: gives a class the name under which checkpoints know it.
 
     Args:
-      package, name: the class is known as "package.name"; its own name by default.
+      package, name: the class is known as "package.name". By default, `name` is its own name.
       predicate: which objects are of this class; `isinstance` by default.
 
-    `ckpt.load_object` makes objects of registered classes anew, through methods that they may
+    `ckpt.load_object` recreates objects of registered classes through methods that they may
     have: `_serialize_to_proto()`, `_deserialization_dependencies(children)`, the class method
     `_deserialize_from_proto(proto, dependencies)`, and `_add_trackable_child(name, value)`.
 
@@ -217,7 +222,7 @@ def register_serializable(
 
 
 def registered_name(obj: Any) -> str | None:
-    """The name of the class that `obj` belongs to, the latest registered first."""
+    """The name of the newest registered class that `obj` belongs to; None if there is none."""
     for entry in reversed(_classes.values()):
         if entry.predicate(obj):
             return entry.name
@@ -225,7 +230,7 @@ def registered_name(obj: Any) -> str | None:
 
 
 def registered_class(name: str) -> type | None:
-    """The class registered as `name`."""
+    """The class that is registered as `name`; None if there is none."""
     entry = _classes.get(name)
     return entry.cls if entry else None
 
@@ -236,7 +241,7 @@ def _full_name(package: str, name: str | None, what: str) -> str:
             f"the package and name of a {what} must be strings, got {package!r} and {name!r}"
         )
     full = f"{package}.{name}"
-    if not _NAME.fullmatch(full) or full == "..":  # it names files
+    if not _NAME.fullmatch(full) or full == "..":  # it becomes part of file names
         raise RegistrationError(
             f"Invalid registered {what} name {full!r}: use letters, digits, '.', '_' and '-'"
         )

@@ -1,8 +1,9 @@
-"""What is state: the question that is asked of each value that is assigned or put somewhere.
+"""State or configuration: each value that is assigned to a trackable is one or the other.
 
-Arrays, trackables, modules, and containers that hold some of these are state; plain data
-(scalars, strings, None, and containers of nothing else) and what has no view are
-configuration, unless somebody says otherwise.
+Arrays, trackables, modules, and containers that hold some of these are state. Configuration is
+plain data (scalars, strings, None, and containers of nothing else) and everything that has no
+view. A program can choose otherwise: `NoDependency` marks configuration, and all that is given to
+a `Checkpoint` by name is state.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ import numpy as np
 
 from ckpt_jax.objects.views import View, add_view, view_of
 
-PLAIN = (int, float, complex, str, bytes, type(None), np.generic)  # of plain data, the parts
+PLAIN = (int, float, complex, str, bytes, type(None), np.generic)  # plain data, but for containers
 
 
 class NoDependency:
     """Marks a value that is assigned to an attribute, or put in a container, but is not state.
 
-    Whoever reads the attribute or the element gets the value.
+    Reading the attribute or the element gives the value, without the mark.
 
     Example:
-      >>> from ckpt_jax import AutoTrackable
-      >>> class Model(AutoTrackable):
-      ...     def __init__(self): self.cache = NoDependency({})
+      >>> import ckpt_jax as ckpt
+      >>> class Model(ckpt.AutoTrackable):
+      ...     def __init__(self): self.cache = ckpt.NoDependency({})
       >>> Model().cache, Model().trackable_children()
       ({}, {})
     """
@@ -36,16 +37,16 @@ class NoDependency:
 
 
 class NoDependencyView(View):
-    """Nothing to see; inside a container it keeps its place."""
+    """A marked value is shown as empty; inside a container it keeps its place."""
 
     container = "none"
 
 
 def holds_state(value: Any, inside: tuple[int, ...] = ()) -> bool:
-    """Whether an attribute's value is state: an array, a trackable, or a container of some.
+    """Whether an attribute's value is state: an array, a trackable, or a container that holds one.
 
-    Scalars, strings, None, and containers of nothing else are configuration, except for empty
-    lists and dicts, to which state may yet be added.
+    Scalars, strings, None, and containers of nothing else are configuration. An empty list or dict
+    is state, because state may still be added to it.
     """
     if isinstance(value, PLAIN):
         return False
@@ -61,7 +62,7 @@ def holds_state(value: Any, inside: tuple[int, ...] = ()) -> bool:
 
 
 class Holds(enum.IntEnum):
-    """What is in a container, at any depth; the highest counts."""
+    """What a container holds, at any depth. If it holds several of these, the last counts."""
 
     PLAIN_DATA = 0
     VALUES = 1
@@ -69,8 +70,11 @@ class Holds(enum.IntEnum):
 
 
 def holds(value: Any, inside: tuple[int, ...] = ()) -> Holds:
-    """What is in `value`, itself included: objects that are mutable or marked with
-    `NoDependency`, or else values (arrays, and what has no view), or else plain data."""
+    """What `value` holds, itself included.
+
+    Objects are mutable or marked with `NoDependency`. Values are arrays, and anything that has no
+    view. The rest is plain data.
+    """
     if isinstance(value, NoDependency):
         return Holds.OBJECTS
     view = view_of(value)

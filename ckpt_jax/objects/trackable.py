@@ -1,12 +1,11 @@
 """Trackables: mutable objects that name their children.
 
-*Tracking* gives a child a local name. A `Trackable` is told explicitly, an `AutoTrackable`
-tracks what is assigned to its attributes. Restoring may come before a child exists: then a
-*pending* entry waits under the child's name, and tracking the child hands it over. That is
-all a trackable knows of checkpoints: somebody awaits this name.
+To *track* a child is to give it a local name. A `Trackable` is told explicitly, an `AutoTrackable`
+tracks what is assigned to its attributes. A restore may come before a child exists. It then waits
+under the child's name, and gets the child when it is tracked (see `pending`).
 
-State lives in the instance's `__dict__` under two private names, made on first use, so that a
-subclass need not call `super().__init__()`.
+The children are in the instance's `__dict__` under a private name that is created on first use, so
+that a subclass need not call `super().__init__()`.
 """
 
 from __future__ import annotations
@@ -19,13 +18,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload, runtime_chec
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from ckpt_jax.graph.labels import PYTHON_STATE, VARIABLE_VALUE, Label
+from ckpt_jax.graph.labels import PYTHON_STATE, Label
 from ckpt_jax.objects.containers import unmarked, wrap
 from ckpt_jax.objects.pending import PENDING, received
+from ckpt_jax.objects.python_state import PythonState
 from ckpt_jax.objects.state import NoDependency, holds_state
-from ckpt_jax.objects.views import NoState, SlotEntry, View, add_view, view_of
+from ckpt_jax.objects.variable import Variable
+from ckpt_jax.objects.views import NoState, OptimizerView, SlotEntry, add_view, view_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -34,12 +34,12 @@ _TRACKING = "_self_tracking"  # False inside no_automatic_dependency_tracking
 
 
 class Trackable:
-    """An object whose children and values are saved in an object graph.
+    """An object that is saved in an object graph, with its children and values.
 
-    Children are given with `track`. An object with values of its own overrides
-    `serialize_to_arrays` and `restore_from_arrays`.
+    `track` gives it children. An object with values of its own overrides `serialize_to_arrays`
+    and `restore_from_arrays`.
 
-    Source: `tf.train.experimental.PythonState`'s base, TensorFlow's `Trackable`.
+    Source: TensorFlow's `Trackable`, the base of `tf.train.experimental.PythonState`.
 
     Example:
       >>> class Model(Trackable):
@@ -59,7 +59,7 @@ class Trackable:
 
         Returns:
           The child to use: `value`, a wrapper that shares a list or a dict of trackables, or
-          a rebuilt one where a pending restore waited for it and it is immutable.
+          a restored value if `value` is immutable and a restore waited for it.
 
         Raises:
           ValueError: the name already belongs to a different object.
@@ -75,7 +75,7 @@ class Trackable:
         if name not in children:
             with received(self, name, value) as value:
                 children[name] = value
-            return children[name]  # which slots that came with it may have rebuilt
+            return children[name]  # rebuilt if its slots were restored with it
         if children[name] is not value and not overwrite:
             raise ValueError(
                 f"{name!r} is already declared as a dependency of {type(self).__qualname__}; "
@@ -85,7 +85,7 @@ class Trackable:
         return value
 
     def __copy__(self) -> Any:
-        """A copy with the same children, to which others can be added on either side."""
+        """A copy with the same children. Either side can get more children without the other."""
         copy = type(self).__new__(type(self))
         copy.__dict__.update(self.__dict__)
         copy.__dict__[_CHILDREN] = self.trackable_children()
@@ -99,15 +99,15 @@ class Trackable:
     def serialize_to_arrays(self) -> dict[str, Any]:
         """The object's own values: local name -> array or Python scalar.
 
-        A value may also be a function of no argument that makes it. Each save calls it once,
-        before `save` returns. A restore does not call it, so that it needs no value to be
-        there already: `restore_from_arrays` then gets whatever was saved, of any shape and
-        dtype.
+        A value may also be a function without arguments that makes it. Each save calls the
+        function once, before `save` returns. A restore does not call it, so that no value has to
+        exist before the restore: `restore_from_arrays` then gets what was saved, of any shape
+        and dtype.
         """
         return {}
 
     def restore_from_arrays(self, arrays: dict[str, Any]) -> None:
-        """Takes back the values that `serialize_to_arrays` names."""
+        """Restores the values that `serialize_to_arrays` names."""
         raise NotImplementedError(
             f"{type(self).__qualname__} saves values but does not override restore_from_arrays"
         )
@@ -120,19 +120,19 @@ class Trackable:
         initializer: Any = None,
         overwrite: bool = False,
     ) -> Variable:
-        """Creates a `Variable` and tracks it; a value that waits for this name wins.
+        """Creates a `Variable` and tracks it. If a restore waits for this name, its value is used.
 
         Args:
           name: the local name.
-          shape: of the value; required with an initializer function or none at all.
+          shape: of the value; required unless the initializer is a constant.
           dtype: of the value.
-          initializer: a function `(shape, dtype) -> array`, or a constant (then no shape).
-            Zeros by default. A function is not called when a restored value waits.
+          initializer: a function `(shape, dtype) -> array`, or a constant (then without a shape).
+            Zeros by default. A function is not called if a restored value waits.
           overwrite: whether the name may already belong to a different object.
 
         Raises:
-          ValueError: both a shape and a constant, neither, a name in use, or an initializer that
-            returns another shape.
+          ValueError: there are both a shape and a constant, or neither; the name is in use; or
+            the initializer returns another shape.
           RestoreMismatchError: the value that waits has another shape or dtype.
         """
         if name in self.__dict__.get(_CHILDREN, ()) and not overwrite:
@@ -161,31 +161,31 @@ class Trackable:
                 value = jnp.zeros(tuple(shape or ()), dtype)
         return self.track(name, Variable(value), overwrite=overwrite)
 
-    # --- made anew: for classes registered with `ckpt.register_serializable` --------------
+    # --- recreated objects: for classes registered with `ckpt.register_serializable` ------
 
     def _serialize_to_proto(self, object_proto: Any = None, **kwargs: Any) -> Any:
-        """What the class needs to make this object anew: a protobuf message, or None."""
+        """A protobuf message with all that the class needs to recreate this object; or None."""
         return None
 
     @classmethod
     def _deserialize_from_proto(
         cls, proto: Any = None, object_proto: Any = None, dependencies: Any = None, **kwargs: Any
     ) -> Any:
-        """A new object; its children and values follow.
+        """A new object. Its children and values are added later.
 
         Args:
-          proto: what `_serialize_to_proto` gave, as a `google.protobuf.Any`; empty for None.
+          proto: the message of `_serialize_to_proto`, as a `google.protobuf.Any`; empty for None.
           object_proto: not given; for classes that were written for TensorFlow.
           dependencies: by name, the objects that `_deserialization_dependencies` named.
         """
         return cls()
 
     def _deserialization_dependencies(self, children: Mapping[str, Any]) -> Mapping[str, Any]:
-        """By name, the objects of the graph that have to be made before this one."""
+        """By name, the objects of the graph that have to be recreated before this one."""
         return {}
 
     def _add_trackable_child(self, name: str, value: Any) -> None:
-        """Takes a child that was made anew."""
+        """Adds a child that was recreated."""
         self.track(name, value, overwrite=True)
 
 
@@ -193,11 +193,11 @@ class AutoTrackable(Trackable):
     """Tracks what is assigned to its attributes; deleting an attribute drops the child.
 
     Arrays, trackables, Flax objects and containers of these are state. Plain Python scalars
-    and strings, functions, and whatever else has no view are configuration.
+    and strings, functions, and everything else that has no view are configuration.
 
-    A list or dict of trackables, or of plain data, to which trackables may yet be added, becomes
-    a wrapper that shares it: what is appended or set later is tracked, too, and receives what
-    waits for it. A container of arrays is a value, and stays what it is.
+    A list or dict of trackables becomes a wrapper that shares it. So does one of plain data,
+    because trackables may still be added. What is appended or set later is tracked, too, and
+    receives the restore that waits for it. A container of arrays is a value, and stays what it is.
 
     Source: TensorFlow's `AutoTrackable` (`tf.Module`, `tf.train.Checkpoint`).
 
@@ -220,7 +220,7 @@ class AutoTrackable(Trackable):
         return holds_state(value)
 
     def _before_dropping(self, name: str, value: Any) -> None:
-        """Called where `value`, which is no state, takes the place of a child."""
+        """Is called before `value`, which is no state, replaces a child."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, NoDependency):
@@ -247,7 +247,7 @@ class AutoTrackable(Trackable):
             children.pop(name, None)
 
     def _add_trackable_child(self, name: str, value: Any) -> None:
-        """Takes a child that was made anew, as an attribute; it is state whatever it is."""
+        """Adds a child that was recreated, as an attribute; it is state of whatever kind."""
         setattr(self, name, value)
         _own(self, _CHILDREN)[name] = value
 
@@ -256,92 +256,17 @@ class AutoTrackable(Trackable):
         self.__dict__.get(_CHILDREN, {}).pop(name, None)
 
 
-class Variable:
-    """A mutable box for one array.
-
-    Args:
-      value: an array, or a `jax.ShapeDtypeStruct` for a variable that will be restored.
-
-    Source: the part that `tf.Variable` plays in a checkpoint.
-
-    Example:
-      >>> v = Variable(jnp.zeros(2))
-      >>> v.assign(v.value + 1).value
-      Array([1., 1.], dtype=float32)
-    """
-
-    def __init__(self, value: Any):
-        if not isinstance(value, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic):
-            value = jnp.asarray(value)
-        self._value = value
-
-    @property
-    def value(self) -> Any:
-        """The array in the box."""
-        return self._value
-
-    def assign(self, value: Any) -> Variable:
-        """Replaces the array by one of the same shape and dtype; returns the variable.
-
-        Raises:
-          ValueError: another shape or dtype.
-        """
-        value = value if hasattr(value, "dtype") else jnp.asarray(value, self.dtype)
-        if (value.shape, value.dtype) != (self.shape, self.dtype):
-            raise ValueError(
-                f"expected {self.dtype}{list(self.shape)}, got {value.dtype}{list(value.shape)}"
-            )
-        self._value = value
-        return self
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the array."""
-        return self._value.shape
-
-    @property
-    def dtype(self) -> Any:
-        """The dtype of the array."""
-        return self._value.dtype
-
-    def __repr__(self) -> str:
-        return f"Variable({self._value!r})"
-
-
-class PythonState:
-    """Python state that saves itself as one string.
-
-    Subclasses implement `serialize() -> str | bytes` and `deserialize(value: bytes)`.
-
-    Source: `tf.train.experimental.PythonState`.
-
-    Example:
-      >>> class Position(PythonState):
-      ...     index = 0
-      ...     def serialize(self): return str(self.index)
-      ...     def deserialize(self, value): self.index = int(value)
-    """
-
-    def serialize(self) -> str | bytes:
-        """The state as a string; called once per save, while `save` blocks."""
-        raise NotImplementedError
-
-    def deserialize(self, value: bytes) -> None:
-        """Takes back a string that `serialize` gave (text arrives as UTF-8)."""
-        raise NotImplementedError
-
-
 @runtime_checkable
 class SlotOwner(Protocol):
-    """An optimizer: an object that owns per-variable state.
+    """An optimizer: an object that owns state for each variable, its *slot variables*.
 
-    `slots()` returns {(slot name, variable): slot variable}. In a checkpoint a slot variable
-    is found through its variable, whatever either is called. Two methods are optional:
+    `slots()` returns {(slot name, variable): slot variable}. In a checkpoint, a slot variable is
+    found through its variable, so either may get another name. Two methods are optional:
 
-    * `create_slot(slot_name, variable)` returns a slot variable that `slots` then contains, or
-      None. Restoring calls it for what a checkpoint has and the optimizer not yet.
-    * `set_slot(slot_name, variable, value)` replaces a slot variable; needed only where slots
-      are arrays rather than `Variable`s.
+    * `create_slot(slot_name, variable)` returns a slot variable, which `slots` contains from then
+      on, or None. A restore calls it for slot variables of the checkpoint that the optimizer lacks.
+    * `set_slot(slot_name, variable, value)` replaces a slot variable. It is needed only if slot
+      variables are arrays and not `Variable`s.
 
     Source: the slot methods of TensorFlow's optimizers (`_create_or_restore_slot_variable`).
 
@@ -364,7 +289,7 @@ class SlotOwner(Protocol):
 
 
 def _own(obj: Any, name: str) -> dict[Any, Any]:
-    """A private dict of `obj`, made on first use."""
+    """A private dict of `obj`, created on first use."""
     return obj.__dict__.setdefault(name, {})
 
 
@@ -389,8 +314,8 @@ def no_automatic_dependency_tracking(method_or_object: Any) -> Any:
     """Decorator or scope in which attributes are assigned without being tracked.
 
     Args:
-      method_or_object: a method, whose assignments to `self` are not tracked; or an
-        `AutoTrackable`, for a `with` block in which those to it are not.
+      method_or_object: a method that may assign to `self` untracked; or an `AutoTrackable`, for a
+        `with` block in which assignments to it are not tracked.
 
     Source: TensorFlow's decorator of the same name, and no_automatic_dependency_tracking_scope.
 
@@ -419,7 +344,15 @@ def no_automatic_dependency_tracking(method_or_object: Any) -> Any:
 # --- views -----------------------------------------------------------------------------
 
 
-class TrackableView(View):
+def replace_children(obj: Trackable, changed: Mapping[Label, Any]) -> None:
+    """Replaces children without handing them to restores that wait."""
+    for label, child in changed.items():
+        _own(obj, _CHILDREN)[str(label)] = child
+        if isinstance(obj, AutoTrackable):
+            obj.__dict__[str(label)] = unmarked(child)
+
+
+class TrackedView(OptimizerView):
     """Children and values of a `Trackable`, the string of a `PythonState`, or both."""
 
     identity = True
@@ -429,10 +362,7 @@ class TrackableView(View):
         return obj.trackable_children().items() if isinstance(obj, Trackable) else ()
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
-        for label, child in changed.items():
-            _own(obj, _CHILDREN)[str(label)] = child
-            if isinstance(obj, AutoTrackable):
-                obj.__dict__[str(label)] = unmarked(child)
+        replace_children(obj, changed)
         return obj
 
     def values(self, obj: Any) -> Mapping[str, Any]:
@@ -469,27 +399,11 @@ class TrackableView(View):
         return obj
 
 
-class VariableView(View):
-    """A box: the value is the variable's own."""
-
-    container = "leaf"
-    identity = True
-    mutable = True
-
-    def values(self, obj: Variable) -> Mapping[str, Any]:
-        return {VARIABLE_VALUE: obj._value}
-
-    def assign(self, obj: Variable, values: Mapping[str, Any]) -> Any:
-        obj._value = values[VARIABLE_VALUE]
-        return obj
-
-
-class PythonStateView(TrackableView):
-    """One string, and what a trackable has where it is one, too."""
+class PythonStateView(TrackedView):
+    """A `PythonState`, which may be a trackable, too: for a reader, it is its string."""
 
     container = "leaf"
 
 
 add_view(PythonState, PythonStateView())
-add_view(Trackable, TrackableView())
-add_view(Variable, VariableView())
+add_view(Trackable, TrackedView())

@@ -1,0 +1,1 @@
+"""How several processes agree: what they share, meetings, and a step that all of them reach."""

@@ -1,7 +1,7 @@
-"""Context: what a save or a restore needs from its surroundings, as one argument.
+"""Context: the surroundings of a save or a restore, as one argument.
 
-The verbs of the program take it from the running process; everything below them is given it, so
-that every stage can be run in memory, as one of several processes, against another clock.
+Public functions and methods take them from the running process, and pass them on. So every stage
+below can also run in memory, as one of several simulated processes, or with another clock.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from ckpt_jax.metrics import METER, Meter
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Processes
+from ckpt_jax.store.forks import require_not_forked
 from ckpt_jax.store.storage import POSIX, Storage
 
 
@@ -21,7 +22,7 @@ class Context:
     Attributes:
       processes: of the program.
       storage: where checkpoints lie.
-      meter: the clock, and what saves and restores have cost so far.
+      meter: measures saves and restores with a clock.
     """
 
     processes: Processes
@@ -33,6 +34,8 @@ def current_context() -> Context:
     """The surroundings of this process.
 
     Raises:
-      RuntimeError: JAX has several processes, but no coordination service.
+      RuntimeError: JAX has several processes, but no coordination service; or this process was
+        forked after its parent had saved or restored.
     """
+    require_not_forked()  # before it would wait for other processes, or for devices
     return Context(current())

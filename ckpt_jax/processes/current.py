@@ -1,4 +1,4 @@
-"""The processes of this program: those of `jax.distributed`, or those that a test simulates."""
+"""The processes of this program: from `jax.distributed`, or simulated by a test."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ckpt_jax.processes.service import CoordinationService
 from ckpt_jax.values.jax_internals import service_client
 
 _simulated: ContextVar[Processes | None] = ContextVar("ckpt_jax_processes", default=None)
-# The client of JAX's service, and the processes that share it. It is kept because `Processes`
+# The client of JAX's service, and the processes that share it. They are kept, because `Processes`
 # counts meetings.
 _present: tuple[Any, Processes] | None = None
 _present_lock = threading.Lock()
@@ -24,7 +24,7 @@ _present_lock = threading.Lock()
 def current() -> Processes:
     """The processes of this program, as this process sees them.
 
-    Only public functions and methods ask for them; they pass them on to the functions below.
+    Only public functions and methods call this, and pass the processes on as an argument.
 
     Raises:
       RuntimeError: JAX has several processes, but no coordination service.

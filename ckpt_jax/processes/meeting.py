@@ -1,33 +1,34 @@
-"""Several processes: how they agree on what becomes of a save.
+"""Several processes: how they agree on the outcome of a save.
 
 A *meeting* is one thing that all processes do together, a save for example. Each process opens
-it, does its part, and *reports*; process 0 hears all reports, acts on them (merges, commits),
-and announces the *outcome*, which all the others hear. These are the only two waits (and where a
-save may be skipped, the others first hear from process 0 whether it is). They go through keys
-and values of the coordination service that `jax.distributed` starts; no device takes part, so a
-meeting may be held on any thread while the devices compute.
+it, does its part, and *reports*. Process 0 waits for all reports, acts on them (merges, commits),
+and announces the *outcome*, for which all others wait. There are only these two waits, and one
+more if a save may be skipped: then the others first wait until process 0 says whether it is.
+Processes talk through keys and values of the coordination service that `jax.distributed` starts.
+No device takes part, so that a meeting may be held on any thread while the devices compute.
 
-Meetings are numbered in the order in which the program opens them, which has to be the same
-order on all processes. The keys of meeting n, below "ckpt_jax/n/":
+Meetings are numbered in the order in which the program opens them. This order has to be the same
+on all processes. The keys of meeting n, below "ckpt_jax/n/":
 
-    reports/k   what process k reports, as JSON; process 0, only that it is there
-    led         what process 0 says for all beforehand, where a save asks it
-    decision    "commit", from process 0 when all have reported, or an error, from whoever
+    reports/k   the report of process k, as JSON; process 0 only says that it is there
+    led         an answer that process 0 gives to all before the reports, if a save asks for it
+    decision    "commit", from process 0 when all have reported, or an error, from a process that
                 failed before that. The first one stays: the service refuses a second.
-    outcome     what process 0's act gave, or an error
+    outcome     the result of the act of process 0, or an error
 
-A process that fails before the decision makes its error the decision and the outcome, so that
-the others fail at once with it. Every wait has a deadline. A process whose wait ends without an
-outcome decides so too, naming the processes that have not reported; only where process 0 had
-already decided to commit, and is not heard of any more, does it not know how the save ended.
-Success is heard from the outcome only, and that is written after the commit. A process in doubt
-may keep the meeting open and look for the outcome later, so as to go on from where the others are.
+A process that fails before the decision makes its error the decision and the outcome, so that the
+others fail at once with it. Every wait has a deadline. If it passes without an outcome, the
+waiting process also makes an error the decision, which names the processes that have not reported.
+In one case it does not know how the save ended: process 0 had decided to commit, and nothing is
+heard from it any more. Only the outcome tells of success, and it is written after the commit. A
+process in doubt may keep the meeting open and look for the outcome later, so that it can go on
+from the same number as the others.
 
-Each report says which meetings the process still has open. What lies below all of these is
-removed by process 0, so that the service holds the keys of a few meetings at any time.
+Each report says which meetings the process still has open. Process 0 removes the keys of all older
+meetings, so that the service holds the keys of only a few meetings at any time.
 
-The functions that do the work of a save are given a `Meeting`. With one process it has nobody
-to meet, and calls the act right away.
+The functions that do the work of a save are given a `Meeting`. If there is only one process, it
+waits for nobody, and calls the act right away.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ from ckpt_jax.store.staging import owner_digits
 COMMIT = "commit"
 _ROOT = "ckpt_jax"
 _POLL_SECONDS = (0.001, 0.05)  # between two looks at the reports: at first, and at most
-_PATIENCE_SECONDS = 5.0  # with the service, beyond the wait for other processes
-_LONGEST_SECONDS = 1e9  # what every clock that is asked to wait understands
+_PATIENCE_SECONDS = 5.0  # for answers of the service, beyond the wait for other processes
+_LONGEST_SECONDS = 1e9  # no wait is longer: every clock accepts this
 _MAX_MESSAGE = 4000
 _OWNER_DIGITS = 24
 
@@ -64,7 +65,7 @@ class Processes:
     Attributes:
       index: of this process.
       count: of all.
-      service: what they share; None where there is one process.
+      service: through which they talk to each other; None if there is one process.
     """
 
     index: int = 0
@@ -86,13 +87,13 @@ class Processes:
           timeout_seconds: the longest wait for other processes.
 
         Raises:
-          RuntimeError: this is the end of another meeting, of which others may not know yet.
+          RuntimeError: another meeting is at its end, and the others may not know this yet.
         """
         ending = getattr(self._afterwards, "what", None)
         if ending is not None:
             raise RuntimeError(
                 f"{what} cannot begin at the end of {ending}, before all processes know of it: "
-                "where there are several, a write callback must not save or collect"
+                "if there are several processes, a write callback must not save or collect"
             )
         with self._lock:
             number, self._next = self._next, self._next + 1
@@ -121,9 +122,11 @@ class Processes:
             self._swept = number + 1
 
     def _run_name(self, timeout_seconds: float) -> str:
-        """A name for this run of the program: what process 0 is called in names of staging, and
-        something random. The others learn it from process 0 on first use."""
-        if self.service is None:  # of this process alone, which may have been forked since
+        """A name for this run of the program, which the others learn from process 0 on first use.
+
+        It consists of the name of process 0 as an owner of staging directories, and random digits.
+        """
+        if self.service is None:  # a new name each time: this process may have been forked
             return f"{owner_digits()}{secrets.token_hex(16)}"
         if not self._nonce:
             key = f"{_ROOT}/run"
@@ -138,9 +141,9 @@ class Processes:
 
 
 class State(Enum):
-    """How far a meeting is, for one of its processes."""
+    """The state of a meeting, as one of its processes sees it."""
 
-    OPEN = "the others do not depend on this process yet; its error becomes the outcome"
+    OPEN = "this process has not reported yet; its error becomes the outcome"
     REPORTED = "this process has reported, and does not know the outcome yet"
     DECIDED = "all have reported, and process 0 has decided to act"
     SETTLED = "the outcome is known, or is this process's own error"
@@ -150,8 +153,8 @@ class State(Enum):
 class Meeting:
     """One thing that all processes do together; see the module.
 
-    A context manager: an exception that leaves the block before the outcome is known reaches
-    the other processes. Leaving it twice is harmless.
+    It is a context manager. If an exception leaves its block before the outcome is known, the other
+    processes hear of it. The block may be left twice.
 
     Attributes:
       index, count: of the processes.
@@ -170,7 +173,7 @@ class Meeting:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the process that acts for all."""
+        """Whether this is process 0, which acts for all."""
         return self.index == 0
 
     @property
@@ -179,12 +182,12 @@ class Meeting:
         return self._state in (State.REPORTED, State.DOUBTFUL)
 
     def keep(self) -> None:
-        """Keeps the meeting open if it is left in doubt, for `done_after_all`."""
+        """Keeps the meeting open if its block is left in doubt, for `done_after_all`."""
         self._is_kept = True
 
     @property
     def token(self) -> str:
-        """32 hex digits, the same on all processes, for the name of what process 0 owns."""
+        """32 hex digits, the same on all processes, for names of files that process 0 owns."""
         run = self._run_name(self._timeout)
         if not run:
             raise self._late([0])
@@ -192,7 +195,13 @@ class Meeting:
         return run[:_OWNER_DIGITS] + digest[: 32 - _OWNER_DIGITS]
 
     def led(self, value: Any) -> Any:
-        """What process 0 gives here, on all processes: JSON's kinds of values. At most once.
+        """Gives the value of process 0 to all processes. To be called at most once.
+
+        Args:
+          value: of this process, as JSON allows it.
+
+        Returns:
+          The value of process 0.
 
         Raises:
           BarrierTimeoutError: process 0 did not come here in time.
@@ -210,8 +219,11 @@ class Meeting:
 
     @contextlib.contextmanager
     def ending(self) -> Iterator[None]:
-        """While the block runs, this thread cannot open another meeting: it is for what each
-        process does at the end, process 0 before the others have heard of the outcome."""
+        """Forbids this thread to open another meeting while the block runs.
+
+        The block is for the acts of each process at the end of the meeting. Process 0 performs
+        them before the others hear the outcome.
+        """
         here = self._processes._afterwards
         here.what = self.what if self.count > 1 else None
         try:
@@ -223,11 +235,12 @@ class Meeting:
         """Reports, and waits for the outcome.
 
         Args:
-          report: of this process, JSON's kinds of values.
-          act: called on process 0 with the reports of all processes, in their order.
+          report: of this process, as JSON allows it.
+          act: called on process 0 with the reports of all processes, in their order. Returns a
+            value that JSON allows.
 
         Returns:
-          What `act` returned, on all processes: JSON's kinds of values.
+          The value that `act` returned, on all processes.
 
         Raises:
           BarrierTimeoutError: naming the processes that did not report in time.
@@ -240,8 +253,11 @@ class Meeting:
         return result
 
     def done_after_all(self, timeout_seconds: float) -> bool | None:
-        """Of a meeting that stayed open in doubt: whether process 0 has acted; None where that
-        does not become known in time."""
+        """Whether process 0 has acted after all, if the meeting stayed open in doubt.
+
+        Returns:
+          None if this does not become known in time.
+        """
         if not self.is_in_doubt:
             return False
         try:
@@ -257,9 +273,15 @@ class Meeting:
     # --- process 0 -----------------------------------------------------------------------
 
     def gather(self, own: Any) -> list[Any]:
-        """The reports of all processes, in their order; for process 0, whose own is given.
+        """Waits for the reports of all processes; for process 0 only.
 
-        From here on the others wait for `announce`.
+        From here on, the others wait for `announce`.
+
+        Args:
+          own: the report of process 0.
+
+        Returns:
+          The reports of all processes, in their order.
 
         Raises:
           BarrierTimeoutError: naming the processes that did not report in time.
@@ -271,7 +293,7 @@ class Meeting:
         deadline = time.monotonic() + self._timeout
         pause, longest = _POLL_SECONDS
         while True:
-            # The last look comes at the deadline, and the service still has to answer it.
+            # The last look comes at the deadline. The service needs time to answer it.
             found = self._list(max(deadline - time.monotonic(), _PATIENCE_SECONDS))
             if "decision" in found:
                 raise self._heard(found["decision"])
@@ -288,12 +310,12 @@ class Meeting:
             raise self._heard(self._list(self._timeout)["decision"])
         self._state = State.DECIDED
         oldest = min([self._processes._oldest_open(), *(other["open"] for other in others)])
-        with contextlib.suppress(TimeoutError, ConnectionError):  # keys may wait for the next time
+        with contextlib.suppress(TimeoutError, ConnectionError):  # the next meeting removes them
             self._processes._sweep(oldest)
         return [own, *(other["report"] for other in others)]
 
     def announce(self, result: Any) -> None:
-        """Tells the others what came of their reports: JSON's kinds of values; for process 0."""
+        """Tells the others the outcome, a value that JSON allows; for process 0 only."""
         if self.count > 1:
             self._tell("outcome", json.dumps({"result": result}))
             self._state = State.SETTLED
@@ -311,7 +333,10 @@ class Meeting:
     # --- the other processes -------------------------------------------------------------
 
     def report(self, report: Any) -> Any:
-        """Reports, and waits for what process 0 announces; for the other processes.
+        """Reports, and waits for the outcome; for all processes but process 0.
+
+        Returns:
+          The value that process 0 announced.
 
         Raises:
           BarrierTimeoutError: naming the processes that did not report in time.
@@ -361,12 +386,13 @@ class Meeting:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Lets an exception reach the other processes, where none has; the end of the block does
-        so, too.
+        """Tells the other processes of an exception, unless they have heard of one already.
+
+        The end of the block does so, too.
 
         Raises:
-          ProcessError, BarrierTimeoutError: the error of another process that had failed before,
-            instead of one about files, which went because of that.
+          ProcessError, BarrierTimeoutError: another process had failed before, and the error here
+            is about files, which were removed because of that.
         """
         if error is None or self._state in (State.SETTLED, State.DOUBTFUL):
             return
@@ -380,11 +406,11 @@ class Meeting:
         error.add_note(f"Another process had failed before: {heard}")
 
     def _announce(self, error: BaseException, *, has_decided: bool) -> CheckpointError | None:
-        """Tells the others; returns the error of one that failed before."""
+        """Tells the others of an error; returns the error of a process that failed before."""
         text = json.dumps({"error": described(error, self.index, self.what)})
         patience = min(self._timeout, _PATIENCE_SECONDS)
         try:
-            if self.leads:  # the others may still be waiting for that
+            if self.leads:  # the others may be waiting for one of these
                 self._run_name(patience)
                 self._tell("led", text, patience)
             if not has_decided and not self._tell("decision", text, patience):
@@ -392,8 +418,8 @@ class Meeting:
                 if decision != COMMIT:
                     return self._heard(decision)
                 if not self.leads:
-                    # Process 0 cannot have decided so without this one's report; if that was
-                    # given, the wait for the outcome is what failed.
+                    # Process 0 decides this only with the report of this process. So this process
+                    # has reported, and then its wait for the outcome failed.
                     return None
             self._state = State.SETTLED
             self._tell("outcome", text, patience)
@@ -415,9 +441,8 @@ class Meeting:
         noun = "process" if len(processes) == 1 else "processes"
         message = f"{noun} {names} of {self.count} did not arrive within {self._timeout:g} s"
         if unknown:
-            message += (
-                ". All had written their shards: whether the checkpoint was committed is not known"
-            )
+            message += ". All had written their shards; "
+            message += "it is not known whether the checkpoint was committed"
         return BarrierTimeoutError(f"{self.what}: {message}", tuple(processes))
 
     def _unanswered(self, error: OSError) -> CheckpointError:
@@ -467,7 +492,7 @@ class Meeting:
 
 
 def described(error: BaseException, index: int, what: str) -> dict[str, Any]:
-    """An error as the other processes hear of it."""
+    """An error, as a process tells the others of it: JSON's kinds of values."""
     text = str(error).removeprefix(f"{what}: ")[:_MAX_MESSAGE]
     processes = (index,)
     if isinstance(error, ProcessError):
@@ -478,6 +503,3 @@ def described(error: BaseException, index: int, what: str) -> dict[str, Any]:
         message = f"process {index} failed with {type(error).__name__}: {text}"
     is_timeout = isinstance(error, BarrierTimeoutError)
     return {"message": message, "is_timeout": is_timeout, "processes": processes}
-
-
-# --- which processes there are ---------------------------------------------------------

@@ -1,0 +1,10 @@
+"""The way in: from a checkpoint to restored objects.
+
+reader      a checkpoint by its keys, of this library's format or of another (`formats`)
+rename      the saved graph under other names and in other shapes (`transforms`)
+adapters    the saved graph as a class says that its older checkpoints are read
+derived     values that are made of stored ones
+shardings   where arrays are placed, if the target does not say
+run         one restore: plan, complete the report, require that it fits, execute
+waiting     what waits for objects that do not exist yet (`identity`, `precedence`)
+"""

@@ -1,16 +1,17 @@
-"""Adapting: older checkpoints of a class, read the way that the class says.
+"""Adapting: an object says how to read checkpoints that an earlier version of its class wrote.
 
 A class changes: a child gets another name, three arrays become one, a table is cut differently.
-An object that knows how it used to be saved has a method `checkpoint_adapter(path)`. The adapter
-it returns gives a `ReshardCallback` for each child, under its name in the checkpoint, that is
-read in another way: under another name (`object_name`), from other values
-(`update_restore_inputs`), as something made of them (`reshard`).
+An object that knows how it used to be saved has a method `checkpoint_adapter(path)`. This returns
+an adapter, which is asked for a `ReshardCallback` for each child that the checkpoint has. The
+callback may give the child another name (`object_name`), read other values for it
+(`update_restore_inputs`), and make its value of them (`reshard`).
 
-`adapt` works this into the saved graph before anything is planned. A renamed child is an edge
-with another label; a resharded value has the spec of its target. Match, plan, deferral, report
-and status see an ordinary graph. Reading such a value calls its callback (`derived`).
+`adapt` changes the saved graph accordingly before anything is planned. A renamed child becomes an
+edge with another label; a resharded value gets the spec of its target. So match, plan, deferral,
+report and status see an ordinary graph. When such a value is read, its callback is called
+(`derived`).
 
-A slot variable follows its variable: the callback is propagated to the slots.
+A *slot variable*, which an optimizer keeps for a variable, has the callback of that variable.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import numpy as np
 
 from ckpt_jax.errors import RestoreMismatchError
 from ckpt_jax.graph.boxes import Box
-from ckpt_jax.graph.dtypes import BYTES
 from ckpt_jax.graph.global_names import own_values
 from ckpt_jax.graph.labels import Label, local_name, object_key_of, path_of
 from ckpt_jax.graph.nodes import ObjectGraph, object_keys
@@ -38,15 +38,17 @@ from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.values import host
 from ckpt_jax.values.leaves import struct_of
 
+Matcher = Callable[[ObjectGraph, ObjectGraph], Match]  # of a saved graph and a live one
+
 
 class ReshardCallback:
-    """How one child is read from a checkpoint that holds it in another form.
+    """Says how to read one child from a checkpoint that holds it in another form.
 
-    Each method has a default that changes nothing; override what applies.
+    Each method has a default that changes nothing. Override the ones that you need.
 
     Source: TensorFlow's `ReshardCallback`.
 
-    Example: a kernel that used to be saved transposed, as "weight".
+    Example: a kernel that used to be saved transposed, under the name "weight".
       >>> class Transposed(ReshardCallback):
       ...     def object_name(self): return "kernel"
       ...     def reshard(self, values, spec): return values[0].T
@@ -55,35 +57,36 @@ class ReshardCallback:
     """
 
     def object_name(self) -> str | None:
-        """The child's name in the program; None where it is the one in the checkpoint.
+        """The child's name in the program; None if it is the name in the checkpoint.
 
-        A child takes its new name only where the program has none of the old name and the
-        checkpoint none of the new one.
+        A child takes its new name only if the program has no child of the old name, and the
+        checkpoint has none of the new name.
         """
         return None
 
     def update_restore_inputs(
         self, key: str, spec: jax.ShapeDtypeStruct
     ) -> tuple[Sequence[str], Sequence[Box | None]]:
-        """Which values to read.
+        """Says which values to read.
 
         Args:
-          key: the checkpoint key of the value, of a slot of it where that is restored.
+          key: the checkpoint key of the value. If a slot variable of the child is restored, this
+            is the key of the slot variable.
           spec: the shape, dtype and sharding that the program wants.
 
         Returns:
-          Checkpoint keys, and for each the box to read of it (None for all of it). Values
-          under other keys than `key` are taken in: they count as used.
+          Checkpoint keys, and for each the box to read of it (None for all of it). Values under
+          other keys than `key` count as used.
         """
         return [key], [None]
 
     def reshard(self, values: Sequence[np.ndarray], spec: jax.ShapeDtypeStruct) -> Any:
-        """The array that the program wants, from what `update_restore_inputs` asked for.
+        """Makes the array that the program wants of the values that `update_restore_inputs` chose.
 
         Args:
           values: as they are in the checkpoint.
-          spec: the shape, dtype and sharding that the program wants. Placing the result on the
-            sharding is not the callback's task.
+          spec: the shape, dtype and sharding that the program wants. The callback need not place
+            its result on the sharding.
         """
         if len(values) != 1:
             raise ValueError(
@@ -95,9 +98,10 @@ class ReshardCallback:
 
 @runtime_checkable
 class CheckpointAdapter(Protocol):
-    """What an object's `checkpoint_adapter(path)` returns, to say how its children are read.
+    """Says how the children of an object are read from an older checkpoint.
 
-    `path` is that of the checkpoint; the method returns None where it needs no adapting.
+    The object's method `checkpoint_adapter(path)` returns it, or None if the checkpoint at `path`
+    needs no adapter.
 
     Source: TensorFlow's `AbstractCheckpointAdapter`.
 
@@ -118,18 +122,18 @@ class CheckpointAdapter(Protocol):
     """
 
     def get_reshard_callback(self, name: str) -> ReshardCallback | None:
-        """How the child that the checkpoint calls `name` is read; None for as it is."""
+        """Says how to read the child that the checkpoint calls `name`; None if as it is."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Resharded:
-    """A value that the callback of an adapter makes whole, of the values that it asked for.
+    """A value that the callback of an adapter makes of the stored values that it chose.
 
     Attributes:
-      callback: makes it.
-      keys, boxes: of the stored values, as the callback asked for them.
-      spec: of the value that has to come out.
+      callback: makes the value, all of it at once.
+      keys, boxes: of the stored values that the callback chose.
+      spec: of the value that the callback has to make.
     """
 
     callback: ReshardCallback
@@ -139,7 +143,7 @@ class Resharded:
 
     @property
     def stored(self) -> LeafSpec:
-        """As the report shows it: what is stored may be of any number and shape."""
+        """The report shows the wanted spec: the stored values may have any number and shape."""
         return self.spec
 
     @property
@@ -152,10 +156,10 @@ class Resharded:
     def make(
         self, values: Sequence[Any], request: jax.ShapeDtypeStruct | None, *, cast: bool, path: str
     ) -> Any:
-        """The value, placed as `request` says.
+        """Makes the value and places it as requested.
 
         Args:
-          values: those of `keys` and `boxes`.
+          values: the stored values, for `keys` and `boxes`.
           request: the shape, dtype and sharding that is wanted; None for a numpy array.
           cast: whether the dtype may change.
           path: of the checkpoint, for the report.
@@ -181,11 +185,11 @@ class Resharded:
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
-    """A saved graph as the live objects want it read, and its match with them.
+    """A saved graph after adapters have changed it, and its match with the live objects.
 
     Attributes:
       saved: the graph, with adapted edges and specs. Node ids and keys are as they were. Its
-        problems include what adapters asked for in vain.
+        problems include wrong answers of callbacks.
       found: the match.
       callbacks: by saved node.
     """
@@ -198,20 +202,20 @@ class Adapted:
 def adapt(
     renamed: Renamed,
     live: LiveGraph,
-    rematch: Callable[[ObjectGraph], Match],
+    matcher: Matcher,
     reader: CheckpointReader,
     callbacks: Mapping[int, ReshardCallback] | None = None,
 ) -> Adapted:
-    """Matches two graphs, and lets the live objects say how the saved one is read.
+    """Matches two graphs, and lets the live objects change how the saved graph is read.
 
     Args:
       renamed, live: the graphs.
-      rematch: matches a version of the saved graph with the live one.
+      matcher: matches a version of the saved graph with the live one.
       reader: of the checkpoint; no value is read.
       callbacks: by saved node, from an earlier part of the same restore.
     """
     saved, known = renamed.graph, dict(callbacks or {})
-    found = rematch(saved)
+    found = matcher(saved, live.graph)
     asked: set[int] = set()
     while True:
         edges: dict[int, tuple[tuple[Label, int], ...]] = {}
@@ -228,14 +232,14 @@ def adapt(
         for source, changed in edges.items():
             nodes[source] = replace(nodes[source], children=changed)
         saved = ObjectGraph(tuple(nodes), object_keys(nodes), saved.named)
-        found = rematch(saved)
+        found = matcher(saved, live.graph)
     changed = as_live(saved, live.graph, found.bound, renamed.saved_paths)
     if changed is not saved:
         saved = changed
-        found = rematch(saved)
+        found = matcher(saved, live.graph)
     if saved.named:
         saved = own_values(saved, live.graph, found.bound)
-        found = rematch(saved)
+        found = matcher(saved, live.graph)
     paths = {**renamed.graph.other_paths(saved), **renamed.saved_paths}
     saved, resharded, problems = _with_resharded(saved, live, found, reader, known)
     as_wanted = replace(
@@ -260,9 +264,13 @@ def _adapted_edges(
     adapter: CheckpointAdapter,
     callbacks: dict[int, ReshardCallback],
 ) -> tuple[tuple[Label, int], ...]:
-    """A saved node's edges under the names of the program, and the callbacks for their ends.
+    """The edges of a saved node under the names of the program. Adds to the callbacks.
 
-    `here` are the names of the live object's children.
+    Args:
+      saved, source: the graph and the node.
+      here: the names of the live object's children.
+      adapter: of the live object.
+      callbacks: by saved node. The callbacks of the children are added, and of their slots.
     """
     children = saved.nodes[source].children
     taken = {local_name(label) for label, _ in children}
@@ -287,7 +295,7 @@ def _with_resharded(
     reader: CheckpointReader,
     callbacks: Mapping[int, ReshardCallback],
 ) -> tuple[ObjectGraph, dict[str, Resharded], tuple[ReportEntry, ...]]:
-    """The graph with the specs that resharding leads to, and without what it takes in."""
+    """The graph with the specs of resharded values, without other values that callbacks use."""
     resharded: dict[str, Resharded] = {}
     problems: list[ReportEntry] = []
     if not callbacks:
@@ -302,7 +310,7 @@ def _with_resharded(
         }
         for number, attribute in enumerate(nodes[source].attributes):
             spec = wanted.get(attribute.name)
-            if spec is None or BYTES in (spec.dtype, attribute.spec.dtype):
+            if spec is None or spec.is_bytes or attribute.spec.is_bytes:
                 continue
             struct = struct_of(spec, host.placement(live.values[target][attribute.name]))
             keys, boxes = callback.update_restore_inputs(attribute.key, struct)
@@ -315,10 +323,10 @@ def _with_resharded(
             attributes = list(nodes[source].attributes)
             attributes[number] = replace(attribute, spec=spec)
             nodes[source] = replace(nodes[source], attributes=tuple(attributes))
-    taken_in = {key for made in resharded.values() for key in made.keys} - resharded.keys()
+    used = {key for made in resharded.values() for key in made.keys} - resharded.keys()
     for node, entry in enumerate(nodes):
-        if taken_in and node not in found.bound:
-            rest = [attribute for attribute in entry.attributes if attribute.key not in taken_in]
+        if used and node not in found.bound:
+            rest = [attribute for attribute in entry.attributes if attribute.key not in used]
             if len(rest) < len(entry.attributes):
                 nodes[node] = replace(entry, attributes=tuple(rest))
     changed = replace(saved, nodes=tuple(nodes)) if resharded else saved

@@ -1,12 +1,12 @@
-"""Derived values: reading what renaming and adapting make of stored values.
+"""Derived values: values that rename rules or adapters make of stored values.
 
-A value that *rules* make is made box by box. A wanted box is traced back to boxes of stored
-values; those are read, and the box is made of them. So no byte is read that no device needs, and
-nothing is put together that the program would cut apart again. Values are made in batches, so
-that only the pieces of a few of them are in memory beside the values themselves.
+*Rules* make a value box by box. A wanted box is traced back to boxes of stored values. Those are
+read, and the wanted box is made of them. So every byte that is read is needed by a device, and
+nothing is put together that has to be cut apart again. Values are made in batches, so that memory
+holds the stored boxes of only a few values at a time, beside the values themselves.
 
-A value that an *adapter* makes is made whole, of what its callback asked for. All other values
-are read as they are.
+An *adapter* makes a whole value of the stored values that its callback chose. All other values are
+read as they are.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from ckpt_jax.graph.boxes import Box, whole
 from ckpt_jax.graph.dtypes import dtype_of
-from ckpt_jax.options import DEFAULT, CheckpointOptions
+from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.restoring.adapters import Resharded
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.transforms import Derivation, Derived
@@ -31,11 +31,11 @@ Request = jax.ShapeDtypeStruct | None
 
 
 class DerivedReader:
-    """A checkpoint's reader that also knows values which are made of stored ones.
+    """A checkpoint's reader that also reads derived values.
 
     Args:
       reader: of the checkpoint.
-      derived: by key, how values are made, as `rename` and `adapt` found it.
+      derived: by key, how values are made; from `rename` and `adapt`.
     """
 
     def __init__(self, reader: CheckpointReader, derived: Mapping[str, Derivation]):
@@ -47,10 +47,10 @@ class DerivedReader:
     def read(
         self,
         requests: Mapping[str, Any],
-        options: CheckpointOptions = DEFAULT,
-        arrived: Callable[[int], object] = lambda nbytes: None,
+        options: CheckpointOptions,
+        arrived: Callable[[int], object],
     ) -> dict[str, Any]:
-        """Reads as `CheckpointReader.read` does; of values that are made, whole ones only."""
+        """Reads as `CheckpointReader.read` does, but `arrived` hears of whole derived values."""
         derived = [key for key in requests if key in self._derived]
         resharded = [key for key in requests if key in self._resharded]
         made = {*derived, *resharded}
@@ -66,7 +66,7 @@ class DerivedReader:
         return results
 
     def stored_nbytes(self, key: str) -> int:
-        """The size in the checkpoint of what a value is made of."""
+        """The size in the checkpoint of the stored values that a value is made of."""
         if key in self._resharded:
             return sum(map(self._reader.stored_nbytes, self._resharded[key].keys))
         if key in self._derived:
@@ -87,7 +87,7 @@ class DerivedReader:
         taken: set[tuple[str, Box]] = set()
 
         def part(source: str, box: Box) -> np.ndarray:
-            """A part, which two results never share."""
+            """A part of a stored value. No two results share one array."""
             again = (source, box) in taken
             taken.add((source, box))
             return parts[source, box].copy() if again else parts[source, box]

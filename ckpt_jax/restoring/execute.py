@@ -7,9 +7,7 @@ assign  in place if an object is mutable, else by rebuilding it
 from __future__ import annotations
 
 import hashlib
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 from typing import Any
@@ -22,73 +20,41 @@ from ckpt_jax.errors import ProcessError, RegistrationError, RestoreMismatchErro
 from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.labels import object_key_of, path_of
 from ckpt_jax.matching.assign import assign
-from ckpt_jax.matching.plan import Read, ReadPlan, SaverCall
+from ckpt_jax.matching.plan import ReadPlan, SaverCall, ValueRead
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects import registry
 from ckpt_jax.options import CheckpointOptions
-from ckpt_jax.processes.context import Context
-from ckpt_jax.processes.meeting import Meeting, Processes
+from ckpt_jax.processes.meeting import Meeting
 from ckpt_jax.progress import Advance, progress
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.restoring.derived import DerivedReader
-from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.values import host
-from ckpt_jax.values.leaves import ARRAY_KINDS, decode
+from ckpt_jax.values.leaves import decode
 from ckpt_jax.values.replicas import gather, parted
-
-Reader = CheckpointReader | DerivedReader
 
 _ADVICE = "Nothing was changed. Pass a target that can hold this value."
 
 
-@contextmanager
-def together(
-    path: Any, options: CheckpointOptions, processes: Processes
-) -> Iterator[Meeting | None]:
-    """A meeting for a restore in which processes hand values to each other; else None.
-
-    It has to begin before anything that can fail on one process alone, because the others would
-    wait for what that process reads.
-    """
-    if path is None or not options.broadcast or processes.count == 1:
-        yield None
-        return
-    what = f"restoring {os.fsdecode(path)}"
-    with processes.meeting(what, options.timeout_seconds) as meeting:
-        yield meeting
-
-
-@contextmanager
-def opened(
-    path: Any, options: CheckpointOptions, context: Context
-) -> Iterator[tuple[CheckpointReader, Meeting | None]]:
-    """A checkpoint that is restored at once: its reader, and the meeting of `together`."""
-    with (
-        together(path, options, context.processes) as meeting,
-        context.meter.restoring(lambda: CheckpointReader(path, context.storage)) as reader,
-    ):
-        yield reader, meeting
-
-
-def read(
-    plan: ReadPlan, reader: Reader, options: CheckpointOptions, meeting: Meeting | None
+def _read(
+    plan: ReadPlan, reader: DerivedReader, options: CheckpointOptions, meeting: Meeting | None
 ) -> list[Any]:
-    """The value of each `Read` of a plan, each array once per dtype and placement."""
+    """Reads the value of each `ValueRead` of a plan."""
     total = nbytes_to_read(plan, reader) if options.progress else 0
     with progress(options.progress, f"restoring {reader.path}", total) as advance:
-        return _read(plan, reader, options, meeting, advance)
+        return _read_once(plan, reader, options, meeting, advance)
 
 
-def _read(
+def _read_once(
     plan: ReadPlan,
-    reader: Reader,
+    reader: DerivedReader,
     options: CheckpointOptions,
     meeting: Meeting | None,
     advance: Advance,
 ) -> list[Any]:
+    """Reads each array once per dtype and placement, and gives it to all reads that want it."""
     requests: dict[tuple[str, Any, Any], int] = {}
     order = [requests.setdefault(_identity(r), len(requests)) for r in plan.reads]
-    first: dict[int, Read] = {}
+    first: dict[int, ValueRead] = {}
     for number, r in zip(order, plan.reads, strict=True):
         first.setdefault(number, r)
     found: list[Any] = [None] * len(first)
@@ -116,11 +82,11 @@ def _read(
     return [found[number] for number in order]
 
 
-def _shared(reads: Mapping[int, Read]) -> dict[int, jax.sharding.Sharding]:
-    """For reads whose bytes several processes need, the layout in which each is read once."""
+def _shared(reads: Mapping[int, ValueRead]) -> dict[int, jax.sharding.Sharding]:
+    """The layouts in which all processes together read a value once, if several need its bytes."""
     shared: dict[int, jax.sharding.Sharding] = {}
     for number, r in reads.items():
-        if r.target.kind == "array" and r.saved.kind in ARRAY_KINDS:
+        if r.target.is_jax_array and r.saved.is_array:
             sharding = host.placement(r.value)
             layout = sharding and parted(sharding, r.saved.shape, dtype_of(r.target.dtype))
             if layout is not None:
@@ -128,11 +94,11 @@ def _shared(reads: Mapping[int, Read]) -> dict[int, jax.sharding.Sharding]:
     return shared
 
 
-def _hand_over(found: list[Any], reads: Mapping[int, Read], meeting: Meeting) -> None:
-    """Gathers what was read in parts.
+def _hand_over(found: list[Any], reads: Mapping[int, ValueRead], meeting: Meeting) -> None:
+    """Gathers the values that were read in parts.
 
-    Devices wait for each other without a deadline: so that nobody is missing, all processes say
-    first that they have read their parts, and of which values.
+    Devices wait for each other without a deadline. So all processes first report that they have
+    read their parts, and of which values, so that no process is missing.
     """
     shardings = [host.placement(r.value) for r in reads.values()]
     names = [f"{r.key} {r.target} {to}" for r, to in zip(reads.values(), shardings, strict=True)]
@@ -148,22 +114,22 @@ def _check_same_reads(digests: list[str]) -> None:
     others = tuple(k for k, digest in enumerate(digests) if digest != digests[0])
     if others:
         raise ProcessError(
-            f"the targets of processes {', '.join(map(str, others))} are not that of process 0; "
-            "with options.broadcast=True all processes restore the same",
+            f"the targets of processes {', '.join(map(str, others))} differ from the target of "
+            "process 0; with options.broadcast=True all processes restore the same",
             others,
         )
 
 
-def _identity(read: Read) -> tuple[str, Any, Any]:
+def _identity(read: ValueRead) -> tuple[str, Any, Any]:
     return read.key, read.target, host.placement(read.value)
 
 
 def _request(
-    read: Read, layout: jax.sharding.Sharding | None = None
+    read: ValueRead, layout: jax.sharding.Sharding | None = None
 ) -> jax.ShapeDtypeStruct | None:
-    if read.target.kind not in ("array", "prng_key"):
+    if not read.target.is_placed:
         return None
-    if read.saved.kind not in (*ARRAY_KINDS, "prng_key") and read.target.kind == "array":
+    if read.target.is_jax_array and not (read.saved.is_array or read.saved.is_key):
         return None  # a Python number: its range is checked before it becomes an array
     return jax.ShapeDtypeStruct(
         read.saved.shape,
@@ -172,11 +138,11 @@ def _request(
     )
 
 
-def nbytes_to_read(plan: ReadPlan, reader: Reader) -> int:
+def nbytes_to_read(plan: ReadPlan, reader: DerivedReader) -> int:
     """Bytes of values that this process needs for a plan, each once."""
     nbytes: dict[str, int] = {}
     for r in plan.reads:
-        sharding = host.placement(r.value) if r.target.kind in ("array", "prng_key") else None
+        sharding = host.placement(r.value) if r.target.is_placed else None
         size = reader.stored_nbytes(r.key)
         if sharding is not None:
             size = size * host.wanted_size(sharding, r.saved.shape) // max(prod(r.saved.shape), 1)
@@ -188,24 +154,31 @@ def nbytes_to_read(plan: ReadPlan, reader: Reader) -> int:
 def execute(
     plan: ReadPlan,
     live: LiveGraph,
-    reader: Reader,
+    reader: DerivedReader,
     options: CheckpointOptions,
-    meeting: Meeting | None = None,
+    meeting: Meeting | None,
 ) -> tuple[Any, frozenset[int]]:
-    """Reads what a plan says and puts it into the live objects.
+    """Reads the values of a plan and puts them into the live objects.
 
     Args:
-      meeting: that of `together`; without it, each process reads all that it needs.
+      plan: says what to read.
+      live: the graph of the objects.
+      reader: of the checkpoint.
+      options: how to read.
+      meeting: the processes that hand values to each other. Without it, each process reads all
+        that it needs.
 
     Returns:
       The root, and the nodes that were really given values.
     """
     calls = [_accepted(call, live) for call in plan.calls]
     values: dict[int, dict[str, Any]] = {}
-    for r, value in zip(plan.reads, read(plan, reader, options, meeting), strict=True):
-        if r.target.kind == "array" and not isinstance(value, jax.Array):
+    found = _read(plan, reader, options, meeting)
+    found = host.in_formats(found, [r.value for r in plan.reads])
+    for r, value in zip(plan.reads, found, strict=True):
+        if r.target.is_jax_array and not isinstance(value, jax.Array):
             value = host.put([np.asarray(value)], host.placement(r.value))[0]
-        if r.target.weak_type:  # or the same program would be compiled anew, and promote otherwise
+        if r.target.weak_type:  # else the program is compiled again, and promotes differently
             value = host.weakly_typed(value)
         values.setdefault(r.node, {})[r.name] = value
     replaced: dict[int, Any] = {}
@@ -223,7 +196,7 @@ def execute(
 
 
 def _accepted(call: SaverCall, live: LiveGraph) -> tuple[registry.RegisteredSaver, dict[str, int]]:
-    """The saver that a checkpoint names, and the nodes that it takes; others are skipped."""
+    """The saver that a checkpoint names, and the nodes that it accepts."""
     saver = registry.get_saver(call.saver)
     nodes = {name: n for name, n in call.nodes.items() if saver.predicate(live.objects[n])}
     if saver.strict_predicate_restore and len(nodes) < len(call.nodes):
@@ -238,7 +211,7 @@ def _accepted(call: SaverCall, live: LiveGraph) -> tuple[registry.RegisteredSave
 def _restored(
     saver: registry.RegisteredSaver, objects: dict[str, Any], path: str
 ) -> Mapping[str, Any]:
-    """What a saver puts in the place of immutable objects, by name."""
+    """Lets a saver restore objects; returns the ones that take the place of immutable objects."""
     if not objects:
         return {}
     result = saver.restore_fn(dict(objects), path)
@@ -258,7 +231,7 @@ def _restored(
 
 
 def is_abstract(value: Any) -> bool:
-    """Whether a target describes an array and holds none, or one that was deleted or donated."""
+    """Whether a target only describes an array, or holds one that was deleted or donated."""
     if isinstance(value, jax.ShapeDtypeStruct):
         return True
     return isinstance(value, jax.Array) and not isinstance(value, Tracer) and value.is_deleted()

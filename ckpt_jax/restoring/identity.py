@@ -1,26 +1,27 @@
-"""Identity: which live object is the same one as before.
+"""Identity: how a restore recognizes the objects and values that it has restored.
 
 A restore outlives the call that began it, as long as its status is kept or values wait for their
 objects. It has to tell an object that it has restored from another one that has taken its place,
-and it must not keep either alive. So it knows an object by a weak reference. Some objects cannot
-be referred to weakly: an `nnx.Variable`, a `jax.Ref`, an object of a class with `__slots__`. Those
-it refers to strongly, but only as long as their *owner* lives, the nearest object above them that
-can be referred to weakly.
+and it must keep neither of them alive. So it knows an object by a weak reference. Some objects
+have no weak references: an `nnx.Variable`, a `jax.Ref`, an object of a class with `__slots__`. It
+refers to these strongly, but only until the nearest object above them that has weak references
+is gone.
 
 Values (arrays, scalars and the containers that are rebuilt around them) have no identity that
-means anything: they are known by their *place*, the mutable object above them and the path from
-there.
+means anything. They are known by their *place*: their *owner*, which is the mutable object above
+them, and the path from there.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, KeysView
-from typing import Any, Generic, TypeVar
+from collections.abc import Callable
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from ckpt_jax.matching.trace import LiveGraph
 
 V = TypeVar("V")
+Place = tuple[Any, str]  # owner and path; the owner is None if no mutable object is above
 
 
 def is_referable(obj: Any) -> bool:
@@ -32,63 +33,50 @@ def is_referable(obj: Any) -> bool:
     return type(obj).__weakrefoffset__ != 0
 
 
+class _Entry(NamedTuple, Generic[V]):
+    find: Callable[[], Any]  # the object, or None if it is gone
+    value: V
+    end: weakref.ref[Any] | None  # removes the entry
+
+
 class IdentityMap(Generic[V]):
-    """A value for each of some objects, by identity. An entry goes with its object, or, if that
-    cannot be referred to weakly, with the owner of the object.
+    """A value for each of some objects, by identity.
+
+    An entry is removed when its object dies, or, if that has no weak references, when the object
+    that was named for this dies.
 
     >>> class Thing: ...
     >>> numbers, thing = IdentityMap(), Thing()
     >>> numbers.set(thing, 3)
-    >>> numbers.get(thing), numbers.get(Thing()), thing in numbers
-    (3, None, True)
+    >>> numbers.get(thing), numbers.get(Thing())
+    (3, None)
     """
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[Callable[[], Any], V]] = {}  # by id: the object, its value
-        self._owned: dict[int, tuple[Any, set[int]]] = {}  # by id of an owner: a reference, ids
+        self._entries: dict[int, _Entry[V]] = {}  # by id
 
-    def set(self, obj: Any, value: V, owner: Any = None) -> None:
+    def set(self, obj: Any, value: V, above: Any = None) -> None:
         """Remembers a value for an object.
 
         Args:
-          owner: an object that can be referred to weakly; without it an object that cannot be is
-            kept alive by this map.
+          above: an object that has weak references. If `obj` has none, the entry lasts as long as
+            this object; without it, as long as the map.
         """
-        key = id(obj)
-        if is_referable(obj):
-            self._entries[key] = self._reference(obj, self._entries), value
-            return
-        self._entries[key] = (lambda: obj), value
-        if owner is not None:
-            if id(owner) not in self._owned:
-                self._owned[id(owner)] = self._reference(owner, self._owned), set()
-            self._owned[id(owner)][1].add(key)
-
-    def _reference(self, obj: Any, table: dict[int, Any]) -> weakref.ref[Any]:
-        """A reference to an object that takes the object's entry out of a table at its end."""
-        key, this = id(obj), weakref.ref(self)
-
-        def forget(_: object) -> None:
-            entry = table.pop(key, None)
-            if entry is not None and (map_ := this()) is not None and table is map_._owned:
-                for owned in entry[1]:
-                    map_._entries.pop(owned, None)
-
-        return weakref.ref(obj, forget)
+        key, entries = id(obj), self._entries
+        mortal = obj if is_referable(obj) else above
+        end = None if mortal is None else weakref.ref(mortal, lambda _: entries.pop(key, None))
+        find = end if end is not None and mortal is obj else lambda: obj
+        entries[key] = _Entry(find, value, end)
 
     def get(self, obj: Any) -> V | None:
         entry = self._entries.get(id(obj))
-        return entry[1] if entry is not None and entry[0]() is obj else None
-
-    def __contains__(self, obj: object) -> bool:
-        entry = self._entries.get(id(obj))
-        return entry is not None and entry[0]() is obj
+        return entry.value if entry is not None and entry.find() is obj else None
 
     def with_id(self, key: int) -> tuple[Any, V] | None:
-        """The object with this id, if it is here and alive, and its value."""
+        """The object with this id and its value; None if it is not here or is gone."""
         entry = self._entries.get(key)
-        obj = None if entry is None else entry[0]()
-        return None if entry is None or obj is None else (obj, entry[1])
+        obj = None if entry is None else entry.find()
+        return None if entry is None or obj is None else (obj, entry.value)
 
 
 class Bindings:
@@ -101,100 +89,68 @@ class Bindings:
     def __init__(self) -> None:
         self.met: set[int] = set()
         self._node_of: IdentityMap[int] = IdentityMap()
-        self._ids: dict[int, list[int]] = {}  # of objects, by saved node
+        self._first_id: dict[int, int] = {}  # by saved node: the id of the first object
 
-    def bind(self, saved: int, obj: Any, owner: Any) -> None:
-        """Remembers that `saved` is bound to `obj`; see `IdentityMap.set` for the owner."""
-        self._node_of.set(obj, saved, owner)
-        self._ids.setdefault(saved, []).append(id(obj))
-
-    def nodes(self) -> KeysView[int]:
-        """Saved nodes that have been bound to objects."""
-        return self._ids.keys()
+    def bind(self, saved: int, obj: Any, above: Any) -> None:
+        """Remembers that `saved` is bound to `obj`; for `above` see `IdentityMap.set`."""
+        self._node_of.set(obj, saved, above)
+        self._first_id.setdefault(saved, id(obj))
 
     def node_of(self, obj: Any) -> int | None:
         """The saved node that an object was bound to last."""
         return self._node_of.get(obj)
 
     def first(self, saved: int) -> Any | None:
-        """The object that a saved node was bound to first; None if it is gone."""
-        found = self._node_of.with_id(self._ids[saved][0])
+        """The object that a saved node was bound to first; None if there is none or it is gone."""
+        key = self._first_id.get(saved)
+        found = None if key is None else self._node_of.with_id(key)
         return found[0] if found is not None and found[1] == saved else None
 
 
-class PlaceSet:
-    """A set of places: values by owner and path, mutable objects by identity."""
-
-    def __init__(self) -> None:
-        self._paths: IdentityMap[set[str]] = IdentityMap()
-
-    def add(self, places: Places, nodes: Iterable[int]) -> None:
-        for node in nodes:
-            owner, path = places.of(node)
-            paths = self._paths.get(owner)
-            if paths is None:
-                paths = set()
-                self._paths.set(owner, paths, places.referable_owner(node))
-            paths.add(path)
-
-    def nodes_in(self, places: Places) -> frozenset[int]:
-        """The nodes whose places are in the set."""
-        found: list[int] = []
-        for node in range(len(places)):
-            owner, path = places.of(node)
-            if path in (self._paths.get(owner) or ()):
-                found.append(node)
-        return frozenset(found)
-
-
 class Places:
-    """Where the nodes of a live graph lie: the mutable object that owns each, and the path from
-    there.
+    """The places of the nodes of a live graph.
 
     Args:
       live: the graph.
-      root: where its root lies, if that is a value that belongs to an object outside of the graph.
+      root: the place of its root, if that is a value of an object outside of the graph.
     """
 
-    def __init__(self, live: LiveGraph, root: tuple[Any, str] = (None, "")):
-        keys = live.graph.object_keys
-        self._live = live
-        self._owner_of: list[int] = [-1] * len(keys)  # node of the owner; -1 above the root
-        self._root_owner, self._root_path = root
-        self._keys = keys
-        parents = _parents(live)
-        for node, parent in enumerate(parents):
+    def __init__(self, live: LiveGraph, root: Place = (None, "")):
+        self.live = live
+        self._root = root
+        self._parents = _parents(live)
+        self._owners = [-1] * len(self._parents)  # by node; -1 for the owner of the root
+        for node, parent in enumerate(self._parents):
             if live.views[node].mutable:
-                self._owner_of[node] = node
+                self._owners[node] = node
             elif parent >= 0:
-                self._owner_of[node] = self._owner_of[parent]
-        self._parents = parents
+                self._owners[node] = self._owners[parent]
 
     def __len__(self) -> int:
-        return len(self._keys)
+        return len(self._owners)
 
-    def of(self, node: int) -> tuple[Any, str]:
-        """The owner of a node, and the path from it; the path of an owner itself is empty."""
-        owner, key = self._owner_of[node], self._keys[node]
+    def of(self, node: int) -> Place:
+        """The place of a node. The path of an owner itself is empty."""
+        keys, owner = self.live.graph.object_keys, self._owners[node]
         if owner < 0:
-            root = self._keys[0]
-            return self._root_owner, self._root_path + key[len(root) :]
-        above = self._keys[owner]
+            root_owner, root_path = self._root
+            return root_owner, root_path + keys[node][len(keys[0]) :]
+        key, above = keys[node], keys[owner]
         is_below = not above or key == above or key.startswith(f"{above}/")
-        return self._live.objects[owner], key[len(above) :].lstrip("/") if is_below else key
+        return self.live.objects[owner], key[len(above) :].lstrip("/") if is_below else key
 
-    def referable_owner(self, node: int) -> Any | None:
-        """The nearest object above a node, or itself, that can be referred to weakly."""
+    def referable_above(self, node: int) -> Any | None:
+        """The nearest mutable object above a node, or at it, that has weak references."""
         while node >= 0:
-            obj = self._live.objects[node]
-            if self._live.views[node].mutable and is_referable(obj):
+            obj = self.live.objects[node]
+            if self.live.views[node].mutable and is_referable(obj):
                 return obj
             node = self._parents[node]
-        return self._root_owner
+        return self._root[0]
 
 
 def _parents(live: LiveGraph) -> list[int]:
-    """For each node the one that it is first reached from; -1 for the root."""
+    """The node that each node is first reached from; -1 for the root."""
     parents = [-1] * len(live.objects)
     seen = bytearray(len(live.objects))
     seen[0] = 1

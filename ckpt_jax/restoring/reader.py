@@ -6,8 +6,8 @@ format, which has no object graph, shows one that is made of its names.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -28,6 +28,7 @@ from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
 from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.restoring.formats import NamedValues, open_foreign
 from ckpt_jax.restoring.plain_slots import slots_as_children
+from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.store.seal import unseal
 from ckpt_jax.store.storage import POSIX, Storage
 from ckpt_jax.values.host import without_gc
@@ -46,24 +47,30 @@ class CheckpointReader:
       path: of a checkpoint directory, or of a file in a format that `restoring.formats` knows.
       storage: where the path lies.
 
+    Attributes:
+      path: as it was given.
+      location: where it led when the reader was opened. There it reads, also when a link is moved
+        on, or when the program goes to another directory.
+      generation: tells the checkpoint from others that may take its place.
+
     Use it as a context manager, or `close` it, to let go of the files.
 
     Raises:
-      CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
+      CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError. A checkpoint that is
+      replaced or removed after it was opened is no longer found, with `with` and without.
+      RuntimeError: this process was forked after its parent had read or written checkpoints.
 
     Source: `tf.train.load_checkpoint`, `tf.train.CheckpointReader`.
     """
 
     def __init__(self, path: Path, storage: Storage = POSIX):
-        self.path = os.fsdecode(path)
+        self.path = as_path(path)
         self._storage = storage
-        self.generation = storage.generation(self.path)
-        try:
+        self.location = storage.located(self.path)
+        self.generation = storage.generation(self.location)
+        with self._unless_replaced():
             foreign = open_foreign(self.path)
-            self._source: Source = foreign or storage.open(self.path)
-        except CorruptCheckpointError as error:
-            self.check_not_replaced(error)
-            raise
+            self._source: Source = foreign or storage.open(self.location, self.path)
 
     def __repr__(self) -> str:
         return f"CheckpointReader({self.path!r})"
@@ -76,13 +83,29 @@ class CheckpointReader:
         if isinstance(error, CorruptCheckpointError):
             self.check_not_replaced(error)
 
-    def check_not_replaced(self, error: CorruptCheckpointError) -> None:
-        """What looks like damage may be another checkpoint, saved to this path meanwhile."""
-        if self._storage.generation(self.path) != self.generation:
+    def check_not_replaced(self, error: Exception | None = None) -> None:
+        """Checks that the checkpoint is still the one that was opened.
+
+        What looks like damage may be another checkpoint, saved to this path meanwhile.
+
+        Raises:
+          CheckpointNotFoundError: it is not; `error` is its cause.
+        """
+        if self._storage.generation(self.location) != self.generation:
+            led = "" if self.location == absolute(self.path) else f" (which led to {self.location})"
             raise CheckpointNotFoundError(
-                f"{self.path} was replaced or removed while it was being read; nothing of it was "
-                "used. Read it again."
+                f"{self.path}{led} was replaced or removed while it was being read; nothing of it "
+                "is used from now on. Open it again, or take the latest checkpoint."
             ) from error
+
+    @contextmanager
+    def _unless_replaced(self) -> Iterator[None]:
+        """An error in the block is only the checkpoint's own if the checkpoint is still there."""
+        try:
+            yield
+        except (CorruptCheckpointError, OSError) as error:
+            self.check_not_replaced(error)
+            raise
 
     def close(self) -> None:
         """Closes the files; further reads fail."""
@@ -120,7 +143,7 @@ class CheckpointReader:
     def _graph(self) -> ObjectGraph:
         if isinstance(self._source, NamedValues):
             return self._graph_of_names(self._source)
-        data = self._source.extra(OBJECT_GRAPH_KEY)
+        data = self._extra(OBJECT_GRAPH_KEY)
         if data is None:
             raise CorruptCheckpointError(
                 f"{self.path} has no object graph", file=self.path, key=OBJECT_GRAPH_KEY
@@ -136,11 +159,17 @@ class CheckpointReader:
         """
         if isinstance(self._source, NamedValues):
             return None
-        data = self._source.extra(SAVED_OBJECTS_KEY)
+        data = self._extra(SAVED_OBJECTS_KEY)
         if data is None:
             return None
         graph = self._graph
         return self._decoded(SAVED_OBJECTS_KEY, data, lambda data: objects.decode(data, graph))
+
+    def _extra(self, name: str) -> bytes | None:
+        with self._unless_replaced():
+            found = self._source.extra(name)
+        self.check_not_replaced()  # every checkpoint has values of these names
+        return found
 
     def _decoded(self, key: str, data: bytes, decode: Callable[[bytes], T]) -> T:
         """A sealed message; what is wrong with it is said with the place."""
@@ -212,7 +241,7 @@ class CheckpointReader:
           KeyError: there is no such value; the message names the nearest.
         """
         key = self._known_key(key)
-        data = read_values(self._source, {key: box})[key]
+        data = self.read({key: box})[key]
         if box is not None:
             return data
         # What a registered saver stored belongs to no attribute of the graph.
@@ -247,22 +276,24 @@ class CheckpointReader:
 
         `arrived` is called with numbers of bytes, as they come.
         """
-        return read_values(self._source, requests, options, arrived)
+        with self._unless_replaced():
+            return read_values(self._source, requests, options, arrived)
 
     def read_boxes(
         self, requests: Mapping[str, Sequence[Box]], options: CheckpointOptions = DEFAULT
     ) -> dict[tuple[str, Box], np.ndarray]:
         """Several boxes of several arrays at once, by key and box."""
         keys = list(requests)
-        found = self._source.read(
-            [(key, tuple(requests[key])) for key in keys],
-            max_inflight_bytes=options.max_inflight_bytes,
-        )
-        return {
-            (keys[number], box): part
-            for number, parts in found
-            for box, part in zip(requests[keys[number]], parts, strict=True)
-        }
+        with self._unless_replaced():
+            found = self._source.read(
+                [(key, tuple(requests[key])) for key in keys],
+                max_inflight_bytes=options.max_inflight_bytes,
+            )
+            return {
+                (keys[number], box): part
+                for number, parts in found
+                for box, part in zip(requests[keys[number]], parts, strict=True)
+            }
 
     def as_saved(self, key: str, data: Any, spec: LeafSpec) -> Any:
         """What was read without a target, as the value that it was; arrays as they are."""
@@ -288,7 +319,9 @@ class CheckpointReader:
         Raises:
           CorruptCheckpointError: a file is truncated or missing.
         """
-        self._source.check_files()
+        with self._unless_replaced():
+            self._source.check_files()
+        self.check_not_replaced()
 
     @cached_property
     def _specs(self) -> dict[str, LeafSpec]:
@@ -298,7 +331,7 @@ class CheckpointReader:
     def _has_graph(self) -> bool:
         """Whether there is an object graph. One that was merged by hand, from shards, has none."""
         is_named = isinstance(self._source, NamedValues)
-        return is_named or self._source.extra(OBJECT_GRAPH_KEY) is not None
+        return is_named or self._extra(OBJECT_GRAPH_KEY) is not None
 
     @property
     def bytes_read(self) -> int:

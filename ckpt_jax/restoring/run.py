@@ -1,15 +1,17 @@
 """Restore runs: every restore of this library, from a checkpoint and live objects to values.
 
-match     the saved graph with the live one, as rules and adapters want it read
+open      the processes meet, then the checkpoint is opened
+match     the saved graph with the live one, after rules and adapters have changed the saved one
 plan      every value to read, and every problem; nothing has been read or changed yet
-complete  the report: who restores without deferral calls unexpected what would wait
-require   that it fits, as far as the caller demands it
-execute   read only what this process's devices need, and assign it
+complete  the report: a restore that lets nothing wait counts as unexpected what would wait
+require   that everything fits, as far as the caller demands it
+execute   read only what the devices of this process need, and assign it
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,9 +22,10 @@ from ckpt_jax.matching.match import Match, match
 from ckpt_jax.matching.plan import ReadPlan, plan_read
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.options import CheckpointOptions
-from ckpt_jax.processes.meeting import Meeting
+from ckpt_jax.processes.context import Context
+from ckpt_jax.processes.meeting import Meeting, Processes
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
-from ckpt_jax.restoring.adapters import Adapted, adapt
+from ckpt_jax.restoring.adapters import adapt
 from ckpt_jax.restoring.derived import DerivedReader
 from ckpt_jax.restoring.execute import execute, is_abstract, nbytes_to_read
 from ckpt_jax.restoring.identity import Places
@@ -31,17 +34,49 @@ from ckpt_jax.restoring.precedence import Rank
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.shardings import placed
+from ckpt_jax.store.paths import as_path
 from ckpt_jax.values import host
-from ckpt_jax.values.leaves import ARRAY_KINDS, difference
+from ckpt_jax.values.leaves import difference
+
+
+@contextmanager
+def broadcast_meeting(
+    path: Any, options: CheckpointOptions, processes: Processes
+) -> Iterator[Meeting | None]:
+    """A meeting for a restore in which processes hand values to each other; None for any other.
+
+    It has to begin before anything that can fail on one process alone, because the others would
+    wait for the values that this process reads.
+    """
+    if path is None or not options.broadcast or processes.count == 1:
+        yield None
+        return
+    what = f"restoring {as_path(path)}"
+    with processes.meeting(what, options.timeout_seconds) as meeting:
+        yield meeting
+
+
+@contextmanager
+def opened(
+    path: Any, options: CheckpointOptions, context: Context
+) -> Iterator[tuple[CheckpointReader, Meeting | None]]:
+    """Opens a checkpoint for a restore without deferral: its reader and `broadcast_meeting`."""
+    with (
+        broadcast_meeting(path, options, context.processes) as meeting,
+        context.meter.restoring(lambda: CheckpointReader(path, context.storage)) as reader,
+    ):
+        yield reader, meeting
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """What is fatal for a restore. A value that differs, a rule that is wrong, and a value that
-    the program holds only abstractly and the checkpoint lacks are fatal for every restore.
+    """The differences that are fatal for a restore.
+
+    Three are fatal for every restore: a value that differs, a wrong rule, and a value that the
+    program holds only abstractly and that the checkpoint lacks.
 
     Attributes:
-      advice: what the error tells people to do.
+      advice: the end of the error, which tells people what to do.
       missing: whether the checkpoint has to have every value of the program.
       unexpected: whether the program has to have a place for every value of the checkpoint.
       conflicts: whether the program has to share objects as the checkpoint does.
@@ -66,23 +101,26 @@ class PlannedRestore:
 
     Attributes:
       live: the objects to restore into.
-      saved: the saved graph as the program wants it read.
-      found: the match of the two.
-      reads: the values to read.
-      report: every value on either side.
-      callbacks: of adapters, by saved node.
+      reads: the values to read, and a report on every value of the checkpoint and the program.
+      reader: of the checkpoint, and of values that are derived from stored ones.
     """
 
     live: LiveGraph
-    saved: Renamed
-    found: Match
     reads: ReadPlan
-    report: RestoreReport
-    callbacks: Mapping[int, Any]
-    _reader: CheckpointReader
+    reader: DerivedReader
+
+    @property
+    def report(self) -> RestoreReport:
+        """Accounts for every value of the checkpoint and of the program."""
+        return self.reads.report
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values that this process needs, each once."""
+        return nbytes_to_read(self.reads, self.reader)
 
     def without_deferral(self, is_left_out: Callable[[ReportEntry], bool]) -> PlannedRestore:
-        """The same for objects that get no further parts: what would wait is unexpected.
+        """The same restore, if no objects appear later: what would wait for them is unexpected.
 
         Args:
           is_left_out: says which values of the checkpoint need no place.
@@ -91,9 +129,9 @@ class PlannedRestore:
         return self.with_unexpected([entry for entry in left_over if not is_left_out(entry)])
 
     def with_unexpected(self, entries: Iterable[ReportEntry]) -> PlannedRestore:
-        """The same with these values, and no others, without a place in the program."""
+        """The same restore, in which only these values have no place in the program."""
         report = replace(self.report, unexpected=tuple(entries), deferred=())
-        return replace(self, report=report)
+        return replace(self, reads=replace(self.reads, report=report))
 
     def allowing(
         self, missing: Callable[[ReportEntry], bool], unexpected: Callable[[ReportEntry], bool]
@@ -108,7 +146,7 @@ class PlannedRestore:
         """
         report = self.report
         allowed = tuple([entry for entry in report.missing if missing(entry)])
-        abstract = {entry.path for entry in abstract_only(allowed, self.live)}
+        abstract = {entry.path for entry in _abstract_only(allowed, self.live)}
         lost = {entry.path for entry in allowed} - abstract
         report = replace(
             report,
@@ -123,26 +161,17 @@ class PlannedRestore:
             ),
             unexpected=tuple([entry for entry in report.unexpected if not unexpected(entry)]),
         )
-        return replace(self, report=report)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of values that this process needs, each once."""
-        return nbytes_to_read(self.reads, self._source)
-
-    @property
-    def _source(self) -> DerivedReader:
-        return DerivedReader(self._reader, self.saved.derived)
+        return replace(self, reads=replace(self.reads, report=report))
 
     def require(self, demand: Demand) -> None:
-        """Checks that everything fits that has to.
+        """Checks that everything fits, as far as it is demanded.
 
         Raises:
-          RestoreMismatchError: naming all that does not. Nothing was read or changed.
+          RestoreMismatchError: naming all that does not fit. Nothing was read or changed.
         """
         report = self.report
         if not demand.missing:
-            report = replace(report, missing=abstract_only(report.missing, self.live))
+            report = replace(report, missing=_abstract_only(report.missing, self.live))
         if not demand.unexpected:
             report = replace(report, unexpected=())
         if not demand.conflicts:
@@ -157,20 +186,21 @@ class PlannedRestore:
         meeting: Meeting | None = None,
         *,
         rank: Rank | None = None,
-        root_place: tuple[Any, str] = (None, ""),
+        places: Places | None = None,
     ) -> tuple[Any, frozenset[int]]:
         """Reads the values and puts them into the objects.
 
         Args:
-          meeting: that of `together`; without it, each process reads all that it needs.
-          rank: of the restore; a new one by default.
-          root_place: where the root of the objects lies, if it is a value; see `Places`.
+          options: how to read.
+          meeting: of `broadcast_meeting`. Without it, each process reads all that it needs.
+          rank: of the restore; by default it is later than all others.
+          places: of the live nodes; by default no object outside of `live` owns its root.
 
         Returns:
           The root, and the nodes that were really given values.
         """
-        root, given = execute(self.reads, self.live, self._source, options, meeting)
-        (rank or Rank()).gave(Places(self.live, root_place), given)
+        root, given = execute(self.reads, self.live, self.reader, options, meeting)
+        (rank or Rank()).settle(places or Places(self.live), given)
         return root, given
 
 
@@ -178,46 +208,59 @@ def plan_whole(
     reader: CheckpointReader, saved: Renamed, live: LiveGraph, options: CheckpointOptions
 ) -> PlannedRestore:
     """Plans to restore all of a checkpoint, from the roots of the two graphs on."""
-    adapted = adapt(saved, live, lambda graph: match(graph, live.graph), reader)
-    return plan(reader, adapted, live, options)
+    adapted = adapt(saved, live, match, reader)
+    return plan_matched(reader, adapted.saved, adapted.found, live, options)
 
 
-def plan_pairs(
+def plan_matched(
     reader: CheckpointReader,
-    live: LiveGraph,
-    bound: Mapping[int, int],
-    options: CheckpointOptions,
-) -> PlannedRestore:
-    """Plans to restore live nodes from the saved ones that are bound to them, by whatever edges
-    they are reached."""
-    return plan(reader, Adapted(Renamed(reader.object_graph), Match(bound, {})), live, options)
-
-
-def plan(
-    reader: CheckpointReader,
-    adapted: Adapted,
+    saved: Renamed,
+    found: Match,
     live: LiveGraph,
     options: CheckpointOptions,
     *,
     only: frozenset[int] | None = None,
-    root_key: str = "",
 ) -> PlannedRestore:
-    """Plans what a match means for values; no value is read.
+    """Plans a restore whose graphs are matched.
 
     Args:
-      reader: of the checkpoint.
-      adapted: the saved graph and its match with the live one.
+      reader: of the checkpoint; no value is read.
+      saved, found: the saved graph, and its match with the live one.
       live: the objects.
       options: `cast`, `skip_slot_variables` and `shardings` apply.
       only: live nodes to plan for; all by default.
-      root_key: the escaped path of the root of `live`, if that is part of something larger.
     """
-    saved, found = adapted.saved, adapted.found
-    reads, report = look(saved, found, live, reader.path, options, only=only, root_key=root_key)
-    return PlannedRestore(live, saved, found, reads, report, adapted.callbacks, reader)
+    reads = plan_values(saved, found, live, reader.path, options, only=only)
+    return PlannedRestore(live, reads, DerivedReader(reader, saved.derived))
 
 
-def look(
+def restore_pairs(
+    reader: CheckpointReader,
+    live: LiveGraph,
+    bound: Mapping[int, int],
+    options: CheckpointOptions,
+    meeting: Meeting | None,
+) -> None:
+    """Restores live nodes from the saved nodes that are bound to them, whatever edges lead there.
+
+    All other values of the checkpoint are ignored.
+
+    Args:
+      reader: of the checkpoint.
+      live: the graph of the objects.
+      bound: saved node -> live node.
+      options: how to read.
+      meeting: of `broadcast_meeting`.
+
+    Raises:
+      RestoreMismatchError: naming all that is missing or differs. Nothing was changed.
+    """
+    planned = plan_matched(reader, Renamed(reader.object_graph), Match(bound, {}), live, options)
+    planned.require(replace(EVERYTHING, unexpected=False))
+    planned.execute(options, meeting)
+
+
+def plan_values(
     saved: Renamed,
     found: Match,
     live: LiveGraph,
@@ -225,10 +268,9 @@ def look(
     options: CheckpointOptions,
     *,
     only: frozenset[int] | None = None,
-    root_key: str = "",
-) -> tuple[ReadPlan, RestoreReport]:
-    """What a match means for values, without a reader; see `plan`."""
-    target, wrong = placed(live, options.shardings, root_key=root_key, known=(saved.graph,))
+) -> ReadPlan:
+    """The values to read after a match, and all problems; see `plan_matched`."""
+    target, wrong = placed(live, options.shardings, known=(saved.graph,))
     reads = plan_read(
         saved.graph,
         target,
@@ -242,7 +284,7 @@ def look(
     problems = (*saved.problems, *[ReportEntry(where, what=what) for where, what in wrong])
     report = _with_changes(reads, saved, live)
     report = replace(report, mismatched=(*problems, *report.mismatched))
-    return reads, _with_suggestion(report, saved.graph, live.graph)
+    return replace(reads, report=_with_suggestion(report, saved.graph, live.graph))
 
 
 def _with_suggestion(report: RestoreReport, saved: ObjectGraph, live: ObjectGraph) -> RestoreReport:
@@ -260,26 +302,26 @@ def _with_suggestion(report: RestoreReport, saved: ObjectGraph, live: ObjectGrap
 
 
 def _fits(cast: bool) -> Callable[[LeafSpec, LeafSpec, Any], str | None]:
-    """The test whether a saved value can take a live one's place."""
+    """The test whether a saved value can become the value of a target."""
 
     def why_not(saved: LeafSpec, target: LeafSpec, value: Any) -> str | None:
         problem = difference(saved, target, cast)
-        if problem is None and target.kind in ("array", "prng_key"):
+        if problem is None and target.is_placed:
             problem = host.placement_problem(value.shape, host.placement(value))
         return problem
 
     return why_not
 
 
-def _with_changes(plan: ReadPlan, saved: Renamed, live: LiveGraph) -> RestoreReport:
-    """The report of a plan, saying which restored values change in shape or dtype."""
+def _with_changes(reads: ReadPlan, saved: Renamed, live: LiveGraph) -> RestoreReport:
+    """The report of a plan, which also says what restored values change in shape or dtype."""
     reshaped: set[str] = set()
     changed: set[str] = set()
     stored: dict[str, str] = {}
-    for r in plan.reads:
+    for r in reads.reads:
         derived = saved.derived.get(r.key)
         was = derived.stored if derived else r.saved
-        differs = was.dtype != r.target.dtype and {was.kind, r.target.kind} <= ARRAY_KINDS
+        differs = was.dtype != r.target.dtype and was.is_array and r.target.is_array
         if derived or differs:
             path = live.graph.value_path(r.node, r.name)
             if derived:
@@ -289,13 +331,13 @@ def _with_changes(plan: ReadPlan, saved: Renamed, live: LiveGraph) -> RestoreRep
             if differs:
                 changed.add(path)
     if not (stored or changed):
-        return plan.report
+        return reads.report
     restored, renamed = (
         tuple([replace(e, found=stored[e.path]) if e.path in stored else e for e in entries])
-        for entries in (plan.report.restored, plan.report.renamed)
+        for entries in (reads.report.restored, reads.report.renamed)
     )
     return replace(
-        plan.report,
+        reads.report,
         restored=restored,
         renamed=renamed,
         reshaped=tuple([entry for entry in restored if entry.path in reshaped]),
@@ -303,9 +345,9 @@ def _with_changes(plan: ReadPlan, saved: Renamed, live: LiveGraph) -> RestoreRep
     )
 
 
-def abstract_only(entries: tuple[ReportEntry, ...], live: LiveGraph) -> tuple[ReportEntry, ...]:
-    """The entries whose value in the program is abstract, or an array that was deleted or donated,
-    so that nothing can stand in for it."""
+def _abstract_only(entries: tuple[ReportEntry, ...], live: LiveGraph) -> tuple[ReportEntry, ...]:
+    """The entries whose values in the program are abstract, or deleted or donated arrays: the
+    program has nothing to go on with if the checkpoint lacks them."""
     if not entries:
         return ()
     empty = {
@@ -317,14 +359,12 @@ def abstract_only(entries: tuple[ReportEntry, ...], live: LiveGraph) -> tuple[Re
     return tuple([entry for entry in entries if entry.path in empty])
 
 
-def truly_restored(
-    report: RestoreReport, reads: ReadPlan, live: LiveGraph, given: frozenset[int]
-) -> RestoreReport:
-    """A report in which only the values of some nodes count as restored.
+def truly_restored(reads: ReadPlan, live: LiveGraph, given: frozenset[int]) -> RestoreReport:
+    """The report of a plan, in which only the values of the nodes in `given` are restored.
 
     The others would match, but appeared or replaced an object after the restore: they are missing.
     """
-    paths = live.graph.paths
+    report, paths = reads.report, live.graph.paths
     lost = {live.graph.value_path(r.node, r.name) for r in reads.reads if r.node not in given}
     lost |= {paths[n] for call in reads.calls for n in call.nodes.values() if n not in given}
     if not lost:

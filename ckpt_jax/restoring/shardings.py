@@ -1,9 +1,9 @@
-"""Placing: where the arrays of a restore go, when the target does not say or is to be overruled.
+"""Placing: where a restore puts arrays, if the target does not say or the caller overrules it.
 
-`shardings` is one sharding for all arrays, a function of (path, `jax.ShapeDtypeStruct`) that
-gives one or None, or a tree of them: a prefix of what is restored, in which a sharding stands for
-everything below its place and None for no wish. Only JAX arrays are placed; the rest of a target
-stays what it is.
+`shardings` is one sharding for all arrays, or a function of (path, `jax.ShapeDtypeStruct`) that
+returns a sharding or None, or a tree. The tree is a prefix of the restored tree: a sharding in it
+is for everything below its path, and None asks for nothing. Only JAX arrays are placed; other
+values of a target keep their kind.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ from ckpt_jax.objects.views import view_of
 from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.values import host
 
-Place = tuple[int, str]  # node and attribute
-Structs = dict[Place, jax.ShapeDtypeStruct]
+ValueId = tuple[int, str]  # node and attribute
+Structs = dict[ValueId, jax.ShapeDtypeStruct]
 Problems = list[tuple[str, str]]
 
 
 def placed(
-    live: LiveGraph, shardings: Any, *, root_key: str = "", known: Sequence[ObjectGraph] = ()
+    live: LiveGraph, shardings: Any, *, known: Sequence[ObjectGraph]
 ) -> tuple[LiveGraph, Problems]:
-    """A live graph whose arrays ask for these shardings, and (path, what) where they cannot.
+    """Lets the arrays of a live graph ask for shardings.
 
     Args:
       live: the graph of the program's objects.
-      shardings: see above; None changes nothing.
-      root_key: the escaped path of the root of `live` in what `shardings` is a tree of.
-      known: further graphs whose paths the tree may name.
+      shardings: see the module; None changes nothing.
+      known: further graphs, with paths that the tree may name.
+
+    Returns:
+      The graph, and (path, problem) for each sharding that is wrong.
     """
     if shardings is None:
         return live, []
     structs: Structs = {}
     for node, attribute in live.graph.attributes():
-        if attribute.spec.kind in ("array", "prng_key"):
+        if attribute.spec.is_placed:
             value = live.values[node][attribute.name]
             structs[node, attribute.name] = jax.ShapeDtypeStruct(value.shape, value.dtype)
-    wishes, problems = with_shardings(
-        live.graph, structs, shardings, root_key=root_key, known=known
-    )
+    wishes, problems = with_shardings(live.graph, structs, shardings, known=known)
     values: list[Mapping[str, Any]] = list(live.values)
     for (node, name), wish in wishes.items():
         values[node] = {**values[node], name: wish}
@@ -58,56 +58,66 @@ def with_shardings(
     structs: Structs,
     shardings: Any,
     *,
-    root_key: str = "",
     known: Sequence[ObjectGraph] = (),
 ) -> tuple[Structs, Problems]:
-    """Those of some values for which there is a wish, with it, and what is wrong with wishes."""
+    """Gives values the shardings that are wished for them.
+
+    Args:
+      graph: the graph of the values.
+      structs: shapes and dtypes of the values that can be placed.
+      shardings, known: as for `placed`.
+
+    Returns:
+      The structs that got a sharding, and (path, problem) for each sharding that is wrong.
+    """
     problems: Problems = []
-    wishes: dict[Place, Any] = {}
-    if isinstance(shardings, jax.sharding.Sharding):
+    wishes: dict[ValueId, Any] = {}
+    if isinstance(shardings, _LEAVES):
         wishes = dict.fromkeys(structs, shardings)
     elif callable(shardings) and view_of(shardings) is None:
         for (node, name), struct in structs.items():
             wishes[node, name] = shardings(graph.value_path(node, name), struct)
     else:
-        wishes, problems = _by_tree(graph, shardings, structs, root_key, known)
+        wishes, problems = _by_tree(graph, shardings, structs, known)
     found: Structs = {}
-    for place, wish in wishes.items():
-        struct = structs[place]
+    for value, wish in wishes.items():
+        struct = structs[value]
         if wish is None:
             continue
+        if isinstance(wish, _LEAVES):
+            wish = host.on_devices(wish)
         if not isinstance(wish, jax.sharding.Sharding):
-            problems.append((graph.value_path(*place), _no_sharding(wish)))
+            problems.append((graph.value_path(*value), _no_sharding(wish)))
         elif problem := host.placement_problem(struct.shape, wish):
-            problems.append((graph.value_path(*place), problem))
+            problems.append((graph.value_path(*value), problem))
         else:
-            found[place] = jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=wish)
+            found[value] = jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=wish)
     return found, problems
 
 
 def _by_tree(
     graph: ObjectGraph,
     tree: Any,
-    places: Collection[Place],
-    root_key: str,
+    values: Collection[ValueId],
     known: Sequence[ObjectGraph],
-) -> tuple[dict[Place, Any], Problems]:
+) -> tuple[dict[ValueId, Any], Problems]:
+    root_key = graph.object_keys[0]  # not empty if the graph is only a part of the tree
     root = [unescape(name) for name in root_key.split("/")] if root_key else []
     names_of: dict[int, list[str]] = {}
-    for node, name in places:
+    for node, name in values:
         names_of.setdefault(node, []).append(name)
-    wishes: dict[Place, Any] = {}
+    wishes: dict[ValueId, Any] = {}
     problems: Problems = []
     edges = _Edges(graph)
     others = [_Edges(other) for other in known]
     for labels, wish in sorted(_flatten(tree), key=lambda entry: len(entry[0])):
         path = "/".join([readable(local_name(label)) for label in labels])
-        if not isinstance(wish, jax.sharding.Sharding):
+        if not isinstance(wish, _LEAVES):
             problems.append((path, _no_sharding(wish)))
             continue
         ahead = [local_name(label) for label in labels[: len(root)]]
         if ahead != root[: len(ahead)]:
-            continue  # elsewhere in the tree, where this graph is only a part of it
+            continue  # for another part of the tree
         node = edges.walk(labels[len(root) :])
         if node is not None:
             below = reachable(graph, [node])
@@ -119,7 +129,7 @@ def _by_tree(
 
 
 def _flatten(tree: Any, labels: tuple[Label, ...] = ()) -> Iterator[tuple[tuple[Label, ...], Any]]:
-    """The shardings of a tree by their labels, and what else stands in the place of one."""
+    """The shardings of a tree by their labels, and whatever stands where a sharding should."""
     if tree is None:
         return
     view = None if isinstance(tree, _LEAVES) else view_of(tree)
@@ -131,7 +141,7 @@ def _flatten(tree: Any, labels: tuple[Label, ...] = ()) -> Iterator[tuple[tuple[
 
 
 class _Edges:
-    """The edges of a graph by label, and by text where a label is no string."""
+    """The edges of a graph by label, and by text if a label is no string."""
 
     def __init__(self, graph: ObjectGraph):
         self.graph = graph
@@ -143,7 +153,7 @@ class _Edges:
         for label in labels:
             child = self.of(node).get(label, self.of(node).get(local_name(label)))
             if child is None and label == "value" and self.graph.nodes[node].attributes:
-                child = node  # a box with a sharding in the place of its array
+                child = node  # a box that holds a sharding instead of its array
             if child is None:
                 return None
             node = child
@@ -162,5 +172,8 @@ _LEAVES = (jax.sharding.Sharding, jax.sharding.PartitionSpec)
 
 def _no_sharding(wish: Any) -> str:
     if isinstance(wish, jax.sharding.PartitionSpec):
-        return f"{wish} needs a mesh: give jax.sharding.NamedSharding(mesh, {wish})"
+        return (
+            f"{wish} needs a mesh: restore under jax.set_mesh(mesh), or give "
+            f"jax.sharding.NamedSharding(mesh, {wish})"
+        )
     return f"expected a jax.sharding.Sharding, got {type(wish).__qualname__}"

@@ -1,14 +1,15 @@
-"""Transforms: what a rename rule does to the values that it moves.
+"""Transforms: how a rename rule changes the values that it moves.
 
-A rule is (saved pattern, target pattern, *transforms), the transforms applied in order. Each
-answers three questions, so that a plan knows the outcome before a byte is read and a restore
-reads no more than it needs:
+A rule is (saved pattern, target pattern, *transforms). The transforms are applied in order. Each
+has three functions, so that a plan knows the outcome before a byte is read and a restore reads no
+more than it needs:
 
-* `specs`: what do values of these specs become (or why can they not)?
-* `pull`: which box of the input does a box of the output need?
-* `apply`: those parts of the input, as the wanted part of the output.
+* `specs` gives the specs of the output, or says why there is none.
+* `pull` gives the box of the input that a box of the output needs.
+* `apply` makes that box of the output from that box of the input.
 
-A *span* (first, last) of inputs is 0 to 1 except below a `Stack`, which makes one value of many.
+A *span* (start, stop) says which of several values are needed. There are several only before a
+`Stack`, which makes one value of them; otherwise the span is (0, 1).
 """
 
 from __future__ import annotations
@@ -25,19 +26,21 @@ from ckpt_jax.graph.specs import LeafSpec
 
 ANY_DTYPE = ""  # of a value that takes the dtype of its target
 Span = tuple[int, int]
-_ARRAYS = ("array", "numpy", "numpy_scalar", "")
-_NUMBERS = ("int", "float", "complex", "bool")
 
 
 class Step(Protocol):
-    """One stage on the way from stored values to a renamed one."""
+    """One step from stored values to a renamed value."""
 
     def specs(self, specs: Sequence[LeafSpec]) -> list[LeafSpec]:
-        """What values of these specs become; raises ValueError where they cannot."""
+        """The specs of the output for inputs of these specs.
+
+        Raises:
+          ValueError: saying why such inputs cannot be transformed.
+        """
         ...
 
     def pull(self, span: Span, box: Box) -> tuple[Span, Box]:
-        """The inputs, and the box of each, that a box of the output needs."""
+        """The inputs that a box of the output needs, and the box of each."""
         ...
 
     def apply(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
@@ -50,7 +53,8 @@ class Transpose(Step):
     """Permutes the axes of the values that a rename rule moves.
 
     Args:
-      axes: for each axis of the target the axis of the saved value; reversed by default.
+      axes: for each axis of the target, the axis of the saved value. By default the order of the
+        axes is reversed.
 
     Source: `numpy.transpose`.
 
@@ -82,12 +86,12 @@ class Transpose(Step):
         return replace(spec, shape=shape + spec.shape[rank:], weak_type=False)
 
     def at(self, rank: int) -> Transpose:
-        """This with its axes written out, for values of `rank` axes."""
+        """The same transform with its axes written out, for values of `rank` axes."""
         axes = reversed(range(rank)) if self.axes is None else [axis % rank for axis in self.axes]
         return Transpose(tuple(axes))
 
     def _order(self, rank: int) -> list[int]:
-        """The axes, and the one that the data of a PRNG key has at its end."""
+        """The axes, and the further axis at the end that the data of a PRNG key has."""
         axes = self.axes or ()
         return [*axes, *range(len(axes), rank)]
 
@@ -101,10 +105,10 @@ class Transpose(Step):
 
 @dataclass(frozen=True, slots=True)
 class Cast(Step):
-    """Converts the values that a rename rule moves, whatever `CheckpointOptions.cast` says.
+    """Converts the values that a rename rule moves, even if `CheckpointOptions.cast` is off.
 
     Args:
-      dtype: to convert to; by default whatever dtype the target has.
+      dtype: to convert to; by default the dtype of the target.
 
     Example:
       >>> import ckpt_jax as ckpt, tempfile
@@ -125,9 +129,9 @@ class Cast(Step):
         return [self._one(spec) for spec in specs]
 
     def _one(self, spec: LeafSpec) -> LeafSpec:
-        if spec.kind not in (*_ARRAYS, *_NUMBERS) or spec.dtype == "bytes":
+        if not (spec.is_array or spec.is_number) or spec.is_bytes:
             raise ValueError(f"{self} needs numbers, and found {spec}")
-        kind = "numpy_scalar" if spec.kind in _NUMBERS else spec.kind
+        kind = "numpy_scalar" if spec.is_number else spec.kind
         return LeafSpec(kind, self.dtype or ANY_DTYPE, spec.shape)
 
     def pull(self, span: Span, box: Box) -> tuple[Span, Box]:
@@ -135,7 +139,7 @@ class Cast(Step):
 
     def apply(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
         if self.dtype is None:
-            return list(parts)  # converted where the value is put in its place
+            return list(parts)  # converted when the value is assigned to its target
         with np.errstate(over="ignore", invalid="ignore"):
             return [part.astype(dtype_of(self.dtype), copy=False) for part in parts]
 
@@ -144,13 +148,14 @@ class Cast(Step):
 class Stack(Step):
     """Stacks the values that a rename rule gives one name: `layers_0`, `layers_1`, ... to `layers`.
 
-    One wildcard of the saved pattern has no counterpart in the target pattern: the number that
-    it matches is the position along the new axis. Numbers are ordered as numbers, from the
-    least on; a gap, or one number twice, is an error.
+    One wildcard of the saved pattern has no counterpart in the target pattern. It matches a number,
+    which is the position along the new axis. The numbers need not begin at 0, but a gap or a
+    number that appears twice is an error.
 
     Args:
-      axis: of the result, along which the saved values lie; may be negative.
-      index: which wildcard of the saved pattern counts, from 0, where that is not obvious.
+      axis: the new axis of the result, along which the values are stacked; may be negative.
+      index: which wildcard of the saved pattern matches the number, counted from 0. It is needed
+        only if several could.
 
     Example:
       >>> import ckpt_jax as ckpt, tempfile
@@ -172,14 +177,14 @@ class Stack(Step):
             raise ValueError(f"{self} needs values of one kind, and found {first} and {odd}")
         rank = _rank(first) + 1
         if not -rank <= self.axis < rank:
-            raise ValueError(f"{self}: {first} gets no axis {self.axis}")
+            raise ValueError(f"{self}: a stack of {first} has no axis {self.axis}")
         axis = self.axis % rank
         shape = (*first.shape[:axis], len(specs), *first.shape[axis:])
         kind = "numpy" if first.kind == "numpy_scalar" else first.kind
         return [replace(first, kind=kind, shape=shape, weak_type=False)]
 
     def at(self, rank: int) -> Stack:
-        """This with its axis counted from the front, for values of `rank` axes."""
+        """The same transform with its axis counted from the front, for values of `rank` axes."""
         return Stack(self.axis % (rank + 1), self.index)
 
     def pull(self, span: Span, box: Box) -> tuple[Span, Box]:
@@ -191,14 +196,15 @@ class Stack(Step):
 
 @dataclass(frozen=True, slots=True)
 class Unstack:
-    """Takes apart what a rename rule moves: `layers` to `layers_0`, `layers_1`, ...
+    """Takes apart a value that a rename rule moves: `layers` to `layers_0`, `layers_1`, ...
 
-    One wildcard of the target pattern has no counterpart in the saved pattern: it stands for
-    the position along the axis. Only the rows that the target needs are read.
+    One wildcard of the target pattern has no counterpart in the saved pattern. It stands for the
+    position along the axis. Only the parts that the target needs are read.
 
     Args:
-      axis: of the saved value, along which the targets lie; may be negative.
-      index: which wildcard of the target pattern counts, from 0, where that is not obvious.
+      axis: the axis of the saved value along which it is taken apart; may be negative.
+      index: which wildcard of the target pattern stands for the position, counted from 0. It is
+        needed only if several could.
 
     Example:
       >>> import ckpt_jax as ckpt, tempfile
@@ -213,7 +219,7 @@ class Unstack:
     index: int | None = None
 
     def count(self, spec: LeafSpec) -> int:
-        """How many values one of this spec comes apart into."""
+        """The number of values that a value of this spec is taken apart into."""
         _require_array(spec, self)
         rank = _rank(spec)
         if not -rank <= self.axis < rank:
@@ -221,7 +227,7 @@ class Unstack:
         return spec.shape[self.axis % rank]
 
     def take(self, position: int, spec: LeafSpec) -> Take:
-        """The step that takes one of them."""
+        """The step that takes one of these values."""
         return Take(self.axis % _rank(spec), position)
 
 
@@ -230,7 +236,7 @@ Transform = Transpose | Cast | Stack | Unstack
 
 @dataclass(frozen=True, slots=True)
 class Take(Step):
-    """One position along an axis: what `Unstack` is for a single target."""
+    """Takes one position along an axis: the part of an `Unstack` for a single target."""
 
     axis: int
     position: int
@@ -263,12 +269,12 @@ class Derivation(Protocol):
 
     @property
     def stored(self) -> LeafSpec:
-        """What the first of them is."""
+        """The spec of the first of them."""
         ...
 
     @property
     def spec(self) -> LeafSpec:
-        """What comes out."""
+        """The spec of the result."""
         ...
 
     @property
@@ -283,9 +289,9 @@ class Derived:
 
     Attributes:
       keys: checkpoint keys of the stored values, in the order in which they are stacked.
-      steps: what is done to them.
-      stored: what the first of them is.
-      spec: what comes out.
+      steps: transform them, in this order.
+      stored: the spec of the first of them.
+      spec: of the result.
     """
 
     keys: tuple[str, ...]
@@ -299,14 +305,14 @@ class Derived:
         return any(not isinstance(step, Cast) for step in self.steps)
 
     def needs(self, box: Box) -> tuple[tuple[str, ...], Box]:
-        """The keys that a box of the result is made of, and the box that it needs of each."""
+        """The keys that a box of the result is made of, and the box that is needed of each."""
         span = (0, 1)
         for step in reversed(self.steps):
             span, box = step.pull(span, box)
         return self.keys[span[0] : span[1]], box
 
     def make(self, parts: Sequence[np.ndarray]) -> np.ndarray:
-        """The box of the result, from what `needs` asked for."""
+        """Makes a box of the result from the parts that `needs` named."""
         for step in self.steps:
             parts = step.apply(parts)
         (part,) = parts
@@ -336,15 +342,15 @@ def derive(keys: Sequence[str], specs: Sequence[LeafSpec], steps: Sequence[Step]
 
 
 def _rank(spec: LeafSpec) -> int:
-    """Number of axes that a program sees; key data has one more."""
-    return len(spec.shape) - (spec.kind == "prng_key")
+    """The number of axes that a program sees; the data of a PRNG key has one more."""
+    return len(spec.shape) - spec.is_key
 
 
 def _alike(spec: LeafSpec, other: LeafSpec) -> bool:
-    facts = [(s.shape, s.dtype, s.prng_impl, s.kind == "prng_key") for s in (spec, other)]
+    facts = [(s.shape, s.dtype, s.prng_impl, s.is_key) for s in (spec, other)]
     return facts[0] == facts[1]
 
 
 def _require_array(spec: LeafSpec, transform: object) -> None:
-    if spec.kind not in (*_ARRAYS, "prng_key") or spec.dtype == "bytes":
+    if not (spec.is_array or spec.is_key) or spec.is_bytes:
         raise ValueError(f"{transform} needs arrays, and found {spec}")

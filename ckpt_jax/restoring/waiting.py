@@ -1,8 +1,8 @@
 """Restoration: one restore into mutable objects, finished or waiting.
 
-It goes on living while saved values wait for their objects: `attach` runs the stages of
-`restoring` for an object that appeared later. What it has bound it knows by weak references: an
-object that is dropped is dropped.
+It lives on while saved values wait for their objects. `attach` runs the stages of a restore
+(`restoring.run`) for an object that appeared later. A restoration keeps no object of the program
+alive.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
@@ -27,13 +26,12 @@ from ckpt_jax.objects.pending import await_child
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.processes.context import Context
 from ckpt_jax.processes.meeting import Meeting
-from ckpt_jax.restoring.adapters import ReshardCallback, adapt
-from ckpt_jax.restoring.execute import together
-from ckpt_jax.restoring.identity import Bindings, Places
+from ckpt_jax.restoring.adapters import Matcher, ReshardCallback, adapt
+from ckpt_jax.restoring.identity import Bindings, Place, Places
 from ckpt_jax.restoring.precedence import Rank
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
-from ckpt_jax.restoring.run import EVERYTHING, Demand, plan, plan_pairs
+from ckpt_jax.restoring.run import Demand, broadcast_meeting, plan_matched
 from ckpt_jax.values import host
 
 _log = logging.getLogger("ckpt_jax")
@@ -41,7 +39,7 @@ _MAX_LOGGED = 10
 
 
 def log_conflicts(saved: ObjectGraph, found: Match) -> None:
-    """Says that a checkpoint and a program share objects in different ways."""
+    """Logs that a checkpoint and a program share objects in different ways."""
     if found.conflicts:
         first = found.conflicts[0]
         name = pretty_name(saved, first.saved)
@@ -55,10 +53,10 @@ def log_conflicts(saved: ObjectGraph, found: Match) -> None:
         )
 
 
-# Values may appear later on either side, and objects are shared as the program shares them.
+# Missing objects may appear later, and objects are shared as the program shares them.
 _GROWING = Demand(
     "Nothing was read or changed. Pass objects that fit, rename=[(saved, target), ...] for values "
-    "that moved (or, to a path that the program lacks, for those that it shall not take), or "
+    "that moved (or to a path that the program lacks, for values that it should not take), or "
     "options=CheckpointOptions(cast=True) to convert dtypes.",
     missing=False,
     unexpected=False,
@@ -69,8 +67,8 @@ _GROWING = Demand(
 class _LeftOver:
     """The values of a checkpoint that no object has taken yet.
 
-    They are logged, as one record, when the last one who could still take or ask for them is
-    gone. It holds no reference to the restoration that it watches.
+    They are logged, as one record, when nothing is left that could take them or ask for them. So
+    this object must not refer to the restoration.
     """
 
     def __init__(self, path: str, saved: ObjectGraph):
@@ -84,7 +82,7 @@ class _LeftOver:
             names = [pretty_name(self.saved, node) for node in sorted(self.nodes)[:_MAX_LOGGED]]
             more = len(self.nodes) - len(names)
             _log.warning(
-                "%d values of %s were never used: %s%s. If that is as it should be, call "
+                "%d values of %s were never used: %s%s. If you expect this, call "
                 "expect_partial() on the status that restore() returns.",
                 len(self.nodes),
                 self.path,
@@ -99,7 +97,9 @@ class Restoration:
     Attributes:
       path: of the checkpoint.
       renamed: its object graph, under the names of the program.
-      nbytes: how much it has read so far.
+      options: how to restore.
+      nbytes: how many bytes it has read so far.
+      left_over: the values that no object has taken yet.
     """
 
     def __init__(
@@ -112,18 +112,17 @@ class Restoration:
     ):
         """`trace` is a method of the object that is restored; it is not kept alive."""
         self.path = path
-        self._location = os.path.abspath(path)  # the program may go elsewhere
+        self._location = path
         self.renamed = renamed
         self.options = options
         self._context = context
         self.nbytes = 0
         self.left_over = _LeftOver(path, renamed.graph)
-        finalizer = weakref.finalize(self, self.left_over.log)
-        finalizer.atexit = False  # at interpreter exit nobody is waiting any more
+        weakref.finalize(self, self.left_over.log)  # at the interpreter's exit, too
         self._rank = Rank()
         self._bindings = Bindings()
         self._callbacks: Mapping[int, ReshardCallback] = {}  # by saved node
-        self._reader: CheckpointReader | None = None  # for what is attached later
+        self._reader: CheckpointReader | None = None  # for objects that appear later
         self._generation: Hashable = None  # of the checkpoint
         self._trace = weakref.WeakMethod(trace)
         self._open_slots = [
@@ -136,39 +135,42 @@ class Restoration:
         return self.renamed.graph
 
     def run(self, reader: CheckpointReader, meeting: Meeting | None = None) -> Any:
-        """Restores what is there and lets the rest wait; returns the root."""
-        self._generation = reader.generation
+        """Restores into the objects that exist, and lets the rest wait; returns the root."""
+        self._location, self._generation = reader.location, reader.generation
         try:
             live = self._traced()
             assert live is not None
-            rematch = lambda saved: match(saved, live.graph)  # noqa: E731
-            return self._bind(live, rematch, reader, meeting, self._root_place())
+            return self._bind(Places(live, self._root_place()), match, reader, meeting)
         except BaseException:
             self.left_over.is_expected = True  # the error says enough
             raise
 
-    def attach(self, child: Any, saved: int, place: tuple[Any, str]) -> Any:
-        """Restores into an object that appeared where `saved` was awaited; returns it."""
-        key = self.saved.object_keys[saved]
-        live = live_graph(child, key)
+    def attach(self, child: Any, saved: int, place: Place) -> Any:
+        """Restores into an object that appeared, and for which the node `saved` has waited.
+
+        Args:
+          child: the object.
+          saved: the saved node.
+          place: of the object, if it is a value.
+
+        Returns:
+          The object to use: `child`, or a value that takes its place.
+        """
+        live = live_graph(child, self.saved.object_keys[saved])
         before = Match(self._bound_near(live, saved), {})
-        with (
-            together(self.path, self.options, self._context.processes) as meeting,
-            self._reopened() as reader,
-        ):
-            root = self._bind(
-                live,
-                lambda graph: extend(before, graph, live.graph, [(saved, 0)]),
-                reader,
-                meeting,
-                place,
-                root_key=key,
-            )
+
+        def matcher(graph: ObjectGraph, live: ObjectGraph) -> Match:
+            return extend(before, graph, live, [(saved, 0)])
+
+        with self._reopened() as (reader, meeting):
+            root = self._bind(Places(live, place), matcher, reader, meeting)
         return child if root is delegate_of(child) else root
 
     def attached(self) -> None:
-        """Restores slots of which one end has just come. Where the other is, only a walk from
-        the root can tell."""
+        """Restores the slot variables whose optimizer and variable have both been met by now.
+
+        One of the two has just appeared. Only a walk from the root finds the other one.
+        """
         ends = [
             slot for slot in self._open_slots if {slot[0], slot[1].variable} <= self._bindings.met
         ]
@@ -176,16 +178,12 @@ class Restoration:
         if live is None:
             return
         slots = frozenset([slot.node for _, slot in ends])
-        with (
-            together(self.path, self.options, self._context.processes) as meeting,
-            self._reopened() as reader,
-        ):
-            rematch = lambda saved: match(saved, live.graph)  # noqa: E731
-            self._bind(live, rematch, reader, meeting, self._root_place(), slots)
+        with self._reopened() as (reader, meeting):
+            self._bind(Places(live, self._root_place()), match, reader, meeting, slots)
 
     def _traced(self) -> LiveGraph | None:
-        """The objects of the program, with what slot variables its optimizers had to make; None
-        where they are gone."""
+        """The objects of the program, with the slot variables that its optimizers had to create;
+        None if the root is gone."""
         trace = self._trace()
         if trace is None:
             return None
@@ -193,15 +191,26 @@ class Restoration:
         return trace() if self._create_slots(live) else live
 
     @contextmanager
-    def _reopened(self) -> Iterator[CheckpointReader]:
-        """The checkpoint again, if it still is the one that the restore began with. The reader of
-        a directory holds no files: it is kept, with its index."""
-        reader = self._reader or CheckpointReader(self._location, self._context.storage)
-        if reader.generation != self._generation:
+    def _reopened(self) -> Iterator[tuple[CheckpointReader, Meeting | None]]:
+        """Opens the checkpoint again, if it still is the one that the restore began with."""
+        with (
+            broadcast_meeting(self.path, self.options, self._context.processes) as meeting,
+            self._unchanged_reader() as reader,
+        ):
+            yield reader, meeting
+
+    @contextmanager
+    def _unchanged_reader(self) -> Iterator[CheckpointReader]:
+        """A reader of the checkpoint. For a directory it holds no open files, and is used again."""
+        storage = self._context.storage
+        if storage.generation(self._location) != self._generation:
+            self._reader = None
             raise CheckpointNotFoundError(
-                f"{self.path} was replaced since it was restored; what still waits for values of "
-                "it cannot have them. Restore it again."
+                f"{self.path} was replaced or removed since it was restored; values of it that "
+                "still wait are lost. Restore a checkpoint that is there, or keep this one until "
+                "all objects exist."
             )
+        reader = self._reader or CheckpointReader(self._location, storage)
         try:
             yield reader
         except CorruptCheckpointError as error:
@@ -211,6 +220,7 @@ class Restoration:
             if os.path.isdir(self._location):
                 self._reader = reader
             else:
+                self._reader = None
                 reader.close()
 
     def _create_slots(self, live: LiveGraph) -> bool:
@@ -232,72 +242,76 @@ class Restoration:
         return created
 
     def _bound_near(self, live: LiveGraph, root: int) -> dict[int, int]:
-        """What is bound already of the saved nodes below `root`, and of the objects in `live`; in
-        the node ids of `live`, -1 for objects outside of it. The rest does not matter, and is not
-        looked at: what is attached part by part would take quadratic time."""
+        """The bindings so far of the saved nodes below `root` and of the objects in `live`.
+
+        They map to node ids of `live`; -1 stands for an object outside of it. No other bindings
+        are looked at. Otherwise a program that appears part by part would take quadratic time.
+        """
         bindings = self._bindings
         node_of = {id(obj): i for i, obj in enumerate(live.objects)}
         near = reachable(self.saved, [root])
         near.update([n for obj in live.objects if (n := bindings.node_of(obj)) is not None])
         return {
             saved: node_of.get(id(obj), -1)
-            for saved in sorted(near & bindings.nodes())
+            for saved in sorted(near)
             if (obj := bindings.first(saved)) is not None
         }
 
     @host.without_gc()
     def _bind(
         self,
-        live: LiveGraph,
-        rematch: Callable[[ObjectGraph], Match],
+        places: Places,
+        matcher: Matcher,
         reader: CheckpointReader,
         meeting: Meeting | None,
-        place: tuple[Any, str],
         among: frozenset[int] | None = None,
-        root_key: str = "",
     ) -> Any:
-        """Reads and assigns what a match says; returns the root.
+        """Matches objects, restores into them, and lets the other values below them wait.
 
         Args:
-          place: of the root, if it is a value.
-          among: saved nodes: nothing else is restored. All by default.
-          root_key: the escaped path of the root of `live`.
+          places: of the objects.
+          matcher: matches the saved graph with the objects.
+          reader: of the checkpoint.
+          meeting: of `broadcast_meeting`.
+          among: saved nodes to restore, with all that is below them; by default all nodes.
+
+        Returns:
+          The root of the objects.
         """
-        adapted = adapt(self.renamed, live, rematch, reader, self._callbacks)
+        live = places.live
+        adapted = adapt(self.renamed, live, matcher, reader, self._callbacks)
         saved, found = adapted.saved, adapted.found
-        only = None
+        chosen = frozenset(range(len(places)))
         if among is not None:
-            new = [found.bound[node] for node in among if node in found.bound]
-            only = frozenset(reachable(live.graph, new))
-        places = Places(live, place)
-        every = range(len(places)) if only is None else only
-        todo = frozenset(every) - self._rank.settled(places)
-        planned = plan(reader, adapted, live, self.options, only=todo, root_key=root_key)
+            roots = [found.bound[node] for node in among if node in found.bound]
+            chosen = frozenset(reachable(live.graph, roots))
+        todo = chosen - self._rank.settled(places)
+        planned = plan_matched(reader, saved, found, live, self.options, only=todo)
         planned.require(_GROWING)
-        root, given = planned.execute(self.options, meeting, rank=self._rank, root_place=place)
+        root, given = planned.execute(self.options, meeting, rank=self._rank, places=places)
         self.nbytes += planned.nbytes
         self.renamed, self._callbacks = saved, adapted.callbacks
         sources = found.sources()
         self.left_over.nodes -= planned.reads.used & {sources[node] for node in given}
-        if only is None:
+        if among is None:
             log_conflicts(saved.graph, found)
-        self._remember(live, places, found, only)
+        self._remember(places, found, chosen)
         return root
 
-    def _remember(
-        self, live: LiveGraph, places: Places, found: Match, only: frozenset[int] | None
-    ) -> None:
-        met = self._bindings.met
+    def _remember(self, places: Places, found: Match, chosen: frozenset[int]) -> None:
+        """Remembers the bindings of the chosen live nodes, and lets what they lack wait."""
+        live, met = places.live, self._bindings.met
         met.update(found.bound)
         self._open_slots = [slot for slot in self._open_slots if slot[1].node not in met]
         for saved, node in [*found.bound.items(), *found.shared]:
-            if node >= 0 and (only is None or node in only) and live.views[node].mutable:
-                self._bindings.bind(saved, live.objects[node], places.referable_owner(node))
+            if node in chosen and live.views[node].mutable:
+                self._bindings.bind(saved, live.objects[node], places.referable_above(node))
         for (parent, label), saved in found.frontier.items():
-            if (only is None or parent in only) and self.saved.carries_values(saved):
+            if parent in chosen and self.saved.carries_values(saved):
                 owner, path = places.of(parent)
                 for trackable in live.awaiting(parent):
-                    waiting = _Waiting(self, saved, weakref.ref(owner), path)
+                    other = None if owner is trackable else owner
+                    waiting = _Waiting(self, saved, other, path)
                     await_child(trackable, label, waiting)
                     self._rank.wait()
         if self._open_slots:
@@ -307,41 +321,29 @@ class Restoration:
         """The nodes of the program's objects that have values of this restore or a later one."""
         return self._rank.settled(Places(live, self._root_place()))
 
-    def _root_place(self) -> tuple[Any, str]:
-        """Where the root lies, if it is a value: in the checkpoint that holds it."""
+    def _root_place(self) -> Place:
+        """The place of the root, if it is a value: its `Checkpoint` owns it."""
         trace = self._trace()
         return getattr(trace, "__self__", None), ""
 
 
-def restore_pairs(
-    reader: CheckpointReader,
-    live: LiveGraph,
-    bound: Mapping[int, int],
-    options: CheckpointOptions,
-    meeting: Meeting | None,
-) -> None:
-    """Restores live nodes from the saved ones that are bound to them, by whatever edges they are
-    reached. What else the checkpoint has is ignored.
-
-    Raises:
-      RestoreMismatchError: naming all that is missing or differs. Nothing was changed.
-    """
-    planned = plan_pairs(reader, live, bound, options)
-    planned.require(replace(EVERYTHING, unexpected=False))
-    planned.execute(options, meeting)
-
-
 class _Waiting:
-    """A saved node that waits for its object; see `trackable.base.Pending`."""
+    """A saved node that waits for its object; see `objects.pending.Pending`.
 
-    def __init__(self, restoration: Restoration, saved: int, owner: weakref.ref[Any], path: str):
+    A copy of the parent waits, too. A pickle does not, because the restore belongs to this process.
+    """
+
+    def __init__(self, restoration: Restoration, saved: int, owner: Any, path: str):
+        """`owner` and `path` are the place of the parent; the owner is None if it is the parent."""
         self.restoration = restoration
         self.saved = saved
-        self._owner, self._path = owner, path
+        self._owner = None if owner is None else weakref.ref(owner)
+        self._path = path
 
     def attach(self, parent: Any, label: Label, child: Any) -> Any:
+        owner = parent if self._owner is None else self._owner()
         path = "/".join(filter(None, (self._path, escape(local_name(label)))))
-        return self.restoration.attach(child, self.saved, (self._owner(), path))
+        return self.restoration.attach(child, self.saved, (owner, path))
 
     def attached(self) -> None:
         self.restoration.attached()
@@ -350,4 +352,34 @@ class _Waiting:
         node = self.restoration.saved.nodes[self.saved]
         if len(node.attributes) == 1 and not node.children:
             return node.attributes[0].spec
+        return None
+
+    def __copy__(self) -> _Waiting:
+        return self
+
+    def __deepcopy__(self, memo: object) -> _Waiting:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Pickled, (self.restoration.path,)
+
+
+class _Pickled:
+    """Takes the place of a `_Waiting` in a pickle of its parent."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+    def attach(self, parent: Any, label: Label, child: Any) -> Any:
+        _log.warning(
+            "%s.%s waited for values of %s when the object was pickled. The pickle does not have "
+            "them: restore the checkpoint again.",
+            *(type(parent).__qualname__, label, self.path),
+        )
+        return child
+
+    def attached(self) -> None:
+        pass
+
+    def initial_value(self) -> None:
         return None

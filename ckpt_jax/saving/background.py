@@ -1,16 +1,16 @@
-"""Work behind the program's back: one piece at a time, errors raised once and never lost.
+"""Work in the background: one piece at a time, errors raised once and never lost.
 
-Terms. The *turn* is the right to save: one thread has it at a time, and gets it when nothing is
-running in the background. Whoever has the turn may hand work to the background; it runs on a
-thread of its own, and the turn may be given back meanwhile.
+Terms. The *turn* is the right to save. One thread has it at a time, and gets it when nothing is
+running in the background. The thread that has the turn may hand work to the background. The work
+runs on a thread of its own, so that the turn can be given back meanwhile.
 
-An error of the work is raised by the next turn or `wait`, once. A normal exit of the interpreter
-waits for the work, as long as its deadline allows, and logs what nobody was there to be told:
-first when the main thread has ended, then when all others have, too. What is handed over later,
-or where no thread can be started any more, is done at once by whoever hands it over.
+The next turn or `wait` raises an error of the work, once. A normal exit of the interpreter waits
+for the work, as long as its deadline allows, and logs the errors that were not raised. It does so
+when the main thread has ended, and again when all other threads have ended. Work that is handed
+over after that, or when no thread can be started any more, is done at once by the caller.
 
-The thread is a daemon, so that a callback that hangs cannot hold the program for ever; a write
-that the operating system does not return from still may.
+The thread is a daemon, so that a callback that hangs cannot hold the program forever. A write
+from which the operating system does not return still can.
 """
 
 from __future__ import annotations
@@ -34,9 +34,10 @@ class Background:
 
     def __init__(self) -> None:
         self._turn = threading.RLock()  # a write callback in the foreground may save again
+        self._home = os.getpid()  # of the process where the threads are that may hold it
         self._thread: threading.Thread | None = None
-        self._is_done = threading.Event()  # `Thread.join`, once interrupted, takes it for ended
-        self._pid = 0  # of the process where the thread is; a forked one has none
+        self._is_done = threading.Event()  # an interrupted `Thread.join` takes the thread for ended
+        self._pid = 0  # of the process that has the thread; a forked process does not have it
         self._errors: list[AsyncSaveError] = []  # not raised yet
         self._what = ""
         self._is_abandoned = False  # at exit
@@ -45,18 +46,19 @@ class Background:
 
     @contextmanager
     def turn(self, when_busy: str = "wait", *, is_refused: bool = True) -> Iterator[bool]:
-        """The right to save, for as long as the block lasts.
+        """Gives the caller the right to save while the block runs.
 
         Args:
           when_busy: "wait" until no other thread has the turn and nothing is running, or "skip".
-          is_refused: whether an error of what ran before comes instead of the block, or after it.
+          is_refused: whether an error of earlier work is raised instead of running the block; else
+            it is raised after the block.
 
         Returns:
-          A context manager; its value says whether the turn is the caller's.
+          A context manager; its value says whether the caller has the turn.
 
         Raises:
-          AsyncSaveError: what ran before has failed; the cause is chained. It is raised once.
-          RuntimeError: the work itself asks, which would wait for itself.
+          AsyncSaveError: earlier work has failed; the cause is chained. It is raised once.
+          RuntimeError: the work itself asks for the turn, and would wait for itself.
         """
         if threading.current_thread() is self._thread:
             if when_busy == "skip":
@@ -66,7 +68,8 @@ class Background:
                 f"{self._what} is under way on this thread, and cannot wait for itself: a write "
                 "callback of a save in the background must not save, restore or sync its checkpoint"
             )
-        if not self._turn.acquire(blocking=when_busy != "skip"):
+        turn = self._turn_of_this_process()
+        if not turn.acquire(blocking=when_busy != "skip"):
             yield False
             return
         try:
@@ -82,10 +85,17 @@ class Background:
             if earlier is not None:
                 raise earlier
         finally:
-            self._turn.release()
+            turn.release()
+
+    def _turn_of_this_process(self) -> threading.RLock:
+        """The lock of the turn. After a fork it may be held by a thread that is not there."""
+        if self._home != os.getpid():
+            self._home, self._turn = os.getpid(), threading.RLock()
+            self._thread = None
+        return self._turn
 
     def start(self, work: Callable[[], None], what: str, timeout_seconds: float) -> None:
-        """Runs `work` in the background, after what is running there has ended.
+        """Runs `work` in the background, after the work that is running there has ended.
 
         Args:
           work: called once.
@@ -93,7 +103,7 @@ class Background:
           timeout_seconds: how long an exit of the interpreter waits for it.
 
         Raises:
-          AsyncSaveError: what ran before has failed; `work` was not started.
+          AsyncSaveError: earlier work has failed; `work` was not started.
         """
         with self.turn():
             self._what, self._timeout_seconds = what, timeout_seconds
@@ -101,7 +111,7 @@ class Background:
             if not _is_over:
                 self._is_done.clear()
                 self._pid = os.getpid()
-                self._thread = thread  # before it starts, which may be interrupted
+                self._thread = thread  # before the start, which may be interrupted
                 if started(thread):
                     return
                 self._thread = None
@@ -129,7 +139,7 @@ class Background:
         """Waits until nothing is running.
 
         Raises:
-          AsyncSaveError: what ran has failed; the cause is chained. It is raised once.
+          AsyncSaveError: the work has failed; the cause is chained. It is raised once.
         """
         with self.turn():
             pass
@@ -144,7 +154,7 @@ class Background:
             self.wait()
 
     def _ended(self, timeout_seconds: float | None = None) -> AsyncSaveError | None:
-        """Waits until nothing is running; an error that nobody was told yet."""
+        """Waits until nothing is running; returns an error that was not raised yet."""
         if self._is_running():
             bounded = timeout_seconds is not None and timeout_seconds < threading.TIMEOUT_MAX
             if not self._is_done.wait(timeout_seconds if bounded else None):
@@ -168,10 +178,8 @@ class Background:
 
 
 _all: weakref.WeakSet[Background] = weakref.WeakSet()
-_failed: set[Background] = set()  # whose errors are not raised yet, though all else forgets them
-
-
-_is_over = False  # whether nobody may be waiting for work that begins now
+_failed: set[Background] = set()  # kept alive, because their errors are not raised yet
+_is_over = False  # whether an exit may no longer wait for work that begins now
 
 
 def _report_all_at_exit() -> None:
@@ -181,6 +189,6 @@ def _report_all_at_exit() -> None:
         background._report_at_exit()
 
 
-# When the main thread has ended, but others may go on; and when all have ended.
+# First when the main thread has ended, but others may go on; then when all have ended.
 getattr(threading, "_register_atexit", atexit.register)(_report_all_at_exit)
 atexit.register(_report_all_at_exit)

@@ -1,14 +1,14 @@
 """Saving: from live objects to a committed checkpoint directory.
 
-trace      the object graph, and every value that is in it
-encode     each value as an array or a byte string; values that cannot be saved are named here
-snapshot   host buffers: from here on the program may change its objects
-write      shards into a staging directory, registered savers first
-commit     one transaction for graph and index, then one rename
-finish     write callbacks and records, then the other processes hear of the checkpoint
+trace      finds the object graph, and every value in it
+encode     makes an array or a byte string of each value; values that cannot be saved are named here
+snapshot   copies values to host buffers: from here on the program may change its objects
+write      writes shards into a staging directory; registered savers come first
+commit     writes the graph and the index, then renames the staging directory
+finish     calls write callbacks and records the save, then tells the other processes
 
-If there are several processes, each does this for its own slices up to the commit. Process 0
-commits for all of them when it has their reports (`processes.meeting`).
+If there are several processes, each does this for its own slices, up to the commit. Process 0
+commits for all processes when it has their reports (`processes.meeting`).
 """
 
 from __future__ import annotations
@@ -35,26 +35,27 @@ from ckpt_jax.progress import progress
 from ckpt_jax.saving.snapshot import snapshot
 from ckpt_jax.saving.write import plan_write, write
 from ckpt_jax.store.fetch import read_index
+from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.seal import seal
+from ckpt_jax.store.stack import SHARDS
 from ckpt_jax.store.storage import Storage
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import encode
 
-SHARDS = "shards"
-_MAX_PARTS = 256  # of a graph, in what a process says of it
+_MAX_PARTS = 256  # of a graph, in the report of a process
 _MAX_LISTED = 10
 
 
 @dataclass(frozen=True, slots=True)
 class SaveRequest:
-    """What to save, where, and how.
+    """The objects to save, the path, and the options.
 
     Attributes:
       path: of the checkpoint, the same on all processes.
       trace: gives the objects as they are now.
       options: how to save.
       overwrite: whether a checkpoint at `path` may be replaced.
-      extra: makes small entries of the traced objects, which are committed with their graph.
+      extra: makes small entries from the traced objects, which are committed with their graph.
     """
 
     path: str
@@ -65,22 +66,22 @@ class SaveRequest:
 
 
 class StagedSave:
-    """One save whose values are safe from changes, on its way to its path.
+    """A save that has its own copy of the values, before it is committed.
 
-    Making it is the part of a save that has to see the objects as they are now. The stages
-    follow once and in this order, on any thread, inside a `with` block:
+    The constructor is the part of a save that has to see the objects as they are now. The stages
+    follow, each once and in this order, on any thread, inside a `with` block:
 
         with staged:
             staged.commit(staged.write())
             staged.finish(act)
 
-    An error in the block reaches the other processes before files go, and leaves everything as
-    it was, unless it comes from `finish`.
+    If the block raises an error, the other processes hear of it before files are removed. Then
+    everything is as it was before the save, unless the error comes from `finish`.
 
     Args:
       request: what to save.
       storage: where the path lies.
-      meeting: with the other processes. It is entered, and it is left after the block.
+      meeting: with the other processes. The caller enters it, and leaves it after the block.
       watch: measures the save.
     """
 
@@ -91,7 +92,7 @@ class StagedSave:
         live = request.trace()
         taken = snapshot(
             encoded_values(live),
-            copy=options.enable_async,
+            in_background=options.enable_async,
             process=meeting.index,
             count=meeting.count,
         )
@@ -108,7 +109,7 @@ class StagedSave:
         self._failure: str | None = None  # of process 0, after the commit
         with ExitStack() as stack:
             stack.enter_context(self._held_staging())
-            stack.push(meeting.tell)  # before files go, or others would fail with that
+            stack.push(meeting.tell)  # the others hear of an error before files are removed
             os.makedirs(self._shards, exist_ok=True)
             mine = self._own_names() if meeting.count > 1 else ""
             self._registered = _registered_shards(live, os.path.join(self._shards, mine))
@@ -116,11 +117,11 @@ class StagedSave:
 
     @property
     def path(self) -> str:
-        """Of the checkpoint."""
+        """The path of the checkpoint."""
         return self._request.path
 
     def _held_staging(self) -> AbstractContextManager[None]:
-        """Holds the staging directory. What has failed in it is removed at the end."""
+        """Holds the staging directory. At the end, the files of a failed save are removed."""
         request, meeting = self._request, self._meeting
         durable = request.options.durable
         if meeting.leads:
@@ -133,7 +134,7 @@ class StagedSave:
         )
 
     def _own_names(self) -> str:
-        """What the names of this process's shards begin with."""
+        """The beginning of the names of this process's shards."""
         return f"{self._meeting.index:05d}-"
 
     def __enter__(self) -> StagedSave:
@@ -148,7 +149,7 @@ class StagedSave:
         self._held.__exit__(kind, error, traceback)
 
     def write(self) -> _Report:
-        """Writes the shards of this process; returns what the others have to know of them."""
+        """Writes the shards of this process; returns its report to process 0."""
         options = self._request.options
         with progress(options.progress, f"saving {self._request.path}", self._nbytes) as advance:
 
@@ -171,9 +172,9 @@ class StagedSave:
         )
 
     def commit(self, report: _Report) -> None:
-        """Makes the shards of all processes the checkpoint at the path.
+        """Makes a checkpoint of the shards of all processes, at the path of the save.
 
-        Process 0 does, when it has the reports of all. The others wait until it has finished.
+        Process 0 does this when it has the reports of all. The others wait until it has finished.
         """
         if self._meeting.leads:
             reports = [_Report(*said) for said in self._meeting.gather(astuple(report))]
@@ -196,10 +197,10 @@ class StagedSave:
         staging.publish(overwrite=request.overwrite, durable=request.options.durable)
 
     def finish(self, act: Callable[[], None]) -> None:
-        """Calls `act` now that the checkpoint is there: on process 0 before the others know of it.
+        """Calls `act` after the commit: on process 0 before the others know of the checkpoint.
 
-        An error of `act` takes nothing back. If process 0 has one, the others raise it, too,
-        instead of calling `act`.
+        An error of `act` leaves the checkpoint in place. If `act` fails on process 0, the other
+        processes do not call it, and raise the error of process 0.
         """
         meeting = self._meeting
         if self._failure is not None:
@@ -218,12 +219,12 @@ class StagedSave:
 
 @dataclass(frozen=True, slots=True)
 class _Report:
-    """What a process says when its shards are written.
+    """The report of a process whose shards are written.
 
     Attributes:
       name: of the checkpoint.
       graph: digest of the object graph.
-      parts: digests of its values by the beginning of their paths, to say where graphs differ.
+      parts: digests of the values by the beginning of their paths. They tell where graphs differ.
       shards: directories, relative to the staging directory.
     """
 
@@ -234,6 +235,7 @@ class _Report:
 
 
 def _digests_of_parts(graph: ObjectGraph) -> dict[str, str]:
+    """The parts of a `_Report`; none if a graph has too many."""
     for depth in (2, 1):
         parts: dict[str, list[str]] = {}
         for node, attribute in graph.attributes():
@@ -264,9 +266,9 @@ def _check_agreement(reports: Sequence[_Report], what: str) -> None:
         below = f" below {', '.join(where[:_MAX_LISTED])}" if where else ""
         raise ProcessError(
             f"{what}: the objects of process{'es' * (len(others) > 1)} "
-            f"{', '.join(map(str, others))} are not those of process 0: names, shapes, dtypes or "
-            f"shardings differ{below}. All processes have to save the same object graph; state "
-            "that each has for itself goes into ckpt.PerProcess.",
+            f"{', '.join(map(str, others))} are not the same as on process 0: names, shapes, "
+            f"dtypes or shardings differ{below}. All processes have to save the same object graph; "
+            "put state that each process has for itself into ckpt.PerProcess.",
             others,
         )
 
@@ -280,9 +282,9 @@ def _check_shared(reports: Sequence[_Report], staging: str, what: str) -> None:
     )
     if unseen:
         raise ProcessError(
-            f"{what}: process 0 does not find what was written by "
+            f"{what}: process 0 does not find the shards that were written by "
             f"{', '.join(map(str, unseen))}. All processes have to share the directory "
-            f"{os.path.dirname(staging)}; ckpt.preflight tells whether they do.",
+            f"{os.path.dirname(staging)}; ckpt.preflight checks whether they do.",
             unseen,
         )
 
@@ -296,7 +298,7 @@ def encoded_values(live: LiveGraph) -> dict[str, Any]:
         value = live.values[node][attribute.name]
         try:
             values[attribute.key] = encode(value)
-        except Exception as error:  # whatever a user's serialize() raises: named with its path
+        except Exception as error:  # a user's serialize() may raise anything
             problems.append(
                 (path_of(live.graph.object_keys[node]), f"{type(error).__name__}: {error}")
             )
@@ -311,7 +313,7 @@ def encoded_values(live: LiveGraph) -> dict[str, Any]:
 
 
 def _registered_shards(live: LiveGraph, prefix: str) -> list[str]:
-    """Calls each registered saver that takes objects, once, with all of them."""
+    """Calls each registered saver once, with all objects that it takes; returns its shards."""
     objects: dict[str, dict[str, Any]] = {}
     for node, obj in zip(live.graph.nodes, live.objects, strict=True):
         if node.saver is not None:
@@ -327,7 +329,7 @@ def _prefixes(saver: str, result: Any) -> list[str]:
     if result is None:
         return []
     if isinstance(result, str | os.PathLike):
-        return [os.fsdecode(result)]
+        return [as_path(result, f"what save_fn of {saver!r} returned")]
     if isinstance(result, list | tuple):
         return [prefix for part in result for prefix in _prefixes(saver, part)]
     raise ShardError(

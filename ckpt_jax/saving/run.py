@@ -9,12 +9,17 @@ values, and goes on in the background if it may.
 A run is *in doubt* if this process has reported its shards and has not heard what became of
 them. It then counts as failed. If process 0 turns out to have committed it, it is counted and
 recorded before the next save, so that all processes go on from the same number.
+
+A run is *overtaken* if another one began later and was recorded first. That happens on one thread
+alone: a signal handler or a write callback saves in the middle of a save. The later one then stays
+the latest, since it has the newer values. An overtaken run for the same path is dropped.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,12 +34,22 @@ from ckpt_jax.saving.pipeline import SaveRequest, StagedSave
 class Bookkeeping(Protocol):
     """What the owner of a save does about it."""
 
+    @property
+    def series(self) -> Hashable:
+        """What numbers and records the save: saves of one series are in one order. None if the
+        save is not recorded."""
+        ...
+
     def begin(self) -> SaveRequest:
         """Counts the save, and says what to save. Called again if a save in doubt was done."""
         ...
 
-    def record(self) -> None:
-        """Records that the checkpoint is there: on process 0 before the others know of it."""
+    def record(self, is_overtaken: bool = False) -> None:
+        """Records that the checkpoint is there: on process 0 before the others know of it.
+
+        Args:
+          is_overtaken: whether a checkpoint with newer values has been recorded already.
+        """
         ...
 
     def undo(self) -> None:
@@ -48,10 +63,14 @@ class Unrecorded:
 
     request: SaveRequest
 
+    @property
+    def series(self) -> None:
+        return None
+
     def begin(self) -> SaveRequest:
         return self.request
 
-    def record(self) -> None:
+    def record(self, is_overtaken: bool = False) -> None:
         pass
 
     def undo(self) -> None:
@@ -93,7 +112,9 @@ class SaveRuns:
 
     def __init__(self) -> None:
         self.background = Background()
+        self._listeners: list[weakref.WeakMethod[Callable[[str], object]]] = []  # to restores
         self._doubts: list[SaveRun] = []
+        self._open: list[SaveRun] = []  # in the order in which they began
 
     def save(
         self, path: str, options: CheckpointOptions, context: Context, open_books: Open
@@ -124,6 +145,7 @@ class SaveRuns:
                     return None
                 run = stack.enter_context(SaveRun(self, books, meeting))
                 request = books.begin()
+                run.path = request.path
                 staged = StagedSave(request, context.storage, meeting, watch)
                 if not options.enable_async:
                     run.finish(staged, options)
@@ -165,6 +187,33 @@ class SaveRuns:
             else:
                 books.undo()
 
+    def listen(self, restored: Callable[[str], object]) -> None:
+        """Calls a method, as long as its object lives, with the path after each restore."""
+        self._listeners = [each for each in self._listeners if each() is not None]
+        self._listeners.append(weakref.WeakMethod(restored))
+
+    def tell_restored(self, path: str) -> None:
+        """Lets those who listen know that the owner was restored from `path`."""
+        for listener in self._listeners:
+            if (restored := listener()) is not None:
+                restored(path)
+
+    def opened(self, run: SaveRun) -> None:
+        """Notes that a run has begun."""
+        self._open.append(run)
+
+    def closed(self, run: SaveRun) -> None:
+        """Notes that a run has ended."""
+        self._open.remove(run)
+
+    def overtake(self, run: SaveRun, path: str) -> None:
+        """Lets the runs that began before this one know that it is there, at `path`."""
+        for other in self._open[: self._open.index(run)]:
+            if run.books.series is not None and run.books.series == other.books.series:
+                other.overtaken_by = run
+            if other.path == path:
+                other.is_replaced = True
+
     def doubt(self, run: SaveRun) -> None:
         """Keeps a run whose outcome is not known, to ask for it before the next save."""
         run.meeting.keep()
@@ -172,17 +221,28 @@ class SaveRuns:
 
 
 class SaveRun:
-    """One save that has its turn. Leaving its block takes back a save that has failed."""
+    """One save that has its turn. Leaving its block takes back a save that has failed.
+
+    Attributes:
+      path: of its checkpoint, as soon as that is known.
+      overtaken_by: the newest later run of the same series that was recorded before this one.
+      is_replaced: whether a later run has made the checkpoint at the same path.
+    """
 
     def __init__(self, runs: SaveRuns, books: Bookkeeping, meeting: Meeting):
         self.books, self.meeting = books, meeting
+        self.path: str | None = None
+        self.overtaken_by: SaveRun | None = None
+        self.is_replaced = False
         self._runs = runs
         self._is_committed = False
 
     def __enter__(self) -> SaveRun:
+        self._runs.opened(self)
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._runs.closed(self)
         if not self._is_committed:
             self.books.undo()
             if self.meeting.is_in_doubt:
@@ -191,18 +251,35 @@ class SaveRun:
     def finish(self, staged: StagedSave, options: CheckpointOptions) -> None:
         """Writes, commits and records; on any thread."""
         meeting, path = self.meeting, staged.path
-        with staged:
-            staged.commit(staged.write())
-            self._is_committed = True
-            if not meeting.leads:  # whatever becomes of the callbacks
-                self.books.record()
+        try:
+            with staged:
+                report = staged.write()
+                if self.is_replaced and meeting.count == 1:
+                    raise _Replaced
+                staged.commit(report)
+                self._is_committed = True
+                if not meeting.leads:  # whatever becomes of the callbacks
+                    self._record(path)
 
-            def act() -> None:
-                _call_back(options.write_callbacks, path)
-                if meeting.leads:
-                    self.books.record()
+                def act() -> None:
+                    _call_back(options.write_callbacks, path)
+                    if meeting.leads:
+                        self._record(path)
 
-            staged.finish(act)
+                staged.finish(act)
+        except _Replaced:
+            self._is_committed = True  # the checkpoint at this path is there, and newer
+
+    def _record(self, path: str) -> None:
+        newer = self.overtaken_by
+        self.books.record(is_overtaken=newer is not None)
+        if self.overtaken_by is not newer and self.overtaken_by is not None:
+            self.overtaken_by.books.record()  # in the middle of this record, which was the last
+        self._runs.overtake(self, path)
+
+
+class _Replaced(Exception):
+    """A later run has made the checkpoint at the same path."""
 
 
 def _call_back(callbacks: Iterable[Callable[..., Any]], path: str) -> None:

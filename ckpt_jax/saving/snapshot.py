@@ -1,10 +1,8 @@
-"""The default saver: every value that no registered saver takes.
+"""Snapshots: the values that no registered saver takes, brought to host memory.
 
-snapshot    brings what this process holds of each value to host memory: views of CPU arrays,
-            copies from other devices, all started before the first is waited for. Where there
-            are several processes, `spread` says which of them writes what.
-plan_write  groups the slices into shards, as the sharding policy says.
-write       writes each shard with the same primitive that registered savers use.
+CPU arrays become views. Arrays of other devices become copies, which are all started before the
+first of them is waited for. If there are several processes, each takes only the slices that it
+writes, as `spread` assigns them.
 """
 
 from __future__ import annotations
@@ -19,9 +17,7 @@ from ckpt_jax.errors import UnsaveableError
 from ckpt_jax.graph.boxes import Box, shape_of, size_of, whole
 from ckpt_jax.graph.dtypes import dtype_name
 from ckpt_jax.graph.labels import object_key_of, path_of
-from ckpt_jax.options import (
-    PlannedSlice,
-)
+from ckpt_jax.options import PlannedSlice
 from ckpt_jax.saving.spread import HeldBox, spread
 from ckpt_jax.values import host
 
@@ -31,7 +27,7 @@ class Snapshot:
     """Slices on the host, by (key, box)."""
 
     slices: tuple[PlannedSlice, ...]
-    contents: Mapping[tuple[str, Box], np.ndarray | bytes]
+    contents: Mapping[tuple[str, Box], np.ndarray | host.Arriving | bytes]
 
     @property
     def nbytes(self) -> int:
@@ -43,18 +39,18 @@ class Snapshot:
 def snapshot(
     values: Mapping[str, jax.Array | np.ndarray | bytes],
     *,
-    copy: bool,
-    process: int = 0,
-    count: int = 1,
+    in_background: bool,
+    process: int,
+    count: int,
 ) -> Snapshot:
-    """What this process writes of `values`, on the host.
+    """Brings the slices of `values` that this process writes to the host.
 
-    What lies on no device, and arrays of which each process has its own, are written by
-    process 0.
+    Process 0 writes values that lie on no device, and arrays of which each process has its own.
 
     Args:
       values: by checkpoint key, as `encode` gives them, the same keys on all processes.
-      copy: also copy numpy arrays, which the program could change while they are written.
+      in_background: whether the program goes on while the values are written: numpy arrays are
+        copied then, and copies from devices may still be on their way.
       process: index of this process.
       count: number of processes.
 
@@ -70,13 +66,13 @@ def snapshot(
         ]
     else:
         parts = _assigned(values, process, count)
-    found: dict[str, list[tuple[Box, int, np.ndarray]]] = {}
-    on_host = host.to_host([shard for *_, shard in parts])
+    found: dict[str, list[tuple[Box, int, np.ndarray | host.Arriving]]] = {}
+    on_host = host.to_host([shard for *_, shard in parts], wait=not in_background)
     for (key, box, device, _), data in zip(parts, on_host, strict=True):
         found.setdefault(key, []).append((box, device, data))
     home = jax.local_devices()[0].id
     planned: list[PlannedSlice] = []
-    contents: dict[tuple[str, Box], np.ndarray | bytes] = {}
+    contents: dict[tuple[str, Box], np.ndarray | host.Arriving | bytes] = {}
     for key, value in values.items():
         if isinstance(value, jax.Array):
             dtype = dtype_name(value.dtype)
@@ -89,7 +85,7 @@ def snapshot(
             if isinstance(value, bytes):
                 data, box, dtype, nbytes = value, (), "bytes", len(value)
             else:
-                data = value.copy() if copy else value
+                data = value.copy() if in_background else value
                 box, dtype, nbytes = whole(data.shape), dtype_name(data.dtype), data.nbytes
             contents[key, box] = data
             planned.append(PlannedSlice(key, box, shape_of(box), dtype, nbytes, process, home))
@@ -99,16 +95,16 @@ def snapshot(
 def _assigned(
     values: Mapping[str, jax.Array | np.ndarray | bytes], process: int, count: int
 ) -> list[tuple[str, Box, int, jax.Array | np.ndarray]]:
-    """(key, box, device id, single-device array) of what `spread` gives to this process."""
+    """(key, box, device id, single-device array) for the slices that this process writes."""
     held: list[HeldBox] = []
-    places: list[tuple[str, dict[int, int]]] = []  # of each held box: key, {process: device id}
+    sources: list[tuple[str, dict[int, int]]] = []  # of each held box: key, {process: device id}
     unreachable: list[tuple[str, str]] = []
     for key, value in values.items():
         if isinstance(value, bytes):
             continue
         if not isinstance(value, jax.Array) or value.is_fully_addressable:
             held.append(HeldBox(whole(value.shape), value.nbytes, (0,)))
-            places.append((key, {}))
+            sources.append((key, {}))
             continue
         processes = {device.process_index for device in value.sharding.device_set}
         if len(processes) == 1 and processes != {0}:
@@ -117,7 +113,7 @@ def _assigned(
         itemsize = value.dtype.itemsize
         for box, holders in host.held_boxes(value.sharding, value.shape):
             held.append(HeldBox(box, size_of(box) * itemsize, tuple([p for p, _ in holders])))
-            places.append((key, dict(holders)))
+            sources.append((key, dict(holders)))
     if unreachable:
         lines = "\n".join(f"  {path}: {what}" for path, what in unreachable)
         raise UnsaveableError(
@@ -128,7 +124,7 @@ def _assigned(
         )
     assigned: list[tuple[str, Box, int, jax.Array | np.ndarray]] = []
     for part in spread(held, count):
-        key, devices = places[part.source]
+        key, devices = sources[part.source]
         value = values[key]
         if part.process != process or not isinstance(value, jax.Array):
             continue

@@ -1,16 +1,18 @@
-"""Spreading: which process writes which slice, worked out by each process alone.
+"""Spreading: which process writes which slice. Each process works it out by itself.
 
-A *box* is one distinct slice of an array; its *holders* are the processes whose devices have
-it. Every process knows all boxes and holders, because a sharding is global, and applies the
-same rule to them, so that nobody has to ask:
+Terms. A *box* is one distinct slice of an array. Its *holders* are the processes that have it on
+their devices. A *share* is the part of a box that one process writes.
 
-1. A box with one holder is that holder's.
-2. The others go, the largest first, to the holder with the fewest bytes so far. A box of
-   several `PART_NBYTES` is cut into equal parts along one axis, for as many of its holders;
-   a smaller one stays whole.
+A sharding is global, so that every process knows all boxes and holders. All processes apply the
+same rule to them, and agree without talking to each other:
 
-Law: the parts of all processes are the boxes, each element once. Where every process holds
-every box, no process writes more than one largest part beyond the average.
+1. A box with one holder is written by that holder.
+2. The other boxes are distributed, the largest first, to the holders with the fewest bytes so
+   far. A box of at least two `SHARE_NBYTES` is cut along one axis into equal shares of at least
+   `SHARE_NBYTES`, for as many of its holders as possible. A smaller box stays whole.
+
+Law: the shares of all processes contain each element of each box exactly once. If every process
+holds every box, no process exceeds the average by more than the largest share.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import NamedTuple
 
 from ckpt_jax.graph.boxes import Box, shape_of
 
-PART_NBYTES = 1 << 20  # smaller parts would cost more in places to read from than they spread
+SHARE_NBYTES = 1 << 20  # smaller shares save less time in a save than they cost in a restore
 
 
 class HeldBox(NamedTuple):
@@ -37,53 +39,53 @@ class HeldBox(NamedTuple):
     holders: tuple[int, ...]
 
 
-class Part(NamedTuple):
-    """What one process writes of a box: a box within it, in the array's coordinates."""
+class Share(NamedTuple):
+    """The part of a box that one process writes, in the array's coordinates."""
 
     source: int  # position of the HeldBox
     box: Box
     process: int
 
 
-def spread(boxes: Sequence[HeldBox], count: int, part_nbytes: int = PART_NBYTES) -> list[Part]:
-    """Who writes what; see the module.
+def spread(boxes: Sequence[HeldBox], count: int, share_nbytes: int = SHARE_NBYTES) -> list[Share]:
+    """Says which process writes which part of which box; see the module.
 
     Args:
       boxes: all distinct slices of all arrays, in the same order on all processes.
       count: number of processes.
-      part_nbytes: the least size of a part.
+      share_nbytes: the smallest size of a share, if its box is cut.
 
     Returns:
-      The parts of all processes, in the order of `boxes`.
+      The shares of all processes, in the order of `boxes`.
 
     >>> held = [HeldBox(((0, 8),), 8, (0, 1)), HeldBox(((0, 4),), 4, (0,))]
-    >>> [(part.box, part.process) for part in spread(held, 2)]
+    >>> [(share.box, share.process) for share in spread(held, 2)]
     [(((0, 8),), 1), (((0, 4),), 0)]
-    >>> [(part.box, part.process) for part in spread(held, 2, part_nbytes=4)]
+    >>> [(share.box, share.process) for share in spread(held, 2, share_nbytes=4)]
     [(((0, 4),), 0), (((4, 8),), 1), (((0, 4),), 0)]
     """
     load = [0] * count
-    found: list[list[Part]] = [[] for _ in boxes]
+    found: list[list[Share]] = [[] for _ in boxes]
     shared: list[int] = []
     for number, (box, nbytes, holders) in enumerate(boxes):
         if len(holders) == 1:
             load[holders[0]] += nbytes
-            found[number] = [Part(number, box, holders[0])]
+            found[number] = [Share(number, box, holders[0])]
         else:
             shared.append(number)
     shared.sort(key=lambda number: -boxes[number].nbytes)
     for number in shared:
         box, nbytes, holders = boxes[number]
-        parts = _cut(box, min(len(holders), nbytes // part_nbytes))
+        parts = _equal_parts(box, min(len(holders), nbytes // share_nbytes))
         chosen = sorted(sorted(holders, key=load.__getitem__)[: len(parts)])
         size = nbytes // len(parts)
         for part, process in zip(parts, chosen, strict=True):
             load[process] += size
-            found[number].append(Part(number, part, process))
-    return [part for parts in found for part in parts]
+            found[number].append(Share(number, part, process))
+    return [share for shares in found for share in shares]
 
 
-def _cut(box: Box, wanted: int) -> list[Box]:
+def _equal_parts(box: Box, wanted: int) -> list[Box]:
     """`box` in `wanted` nearly equal parts along the first axis that is long enough."""
     for axis, length in enumerate(shape_of(box)):
         if 1 < wanted <= length:

@@ -1,16 +1,16 @@
-"""Shards: the slices of a snapshot in groups, as the sharding policy says, and written.
+"""Shards: the slices of a snapshot are grouped by the sharding policy, and written.
 
-plan_write  groups the slices into shards, and checks what a user's policy returns
-write       writes each shard with the same primitive that registered savers use
+plan_write  groups the slices into shards, and checks the groups if a user wrote the policy
+write       writes each shard with the same function that registered savers use
 """
 
 from __future__ import annotations
 
-import functools
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -28,16 +28,21 @@ from ckpt_jax.options import (
     ShardingPolicy,
 )
 from ckpt_jax.saving.snapshot import Snapshot
-from ckpt_jax.store.workers import Workers
+from ckpt_jax.store.workers import Workers, cores
+from ckpt_jax.values import host
 
 _BUILT_IN = (ShardByDevice, ShardByProcess, MaxShardSize)
 
 
+_LEAST_NBYTES = 32 << 20  # of a shard that a device's slices are divided into
+
+
 @dataclass(frozen=True, slots=True)
 class WritePlan:
-    """The contents of each shard: key -> a byte string or slices."""
+    """The slices of each shard, and where their contents are."""
 
-    shards: tuple[Mapping[str, Any], ...]
+    groups: tuple[Sequence[PlannedSlice], ...]
+    snapshot: Snapshot
 
 
 def plan_write(snap: Snapshot, policy: ShardingPolicy) -> WritePlan:
@@ -47,14 +52,61 @@ def plan_write(snap: Snapshot, policy: ShardingPolicy) -> WritePlan:
       ShardError: a user's policy dropped, repeated or changed a slice, or mixed processes.
     """
     groups = policy(snap.slices)
-    if not isinstance(policy, _BUILT_IN):
+    if isinstance(policy, ShardByDevice):
+        groups = divided(groups, cores())
+    elif not isinstance(policy, _BUILT_IN):
         groups = _lists(groups)
         _check_policy(snap.slices, groups)
-    return WritePlan(tuple(_shard(snap, group) for group in groups if group))
+    return WritePlan(tuple(group for group in groups if group), snap)
+
+
+def divided(groups: Groups, count: int) -> list[Sequence[PlannedSlice]]:
+    """Groups of slices, the large ones divided, so that there are about `count`.
+
+    A slice that is larger than its part of a group is cut along its first axis of several rows, so
+    that each part is contiguous.
+    """
+    sizes = [sum([piece.nbytes for piece in group]) for group in groups]
+    total = sum(sizes)
+    found: list[Sequence[PlannedSlice]] = []
+    for group, nbytes in zip(groups, sizes, strict=True):
+        parts = min(count * nbytes // max(total, 1), nbytes // _LEAST_NBYTES)
+        if parts < 2:
+            found.append(group)
+            continue
+        limit = -(-nbytes // parts)
+        part: list[PlannedSlice] = []
+        held = 0
+        for piece in (row for whole in group for row in _rows(whole, limit)):
+            if part and held + piece.nbytes // 2 > limit:
+                found.append(part)
+                part, held = [], 0
+            part.append(piece)
+            held += piece.nbytes
+        found.append(part)
+    return found
+
+
+def _rows(piece: PlannedSlice, limit: int) -> list[PlannedSlice]:
+    """A slice, or parts of it of about `limit` bytes."""
+    lengths = [stop - start for start, stop in piece.box]
+    axis = next((axis for axis, length in enumerate(lengths) if length > 1), None)
+    count = 0 if axis is None else min(piece.nbytes // limit, lengths[axis])
+    if axis is None or count < 2:
+        return [piece]
+    start = piece.box[axis][0]
+    bounds = [start + lengths[axis] * i // count for i in range(count + 1)]
+    row_nbytes = piece.nbytes // lengths[axis]
+    return [
+        piece._replace(
+            box=(*piece.box[:axis], (a, b), *piece.box[axis + 1 :]), nbytes=row_nbytes * (b - a)
+        )
+        for a, b in pairwise(bounds)
+    ]
 
 
 def _lists(groups: Any) -> list[list[PlannedSlice]]:
-    """What a policy returned, where the groups and each of them may be generators."""
+    """The groups that a policy returned, as lists: they and their groups may be generators."""
     try:
         lists = [list(group) for group in groups]
     except TypeError as error:
@@ -76,6 +128,8 @@ def _shard(snap: Snapshot, group: Sequence[PlannedSlice]) -> dict[str, Any]:
                 for key, box in snap.contents:
                     whole_of.setdefault(key, []).append(box)
             data = _part(snap, piece, whole_of[piece.key])
+        if isinstance(data, host.Arriving):
+            data = data.wait()
         if isinstance(data, bytes):
             shard[piece.key] = data
         else:
@@ -86,15 +140,17 @@ def _shard(snap: Snapshot, group: Sequence[PlannedSlice]) -> dict[str, Any]:
 
 def _part(snap: Snapshot, piece: PlannedSlice, boxes: Sequence[Box]) -> np.ndarray:
     for box in boxes:
-        if all(a <= c and d <= b for (a, b), (c, d) in zip(box, piece.box, strict=True)):
+        if _holds(box, piece.box):
             data = snap.contents[piece.key, box]
+            if isinstance(data, host.Arriving):
+                data = data.wait()
             assert isinstance(data, np.ndarray)
             return data[slices(piece.box, origin=box)]
     raise ShardError(f"{piece.key}: no slice of this process contains {piece.box}")
 
 
 def _check_policy(slices: Sequence[PlannedSlice], groups: Groups) -> None:
-    """Whether the groups hold exactly the slices, each whole or cut into disjoint parts."""
+    """Checks that the groups hold exactly the slices, each whole or cut into disjoint parts."""
     problems: list[str] = []
     by_key: dict[str, list[PlannedSlice]] = {}
     for piece in slices:
@@ -109,7 +165,7 @@ def _check_policy(slices: Sequence[PlannedSlice], groups: Groups) -> None:
             if part.key not in by_key:
                 problems.append(f"{part.key}: added")
             elif owner is None:
-                problems.append(f"{part.key}: {part.box} lies in no slice that there is to write")
+                problems.append(f"{part.key}: {part.box} lies in no slice that is to be written")
             else:
                 problems += _changes(owner, part)
                 parts.setdefault((owner.key, owner.box), []).append(part)
@@ -139,30 +195,37 @@ def _holds(outer: Box, inner: Box) -> bool:
 
 
 def _changes(owner: PlannedSlice, part: PlannedSlice) -> list[str]:
-    changed = [name for name in ("shape", "dtype", "process") if _differs(owner, part, name)]
+    facts = ("shape", "dtype", "process")
+    changed = [name for name in facts if getattr(owner, name) != getattr(part, name)]
     if not inside(part.box, part.shape) and "shape" not in changed:
         changed.append("box")
     return [f"{part.key}: changed its {name}" for name in changed]
-
-
-def _differs(owner: PlannedSlice, part: PlannedSlice, name: str) -> bool:
-    return getattr(owner, name) != getattr(part, name)
 
 
 def write(
     plan: WritePlan,
     directory: str,
     options: CheckpointOptions,
-    process: int = 0,
-    written: Callable[[int], object] = lambda nbytes: None,
+    process: int,
+    written: Callable[[int], object],
 ) -> list[str]:
-    """Writes the shards into new directories below `directory`; returns those.
+    """Writes the shards into new directories below `directory`.
 
-    `written` is called with numbers of bytes while the work goes on, on several threads.
     If one shard fails, or the program is interrupted, the others are given up.
+
+    Args:
+      plan: the shards.
+      directory: exists already.
+      options: how to write.
+      process: index of this process, which is part of the names.
+      written: called with numbers of bytes while shards are written, on several threads.
+
+    Returns:
+      The directories of the shards.
     """
     prefix = os.path.join(directory, f"{process:05d}-")
-    jobs = [(f"{prefix}{number:05d}", shard) for number, shard in enumerate(plan.shards)]
+    writers = max(1, min(cores(), len(plan.groups)))
+    options = replace(options, max_inflight_bytes=max(options.max_inflight_bytes // writers, 1))
     given_up = threading.Event()
 
     def go_on(nbytes: int) -> None:
@@ -170,10 +233,13 @@ def write(
             raise ShardError("given up, because another shard failed or the save was interrupted")
         written(nbytes)
 
-    with Workers(min(2, len(jobs)), "ckpt-write") as pool:
-        write_one = functools.partial(io.write_shard, options=options, written=go_on)
+    def write_one(number: int, group: Sequence[PlannedSlice]) -> str:
+        contents = _shard(plan.snapshot, group)
+        return io.write_shard(f"{prefix}{number:05d}", contents, options=options, written=go_on)
+
+    with Workers(writers, "ckpt-write") as pool:
         try:
-            return list(pool.map(lambda job: write_one(*job), jobs))
+            return list(pool.map(write_one, range(len(plan.groups)), plan.groups))
         except BaseException:
             given_up.set()
             raise

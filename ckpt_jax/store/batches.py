@@ -1,4 +1,4 @@
-"""Batches: things in their order, in groups that hold no more bytes than may be held at once."""
+"""Batches: a sequence cut into groups of bounded size, so that memory stays bounded."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 def batches(items: Iterable[T], nbytes_of: Callable[[T], int], limit: int) -> Iterator[list[T]]:
-    """Groups of at most `limit` bytes; what is larger is a group of its own.
+    """Groups of at most `limit` bytes, in order; a larger item is a group of its own.
 
     >>> list(batches([2, 3, 4, 9, 1], lambda nbytes: nbytes, 5))
     [[2, 3], [4], [9], [1]]

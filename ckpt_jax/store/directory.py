@@ -1,8 +1,14 @@
-"""Directories: where a checkpoint is staged, how it takes its place, what is one.
+"""Checkpoint directories: how they are staged, published and recognised.
 
-A checkpoint is written into a staging directory beside its destination and takes the
-destination's name in one rename, so that a path holds a whole checkpoint or none. Where there
-is one already, the two directories are exchanged in one step and the old one goes last.
+A checkpoint is written into a staging directory beside its destination. Then one rename gives it
+the destination's name, so that a path holds a whole checkpoint or none. If there is a checkpoint
+already, the two directories are exchanged in one step, and the old one is removed last.
+
+A directory that somebody has prepared is *filled*, not replaced: it keeps its owner and its mode,
+it may be a mount point or the working directory, and the directory above need not be writable.
+The staging directory lies inside, and its contents are moved up, the manifest last. That file
+makes it a checkpoint. What a crash leaves in a prepared directory is known by the staging
+directory that is still there, and is removed by the next save.
 """
 
 from __future__ import annotations
@@ -14,24 +20,33 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from ckpt_jax.errors import CheckpointNotFoundError, UnsupportedFormatError
 from ckpt_jax.store.durable import fsync_directory, make_directories
-from ckpt_jax.store.stack import MANIFEST
+from ckpt_jax.store.paths import require_addressable, require_room, resolved
+from ckpt_jax.store.stack import DATA, MANIFEST, SHARDS
 from ckpt_jax.store.staging import (
+    STAGING,
+    Lock,
     discard,
     held,
+    is_abandoned,
     is_staging,
     joined,
     leave,
+    locked,
     remove_abandoned,
     remove_leftovers,
+    staging_of,
 )
 
-# Files by which the checkpoints of other libraries are known, to name them in an error.
+_PARTS = {DATA, SHARDS}  # of a checkpoint, besides its manifest
+
+# The files by which checkpoints of other libraries are recognised, to name the library in an error.
 _OTHERS = {
     "_CHECKPOINT_METADATA": "Orbax",
     "_METADATA": "Orbax",
@@ -45,7 +60,7 @@ def is_checkpoint(path: str) -> bool:
 
 
 def checkpoints_in(directory: str) -> list[str]:
-    """The names of the checkpoints in a directory, numbered ones in the order of numbers."""
+    """The names of the checkpoints in a directory, by number; those without a number come last."""
     try:
         names = os.listdir(directory)
     except OSError:
@@ -60,7 +75,9 @@ def number_of(path: str) -> int | None:
     >>> number_of("runs/ckpt-12"), number_of("runs/final")
     (12, None)
     """
-    found = re.search(r"-(\d+)$", os.path.basename(path))
+    found = re.search(
+        r"-(\d{1,255})$", os.path.basename(path)
+    )  # no longer name fits in a directory
     return int(found.group(1)) if found else None
 
 
@@ -68,13 +85,13 @@ def require_checkpoint(path: str) -> None:
     """Checks that there is a checkpoint at `path`.
 
     Raises:
-      CheckpointNotFoundError: saying what is there instead, and which checkpoints are near.
+      CheckpointNotFoundError: saying what is there instead, and which checkpoints are nearby.
       UnsupportedFormatError: another library's checkpoint is there.
     """
     if (library := _other_library(path)) is not None:
         raise UnsupportedFormatError(
-            f"{path} was written by {library}, whose format is not read here. Restore it there "
-            "and save it with ckpt_jax: docs/migrating.md shows how."
+            f"{path} was written by {library}, and ckpt_jax does not read its format. Restore it "
+            f"with {library} and save it with ckpt_jax; docs/migrating.md shows how."
         )
     if is_checkpoint(path):
         return
@@ -105,20 +122,51 @@ def require_checkpoint(path: str) -> None:
 
 
 def _other_library(path: str) -> str | None:
-    """Whose checkpoint is at `path`, where it is another library's."""
+    """The name of the other library that wrote the checkpoint at `path`; None if none did."""
     for name, library in _OTHERS.items():
         if os.path.isfile(os.path.join(path, name)):
             return library
     return "TensorFlow" if not os.path.exists(path) and os.path.isfile(f"{path}.index") else None
 
 
+def others_in(directory: str) -> dict[str, str]:
+    """The numbered checkpoints of other libraries in a directory, or the directory itself if it is
+    one.
+
+    Returns:
+      The name of the library by the name of the checkpoint ("." for the directory itself).
+    """
+    found = {".": library} if (library := _other_library(directory)) else {}
+    names = _listed(directory)
+    for name in names:
+        path = os.path.join(directory, name)
+        stem = name.removesuffix(".index")
+        if stem != name and re.search(r"\d$", stem) and os.path.isfile(path):
+            if any(each.startswith(f"{stem}.data-") for each in names):
+                found[stem] = "TensorFlow"
+        elif re.search(r"\d$", name) and os.path.isdir(path) and not is_checkpoint(path):
+            # The newer kind of Orbax's folders has one folder for each item.
+            below = [path, *[os.path.join(path, item) for item in _listed(path)]]
+            libraries = [each for each in map(_other_library, below) if each is not None]
+            if libraries:
+                found[name] = libraries[0]
+    return found
+
+
+def _listed(directory: str) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except OSError:
+        return []
+
+
 @dataclass(frozen=True, slots=True)
 class Staging:
-    """Where a checkpoint is written before it takes its name.
+    """The place where a checkpoint is written before it gets its name.
 
     Attributes:
       path: where the checkpoint will be.
-      directory: beside it, where it is now.
+      directory: the staging directory: beside the path, or in the prepared directory there.
     """
 
     path: str
@@ -126,26 +174,50 @@ class Staging:
 
     @classmethod
     def of(cls, path: str, token: str) -> Staging:
-        """The staging directory for `path`, with a name that a token makes its own (see
-        `store.staging`)."""
-        path = os.path.realpath(path)  # a link stays, what it names is replaced
-        return cls(path, f"{path}.staging-{token}")
+        """The staging for `path`. A token makes its name unique, see `store.staging`.
+
+        Raises:
+          CheckpointError: TensorStore cannot name the path.
+          OSError: a name, or the path, is too long.
+        """
+        path = resolved(path)  # a link stays, what it names is replaced
+        require_addressable(path)
+        require_room(path)
+        suffix = f".staging-{token}"
+        if _is_prepared(path):
+            return cls(path, os.path.join(path, MANIFEST) + suffix)
+        require_room(path, suffix)
+        return cls(path, path + suffix)
+
+    @property
+    def is_inside(self) -> bool:
+        """Whether it lies in the prepared directory at its path."""
+        return os.path.dirname(self.directory) == self.path
 
     @contextlib.contextmanager
     def claimed(self, *, overwrite: bool, durable: bool) -> Iterator[None]:
-        """Makes the directory and holds it; at the end of the block what is under its name goes:
-        what failed, when all have left it, or, after an exchange, the old checkpoint.
+        """Makes the directory and holds it until the block ends.
 
-        What abandoned saves to the same path have left goes first: it may be what fills the disk.
+        At the end, the directory under the staging name is removed. After an exchange this is the
+        old checkpoint. If the block fails, it is the unfinished checkpoint, which is removed when
+        all processes have left it.
+
+        The leftovers of abandoned saves to the same path are removed first, because they may be
+        what fills the disk.
 
         Raises:
-          FileExistsError: there is something that may not be replaced.
+          FileExistsError: there is something at the path that may not be replaced.
         """
         check_replaceable(self.path, overwrite)
         self.make_parents(durable)
-        remove_leftovers(self.path)
+        if self.is_inside:
+            _remove_unfinished(self.path)
+        else:
+            remove_leftovers(self.path)
         try:
             with joined(self.directory):
+                if not self.is_inside:
+                    _keep_access(self.path, self.directory)
                 yield
         except BaseException:
             leave(self.directory, lambda: shutil.rmtree(self.directory, ignore_errors=True))
@@ -153,7 +225,7 @@ class Staging:
         discard(self.directory)
 
     def make_parents(self, durable: bool) -> None:
-        """Makes the directories above."""
+        """Makes the missing directories above the checkpoint."""
         parent = os.path.dirname(self.path)
         if durable:
             make_directories(parent)
@@ -161,34 +233,39 @@ class Staging:
             os.makedirs(parent, exist_ok=True)
 
     def publish(self, *, overwrite: bool, durable: bool) -> None:
-        """Gives the checkpoint its name; where that cannot be made durable, all is as before.
+        """Gives the checkpoint its name. If that cannot be made durable, it is undone.
 
         Raises:
-          FileExistsError: there is something that may not be replaced.
+          FileExistsError: there is something at the path that may not be replaced.
         """
-        _publish(self.directory, self.path, overwrite=overwrite, durable=durable)
+        if self.is_inside:
+            _fill(self.path, self.directory, durable=durable)
+        else:
+            _publish(self.directory, self.path, overwrite=overwrite, durable=durable)
 
     @contextlib.contextmanager
     def joined(
         self, shards: str, prefix: str, *, durable: bool, is_lost: Callable[[], bool]
     ) -> Iterator[None]:
-        """Holds the directory for a process that does not publish it. Where the block fails,
-        nothing of what this process wrote stays.
+        """Holds the directory for a process that does not publish it. If the block fails, what
+        this process wrote is removed.
 
-        It may be late: then the others are through, and it has made the directories anew.
+        The process may be late: the others have finished and removed the directory, and this
+        process has created it again.
 
         Args:
           shards: directory below the staging directory.
-          prefix: what the names in it of this process begin with.
-          durable: whether the directories above survive a crash of the machine.
-          is_lost: asked where the block fails: whether nobody can publish the directory any more.
+          prefix: the beginning of the names of this process's directories in `shards`.
+          durable: whether the directories above have to survive a crash of the machine.
+          is_lost: called if the block fails. Says whether no process can publish the directory
+            any more.
         """
 
         def remove_own() -> None:
             for name in os.listdir(shards):
                 if name.startswith(prefix):
                     shutil.rmtree(os.path.join(shards, name), ignore_errors=True)
-            os.rmdir(shards)  # refused as long as there is something of another process
+            os.rmdir(shards)  # fails as long as another process has something in it
             os.rmdir(self.directory)
 
         self.make_parents(durable)
@@ -208,38 +285,138 @@ def check_replaceable(path: str, overwrite: bool) -> None:
     """Checks that a checkpoint may be written to `path`.
 
     Raises:
-      FileExistsError: there is something that may not be replaced.
+      FileExistsError: there is something at the path that may not be replaced.
     """
     if not os.path.lexists(path):
         return
     if is_checkpoint(path):
         if not overwrite:
             raise FileExistsError(f"{path} exists; pass overwrite=True to replace the checkpoint")
-    elif not os.path.isdir(path) or os.listdir(path):
-        raise FileExistsError(f"{path} exists and is not a checkpoint; it is not replaced")
+        if (what := _why_not_renamed(path)) is not None:
+            raise FileExistsError(
+                f"{path} is {what}. A checkpoint is replaced by renaming, which is not possible "
+                "there; nothing was written. Save to a name below it, or remove its contents first."
+            )
+    elif not _is_prepared(path):
+        raise FileExistsError(
+            f"{path} exists and is not a checkpoint; it is not replaced. Save under another name, "
+            "or remove it first."
+        )
+
+
+def _is_prepared(path: str) -> bool:
+    """Whether there is a directory with nothing in it but what unfinished saves have left."""
+    try:
+        names = {*os.listdir(path)}
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    staged = {name for name in names if (of := STAGING.match(name)) and of["name"] == MANIFEST}
+    return not names or (bool(staged) and names - staged <= _PARTS)
+
+
+def _why_not_renamed(path: str) -> str | None:
+    """Why the directory at `path` has to stay where it is."""
+    with contextlib.suppress(OSError):  # a working directory that is gone is not there
+        here = os.getcwd()
+        if here == path or here.startswith(f"{path}{os.sep}"):
+            return "the working directory" if here == path else f"above {here}, where this runs"
+    return "a mount point" if os.path.ismount(path) or path in _mount_points() else None
+
+
+def _mount_points() -> set[str]:
+    """Where this system has mounted something; `os.path.ismount` does not see bind mounts."""
+    try:
+        with open("/proc/self/mountinfo", "rb") as file:
+            fields = [line.split()[4] for line in file]
+    except (OSError, IndexError):
+        return set()
+    escape = re.compile(rb"\\([0-7]{3})")
+    return {os.fsdecode(escape.sub(lambda m: bytes([int(m[1], 8)]), field)) for field in fields}
+
+
+def _keep_access(old: str, new: str) -> None:
+    """Gives a directory the owner, the group and the mode of the one that it will replace, as far
+    as this process may."""
+    try:
+        status, own = os.lstat(old), os.stat(new)
+    except OSError:
+        return
+    if not stat.S_ISDIR(status.st_mode):
+        return
+    with contextlib.suppress(OSError):
+        if status.st_gid != own.st_gid:
+            os.chown(new, -1, status.st_gid)
+    with contextlib.suppress(OSError):
+        if status.st_uid != own.st_uid:
+            os.chown(new, status.st_uid, -1)
+    mode = stat.S_IMODE(status.st_mode) | stat.S_IRWXU  # this save has to write there
+    with contextlib.suppress(OSError):
+        if mode != stat.S_IMODE(own.st_mode):
+            os.chmod(new, mode)
+
+
+def _remove_unfinished(path: str) -> None:
+    """Removes what saves that did not finish have left in a prepared directory."""
+    manifest = os.path.join(path, MANIFEST)
+    with locked(path) as lock:
+        staged = staging_of(manifest)
+        if lock is Lock.THEIRS or not all([is_abandoned(staging) for staging in staged]):
+            return
+        for name in _PARTS if staged else ():  # first, since the staging tells what they are
+            shutil.rmtree(os.path.join(path, name), ignore_errors=True)
+        remove_leftovers(manifest)
+
+
+def _fill(path: str, staging: str, *, durable: bool) -> None:
+    """Moves what is in `staging`, inside of `path`, up; where that fails, all is as before."""
+    moved: list[str] = []
+    with locked(path) as lock:
+        if lock is Lock.THEIRS or not _PARTS.isdisjoint(os.listdir(path)) or is_checkpoint(path):
+            raise FileExistsError(
+                f"{path}: expected a directory that stays empty until the save ends, but another "
+                "save has put its checkpoint there. Save again, or under another name."
+            )
+        try:
+            for name in sorted(os.listdir(staging), key=lambda name: (name == MANIFEST, name)):
+                if name == MANIFEST and durable:
+                    fsync_directory(path)  # or it could survive a power failure alone
+                os.rename(os.path.join(staging, name), os.path.join(path, name))
+                moved.append(name)
+            if durable:
+                fsync_directory(path)
+        except BaseException:
+            with contextlib.suppress(OSError):  # the manifest goes first: no part stays with it
+                for name in reversed(moved):
+                    os.rename(os.path.join(path, name), os.path.join(staging, name))
+            raise
 
 
 def _publish(staging: str, path: str, *, overwrite: bool, durable: bool) -> None:
-    """Gives `staging` the name `path`; where that cannot be made durable, all is as before."""
+    """Gives `staging` the name `path`. If that cannot be made durable, it is undone."""
     new = os.stat(staging)
-    with contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as exits:
         with contextlib.suppress(FileNotFoundError):
-            # While it may have to come back, nobody may take it for abandoned.
-            stack.enter_context(held(path))
+            # The old checkpoint may have to come back. Until then it has a staging name, and
+            # nobody may take it for abandoned.
+            exits.enter_context(held(path))
         undo = _take_name(staging, path, overwrite)
         if not durable:
             return
         try:
             fsync_directory(os.path.dirname(path))
         except OSError:
-            # Unless another save has replaced it meanwhile.
+            # If another save has replaced the checkpoint meanwhile, there is nothing to undo.
             if os.path.samestat(new, os.stat(path)):
                 undo()
             raise
 
 
 def _take_name(staging: str, path: str, overwrite: bool) -> Callable[[], object]:
-    """Renames `staging` to `path`, and what is there to `staging`; returns what undoes it."""
+    """Renames `staging` to `path`, and a checkpoint at `path` to `staging`.
+
+    Returns:
+      A function that undoes this.
+    """
     try:
         os.rename(staging, path)
         return lambda: os.rename(path, staging)
@@ -254,8 +431,8 @@ def _take_name(staging: str, path: str, overwrite: bool) -> Callable[[], object]
 def _swap(staging: str, path: str) -> None:
     if _exchange(staging, path):
         return
-    # Without an atomic exchange the old checkpoint steps aside for the new one, under a name
-    # that nobody takes for abandoned: if this process dies here, it is the only one there is.
+    # Without an atomic exchange the old checkpoint is first renamed to a name that nobody takes
+    # for abandoned: if this process dies between the renames, it is the only checkpoint there is.
     aside = f"{path}.replaced-{secrets.token_hex(8)}"
     os.rename(path, aside)
     try:
@@ -267,7 +444,7 @@ def _swap(staging: str, path: str) -> None:
 
 
 def _exchange(one: str, other: str) -> bool:
-    """Swaps two names in one step where the system can (Linux: renameat2 RENAME_EXCHANGE)."""
+    """Swaps two names in one step with Linux's renameat2; False if that is impossible."""
     if not sys.platform.startswith("linux"):
         return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

@@ -1,9 +1,9 @@
-"""Durability: what has to be flushed so that a power failure does not take it away.
+"""Durability: flushing files and directories, so that they survive a power failure.
 
-A file survives when both its bytes and the directory entry that names it have been flushed. A
-flush that has failed is final: the system may have dropped the bytes, and a second one would
-report a success that it did not have. So nothing here is tried twice; the error is raised, and
-whatever was being saved has failed.
+A file survives if both its bytes and the directory entry that names it have been flushed. A
+flush that has failed is final: the system may have dropped the bytes, and a second flush would
+report a success although they are lost. So nothing here is tried twice. The error is raised, and
+the save has failed.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ def fsync_file(path: str) -> None:
 
 
 def fsync_directory(path: str) -> None:
-    """Flushes the names in the directory at `path`, not the files that they name."""
+    """Flushes the entries of the directory at `path`, but not the files themselves."""
     fsync_file(path)
 
 
 def make_directories(path: str) -> None:
-    """Makes the directory at `path` and what is missing above it, each flushed into its parent."""
+    """Makes the directory at `path` and its missing parents; flushes the entry of each."""
     if os.path.isdir(path):
         return
     parent = os.path.dirname(os.path.abspath(path))

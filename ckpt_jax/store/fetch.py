@@ -1,12 +1,12 @@
-"""Reading slices: boxes wanted by the caller, out of the boxes that were stored.
+"""Fetching: reads the boxes that a caller wants, whatever boxes were stored.
 
-`gather` says which runs of bytes to read. Here they are read and put together.
+`gather` says which runs of bytes to read. This module reads the runs and assembles the boxes.
 
-1. *Reading.* A bounded number of bytes is in flight; each run goes straight into a fresh
-   buffer, in the order in which requests need them.
-2. *Assembly.* A box that lies contiguously in one stored slice is a view of the run's buffer.
-   The others are copied together from the runs that hold their parts. A request is yielded as
-   soon as its last run has arrived, while later ones are being read.
+1. *Reading.* Runs are read in the order in which requests need them, each into a buffer of its
+   own. The number of bytes in flight is bounded.
+2. *Assembly.* A box that lies contiguously in one stored slice becomes a view of the run's buffer.
+   Other boxes are copied together from the runs that hold their parts. A request is yielded as
+   soon as its last run has arrived, while later runs are still being read.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ import tensorstore as ts
 
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_jax.graph.boxes import Box
+from ckpt_jax.store.forks import require_not_forked
 from ckpt_jax.store.gather import (
     Geometry,
     Pieces,
-    Read,
+    RangeRead,
     Request,
     Run,
-    Stacks,
+    StackTable,
     geometry_of,
     runs_of,
 )
@@ -51,14 +52,14 @@ Arrays = tuple[np.ndarray, ...]
 
 
 def read_value(directory: str, name: str) -> bytes | None:
-    """The raw value `name` of the database in `directory`, None where it has no such value.
+    """The raw value `name` of the database in `directory`; None if there is no such value.
 
     Raises:
       CheckpointNotFoundError: there is no database.
-      CorruptCheckpointError: it cannot be read.
+      CorruptCheckpointError: the database cannot be read.
     """
     if not os.path.exists(os.path.join(directory, MANIFEST)):
-        raise CheckpointNotFoundError(f"{directory}: no checkpoint, {MANIFEST} is missing")
+        raise CheckpointNotFoundError(f"{directory}: this is no checkpoint, {MANIFEST} is missing")
     try:
         result = open_database(directory, new_context()).read(name).result()
     except ValueError as error:
@@ -70,13 +71,13 @@ def read_index(directory: str) -> Index:
     """The index of the checkpoint or shard in `directory`.
 
     Raises:
-      CheckpointNotFoundError: there is neither.
-      CorruptCheckpointError: the index cannot be read, or cannot be true.
+      CheckpointNotFoundError: there is neither a checkpoint nor a shard.
+      CorruptCheckpointError: the index cannot be read, or it contradicts itself.
     """
     data = read_value(directory, INDEX_KEY)
     if data is None:
         raise CorruptCheckpointError(
-            f"{directory}: has no index, its write was interrupted", file=directory
+            f"{directory}: has no index, because its write was interrupted", file=directory
         )
     try:
         return Index.from_bytes(data)
@@ -95,17 +96,17 @@ class ShardedReader:
     Attributes:
       directory: the same.
       index: what is stored.
-      bytes_read: bytes of all chunks that were asked for so far, as they are when decoded.
+      bytes_read: decoded size of all chunks that were requested so far.
     """
 
     def __init__(self, directory: str):
         self.directory = os.path.abspath(directory)
         self.index = read_index(self.directory)
         self.bytes_read = 0
-        self._stacks = Stacks(self.index)
+        self._stacks = StackTable(self.index)
         self._context = new_context()
         self._stores: dict[int, ts.TensorStore] | None = {}
-        self._sound: set[int] = set()  # shards whose files are as large as they have to be
+        self._checked: set[int] = set()  # numbers of shards whose files are large enough
         self._geometries: dict[tuple[int, tuple[Box, ...], bool], Geometry] = {}
 
     def __enter__(self) -> ShardedReader:
@@ -115,12 +116,12 @@ class ShardedReader:
         self.close()
 
     def close(self) -> None:
-        """Lets go of the checkpoint; further reads are refused."""
+        """Releases the checkpoint; further reads are refused."""
         self._stores = None
         self._geometries = {}
 
     def extra(self, name: str) -> bytes | None:
-        """The small value `name` that was committed with the checkpoint, None if there is none."""
+        """The small value `name` that was committed with the checkpoint; None if there is none."""
         return read_value(self.directory, name)
 
     def read_bytes(self, key: str) -> bytes:
@@ -133,25 +134,27 @@ class ShardedReader:
     ) -> Iterator[tuple[int, Arrays]]:
         """Reads boxes of arrays.
 
-        Arrays are writable, C-contiguous, aligned to 64 bytes, and share no element. Those that
-        lie close together on disk share one block of memory, of about 16 MiB.
+        Arrays are writable, C-contiguous, aligned to 64 bytes, and share no element. Arrays that
+        lie close together on disk share one block of memory of about 16 MiB.
 
         Args:
           requests: keys, and the boxes wanted of each. The only box of a byte string is `()`;
             it is read as an array of uint8.
-          max_inflight_bytes: how much is read ahead of what the caller has taken.
+          max_inflight_bytes: how many bytes are read ahead of what the caller has taken.
 
         Returns:
           An iterator over (position in `requests`, one array for each box), in any order.
 
         Raises:
           KeyError: a key is not in the index.
-          RuntimeError: the reader is closed.
+          RuntimeError: the reader is closed, or this process was forked from the one that opened
+            it.
           ValueError: a box does not lie inside its array, or not all of it is stored here.
-          CorruptCheckpointError: from the iterator; names the file and the keys concerned.
+          CorruptCheckpointError: from the iterator; names the damaged file and the keys in it.
         """
         if self._stores is None:
             raise RuntimeError(f"{self.directory}: the reader is closed")
+        require_not_forked()
         geometries = self._geometries_of(requests)
         pieces = Pieces.of(self.index, self._stacks, requests, geometries)
         return self._results(requests, geometries, pieces, max_inflight_bytes)
@@ -164,7 +167,8 @@ class ShardedReader:
             number = index.number.get(key)
             if number is None:
                 raise KeyError(f"{key}: is not in {self.directory}")
-            # Two views of the same bytes would not be independent arrays.
+            # If a key is requested twice, only the first request may get views: two views of the
+            # same bytes would not be independent arrays.
             what = (index.pattern[number], tuple(wanted), key not in seen)
             seen.add(key)
             geometry = cached.get(what)
@@ -189,7 +193,7 @@ class ShardedReader:
         runs = runs_of(pieces, self._stacks)
         memory = _Memory(sum(run.nbytes for run in runs))
         reads = (read for run in runs for read in run.reads(self._stacks))
-        in_flight: deque[tuple[Read, ts.WriteFutures]] = deque()
+        in_flight: deque[tuple[RangeRead, ts.WriteFutures]] = deque()
         held = 0
         waiting = next(reads, None)
         try:
@@ -214,10 +218,10 @@ class ShardedReader:
                     assembly.arrived(read.run, memory)
                     yield from assembly.finished()
         finally:
-            for _, future in in_flight:  # they write into our buffers
+            for _, future in in_flight:  # reads that still write into our buffers
                 future.commit.exception()
 
-    def _start(self, read: Read, memory: _Memory) -> ts.WriteFutures:
+    def _start(self, read: RangeRead, memory: _Memory) -> ts.WriteFutures:
         run = read.run
         store = self._store(run.stack)
         if run.buffer is None:
@@ -255,9 +259,12 @@ class ShardedReader:
                 raise CorruptCheckpointError(f"{path}: {error}", file=path) from error
 
     def _check_files(self, number: int) -> None:
-        """Refuses to allocate memory for bytes that the files cannot hold."""
+        """Raises if the files of a shard are too small for what the index lists.
+
+        So no memory is allocated for bytes that do not exist.
+        """
         shard = self.index.shards[number]
-        if number in self._sound or not shard.stacks:
+        if number in self._checked or not shard.stacks:
             return
         declared = sum(s.rows * s.row_nbytes for s in shard.stacks)
         listed = max(shard.files_nbytes, declared // MAX_EXPANSION, 1)
@@ -267,13 +274,13 @@ class ShardedReader:
                 f"its files have {found} bytes, the index lists {listed}: a file is truncated "
                 "or missing"
             )
-        self._sound.add(number)
+        self._checked.add(number)
 
     def _path(self, shard: Shard) -> str:
         return os.path.normpath(os.path.join(self.directory, shard.directory))
 
     def _corrupt(
-        self, error: ValueError, read: Read, pieces: Pieces, requests: Sequence[Request]
+        self, error: ValueError, read: RangeRead, pieces: Pieces, requests: Sequence[Request]
     ) -> Exception:
         run = read.run
         here = range(run.first, run.last)
@@ -290,7 +297,7 @@ class ShardedReader:
         shard = self.index.shards[self._stacks.shard[run.stack]]
         what = keys[0] if len(keys) == 1 else f"{', '.join(keys[:8])}"
         if len(keys) > 8:
-            what += f" and {len(keys) - 8} others"
+            what += f" and {len(keys) - 8} more keys"
         return _damage(error, self._path(shard), what, keys[0])
 
 
@@ -310,9 +317,9 @@ def _damage(error: ValueError, directory: str, what: str, key: str | None = None
 
 
 class _Memory:
-    """Aligned buffers for results, and scratch buffers that are used again.
+    """Aligned buffers for results, and scratch buffers that are reused.
 
-    Small buffers are cut from blocks large enough for huge pages.
+    Small buffers are cut from blocks that are large enough for huge pages.
     """
 
     def __init__(self, expected_nbytes: int):
@@ -346,7 +353,7 @@ def _aligned(nbytes: int) -> np.ndarray:
 
 
 class _Assembly:
-    """Results as far as their parts have arrived."""
+    """Puts results together from the runs that have arrived."""
 
     def __init__(self, geometries: list[Geometry], pieces: Pieces):
         self._geometries = geometries
@@ -357,7 +364,7 @@ class _Assembly:
         self._done = [i for i, missing in enumerate(self._missing) if not missing]
 
     def arrived(self, run: Run, memory: _Memory) -> None:
-        """Takes the pieces of `run`, whose buffer is filled."""
+        """Takes the pieces out of the buffer of a run, which has been filled."""
         buffer = run.buffer
         assert buffer is not None
         use_of, boxes, missing = self._use, self._boxes, self._missing
@@ -384,7 +391,7 @@ class _Assembly:
             memory.give_back(buffer)
 
     def finished(self) -> Iterator[tuple[int, Arrays]]:
-        """The requests of which nothing is missing any more, each once."""
+        """The requests that have become complete since the last call, with their arrays."""
         done, self._done = self._done, []
         for request in done:
             geometry = self._geometries[request]

@@ -1,13 +1,15 @@
-"""Gathering: which bytes to read for the boxes that are wanted, as values.
+"""Gathering: works out which bytes to read for the wanted boxes. Nothing is read here.
 
 Terms. A *request* asks for boxes of one array. A *piece* is the range of bytes of one stored
-slice that one wanted box needs. A *run* is what one read brings: consecutive rows of a stack,
-or a range of one row, with all pieces in it.
+slice that one wanted box needs. A *run* is a range of consecutive rows of a stack, or of the
+bytes of one row; all pieces in it are read together.
 
 1. *Geometry.* Wanted boxes are intersected with stored slices. The result depends only on the
-   array's pattern of layouts and the boxes, so it is worked out once for all arrays alike.
-2. *Runs.* All pieces are sorted by place and joined to runs of bounded size, on whole columns.
-   Pieces in one chunk come together, as a chunk has to be read as a whole to be verified.
+   array's pattern of layouts and the boxes, so it is worked out once for all arrays that share
+   these.
+2. *Runs.* All pieces are sorted by place and joined to runs of bounded size, by operations on
+   whole columns. Pieces in the same chunk go into the same run, because a chunk has to be read as
+   a whole to be verified.
 """
 
 from __future__ import annotations
@@ -20,17 +22,24 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ckpt_jax.graph.boxes import Box, Shape, inside, intersect, shape_of, size_of, slices
-from ckpt_jax.graph.dtypes import BYTES, dtype_of
+from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.store.index import Index, Layout
 from ckpt_jax.store.stack import ALIGNMENT, round_up
 
-RUN_NBYTES = 16 << 20
+RUN_NBYTES = 16 << 20  # runs are joined, and ranges read, up to about this size
 
 Request = tuple[str, Sequence[Box]]
 
 
-class Stacks:
-    """The stacks of all shards under one numbering, as columns."""
+class StackTable:
+    """The stacks of all shards, as columns with one row for each stack.
+
+    Attributes:
+      base: for each shard, the number of its first stack in this table.
+      shard: for each stack, the number of its shard.
+      number: for each stack, its number in its shard.
+      chunk_nbytes, row_nbytes: for each stack, its sizes.
+    """
 
     def __init__(self, index: Index):
         shards = index.shards
@@ -41,7 +50,8 @@ class Stacks:
         self.chunk_nbytes = np.array([s.chunk_nbytes for s in stacks], np.int64)
         self.row_nbytes = np.array([s.row_nbytes for s in stacks], np.int64)
 
-    def nbytes_decoded(self, read: Read) -> int:
+    def nbytes_decoded(self, read: RangeRead) -> int:
+        """The size of all chunks that a read touches."""
         chunk = int(self.chunk_nbytes[read.run.stack])
         stop = min(round_up(read.stop, chunk), int(self.row_nbytes[read.run.stack]))
         return (stop - read.start // chunk * chunk) * (read.run.nbytes // read.run.pitch)
@@ -49,14 +59,14 @@ class Stacks:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """What a piece is good for.
+    """Which part of which wanted box a piece holds.
 
     Attributes:
       box: position of the wanted box.
-      shape: of the part that the piece holds.
-      where: the place of that part in the wanted box; None where it is all of it and
-        contiguous, so that a view will do.
-      strides: of the part inside the stored slice, in bytes.
+      shape: shape of the part that the piece holds.
+      where: the place of that part in the wanted box. None if the part is the whole box and is
+        contiguous, so that a view is enough.
+      strides: strides of the part inside the stored slice, in bytes.
     """
 
     box: int
@@ -70,11 +80,11 @@ class Geometry:
     """How wanted boxes are made of stored slices, for all arrays of one pattern.
 
     Attributes:
-      dtype: of the arrays.
-      shapes: of the wanted boxes.
-      slices: for each piece, the position of its slice in the array's entry.
+      dtype: the dtype of the arrays.
+      shapes: the shapes of the wanted boxes.
+      slices: for each piece, the position of its slice among the array's slices.
       starts, stops: for each piece, its bytes, counted from the start of its slice.
-      uses: for each piece, what it is good for.
+      uses: for each piece, the part of a wanted box that it holds.
     """
 
     dtype: np.dtype
@@ -86,10 +96,20 @@ class Geometry:
 
 
 def geometry_of(layouts: Sequence[Layout], wanted: Sequence[Box], *, views: bool) -> Geometry:
+    """The geometry for an array with these layouts.
+
+    Args:
+      layouts: of the stored slices.
+      wanted: the wanted boxes.
+      views: whether results may be views of what is read.
+
+    Raises:
+      ValueError: a box does not lie inside the array, or not all of it is stored.
+    """
     shape = layouts[0].shape
-    dtype = np.dtype(np.uint8) if layouts[0].dtype == BYTES else dtype_of(layouts[0].dtype)
+    dtype = np.dtype(np.uint8) if layouts[0].is_bytes else dtype_of(layouts[0].dtype)
     stored = [layout.box for layout in layouts]
-    if layouts[0].dtype == BYTES:
+    if layouts[0].is_bytes:
         if any(box != () for box in wanted):
             raise ValueError("is a byte string, its only box is ()")
         shape = (layouts[0].nbytes,)
@@ -116,7 +136,7 @@ def geometry_of(layouts: Sequence[Layout], wanted: Sequence[Box], *, views: bool
                 viewed[i].append((start, stop))
                 pieces.append((i, start, stop, Use(number, shape_of(box), None, strides)))
                 continue
-            for part in _cut(common, strides):
+            for part in _bounded_parts(common, strides):
                 start, stop = _range(part, origin, strides, dtype.itemsize)
                 use = Use(number, shape_of(part), slices(part, box), strides)
                 pieces.append((i, start, stop, use))
@@ -134,8 +154,8 @@ def _range(part: Box, origin: Box, strides: tuple[int, ...], itemsize: int) -> t
     return start, start + span + itemsize
 
 
-def _cut(part: Box, strides: tuple[int, ...]) -> Iterator[Box]:
-    """`part` in parts that span no more than `RUN_NBYTES`, so that scratch memory is bounded."""
+def _bounded_parts(part: Box, strides: tuple[int, ...]) -> Iterator[Box]:
+    """Cuts `part` into parts that span at most `RUN_NBYTES`, so that scratch memory is bounded."""
     axis = next((i for i, (a, b) in enumerate(part) if b - a > 1), None)
     if axis is None or (part[axis][1] - part[axis][0]) * strides[axis] <= RUN_NBYTES:
         yield part
@@ -144,17 +164,17 @@ def _cut(part: Box, strides: tuple[int, ...]) -> Iterator[Box]:
     step = max(1, RUN_NBYTES // strides[axis])
     for a in range(first, last, step):
         smaller = (*part[:axis], (a, min(a + step, last)), *part[axis + 1 :])
-        yield from _cut(smaller, strides) if step == 1 else [smaller]
+        yield from _bounded_parts(smaller, strides) if step == 1 else [smaller]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pieces:
-    """All pieces of a call, as columns, sorted by place.
+    """All pieces of a call as columns, sorted by place.
 
     Attributes:
-      request, use: position of the request, and of the use in its geometry.
-      stack, row, start, stop: the place of the bytes; the stack in `Stacks` numbering.
-      view: whether a view would do.
+      request, use: position of the request, and of the use in the request's geometry.
+      stack, row, start, stop: the place of the bytes; the stack as a row of the `StackTable`.
+      view: whether a view is enough.
     """
 
     request: np.ndarray
@@ -169,7 +189,7 @@ class Pieces:
     def of(
         cls,
         index: Index,
-        stacks: Stacks,
+        stacks: StackTable,
         requests: Sequence[Request],
         geometries: Sequence[Geometry],
     ) -> Pieces:
@@ -204,15 +224,16 @@ class Pieces:
 
 @dataclass(slots=True)
 class Run:
-    """Rows of a stack from `row` on, or a range of one row, and what lies in it.
+    """Rows of a stack from `row` on, or a range of one row, and the pieces in it.
 
     Attributes:
-      start, stop: bytes of each row.
-      nbytes: of the buffer, in which rows lie `pitch` bytes apart.
-      first, last: the pieces.
+      stack, row: the stack, as a row of the `StackTable`, and the first row in it.
+      start, stop: the range of bytes of each row.
+      nbytes: size of the buffer, in which rows lie `pitch` bytes apart.
+      first, last: the range of its pieces in `Pieces`.
       offset: for each piece, where it starts in the buffer.
       viewed: whether results will be views of the buffer.
-      buffer: where it is read to, from the time on when it is.
+      buffer: where it is read to; None until reading begins.
     """
 
     stack: int
@@ -227,8 +248,8 @@ class Run:
     viewed: bool
     buffer: np.ndarray | None = field(default=None)
 
-    def reads(self, stacks: Stacks) -> Iterator[Read]:
-        """This run in one read, or in several that end with a chunk if it is too large."""
+    def reads(self, stacks: StackTable) -> Iterator[RangeRead]:
+        """This run in one read, or in several if it is too large; each ends where a chunk ends."""
         chunk = int(stacks.chunk_nbytes[self.stack])
         step = max(1, RUN_NBYTES // chunk) * chunk
         start = self.start
@@ -237,13 +258,13 @@ class Run:
             if stop - start > RUN_NBYTES:
                 stop = min(stop, start // chunk * chunk + step)
             nbytes = (stop - start) * (self.nbytes // self.pitch)
-            yield Read(self, start, stop, nbytes, stop == self.stop)
+            yield RangeRead(self, start, stop, nbytes, stop == self.stop)
             start = stop
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
-    """Bytes `start` to `stop` of the rows of a run."""
+class RangeRead:
+    """The bytes from `start` to `stop` of the rows of a run; `last` says that the run ends here."""
 
     run: Run
     start: int
@@ -252,13 +273,13 @@ class Read:
     last: bool
 
 
-def runs_of(pieces: Pieces, stacks: Stacks) -> list[Run]:
-    """Joins pieces to runs, in the order in which requests need them."""
+def runs_of(pieces: Pieces, stacks: StackTable) -> list[Run]:
+    """Joins pieces to runs. The runs are in the order in which requests need them."""
     if not pieces.row.size:
         return []
     chunk = stacks.chunk_nbytes[pieces.stack]
     begin = _first_of_ranges(pieces, chunk)
-    # Ranges: from here on a column has one number for each of them.
+    # From here on, a column has one number for each range.
     stack, row = pieces.stack[begin], pieces.row[begin]
     start = pieces.start[begin] // ALIGNMENT * ALIGNMENT
     stop = np.maximum.reduceat(pieces.stop, begin)
@@ -269,7 +290,7 @@ def runs_of(pieces: Pieces, stacks: Stacks) -> list[Run]:
     chain = np.flatnonzero(~follows)
     along = np.arange(len(begin)) - np.repeat(chain, np.diff(chain, append=len(begin)))
     begins = np.flatnonzero(along % np.maximum(1, RUN_NBYTES // pitch) == 0)
-    # Runs: from here on one number for each.
+    # From here on, a column has one number for each run.
     rows = np.diff(begins, append=len(begin))
     piece = np.append(begin[begins], len(pieces.row))
     pieces_in = np.diff(piece)
@@ -298,7 +319,7 @@ def runs_of(pieces: Pieces, stacks: Stacks) -> list[Run]:
 
 
 def _first_of_ranges(pieces: Pieces, chunk: np.ndarray) -> np.ndarray:
-    """The pieces that begin a range. Pieces that touch one chunk come into one range."""
+    """The pieces that begin a range. Pieces that touch the same chunk are in the same range."""
     same_row = (np.diff(pieces.stack) == 0) & (np.diff(pieces.row) == 0)
     begins = np.ones(len(pieces.row), bool)
     reach = _reach(np.cumsum(~np.append(False, same_row)), pieces.stop)
@@ -307,7 +328,7 @@ def _first_of_ranges(pieces: Pieces, chunk: np.ndarray) -> np.ndarray:
     last = np.append(first[1:], len(begins))
     length = np.maximum.reduceat(pieces.stop, first) - pieces.start[first]
     for i in np.flatnonzero((length > RUN_NBYTES) & (last - first > 1)).tolist():
-        # Too long: cut where no more than the chunk at the seam has to be read twice.
+        # The range is too long. It is cut where at most one chunk, at the seam, is read twice.
         start, stop = pieces.start[first[i]], pieces.stop[first[i]]
         for j in range(first[i] + 1, last[i]):
             if pieces.stop[j] - start > RUN_NBYTES and stop - pieces.start[j] < chunk[j]:
@@ -319,7 +340,7 @@ def _first_of_ranges(pieces: Pieces, chunk: np.ndarray) -> np.ndarray:
 
 
 def _reach(group: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """Running maximum of `stop` inside each group; groups are numbered in ascending order."""
+    """The running maximum of `stop` inside each group. Group numbers ascend."""
     values, rank = np.unique(stop, return_inverse=True)
     base = group * len(values)
     return values[np.maximum.accumulate(base + rank) - base]

@@ -1,14 +1,15 @@
 """The index: which bytes hold which slice of which array.
 
-Terms. A *slice* is a box of an array. Its *layout* is everything that it shares with slices of
-other arrays: dtype, shape of the whole array, box, number of bytes. Its *place* is a shard, a
-stack of that shard, a row of that stack, and an offset into that row. A key's *pattern* is the
-tuple of layouts of its slices: a model has many arrays and few patterns.
+Terms. A *slice* is a box of an array. Its *layout* is everything that it may share with slices of
+other arrays: dtype, shape of the whole array, box, number of bytes. A *stack* is a two-dimensional
+array of bytes in a shard. The *place* of a slice is a shard, a stack of that shard, a row of that
+stack, and an offset into that row. A key's *pattern* is the tuple of layouts of its slices: a model
+has many arrays and few patterns.
 
-An index holds the slices as columns of integers, ordered by key and then by layout. What has
-to hold for a place is checked on whole columns at once; what has to hold between the slices of
-one array (they agree, do not overlap, leave no hole) is checked once for each distinct
-pattern. Hence the cost per slice is that of a few array operations.
+An index holds the slices as columns of integers, ordered by key and then by layout. Places are
+checked on whole columns at once. The slices of one array have to agree with each other, must not
+overlap and must leave no hole; this is checked once for each distinct pattern. So the cost per
+slice is a few array operations.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ckpt_jax.graph.dtypes import BYTES, dtype_of
 from ckpt_jax.store.seal import seal, unseal
 
 FORMAT_VERSION = 1
-INDEX_KEY = "_INDEX"  # of the index in the database that it describes, a shard's or a root's
+INDEX_KEY = "_INDEX"  # where the database of a shard or of a checkpoint holds its index
 
 _LIMIT = 1 << 62  # sums of two numbers below it fit into an int64
 _MAX_RANK = 64
@@ -56,10 +57,15 @@ class Layout:
     box: Box
     nbytes: int
 
+    @property
+    def is_bytes(self) -> bool:
+        """Whether it is the layout of a byte string."""
+        return self.dtype == BYTES
+
 
 @dataclass(frozen=True, slots=True)
-class Stack:
-    """A two-dimensional array of bytes; see `index.proto`."""
+class StackShape:
+    """The sizes of a stack; see `index.proto`."""
 
     rows: int
     row_nbytes: int
@@ -72,29 +78,8 @@ class Shard:
 
     id: str
     directory: str
-    stacks: tuple[Stack, ...]
+    stacks: tuple[StackShape, ...]
     files_nbytes: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class StoredSlice:
-    """A box of an array, and the place of its bytes."""
-
-    box: Box
-    shard: int
-    stack: int
-    row: int
-    offset: int
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What is stored under one key."""
-
-    dtype: str
-    shape: Shape
-    slices: tuple[StoredSlice, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,7 +89,9 @@ class Index:
     The constructor takes columns that are known to be consistent and ordered.
 
     Attributes:
-      starts: the slices of key number k are the rows starts[k] to starts[k + 1].
+      shards, layouts, keys: the tables that the columns point into.
+      key, layout, shard, stack, row, offset: the columns, see `index.proto`.
+      starts: the slices of key number k are the rows from starts[k] to starts[k + 1].
       patterns: the distinct tuples of layout numbers.
       pattern: for each key number, an index into `patterns`.
       number: key -> key number.
@@ -145,33 +132,20 @@ class Index:
 
     @property
     def is_shard(self) -> bool:
-        """Whether this is a shard's own index, not that of a whole checkpoint."""
+        """Whether this is a shard's own index, not the index of a whole checkpoint."""
         return len(self.shards) == 1 and self.shards[0].directory == "."
 
     @property
     def total_nbytes(self) -> int:
-        """Bytes of all slices."""
+        """The size of all slices."""
         return sum([self.layouts[i].nbytes for i in self.layout.tolist()])
 
     def layout_of(self, key: str) -> Layout:
-        """The layout of the first slice of `key`, for its dtype and shape."""
+        """The layout of the first slice of `key`, which tells the array's dtype and shape."""
         return self.layouts[self.patterns[self.pattern[self.number[key]]][0]]
 
-    def entry(self, key: str) -> Entry:
-        """The dtype, shape and slices stored under `key`, ordered by box."""
-        number = self.number[key]
-        rows = slice(self.starts[number], self.starts[number + 1])
-        layouts = [self.layouts[i] for i in self.patterns[self.pattern[number]]]
-        columns = (self.shard, self.stack, self.row, self.offset)
-        places = zip(*[column[rows].tolist() for column in columns], strict=True)
-        slices = [
-            StoredSlice(layout.box, shard, stack, row, offset, layout.nbytes)
-            for layout, (shard, stack, row, offset) in zip(layouts, places, strict=True)
-        ]
-        return Entry(layouts[0].dtype, layouts[0].shape, tuple(slices))
-
     def nbytes(self, key: str) -> int:
-        """The size of what is stored under `key`."""
+        """The size of the array or byte string under `key`."""
         pattern = self.patterns[self.pattern[self.number[key]]]
         return sum([self.layouts[i].nbytes for i in pattern])
 
@@ -210,13 +184,13 @@ class Index:
     def from_bytes(cls, data: bytes) -> Index:
         """Reads what `to_bytes` wrote and checks that all of it is consistent.
 
-        Slices may leave holes in arrays where this is a shard's own index, not otherwise.
+        The slices may leave holes in arrays only if this is a shard's own index.
 
         Args:
           data: a sealed message; it may come from anywhere.
 
         Raises:
-          CorruptCheckpointError: some part of it cannot be true.
+          CorruptCheckpointError: some part of it contradicts another, or is impossible.
           UnsupportedFormatError: a later version of this library wrote it.
         """
         try:
@@ -225,12 +199,12 @@ class Index:
             raise CorruptCheckpointError(f"index cannot be parsed: {error}") from error
         if message.format_version > FORMAT_VERSION:
             raise UnsupportedFormatError(
-                f"index has format version {message.format_version}, this library reads "
-                f"{FORMAT_VERSION}: use a newer one"
+                f"index has format version {message.format_version}, but this ckpt_jax reads "
+                f"versions up to {FORMAT_VERSION}; install a newer ckpt_jax"
             )
         _check(message.format_version == FORMAT_VERSION, "format version is missing")
         shards = tuple([_shard(s) for s in message.shards])
-        _check(len({s.id for s in shards}) == len(shards), "two shards have one id")
+        _check(len({s.id for s in shards}) == len(shards), "two shards have the same id")
         alone = len(shards) == 1 or "." not in [s.directory for s in shards]
         _check(alone, "a shard in directory '.' is not the only one")
         layouts = tuple([_layout(m) for m in message.layouts])
@@ -271,7 +245,7 @@ def _shard(message: index_pb2.Shard) -> Shard:
     stacks = []
     for s in message.stacks:
         _check(0 < s.rows < _LIMIT and 0 < s.chunk_nbytes <= s.row_nbytes < _LIMIT, "stack size")
-        stacks.append(Stack(s.rows, s.row_nbytes, s.chunk_nbytes))
+        stacks.append(StackShape(s.rows, s.row_nbytes, s.chunk_nbytes))
     return Shard(message.id, directory, tuple(stacks), message.files_nbytes)
 
 
@@ -334,7 +308,7 @@ def _check_columns(
 
 @dataclass(frozen=True, slots=True)
 class _Clash:
-    """What is wrong with a pattern: a text, and the places in it of the slices concerned."""
+    """A problem of a pattern: a text, and the positions of the slices that it is about."""
 
     text: str
     slices: tuple[int, ...]
@@ -354,7 +328,7 @@ def _clashes(layouts: Sequence[Layout], *, whole: bool) -> Iterator[_Clash]:
         return
     boxes = [layout.box for layout in layouts]
     pair = overlap(boxes)
-    if pair is None and len(set(boxes)) < len(boxes):  # empty slices overlap with nothing
+    if pair is None and len(set(boxes)) < len(boxes):  # empty slices overlap with no other
         twice = next(box for i, box in enumerate(boxes) if box in boxes[:i])
         pair = (twice, twice)
     if pair is not None:
@@ -388,8 +362,8 @@ def merge_indexes(indexes: Sequence[Index]) -> Index:
     """The index of all slices of `indexes`, which have to make up whole arrays.
 
     Raises:
-      ShardError: two shards have one id; or a slice is stored twice, slices overlap, leave a
-        hole, or disagree on dtype or shape. All such problems are listed.
+      ShardError: two shards have the same id; or a slice is stored twice, or slices overlap,
+        leave a hole, or disagree on dtype or shape. All such problems are listed.
     """
     shards = tuple([shard for index in indexes for shard in index.shards])
     keys = tuple(sorted(set().union(*[index.keys for index in indexes])))

@@ -1,9 +1,9 @@
 """Merging shards into a checkpoint, by reference.
 
-A checkpoint's database holds no array data: it refers to ranges of the shards' data files, by
-names relative to the checkpoint's directory, so it can be renamed and copied. All of it is
-written in one transaction that creates the manifest: a directory without a manifest is not a
-checkpoint yet, one with a manifest is a complete one.
+A checkpoint's database holds no array data. It refers to ranges of the shards' data files by
+names relative to the checkpoint's directory, so the directory can be renamed and copied. The
+database is written in one transaction, which creates the manifest. So a directory without a
+manifest is not a checkpoint yet, and a directory with a manifest is a complete one.
 """
 
 from __future__ import annotations
@@ -21,13 +21,12 @@ from ckpt_jax.store.index import INDEX_KEY, Index, merge_indexes
 from ckpt_jax.store.stack import (
     DATA,
     MANIFEST,
+    SHARDS,
     files_nbytes,
     new_context,
     open_database,
     storage_error,
 )
-
-SHARDS = "shards"  # where shards are put that lie outside of the checkpoint
 
 
 def merge_shards(
@@ -40,11 +39,11 @@ def merge_shards(
     """Makes one checkpoint of shards. Shards that lie outside of it are moved into it.
 
     Args:
-      directories: of the shards. They have to make up whole arrays.
-      destination: directory of the checkpoint; it may exist, as long as it is not one.
-      extra: small values committed together with the index, for `ShardedReader.extra`.
-      durable: return only when the checkpoint would survive a power failure. What the shards
-        hold is flushed by `write_shard`.
+      directories: the shards. They have to make up whole arrays.
+      destination: directory of the checkpoint; it may exist, but not be a checkpoint already.
+      extra: small values that are committed with the index, for `ShardedReader.extra`.
+      durable: return only when the checkpoint would survive a power failure. The contents of the
+        shards have been flushed by `write_shard`.
 
     Returns:
       `destination`.
@@ -79,7 +78,10 @@ def merge_shards(
 
 
 def _targets(directories: Sequence[str], destination: str) -> list[str]:
-    """For each shard its directory relative to `destination`, taken or new."""
+    """For each shard, its directory relative to `destination`.
+
+    A shard that lies inside keeps its directory; the others get free names.
+    """
     root = os.path.abspath(destination)
     paths = [os.path.abspath(directory) for directory in directories]
     inside = {path for path in paths if os.path.commonpath([root, path]) == root != path}

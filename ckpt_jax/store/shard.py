@@ -1,11 +1,13 @@
 """Writing a shard: the slices of one call, in a database of their own.
 
-Big slices become rows of stacks, one stack for each size, straight from the memory that they
-lie in. Small slices are copied one after the other into packs, which are stacks of one row, so
-that ten thousand of them cost no more than a few big ones. The bytes reach the database in
-groups of bounded size, a transaction each, because TensorStore keeps an encoded copy of what
-is in a transaction. The last transaction carries the index: a database without one is the
-remains of an interrupted write.
+A *stack* is a two-dimensional array of bytes in the database. Big slices become rows of stacks,
+one stack for each size, straight from the memory that they lie in. Small slices are copied one
+after the other into *packs*, which are stacks of one row, so that ten thousand small slices cost no
+more than a few big ones.
+
+The bytes reach the database in groups of bounded size, one transaction for each group, because
+TensorStore keeps an encoded copy of everything in a transaction. The last transaction contains the
+index. So a database without an index is the remains of an interrupted write.
 """
 
 from __future__ import annotations
@@ -13,8 +15,7 @@ from __future__ import annotations
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
-from contextlib import ExitStack
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,7 @@ from ckpt_jax.graph.boxes import Box, Shape, inside, shape_of, whole
 from ckpt_jax.graph.dtypes import BYTES, dtype_name
 from ckpt_jax.store.batches import batches
 from ckpt_jax.store.durable import fsync_directory, fsync_file
-from ckpt_jax.store.index import INDEX_KEY, Index, Layout, Shard, Stack
+from ckpt_jax.store.index import INDEX_KEY, Index, Layout, Shard, StackShape
 from ckpt_jax.store.stack import (
     ALIGNMENT,
     DATA,
@@ -40,7 +41,7 @@ from ckpt_jax.store.stack import (
 from ckpt_jax.store.workers import Workers
 
 BIG_NBYTES = 256 << 10  # from here on a slice is a row of its own
-PACK_NBYTES = 16 << 20  # what a pack may grow to; the reader takes a pack in one go
+PACK_NBYTES = 16 << 20  # the largest size of a pack; the reader reads a pack in one go
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,8 @@ class Slice:
     """A box of a larger array.
 
     Attributes:
-      array: the contents of the box, of its shape.
-      box: where they lie in the array: one (start, stop) pair per axis.
+      array: the contents of the box; it has the shape of the box.
+      box: where the contents lie in the whole array: one (start, stop) pair per axis.
       global_shape: shape of the whole array.
 
     Example:
@@ -72,27 +73,25 @@ def write_shard(
     compression: str | None = None,
     durable: bool = True,
     max_inflight_bytes: int = 16 << 20,
-    pool: Executor | None = None,
     written: Callable[[int], object] = lambda nbytes: None,
 ) -> int:
     """Writes `slices` and their index to a new database in `directory`.
 
-    Contiguous arrays are not copied: they must not change until the call returns.
+    Contiguous arrays are not copied, so they must not change until the call returns.
 
     Args:
-      directory: does not exist yet, or is empty.
-      slices: what to store under each key: a whole array, a byte string, or boxes of an array.
+      directory: a directory that does not exist yet or is empty.
+      slices: by key, a whole array, a byte string, or boxes of an array.
       compression: None or "zstd".
-      durable: return only when all of it would survive a power failure.
+      durable: return only when the shard would survive a power failure.
       max_inflight_bytes: bound on the memory for encoded copies and packs.
-      pool: where files are flushed meanwhile; a private thread by default.
       written: called with the number of bytes of slices that were written since the last call.
 
     Returns:
-      Number of bytes of all slices.
+      The number of bytes of all slices.
 
     Raises:
-      FileExistsError: `directory` holds something.
+      FileExistsError: `directory` is not empty.
       OSError: the file system refused, for lack of space or permission for example.
       ValueError: an array has a dtype that cannot be stored, or another shape than its box.
     """
@@ -101,7 +100,7 @@ def write_shard(
     plan = _plan(slices, max_inflight_bytes)
     os.makedirs(directory, exist_ok=True)
     if os.listdir(directory):
-        raise FileExistsError(f"{directory}: a shard is written to a new directory, this has files")
+        raise FileExistsError(f"{directory}: a shard needs a new directory, but this has files")
     level = LEVELS[compression]
     groups = batches(_transfers(plan, max_inflight_bytes), _nbytes_held, max_inflight_bytes)
     group: list[_Transfer] | None = next(groups, [])
@@ -109,9 +108,7 @@ def write_shard(
     flushed: set[str] = set()
     flushes: list[Future[None]] = []
     data = os.path.join(directory, DATA)
-    with ExitStack() as stack:
-        if pool is None and durable:
-            pool = stack.enter_context(Workers(1, "ckpt-flush"))
+    with Workers(1 if durable else 0, "ckpt-flush") as flusher:
         created: set[int] = set()
         try:
             while group is not None:
@@ -120,10 +117,10 @@ def write_shard(
                 _write_group(directory, context, plan.index, group, created, level, last=last)
                 written(sum([transfer.payload for transfer in group]))
                 group = following
-                if durable and pool is not None:
+                if durable:
                     new = set(os.listdir(data)) - flushed
                     flushed |= new
-                    flushes += [pool.submit(fsync_file, os.path.join(data, f)) for f in new]
+                    flushes += [flusher.submit(fsync_file, os.path.join(data, f)) for f in new]
         except ValueError as error:
             raise storage_error(error, directory) from error
         for flush in flushes:
@@ -139,12 +136,13 @@ def write_shard(
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """The index, and where the bytes of its stacks come from.
+    """The index of the shard, and where the bytes of its stacks come from.
 
     Attributes:
-      rows: for each stack of big slices, its rows; None for a pack.
-      packs: for each pack, by stack number, the buffers that follow each other in it.
-      payloads: for each pack, its bytes without padding.
+      index: the index.
+      rows: by stack number, the rows of each stack of big slices.
+      packs: by stack number, the buffers that follow each other in each pack.
+      payloads: by stack number, the size of each pack without padding.
     """
 
     index: Index
@@ -170,7 +168,7 @@ def _plan(slices: Mapping[str, Value], max_pack_nbytes: int) -> _Plan:
     pack = -1
     for number, key in enumerate(keys):
         for part in _parts(slices[key]):
-            # What slices of one layout have in common is worked out once.
+            # The layout is worked out once for all slices that share it.
             if isinstance(part, bytes):
                 source, alike = part, (len(part),)
             else:
@@ -204,7 +202,8 @@ def _plan(slices: Mapping[str, Value], max_pack_nbytes: int) -> _Plan:
                 payloads[pack] += nbytes
                 sizes[pack] = offset + nbytes
     stacks = [
-        Stack(len(rows.get(i, "1")), nbytes, chunk_nbytes(nbytes)) for i, nbytes in enumerate(sizes)
+        StackShape(len(rows.get(i, "1")), nbytes, chunk_nbytes(nbytes))
+        for i, nbytes in enumerate(sizes)
     ]
     shard = Shard(secrets.token_hex(8), ".", tuple(stacks))
     return _Plan(_index(shard, keys, list(layouts), places), rows, packs, payloads)
@@ -246,7 +245,7 @@ def _layout(key: str, part: bytes | Slice) -> Layout:
 
 
 def _buffer(source: np.ndarray | bytes) -> np.ndarray | bytes:
-    """`source` itself where it lies in memory as it will on disk and can export its bytes."""
+    """An object that exports the bytes of `source` as they are stored: itself, if it can."""
     if isinstance(source, bytes):
         return source
     if source.dtype.byteorder == ">":
@@ -265,7 +264,7 @@ def _as_bytes(source: np.ndarray | bytes) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class _Transfer:
-    """Bytes `start` to `stop` of one row of a stack; `payload` of them are no padding."""
+    """The bytes from `start` to `stop` of one row of a stack; `payload` of them are no padding."""
 
     stack: int
     row: int
@@ -281,7 +280,7 @@ def _transfers(plan: _Plan, max_nbytes: int) -> Iterator[_Transfer]:
         stack = shard.stacks[number]
         step = max(1, max_nbytes // stack.chunk_nbytes) * stack.chunk_nbytes
         for row, source in enumerate(sources):
-            source = _as_bytes(source)  # here, so that copies live no longer than their group
+            source = _as_bytes(source)  # only now, so that copies live no longer than their group
             for start in range(0, stack.row_nbytes, step):
                 stop = min(start + step, stack.row_nbytes)
                 yield _Transfer(number, row, start, stop, source, stop - start)
@@ -292,7 +291,7 @@ def _transfers(plan: _Plan, max_nbytes: int) -> Iterator[_Transfer]:
 
 def _nbytes_held(transfer: _Transfer) -> int:
     nbytes = transfer.stop - transfer.start
-    return 2 * nbytes if isinstance(transfer.source, list) else nbytes  # a pack is a copy itself
+    return 2 * nbytes if isinstance(transfer.source, list) else nbytes  # a pack is itself a copy
 
 
 def _write_group(

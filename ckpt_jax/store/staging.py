@@ -1,28 +1,29 @@
-"""Staging: what is not yet there or on its way out; whose it is, and when others may remove it.
+"""Staging: directories that are not checkpoints yet, or are being removed, and who may remove them.
 
-What a save writes before it is a checkpoint, and what is being removed, is called so, beside the
-path that it is about. Mostly it is a directory; of a state file, it is a file:
+A save writes into a *staging* directory beside the path of the checkpoint. A checkpoint that is
+being removed is first renamed to the name of a staging directory. For a state file, the staging
+is a file. Its name is
 
     <path>.staging-<system><process><start><chance>      eight hexadecimal digits each
 
-The name says who made it: the running system (its boot and its process namespace, hashed), the
-process in it, and when that started, so that no later process of the same number is taken for
-it. Besides, everybody who is at work on it holds it (a shared flock); who wants to remove it
-needs a lock of its own.
+The name tells its owner: the running system (its boot and its process namespace, hashed), the
+process in it, and when that process started, so that no later process with the same number is
+mistaken for it. In addition, every process that is at work on the staging *holds* it (a shared
+flock). A process that wants to remove it needs an exclusive lock.
 
-Staging is *abandoned* where its owner is provably gone: nobody holds it, or the process that the
-name tells of runs no longer.
+Staging is *abandoned* if its owner is provably gone. There are two proofs:
 
-* That nobody holds it is proof on a file system that only this machine can have mounted, whatever
-  the name says (the owner may have run before a reboot, or in a container that is gone).
-* On any other one, and where it cannot be locked (directories on NFS), only the name is left, and
-  only names of this system prove anything.
+* Nobody holds it, and it is on a file system that only this machine can have mounted. Then the
+  name does not matter: the owner may have run before a reboot, or in a container that is gone.
+* The name tells a process of this system that no longer runs. On other file systems, and if the
+  staging cannot be locked (directories on NFS), this is the only proof, and the names of other
+  systems prove nothing.
 
-All else is left alone. To make something and to hold it are two steps, between which somebody
-else may find and remove it; then it is made again.
+Everything else is left alone. Making staging and holding it are two steps. If another process
+finds and removes it between them, it is made again.
 
-Where several processes write a checkpoint, the name is of process 0. Any of them may be the first
-to make the directory, also while process 0 is not yet through with an earlier save.
+If several processes write a checkpoint, the name tells process 0. Any of them may be the first to
+make the directory, even while process 0 is still busy with an earlier save.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ STAGING = re.compile(r"^(?P<name>.+)\.staging-(?P<owner>[0-9a-f]{16}|[0-9a-f]{32
 
 _log = logging.getLogger("ckpt_jax")
 
-# File systems on one machine at a time, by the magic numbers of statfs(2).
+# File systems that only one machine at a time can have mounted, by the magic numbers of statfs(2).
 _LOCAL = frozenset(
     {
         0xEF53,  # ext2, ext3, ext4
@@ -61,7 +62,7 @@ _LOCAL = frozenset(
 
 
 class Lock(Enum):
-    """What came of the attempt to lock something."""
+    """The outcome of an attempt to lock a file or directory."""
 
     OURS = "we have it"
     THEIRS = "somebody else has it"
@@ -70,7 +71,7 @@ class Lock(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A process, told apart from all others of this and other machines, then and now.
+    """A process, distinguished from all other processes of all machines, past and present.
 
     Attributes:
       system: the boot and the process namespace in which it runs, hashed.
@@ -92,13 +93,13 @@ def is_staging(path: str) -> bool:
 
 
 def owner_digits() -> str:
-    """What a name of staging says of this process: 24 hexadecimal digits."""
+    """The part of a staging name that tells this process: 24 hexadecimal digits."""
     process = os.getpid()
     return str(Owner(_system(), process, _start_of(process) or 0))
 
 
 def staging_name(path: str) -> str:
-    """A new name of a staging directory for `path`, of this process."""
+    """A new staging name for `path` that tells this process."""
     return f"{path}.staging-{owner_digits()}{secrets.token_hex(4)}"
 
 
@@ -114,7 +115,7 @@ def new_file(path: str) -> None:
 def claim(path: str, make: Callable[[str], None] = new_directory) -> Iterator[str]:
     """New staging for `path`, held by this process until the block ends.
 
-    What is under its name at the end of the block is removed, as far as that is possible.
+    At the end of the block, everything under its name is removed as far as possible.
     """
     while True:
         make(staging := staging_name(path))
@@ -129,10 +130,10 @@ def claim(path: str, make: Callable[[str], None] = new_directory) -> Iterator[st
 
 @contextmanager
 def joined(staging: str) -> Iterator[None]:
-    """A staging directory of a given name, made by whoever comes first, held until the block
-    ends."""
+    """Holds the staging directory of a given name until the block ends. The first process that
+    comes makes it."""
     while True:
-        with suppress(FileExistsError):  # os.makedirs trips over what goes in this moment
+        with suppress(FileExistsError):  # os.makedirs fails if it is removed at this moment
             os.mkdir(staging)
         if (lock := _hold_on_new(staging)) is not None:
             break
@@ -141,33 +142,35 @@ def joined(staging: str) -> Iterator[None]:
 
 
 def discard(staging: str) -> None:
-    """Removes what is under the name, as far as that is possible."""
-    # What failed has already said why; what stays is abandoned from now on.
+    """Removes everything under the name, as far as possible."""
+    # Errors are not raised: if a save has failed, it has said why. What stays is abandoned.
     with suppress(OSError):
         _remove(staging)
 
 
-def leave(staging: str, share: Callable[[], None]) -> None:
-    """Removes staging that has failed, as far as that is possible, unless somebody is still at
-    work on it, who will leave it, too. Where it cannot be locked, nobody knows: `share` removes
-    what may go then."""
+def leave(staging: str, remove_own: Callable[[], None]) -> None:
+    """Removes staging after a failure, as far as possible.
+
+    If another process is still at work on it, it stays; that process will leave it, too. If it
+    cannot be locked, nobody knows, and `remove_own` removes what this process may remove.
+    """
     with suppress(OSError), locked(staging) as lock:
         if lock is Lock.OURS:
             _remove(staging)
         elif lock is Lock.NONE:
-            share()
+            remove_own()
 
 
 def _hold_on_new(staging: str) -> ExitStack | None:
-    """Holds new staging; None where it was taken for abandoned before that."""
-    with ExitStack() as stack:
+    """Holds new staging; None if another process has taken it for abandoned and removed it."""
+    with ExitStack() as exits:
         try:
-            lock = stack.enter_context(held(staging))
+            lock = exits.enter_context(held(staging))
         except FileNotFoundError:
             return None
         if lock is Lock.THEIRS or not os.path.exists(staging):
             return None
-        return stack.pop_all()
+        return exits.pop_all()
 
 
 def _remove(staging: str) -> None:
@@ -178,23 +181,23 @@ def _remove(staging: str) -> None:
 
 
 def held(path: str) -> AbstractContextManager[Lock]:
-    """Tries to hold a directory or a file, as others may, too, until the block ends.
+    """Tries to hold a directory or a file until the block ends. Others may hold it as well.
 
     Raises:
-      FileNotFoundError: there is none of this name.
-      OSError: it is a link, or may not be opened.
+      FileNotFoundError: there is no such directory or file.
+      OSError: it is a link, or it may not be opened.
     """
     return _locked(path, fcntl.LOCK_SH)
 
 
 def locked(path: str) -> AbstractContextManager[Lock]:
-    """Tries to have a directory or a file alone until the block ends; raises as `held`."""
+    """Tries to lock a directory or a file exclusively until the block ends; raises like `held`."""
     return _locked(path, fcntl.LOCK_EX)
 
 
 @contextmanager
 def _locked(path: str, operation: int) -> Iterator[Lock]:
-    # Not to wait for the other end of what may be a pipe.
+    # O_NONBLOCK, because it may be a pipe, and opening that would wait for its other end.
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(path, flags)
     try:
@@ -203,7 +206,7 @@ def _locked(path: str, operation: int) -> Iterator[Lock]:
             yield lock
         finally:
             if lock is Lock.OURS:
-                # Closing would not do where a forked child has the descriptor, too.
+                # Closing is not enough if a forked child has the descriptor, too.
                 fcntl.flock(descriptor, fcntl.LOCK_UN)
     finally:
         os.close(descriptor)
@@ -222,7 +225,7 @@ def _lock(descriptor: int, operation: int) -> Lock:
 
 
 def staging_of(path: str) -> list[str]:
-    """The staging that is about `path`, whoever it belongs to."""
+    """All staging for `path`, whoever owns it."""
     parent, name = os.path.split(os.path.abspath(path))
     with os.scandir(parent) as entries:
         found = [
@@ -239,7 +242,7 @@ def is_abandoned(staging: str) -> bool:
     try:
         with locked(staging) as lock:
             return _is_abandoned(staging, lock)
-    except OSError:  # it is gone, it is a link, or it may not be opened
+    except OSError:  # it has been removed, it is a link, or it may not be opened
         return False
 
 
@@ -252,10 +255,10 @@ def remove_abandoned(staging: str) -> bool:
     Raises:
       OSError: it could not be removed, or not all of it.
     """
-    with ExitStack() as stack:
+    with ExitStack() as exits:
         try:
-            lock = stack.enter_context(locked(staging))
-        except OSError:  # it is gone, it is a link, or it may not be opened
+            lock = exits.enter_context(locked(staging))
+        except OSError:  # it has been removed, it is a link, or it may not be opened
             return False
         if not _is_abandoned(staging, lock):
             return False
@@ -264,14 +267,14 @@ def remove_abandoned(staging: str) -> bool:
 
 
 def remove_leftovers(path: str) -> None:
-    """Removes what abandoned work on `path` has left, before new work on it begins."""
+    """Removes abandoned staging for `path`, before new work on `path` begins."""
     for staging in staging_of(path):
         try:
             remove_abandoned(staging)
-        except FileNotFoundError:  # somebody else is removing it
+        except FileNotFoundError:  # another process is removing it
             pass
-        except OSError as error:  # no reason not to go on
-            _log.warning("%s, which was abandoned, could not be removed: %s", staging, error)
+        except OSError as error:  # new work can begin all the same
+            _log.warning("%s is abandoned, but could not be removed: %s", staging, error)
 
 
 def _is_abandoned(staging: str, lock: Lock) -> bool:
@@ -288,7 +291,7 @@ def _is_abandoned(staging: str, lock: Lock) -> bool:
 
 
 def _system() -> int:
-    """This boot and process namespace as 32 bits; 0 where the system does not tell."""
+    """This boot and process namespace as 32 bits; 0 if the system does not tell."""
     try:
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:
             boot = file.read()
@@ -299,10 +302,10 @@ def _system() -> int:
 
 
 def _start_of(process: int) -> int | None:
-    """When a process of this system started; None where the system does not tell."""
+    """When a process of this system started; None if the system does not tell."""
     try:
         with open(f"/proc/{process}/stat", "rb") as file:
-            # The second field is a program's name, which may hold anything, in parentheses.
+            # The second field is the program's name in parentheses. It may contain anything.
             fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return None
@@ -310,7 +313,7 @@ def _start_of(process: int) -> int | None:
 
 
 def _is_gone(owner: Owner) -> bool:
-    """Whether a process of this system has ended; one that cannot be looked at has not."""
+    """Whether a process of this system has provably ended."""
     try:
         os.kill(owner.process, 0)
     except ProcessLookupError:

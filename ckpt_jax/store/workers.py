@@ -1,14 +1,15 @@
-"""Workers: threads that a save needs, which it gets at the end of the program, too.
+"""Workers: threads for saves, which work even while the program ends.
 
-A save may be under way, or begin, when the interpreter is already ending: in the background, in
-an `atexit` handler, on a thread that outlives the main one. From some moment on, which differs
-between releases of Python, no pool takes work and no thread can be started. So workers are
-started with their pool, before there is work for them, and where that is not possible the
-caller does the work itself.
+A save may be running, or begin, when the interpreter is already ending: in the background, in
+an `atexit` handler, or on a thread that outlives the main thread. From some moment on, which
+differs between releases of Python, no pool accepts work and no thread can be started. So workers
+are started with their pool, before there is work for them. If that is not possible, the caller
+does the work itself.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Callable
@@ -20,8 +21,30 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def cores() -> int:
+    """Processor cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on Linux
+        return os.cpu_count() or 1
+
+
+def spare_nbytes() -> int:
+    """Host memory that a save or restore may use beside the arrays: by cores, and free memory."""
+    wanted = cores() * _NBYTES_PER_CORE
+    try:
+        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # the system does not say
+        free = _LEAST_NBYTES
+    return max(_LEAST_NBYTES, min(wanted, free // 8))
+
+
+_NBYTES_PER_CORE = 32 << 20
+_LEAST_NBYTES = 64 << 20
+
+
 def started(thread: threading.Thread) -> bool:
-    """Starts a thread; says whether that was possible."""
+    """Starts a thread. Returns whether that was possible."""
     if sys.is_finalizing():
         return False
     try:
@@ -32,9 +55,10 @@ def started(thread: threading.Thread) -> bool:
 
 
 class Workers(Executor):
-    """An executor whose threads are there from the start, or else its caller's is.
+    """An executor that starts all its threads at once. If it cannot, it runs jobs in the caller.
 
-    The interpreter does not wait for them when it ends: who waits for their work does.
+    The interpreter does not wait for these threads when it ends; the code that needs their results
+    has to wait.
 
     >>> with Workers(2, "adder") as workers:
     ...     list(workers.map(sum, [[1, 2], [3, 4]]))
@@ -54,7 +78,7 @@ class Workers(Executor):
                 return
             try:
                 future.set_result(fn(*args, **kwargs))
-            except BaseException as error:  # raised to whoever asks for the result
+            except BaseException as error:  # raised where the result is asked for
                 future.set_exception(error)
 
         if self._threads:
@@ -64,7 +88,7 @@ class Workers(Executor):
         return future
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Ends the threads after all that was submitted, which is never cancelled."""
+        """Ends the threads after all submitted work, which is never cancelled."""
         for _ in self._threads:
             self._jobs.put(None)
         for thread in self._threads if wait else ():

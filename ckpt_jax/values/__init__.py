@@ -1,0 +1,3 @@
+"""Leaves of a program as arrays of bytes: what each kind is, and how it moves between devices
+and host memory.
+"""

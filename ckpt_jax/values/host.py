@@ -1,9 +1,9 @@
-"""Between devices and host memory: which slices a process holds, and where slices go.
+"""Transfers between devices and host memory: which slices a process holds, and where they go.
 
-A jax.Array is taken apart along its own sharding: each distinct box once, from the first
-device that holds it, so that nothing is gathered and replicas are not written twice. It is
-put together along the sharding that the target asks for. What depends on the sharding and the
-shape alone is worked out once for all arrays that share them.
+A save takes a jax.Array apart along its own sharding: each distinct box once, from the first
+device that holds it. So nothing is gathered, and replicas are not written twice. A restore puts it
+together along the sharding that the target asks for. Everything that depends only on the sharding
+and the shape is worked out once for all arrays that share them.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,9 +28,12 @@ _log = logging.getLogger("ckpt_jax")
 
 @lru_cache(maxsize=4096)
 def owned_boxes(sharding: jax.sharding.Sharding, shape: Shape) -> tuple[tuple[int, Box, int], ...]:
-    """What this process writes of an array: (number of the addressable shard, box, device id).
+    """The slices of an array that this process writes.
 
     A box that several devices hold belongs to the first of them, in the sharding's order.
+
+    Returns:
+      (number of the addressable shard, box, device id) of each slice.
     """
     owner: dict[Box, int] = {}
     for device, index in sharding.devices_indices_map(shape).items():
@@ -48,11 +51,11 @@ def owned_boxes(sharding: jax.sharding.Sharding, shape: Shape) -> tuple[tuple[in
 def held_boxes(
     sharding: jax.sharding.Sharding, shape: Shape
 ) -> tuple[tuple[Box, tuple[tuple[int, int], ...]], ...]:
-    """The distinct boxes of an array over all processes, each with who could write it.
+    """The distinct boxes of an array over all processes, and the processes that hold each.
 
     Returns:
-      (box, ((process, device id), ...)): of each process that holds the box its first device.
-      It is the same on all processes.
+      (box, ((process, device id), ...)), with the first device of each process that holds the box.
+      The result is the same on all processes.
     """
     holders: dict[Box, dict[int, int]] = {}
     for device, index in sharding.devices_indices_map(shape).items():
@@ -68,11 +71,12 @@ def _shard_numbers(sharding: jax.sharding.Sharding, shape: Shape) -> dict[int, i
 
 
 def part_of(array: jax.Array, device: int, part: Box) -> jax.Array | np.ndarray:
-    """A part of the shard on one device, for `to_host`: a view where that lies on the host.
+    """A part of the shard on one device, for `to_host`; a view if the shard lies on the host.
 
     Args:
+      array: the array.
       device: id of a device of this process.
-      part: relative to the shard.
+      part: a box relative to the shard.
     """
     shard = held_shards(array)[_shard_numbers(array.sharding, array.shape)[device]]
     if part == whole(shard.shape):
@@ -89,7 +93,7 @@ def wanted_boxes(sharding: jax.sharding.Sharding, shape: Shape) -> tuple[Box, ..
 
 @lru_cache(maxsize=4096)
 def wanted_size(sharding: jax.sharding.Sharding, shape: Shape) -> int:
-    """Number of elements in `wanted_boxes`."""
+    """The number of elements in `wanted_boxes`."""
     return sum(map(size_of, wanted_boxes(sharding, shape)))
 
 
@@ -100,18 +104,41 @@ def owned_shards(array: jax.Array) -> list[tuple[Box, int, jax.Array]]:
     return [(box, device, shards[number]) for number, box, device in owned]
 
 
-def to_host(shards: Sequence[jax.Array | np.ndarray]) -> list[np.ndarray]:
-    """The contents of single-device arrays: views where they lie on the host, else copies.
+class Arriving:
+    """A copy of a single-device array that is on its way to pinned host memory.
 
-    Views stay what they are even if the array is donated or deleted: JAX does not reuse memory
-    while a view of it lives.
+    The runtime orders everything that the program does to the array behind the copy. So the array
+    may be donated or deleted before the copy arrives.
+    """
+
+    def __init__(self, started: jax.Array):
+        self._started = started
+        self.shape, self.nbytes = started.shape, started.nbytes
+
+    def wait(self) -> np.ndarray:
+        """The contents; on any thread."""
+        with transfers_allowed(), jax.enable_x64(True):
+            return np.asarray(self._started)
+
+
+def to_host(
+    shards: Sequence[jax.Array | np.ndarray], *, wait: bool = True
+) -> list[np.ndarray | Arriving]:
+    """The contents of single-device arrays: views if they lie on the host, otherwise copies.
+
+    Views stay valid even if the array is donated or deleted: JAX does not reuse memory while a
+    view of it exists.
+
+    Args:
+      wait: if not, large copies may still be on their way (`Arriving`).
     """
     far = {
         number: shard
         for number, shard in enumerate(shards)
         if isinstance(shard, jax.Array) and not _on_host(shard.sharding)
     }
-    copied = dict(zip(far, copies(list(far.values())) if far else (), strict=True))
+    arrays = copies(list(far.values()), wait=wait) if far else ()
+    copied = dict(zip(far, arrays, strict=True))
     return [copied[n] if n in copied else np.asarray(shard) for n, shard in enumerate(shards)]
 
 
@@ -122,27 +149,48 @@ def _on_host(sharding: jax.sharding.Sharding) -> bool:
 
 
 _PINNED_FROM = 1 << 16  # bytes; the driver stages smaller copies itself
-_PINNED_AT_MOST = 32 << 30  # bytes; XLA holds 64 GiB, and programs keep values there as well
+_PINNED_AT_MOST = 32 << 30  # bytes; XLA provides 64 GiB, and programs keep values there as well
 
 
-def copies(shards: Sequence[jax.Array]) -> list[np.ndarray]:
-    """Copies of single-device arrays in host memory, all started before the first is waited for.
+def copies(shards: Sequence[jax.Array], *, wait: bool = True) -> list[np.ndarray | Arriving]:
+    """Copies single-device arrays to host memory; starts all copies before waiting for the first.
 
-    They go straight to pinned memory where the platform has it: through ordinary memory the
-    driver copies twice, at a fraction of the bus's speed. The arrays themselves keep no copy, as
-    they would after `np.asarray`.
+    The copies go straight to pinned memory if the platform has it. Through ordinary memory the
+    driver would copy twice, at a fraction of the bus's speed. The arrays themselves keep no copy,
+    unlike after `np.asarray`.
+
+    Args:
+      wait: if not, copies to pinned memory are only started.
     """
+    chosen = _for_pinned(shards)
+    others = [number for number in range(len(shards)) if number not in chosen]
+    found: dict[int, np.ndarray | Arriving] = {}
     # Without 64-bit types enabled, JAX would copy 64-bit values as 32-bit ones.
     with jax.enable_x64(True):
-        started = _to_pinned(shards)
-        for number, shard in enumerate(shards):
-            if number not in started:
-                started[number] = _start_copy(shard)
-        return [_arrived(started[number], shard) for number, shard in enumerate(shards)]
+        if not wait:  # these first, because copies arrive in the order in which they were started
+            found = _copied(shards, others)
+            others = []
+        pinned = _to_pinned(shards, chosen)
+        others += [number for number in chosen if number not in pinned]
+        found |= _copied(shards, others)
+        for number, started in pinned.items():
+            found[number] = _arrived(started, shards[number]) if wait else Arriving(started)
+    return [found[number] for number in range(len(shards))]
 
 
-def _to_pinned(shards: Sequence[jax.Array]) -> dict[int, jax.Array]:
-    """Starts copies to pinned host memory: of which shards, by number."""
+def _copied(
+    shards: Sequence[jax.Array], numbers: Sequence[int]
+) -> dict[int, np.ndarray | Arriving]:
+    """Copies of some shards in ordinary memory, by their numbers."""
+    started = {number: _start_copy(shards[number]) for number in numbers}
+    return {number: np.asarray(copy) for number, copy in started.items()}
+
+
+def _for_pinned(shards: Sequence[jax.Array]) -> dict[int, jax.sharding.Sharding]:
+    """The shards that go to pinned host memory, by number, and where to.
+
+    Shards that are too small, or for which there is no room, are left out.
+    """
     room, chosen = _PINNED_AT_MOST, {}
     for number, shard in enumerate(shards):
         pinned = _pinned(shard.sharding)
@@ -150,6 +198,13 @@ def _to_pinned(shards: Sequence[jax.Array]) -> dict[int, jax.Array]:
         if pinned is not None and whole_bytes and _PINNED_FROM <= shard.nbytes <= room:
             room -= shard.nbytes
             chosen[number] = pinned
+    return chosen
+
+
+def _to_pinned(
+    shards: Sequence[jax.Array], chosen: Mapping[int, jax.sharding.Sharding]
+) -> dict[int, jax.Array]:
+    """Starts copies to pinned host memory; none if that is not possible."""
     try:
         arrays = jax.device_put([shards[number] for number in chosen], list(chosen.values()))
     except jax.errors.JaxRuntimeError as error:
@@ -160,14 +215,14 @@ def _to_pinned(shards: Sequence[jax.Array]) -> dict[int, jax.Array]:
 
 @lru_cache(maxsize=4096)
 def _pinned(sharding: jax.sharding.Sharding) -> jax.sharding.Sharding | None:
-    """The same place in pinned host memory; None where the platform has none."""
+    """The same place in pinned host memory; None if the platform has none."""
     (device,) = sharding.device_set
     kinds = {memory.kind for memory in device.addressable_memories()}
     return sharding.with_memory_kind("pinned_host") if "pinned_host" in kinds else None
 
 
 def _start_copy(shard: jax.Array) -> jax.Array:
-    # Another array on the same buffer, since an array keeps what was copied of it.
+    # Uses another array on the same buffer, because an array keeps the copy that is made of it.
     other = jax.make_array_from_single_device_arrays(shard.shape, shard.sharding, [shard])
     other.copy_to_host_async()
     return other
@@ -191,7 +246,7 @@ def place(
 ) -> jax.Array:
     """The array on `sharding` whose `wanted_boxes` have these contents.
 
-    Contents that lie at multiples of 64 bytes become the array's memory on CPU without a copy.
+    On CPU, contents at addresses that are multiples of 64 become the array's memory without a copy.
     """
     # Without 64-bit types enabled, JAX would place 32-bit shards in an array that says 64.
     wide = jax.enable_x64(True) if dtype.itemsize >= 8 else contextlib.nullcontext()
@@ -216,9 +271,9 @@ def _place(
 def put(
     arrays: Sequence[np.ndarray], sharding: jax.sharding.Sharding | None = None
 ) -> list[jax.Array]:
-    """Arrays of exactly these dtypes, on the default device where no sharding is given."""
+    """Arrays of exactly these dtypes, on `sharding` or on the default device."""
     if sharding is not None and not sharding.is_fully_addressable:
-        # `device_put` would have the devices of all processes compare the arrays.
+        # `device_put` would make the devices of all processes compare the arrays.
         return [
             place(
                 x.shape, x.dtype, sharding, [x[slices(b)] for b in wanted_boxes(sharding, x.shape)]
@@ -230,7 +285,7 @@ def put(
 
 
 def weakly_typed(array: jax.Array) -> jax.Array:
-    """A rank-0 array with a weak type, as JAX makes of a Python number; others as they are.
+    """A rank-0 array with a weak type, as if made from a Python number; other arrays unchanged.
 
     (JAX has no public way to weaken the type of a larger array.)
     """
@@ -238,6 +293,44 @@ def weakly_typed(array: jax.Array) -> jax.Array:
         return array
     weak = jnp.asarray(array.item())
     return jax.device_put(weak, array.sharding) if weak.dtype == array.dtype else array
+
+
+def in_formats(arrays: Sequence[Any], targets: Sequence[Any]) -> list[Any]:
+    """Restored values in the memory layouts (`Format`) that their targets have or ask for."""
+    wanted = {
+        number: format
+        for number, (array, target) in enumerate(zip(arrays, targets, strict=True))
+        if isinstance(array, jax.Array)
+        and (format := _format_of(target)) is not None
+        and _layout(array) != format.layout
+    }
+    if not wanted:
+        return list(arrays)
+    with jax.enable_x64(True):
+        moved = jax.device_put([arrays[number] for number in wanted], list(wanted.values()))
+    changed = dict(zip(wanted, moved, strict=True))
+    return [changed.get(number, array) for number, array in enumerate(arrays)]
+
+
+def _layout(array: Any) -> Any:
+    return array.format.layout
+
+
+def _format_of(target: Any) -> Any | None:
+    """The layout and sharding of a target, unless it leaves the layout to JAX."""
+    if isinstance(target, jax.Array):
+        # With one axis there is one layout. One that is not committed lies as JAX chose.
+        if target.ndim < 2 or not target.committed or target.is_deleted():
+            return None
+    elif not isinstance(target, jax.ShapeDtypeStruct):
+        return None
+    if jnp.issubdtype(target.dtype, jax.dtypes.extended):
+        return None
+    format: Any = getattr(target, "format", None)
+    layout: Any = None if format is None else format.layout
+    if layout is None or (not layout.tiling and [*layout.major_to_minor] == [*range(target.ndim)]):
+        return None
+    return format
 
 
 @lru_cache(maxsize=4096)
@@ -258,9 +351,10 @@ def _aval(shape: Shape, dtype: np.dtype) -> Any:
 
 @contextlib.contextmanager
 def transfers_allowed() -> Iterator[None]:
-    """Saves and restores are transfers that the program asks for, whatever `jax.transfer_guard`.
+    """Allows transfers in the block, whatever `jax.transfer_guard` says: the program asks for them.
 
-    They happen now, while a function is being traced, too: what is restored must not be a tracer.
+    If a function is being traced, the block is executed all the same: a restored value must not
+    be a tracer.
     """
     with jax.transfer_guard("allow"), jax.ensure_compile_time_eval():
         yield
@@ -268,9 +362,9 @@ def transfers_allowed() -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_gc() -> Iterator[None]:
-    """Holds the cyclic garbage collector off while very many objects are made that all stay.
+    """Switches the cyclic garbage collector off while very many objects are made that all stay.
 
-    It would visit all of them again and again; there are no cycles among them.
+    It would visit all of them again and again, although there are no cycles among them.
     """
     enabled = gc.isenabled()
     gc.disable()
@@ -282,17 +376,53 @@ def without_gc() -> Iterator[None]:
 
 
 def placement(value: Any) -> jax.sharding.Sharding | None:
-    """The sharding that a target asks for; None where it leaves that to JAX."""
+    """The sharding that a target asks for; None if it leaves that to JAX."""
     if isinstance(value, jax.Array):
         return value.sharding if value.committed else None
-    return value.sharding if isinstance(value, jax.ShapeDtypeStruct) else None
+    sharding = value.sharding if isinstance(value, jax.ShapeDtypeStruct) else None
+    return None if sharding is None else on_devices(sharding)
+
+
+def on_devices(sharding: Any) -> Any:
+    """A sharding that lies on an abstract mesh, or a bare spec, on the mesh of `jax.set_mesh`.
+
+    It stays what it is if no mesh is set, or one with other axes.
+    """
+    if isinstance(sharding, jax.sharding.PartitionSpec):
+        mesh = jax.sharding.get_mesh()
+        return sharding if mesh.empty else jax.sharding.NamedSharding(mesh, sharding)
+    if not _is_abstract(sharding):
+        return sharding
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or dict(mesh.shape) != dict(sharding.mesh.shape):
+        return sharding
+    return jax.sharding.NamedSharding(mesh, sharding.spec, memory_kind=sharding.memory_kind)
+
+
+def _is_abstract(sharding: Any) -> bool:
+    return isinstance(sharding, jax.sharding.NamedSharding) and isinstance(
+        sharding.mesh, jax.sharding.AbstractMesh
+    )
 
 
 def placement_problem(shape: Shape, sharding: jax.sharding.Sharding | None) -> str | None:
-    """Why an array of `shape` cannot lie on `sharding`."""
+    """Why an array of `shape` cannot lie on `sharding`; None if it can."""
     if sharding is None:
         return None
+    if _is_abstract(sharding):
+        return _no_devices(sharding)
     return _placement_problem(tuple(shape), sharding)
+
+
+def _no_devices(sharding: Any) -> str:
+    axes = ", ".join(f"{name}={size}" for name, size in sharding.mesh.shape.items())
+    mesh = jax.sharding.get_mesh()
+    found = "no mesh is set" if mesh.empty else f"the mesh that is set is {dict(mesh.shape)}"
+    return (
+        f"expected devices, got the spec {sharding.spec} on an abstract mesh ({axes}), and "
+        f"{found}: restore under jax.set_mesh(mesh), or pass options=CheckpointOptions("
+        "shardings=...)"
+    )
 
 
 @lru_cache(maxsize=4096)

@@ -1,15 +1,14 @@
-"""JAX's internals: all that this package uses of them, in one place.
+"""JAX's internals: everything that this package uses of them, in one place.
 
-Three things have no public door. Each is looked up by name when it is needed, and
-`tests/test_jax_internals.py` pins what is expected of it, so that a release of JAX that moves
-one fails there and not in somebody's training run.
+Three functions use what has no public interface. A test pins what they expect of JAX, so that a
+release of JAX that moves one of these internals fails there and not in somebody's training run.
 
-place_shards      places all shards of an array in one call, in a third of the time of
-                  `jax.make_array_from_single_device_arrays`, which stands in where it is gone
-held_shards       the addressable shards of an array without making a view of each;
-                  `addressable_data` stands in
+place_shards      places all shards of an array in one call, in a third of the time that
+                  `jax.make_array_from_single_device_arrays` takes, which is used if it is missing
+held_shards       the addressable shards of an array, without making a view of each;
+                  uses `addressable_data` if the internal attribute is missing
 service_client    the client of the coordination service that `jax.distributed` started:
-                  keys and values shared by all processes, without touching a device
+                  keys and values that all processes share, without touching a device
 """
 
 from __future__ import annotations
@@ -42,12 +41,12 @@ def held_shards(array: jax.Array) -> Sequence[jax.Array]:
 
 
 def service_client() -> Any | None:
-    """The coordination service's client; None where `jax.distributed` was not initialized.
+    """The coordination service's client; None if `jax.distributed` was not initialized.
 
-    Used of it: `key_value_set(key, value)`, which fails with "ALREADY_EXISTS" where there is a
-    value; `blocking_key_value_get(key, timeout_ms)`, which fails with "DEADLINE_EXCEEDED";
-    `key_value_dir_get(prefix)`, pairs of key and value; and `key_value_delete(prefix)`, which
-    removes everything below a prefix that ends in "/".
+    This package uses four methods: `key_value_set(key, value)`, which fails with "ALREADY_EXISTS"
+    if there is a value; `blocking_key_value_get(key, timeout_ms)`, which fails with
+    "DEADLINE_EXCEEDED"; `key_value_dir_get(prefix)`, which returns pairs of key and value; and
+    `key_value_delete(prefix)`, which removes everything below a prefix that ends in "/".
     """
     state = getattr(_distributed, "global_state", None)
     return getattr(state, "client", None)

@@ -1,9 +1,9 @@
-"""Values: what each kind of leaf is, how it becomes an array of bytes, and how it comes back.
+"""Leaves: how each kind of value becomes an array or a byte string, and how it is restored.
 
 Everything that is saved is an array or a byte string. A Python number becomes a rank-0 array
-(an int that int64 cannot hold becomes its decimal text), a string its UTF-8 bytes, a typed
-PRNG key its key data; the `LeafSpec` remembers what it was. Coming back, the *target* says
-what is wanted: its kind, dtype, shape and sharding.
+(an int that does not fit into int64 becomes its hexadecimal text), a string becomes its UTF-8
+bytes, a typed PRNG key its key data. The `LeafSpec` remembers what the value was. In a restore, the
+*target* (the value that the program has) says which kind, dtype, shape and sharding is wanted.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ckpt_jax.graph.dtypes import dtype_name, dtype_of
+from ckpt_jax.graph.dtypes import BYTES, dtype_name, dtype_of
 from ckpt_jax.graph.specs import OPEN, LeafSpec, ShardingSpec
-from ckpt_jax.objects.trackable import PythonState
+from ckpt_jax.objects.python_state import PythonState
 
-ARRAY_KINDS = frozenset(["array", "numpy", "numpy_scalar", ""])
 _INT64 = range(-(2**63), 2**63)
 
 
@@ -31,7 +30,7 @@ _INT64 = range(-(2**63), 2**63)
 
 
 def describe(value: Any) -> tuple[LeafSpec, ShardingSpec | None]:
-    """The spec of a value, and the sharding that it has; `OPEN` for a function that makes one.
+    """The spec and the sharding of a value; the spec is `OPEN` for a function that makes a value.
 
     Raises:
       TypeError: saying why the value cannot be saved.
@@ -53,16 +52,16 @@ def describe(value: Any) -> tuple[LeafSpec, ShardingSpec | None]:
 
 
 def evaluate(value: Any) -> Any:
-    """The value itself, where what is given is a function that makes it.
+    """The value, or, if it is a function that makes a value, what the function returns.
 
     Raises:
-      TypeError: what the function made is one, too.
+      TypeError: the function returned another function.
     """
     if not callable(value) or isinstance(value, PythonState | enum.Enum):
         return value
     made = value()
     if callable(made) and not isinstance(made, PythonState | enum.Enum):
-        raise TypeError(f"the function {value!r} gave another one, {made!r}, and no value")
+        raise TypeError(f"the function {value!r} returned another function, {made!r}, not a value")
     return made
 
 
@@ -107,17 +106,17 @@ def _int_spec(value: int) -> LeafSpec:
 
 
 _INT = LeafSpec("int", "int64")
-_BIG_INT = LeafSpec("int", "bytes")
+_BIG_INT = LeafSpec("int", BYTES)
 _DESCRIBE: tuple[tuple[type | tuple[type, ...], Callable[[Any], LeafSpec]], ...] = (
     ((np.ndarray, np.generic), _numpy_spec),
-    (enum.Enum, lambda value: LeafSpec("enum", "bytes")),
+    (enum.Enum, lambda value: LeafSpec("enum", BYTES)),
     (bool, lambda value: LeafSpec("bool", "bool")),
     (int, _int_spec),
     (float, lambda value: LeafSpec("float", "float64")),
     (complex, lambda value: LeafSpec("complex", "complex128")),
-    (str, lambda value: LeafSpec("str", "bytes")),
-    (bytes, lambda value: LeafSpec("bytes", "bytes")),
-    (PythonState, lambda value: LeafSpec("python_state", "bytes")),
+    (str, lambda value: LeafSpec("str", BYTES)),
+    (bytes, lambda value: LeafSpec("bytes", BYTES)),
+    (PythonState, lambda value: LeafSpec("python_state", BYTES)),
 )
 
 
@@ -146,7 +145,7 @@ def sharding_spec(sharding: jax.sharding.Sharding) -> ShardingSpec:
 def struct_of(
     spec: LeafSpec, sharding: jax.sharding.Sharding | None = None
 ) -> jax.ShapeDtypeStruct:
-    """What a spec is to JAX.
+    """The `jax.ShapeDtypeStruct` of a spec.
 
     Raises:
       ValueError: there is no such dtype.
@@ -154,18 +153,18 @@ def struct_of(
     return jax.ShapeDtypeStruct(spec.shape, dtype_of(spec.dtype), sharding=sharding)
 
 
-# --- out -------------------------------------------------------------------------------
+# --- saving ----------------------------------------------------------------------------
 
 
 def encode(value: Any) -> jax.Array | np.ndarray | bytes:
-    """The array or byte string that stands for a value in the file."""
+    """The array or byte string that is stored for a value."""
     if isinstance(value, jax.ShapeDtypeStruct):
         raise TypeError("a jax.ShapeDtypeStruct describes an array and holds none")
     if isinstance(value, jax.Array):
         if value.is_deleted():
             raise ValueError("the array has been deleted or donated")
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
-            with jax.ensure_compile_time_eval():  # a key that is no tracer has data that is none
+            with jax.ensure_compile_time_eval():  # so that the data of a key is no tracer
                 return jax.random.key_data(value)
         return value
     if isinstance(value, np.ndarray):
@@ -195,30 +194,30 @@ def _state_bytes(state: PythonState) -> bytes:
     raise TypeError(f"{kind}.serialize() must return str or bytes, got {got}")
 
 
-# --- back ------------------------------------------------------------------------------
+# --- restoring -------------------------------------------------------------------------
 
 
 def difference(saved: LeafSpec, target: LeafSpec, cast: bool) -> str | None:
-    """Why a value of spec `saved` cannot become what `target` is, or None if it can.
+    """Why a value of spec `saved` cannot be restored as `target`; None if it can.
 
-    A saved value without a dtype takes that of its target.
+    A saved value without a dtype takes the dtype of its target.
     """
-    if saved.kind in ARRAY_KINDS and not saved.dtype and target.dtype != "bytes":
+    if saved.is_array and not saved.dtype and not target.is_bytes:
         saved = replace(saved, dtype=target.dtype)
-    if saved.kind == "unreadable":
+    if saved.is_unreadable:
         return (
             f"expected {_kind(target)}, got {saved.dtype}{list(saved.shape)}, which is unreadable"
         )
     if target.kind == "python_state" and saved.kind in ("str", "bytes"):
-        return None  # from a file that keeps no kinds
-    if target.kind == saved.kind and target.kind not in ARRAY_KINDS:
+        return None  # from a file of a format that does not record kinds
+    if target.kind == saved.kind and not target.is_array:
         same = (saved.prng_impl, saved.shape) == (target.prng_impl, target.shape)
         return None if same else f"expected {target}, got {saved}"
-    if "bytes" in (saved.dtype, target.dtype) or "prng_key" in (saved.kind, target.kind):
+    if saved.is_bytes or target.is_bytes or saved.is_key or target.is_key:
         return f"expected {_kind(target)}, got {_kind(saved)}"
     if saved.shape != target.shape:
         return f"expected shape {target.shape}, got {saved.shape}"
-    if target.kind in ARRAY_KINDS and saved.kind in ARRAY_KINDS:
+    if target.is_array and saved.is_array:
         if saved.dtype == target.dtype or cast:
             return None
         return f"expected dtype {target.dtype}, got {saved.dtype} (cast=True would convert it)"
@@ -229,11 +228,11 @@ def difference(saved: LeafSpec, target: LeafSpec, cast: bool) -> str | None:
 
 
 def _kind(spec: LeafSpec) -> str:
-    return str(spec) if spec.kind in (*ARRAY_KINDS, "prng_key") else f"a Python {spec.kind}"
+    return str(spec) if spec.is_array or spec.is_key else f"a Python {spec.kind}"
 
 
 def _family(spec: LeafSpec) -> str:
-    if spec.kind in ("bool", "int", "float", "complex"):
+    if spec.is_number:
         return spec.kind
     dtype = dtype_of(spec.dtype)
     if dtype.kind in "mM":
@@ -245,23 +244,26 @@ def _family(spec: LeafSpec) -> str:
 
 
 def decode(data: Any, saved: LeafSpec, target: LeafSpec, like: Any = None) -> Any:
-    """What was read for a leaf, as the kind of value that `target` is.
+    """Turns what was read for a leaf into the kind of value that `target` is.
 
-    `data` is a numpy array or bytes, or a jax.Array where the target is one; `like` is the
-    target's present value (an enum member comes back as a member of its class).
+    Args:
+      data: a numpy array or bytes; a jax.Array if the target is one.
+      saved, target: the specs of the saved value and of the target.
+      like: the target's present value. An enum member is restored as a member of its class.
 
     Raises:
       OverflowError: a Python number does not fit into the dtype of the target.
+      ValueError: the text is not that of such a value.
     """
     kind = target.kind
-    if kind == "prng_key":
+    if target.is_key:
         return jax.random.wrap_key_data(data, impl=target.prng_impl)
     if isinstance(data, bytes):
-        text = _decode_bytes(data, saved.kind if kind in ARRAY_KINDS else kind)
+        text = _decode_bytes(data, saved.kind if target.is_array else kind)
         return _member(like, text) if kind == "enum" and isinstance(like, enum.Enum) else text
-    if kind in ARRAY_KINDS:
+    if target.is_array:
         if dtype_name(data.dtype) != target.dtype:
-            data = _convert(data, dtype_of(target.dtype), exact=saved.kind not in ARRAY_KINDS)
+            data = _convert(data, dtype_of(target.dtype), exact=not saved.is_array)
         return data[()] if kind == "numpy_scalar" else data
     return _PYTHON.get(kind, lambda x: x)(data.item() if hasattr(data, "item") else data)
 
@@ -302,8 +304,6 @@ def _decode_bytes(data: bytes, kind: str) -> Any:
 
 
 def as_saved(data: Any, saved: LeafSpec) -> Any:
-    """A value that was read without a target: numpy, or the Python value that it was."""
-    kind = saved.kind
-    if kind in ("array", "prng_key"):
-        kind = "numpy"
+    """A value that was read without a target: a numpy array, or the Python value that it was."""
+    kind = "numpy" if saved.is_placed else saved.kind
     return decode(data, saved, LeafSpec(kind, saved.dtype, saved.shape))

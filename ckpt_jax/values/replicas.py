@@ -1,11 +1,11 @@
-"""Replicas: reading each byte once, and letting the devices hand it to all that need it.
+"""Replicas: each byte is read by one process, and the devices pass it on to those that need it.
 
-Where an array is replicated, several processes would read the same bytes. Laid out along the
-mesh axes that its sharding leaves unused, the same array has every slice once: each process
-reads a part, and gathering the parts over the devices gives the array that was wanted.
+If an array is replicated, several processes would read the same bytes. If the same array is also
+split along the mesh axes that its sharding leaves unused, every slice exists once. Then each
+process reads a part, and gathering the parts over the devices gives the array that is wanted.
 
-The mesh has to allow it: the parts have to be equal. The gathering moves unsigned integers, so
-that no conversion touches a NaN.
+The mesh has to allow this: all parts have to be of equal size. The gathering moves unsigned
+integers, so that no conversion changes a NaN.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from jax.sharding import NamedSharding, PartitionSpec
 from ckpt_jax.graph.boxes import Shape
 from ckpt_jax.values.host import held_boxes
 
-MIN_NBYTES = 1 << 20  # what is smaller is read sooner than handed over
+MIN_NBYTES = 1 << 20  # reading a smaller array is faster than passing it on
 
 
 @lru_cache(maxsize=4096)
 def parted(
     sharding: jax.sharding.Sharding, shape: Shape, dtype: np.dtype
 ) -> jax.sharding.NamedSharding | None:
-    """A layout with every slice once, from which `gather` makes `sharding`.
+    """A sharding in which every slice exists once, and from which `gather` makes `sharding`.
 
     Returns:
-      None where the array is small, no two processes need the same slice, or the unused axes
+      None if the array is small, if no two processes need the same slice, or if the unused axes
       of the mesh divide none of its dimensions.
     """
     if not isinstance(sharding, NamedSharding) or not _is_gathered(shape, dtype):
@@ -62,7 +62,7 @@ def _is_gathered(shape: Shape, dtype: np.dtype) -> bool:
 def gather(
     arrays: Sequence[jax.Array], shardings: Sequence[jax.sharding.Sharding]
 ) -> list[jax.Array]:
-    """The arrays on their shardings. To be called on all processes, with the same arrays."""
+    """The arrays on their shardings. All processes have to call it, with the same arrays."""
     layouts = [array.sharding for array in arrays]
 
     def move(parts: list[jax.Array]) -> list[jax.Array]:

@@ -16,14 +16,14 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = "ckpt_jax"
-ROOT = Path(__file__).parent.parent.parent / PACKAGE
+ROOT = Path(__file__).parent.parent.parent / PACKAGE  # not from `places`: this file is run too
 
 # From the ground up. A room imports only rooms on the lines before its own.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "metrics", "progress", "report", "version"),
+    ("errors", "metrics", "progress", "report", "retention", "version"),
     ("graph",),
-    ("options", "objects", "store"),
-    ("values",),
+    ("objects", "store"),
+    ("options", "state_file", "values"),
     ("io", "matching", "processes"),
     ("saving", "restoring"),
     ("api",),

@@ -6,6 +6,7 @@ being imported.
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
@@ -39,7 +40,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "ckpt_jax.graph.codec",
         "ckpt_jax.graph.saved_objects",
         "ckpt_jax.store.index",
-        "ckpt_jax.store.state_file",
+        "ckpt_jax.state_file",
         "ckpt_jax.graph._proto",
     ),
     "flax": ("ckpt_jax.objects.nnx", "ckpt_jax.objects.linen"),
@@ -79,6 +80,18 @@ def test_the_house_is_small_enough_to_be_known():
     assert len(folders) <= 12
     assert len(files) <= 10
     assert max(floors().values()) <= 11
+
+
+def test_every_room_says_what_it_is_for():
+    report(
+        [
+            f"{name}: say in a docstring what the room is for"
+            for name, m in modules().items()
+            if m.path.name == "__init__.py"
+            and not m.is_generated
+            and ast.get_docstring(m.tree) is None
+        ]
+    )
 
 
 def test_no_two_names_differ_by_an_ending():

@@ -1,7 +1,7 @@
 """The conformance suite of coordination services, run against the one in memory and JAX's."""
 
 import pytest
-from processes import outputs_of
+from real_processes import outputs_of
 
 from ckpt_jax.testing import MemoryService, ServiceTests
 

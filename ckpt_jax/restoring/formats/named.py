@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from ckpt_jax.graph.boxes import Box, inside, slices, whole
-from ckpt_jax.graph.dtypes import BYTES, dtype_of
+from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.store.index import Layout
 
@@ -81,7 +81,7 @@ class NamedIndex:
     def nbytes(self, key: str) -> int:
         """The size of an array in bytes; 0 where the spec does not say."""
         spec = self.specs[key]
-        if spec.kind == "unreadable" or spec.dtype == BYTES:
+        if spec.is_unreadable or spec.is_bytes:
             return 0
         return math.prod(spec.shape) * dtype_of(spec.dtype).itemsize
 

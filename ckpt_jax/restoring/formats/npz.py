@@ -65,7 +65,7 @@ class NpzReader:
             raise RuntimeError(f"{self.path}: the reader is closed")
         shape, dtype = self._headers[name]
         spec = _spec(shape, dtype)
-        if spec.kind == "unreadable":
+        if spec.is_unreadable:
             raise UnsupportedFormatError(
                 f"{self.path}: {name}: numpy's dtype {dtype.str} does not say what the array "
                 "holds, or is none that can be read without unpickling. Leave it out (only=...), "

@@ -1,0 +1,267 @@
+"""Retention: which of a directory's checkpoints to keep, as values.
+
+A policy is a frozen value with one pure method, from what is known about the checkpoints to
+the numbers of those to keep. `plan_sweep` turns what it says into what becomes of each.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Literal, Protocol, runtime_checkable
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointRecord:
+    """What a retention policy knows of a checkpoint.
+
+    Attributes:
+      number: the one in its name.
+      time: when it was recorded, in seconds since the epoch, by the manager's clock.
+      metrics: as given to `CheckpointManager.save`.
+      path: of the checkpoint.
+      is_abandoned: whether the program has gone back to before this checkpoint, and on from there.
+
+    Example:
+      >>> CheckpointRecord(3, metrics={"loss": 0.5}).number
+      3
+    """
+
+    number: int
+    time: float = 0.0
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    path: str = ""
+    is_abandoned: bool = False
+
+
+@runtime_checkable
+class RetentionPolicy(Protocol):
+    """Chooses the checkpoints that stay.
+
+    Of several policies each keeps its own: a checkpoint goes when none of them keeps it. The
+    latest checkpoint stays in any case.
+
+    Example:
+      >>> class KeepPrimes:
+      ...     def keep(self, records):
+      ...         return {r.number for r in records if r.number in (2, 3, 5, 7)}
+      >>> isinstance(KeepPrimes(), RetentionPolicy)
+      True
+    """
+
+    def keep(self, records: tuple[CheckpointRecord, ...]) -> Collection[int]:
+        """The numbers to keep, given all managed checkpoints: first those on abandoned branches,
+        then the others, both in the order of numbers, and the latest last."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class KeepLatest:
+    """Keeps the last `count` checkpoints.
+
+    Raises:
+      ValueError: `count` is not positive.
+
+    Example:
+      >>> sorted(KeepLatest(2).keep(tuple(map(CheckpointRecord, [1, 2, 3]))))
+      [2, 3]
+    """
+
+    count: int
+
+    def __post_init__(self) -> None:
+        _check_positive(count=self.count)
+
+    def keep(self, records: tuple[CheckpointRecord, ...]) -> frozenset[int]:
+        """The numbers of the last ones."""
+        return frozenset(record.number for record in records[-self.count :])
+
+
+@dataclass(frozen=True, slots=True)
+class KeepEveryNSteps:
+    """Keeps one checkpoint for each multiple of `steps`: the first one at or after it.
+
+    That is the multiple itself if it was saved. If the saves fall beside the multiples (1, 11, 21,
+    ...), it is the next one, as long as it comes before the next multiple. Before the first
+    multiple above 0 nothing is kept but 0.
+
+    The numbers are those of the names: pass `checkpoint_number=` to `save` for training steps.
+
+    Raises:
+      ValueError: `steps` is not positive.
+
+    Example:
+      >>> sorted(KeepEveryNSteps(100).keep(tuple(map(CheckpointRecord, [50, 100, 150, 200]))))
+      [100, 200]
+      >>> sorted(KeepEveryNSteps(50).keep(tuple(map(CheckpointRecord, range(1, 122, 10)))))
+      [51, 101]
+    """
+
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_positive(steps=self.steps)
+
+    def keep(self, records: tuple[CheckpointRecord, ...]) -> frozenset[int]:
+        """For each multiple the first number from there on."""
+        first: dict[int, int] = {}
+        for record in records:
+            multiple = record.number // self.steps
+            first[multiple] = min(record.number, first.get(multiple, record.number))
+        return frozenset(number for multiple, number in first.items() if multiple or not number)
+
+
+@dataclass(frozen=True, slots=True)
+class KeepBest:
+    """Keeps the `count` checkpoints with the best value of a metric.
+
+    Among equals the larger number is better. One without the metric, or with NaN, is none of
+    the best.
+
+    Attributes:
+      metric: its name in `CheckpointManager.save(metrics=...)`.
+      count: how many to keep.
+      mode: whether "max" or "min" is the best value.
+
+    Raises:
+      ValueError: `count` is not positive, or another mode.
+
+    Example:
+      >>> records = tuple(CheckpointRecord(n, 0.0, {"loss": 1 / n}) for n in (1, 2, 3))
+      >>> sorted(KeepBest("loss", count=2, mode="min").keep(records))
+      [2, 3]
+    """
+
+    metric: str
+    count: int = 1
+    mode: Literal["max", "min"] = "max"
+
+    def __post_init__(self) -> None:
+        _check_positive(count=self.count)
+        if self.mode not in ("max", "min"):
+            raise ValueError(f"expected mode 'max' or 'min', got {self.mode!r}")
+
+    def keep(self, records: tuple[CheckpointRecord, ...]) -> frozenset[int]:
+        """The numbers of the best ones."""
+        sign = 1 if self.mode == "max" else -1
+        ranked = sorted(
+            (sign * value, record.number)
+            for record in records
+            if not math.isnan(value := record.metrics.get(self.metric, math.nan))
+        )
+        return frozenset(number for _, number in ranked[-self.count :])
+
+
+@dataclass(frozen=True, slots=True)
+class KeepAny:
+    """Keeps what any of several policies keeps.
+
+    Raises:
+      TypeError: one of them is no policy.
+
+    Example:
+      >>> policy = KeepAny((KeepLatest(1), KeepEveryNSteps(2)))
+      >>> sorted(policy.keep(tuple(map(CheckpointRecord, [1, 2, 3]))))
+      [2, 3]
+    """
+
+    policies: tuple[RetentionPolicy, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "policies", tuple(self.policies))
+        for policy in self.policies:
+            if not isinstance(policy, RetentionPolicy):
+                raise TypeError(f"expected a retention policy, got {policy!r}; it has no keep()")
+
+    def keep(self, records: tuple[CheckpointRecord, ...]) -> frozenset[int]:
+        """The union of what they keep."""
+        return frozenset().union(*(policy.keep(records) for policy in self.policies))
+
+
+@dataclass(frozen=True, slots=True)
+class Sweep:
+    """What becomes of the managed checkpoints, each of which is in one of three groups."""
+
+    keep: tuple[CheckpointRecord, ...]
+    preserve: tuple[CheckpointRecord, ...]  # kept forever, no longer managed
+    remove: tuple[CheckpointRecord, ...]
+    last_preserved: float
+
+
+def plan_sweep(
+    records: tuple[CheckpointRecord, ...],
+    policy: RetentionPolicy,
+    preserve_interval_seconds: float | None,
+    last_preserved: float,
+) -> Sweep:
+    """Decides what becomes of each of `records`, the latest last.
+
+    Args:
+      records: the managed checkpoints.
+      policy: what to keep, besides the latest.
+      preserve_interval_seconds: between two that are kept forever; None keeps none.
+      last_preserved: when the last one of those was saved, in seconds since the epoch.
+    """
+    numbers = {*_kept(policy, records), *(record.number for record in records[-1:])}
+    preserve: list[CheckpointRecord] = []
+    remove: list[CheckpointRecord] = []
+    for record in records:
+        if record.number in numbers:
+            continue
+        interval = preserve_interval_seconds
+        if interval is not None and record.time - interval >= last_preserved:
+            preserve.append(record)
+            last_preserved = record.time
+        else:
+            remove.append(record)
+    keep = tuple(record for record in records if record.number in numbers)
+    return Sweep(keep, tuple(preserve), tuple(remove), last_preserved)
+
+
+def _kept(policy: RetentionPolicy, records: tuple[CheckpointRecord, ...]) -> set[int]:
+    """What a policy keeps.
+
+    Raises:
+      TypeError: it says so in anything but numbers; it would keep nothing.
+    """
+    kept = policy.keep(records)
+    try:
+        return {operator.index(number) for number in kept}
+    except TypeError as error:
+        raise TypeError(
+            f"{policy!r}: expected keep() to return numbers of checkpoints, found {kept!r}. Return "
+            "record.number of each record that stays."
+        ) from error
+
+
+def metrics_of(policy: RetentionPolicy) -> frozenset[str]:
+    """The metrics that a policy is known to go by.
+
+    >>> sorted(metrics_of(KeepAny((KeepBest("loss"), KeepLatest(1)))))
+    ['loss']
+    """
+    if isinstance(policy, KeepBest):
+        return frozenset([policy.metric])
+    if isinstance(policy, KeepAny):
+        return frozenset().union(*map(metrics_of, policy.policies))
+    return frozenset()
+
+
+def counts_steps(policy: RetentionPolicy) -> bool:
+    """Whether a policy is known to take numbers for training steps."""
+    if isinstance(policy, KeepAny):
+        return any(map(counts_steps, policy.policies))
+    return isinstance(policy, KeepEveryNSteps)
+
+
+def can_keep(policy: RetentionPolicy) -> bool:
+    """Whether a policy can keep anything."""
+    return not isinstance(policy, KeepAny) or any(map(can_keep, policy.policies))
+
+
+def _check_positive(**values: int) -> None:
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"expected {name} to be at least 1, got {value}")

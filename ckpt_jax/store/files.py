@@ -1,0 +1,69 @@
+"""Small files beside the checkpoints: read whole, and replaced in one step."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from ckpt_jax.store.durable import fsync_directory, naming
+from ckpt_jax.store.staging import claim, new_file, remove_leftovers
+
+_MAX_NBYTES = 1 << 26  # of a file beside the checkpoints
+
+
+def read_file(path: str) -> str | None:
+    """The text of a small file beside the checkpoints; None if there is no file.
+
+    A pipe is not opened, because nobody may ever write to it.
+
+    Raises:
+      ValueError: it is no regular file, is too large, or is no text in UTF-8.
+      OSError: it cannot be read.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV, errno.ELOOP):
+            raise ValueError(f"it cannot be read ({error.strerror})") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("it is no regular file")
+    with open(descriptor, "rb") as file:
+        contents = file.read(_MAX_NBYTES + 1)
+    if len(contents) > _MAX_NBYTES:
+        raise ValueError(f"it has more than {_MAX_NBYTES} bytes")
+    return contents.decode("utf-8")
+
+
+def replace_file(path: str, text: str) -> None:
+    """Replaces a small file durably in one step. If that fails, the file is as it was before.
+
+    Raises:
+      OSError: naming the file.
+    """
+    before = Path(path).read_bytes() if os.path.isfile(path) else None
+    remove_leftovers(path)
+    _put(path, text.encode("ascii"))
+    try:
+        fsync_directory(os.path.dirname(path) or os.curdir)
+    except OSError:
+        # The new file is in place, but it may not survive a power failure.
+        if before is None:
+            os.unlink(path)
+        else:
+            _put(path, before)
+        raise
+
+
+def _put(path: str, contents: bytes) -> None:
+    with claim(path, new_file) as temporary:
+        with naming(temporary), open(temporary, "wb") as file:
+            file.write(contents)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)

@@ -1,0 +1,80 @@
+"""Notes: what a manager has to know of its checkpoints that the state file cannot say.
+
+They lie beside the state file in `checkpoint-metrics.json`: the metrics of each checkpoint by its
+name, and the names of the checkpoints that are on an *abandoned branch* (the program went back
+to an earlier step and went on from there):
+
+    {"ckpt-3": {"loss": 0.25}, "ckpt-4": {"loss": "nan"}, "abandoned": ["ckpt-4"]}
+
+They are not in the checkpoints, because they are about the choice between checkpoints: one small
+file answers it without opening any of them. The state file cannot have fields that its other
+readers do not know. The file is replaced in one step. If there is nothing to note, no file is made.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ckpt_jax.store.files import read_file, replace_file
+
+NOTES_FILE = "checkpoint-metrics.json"
+_ABANDONED = "abandoned"  # no name of a managed checkpoint: it has no number
+
+
+@dataclass(frozen=True, slots=True)
+class Notes:
+    """The notes of a directory, by the names of checkpoints.
+
+    Attributes:
+      metrics: the metrics of each checkpoint.
+      abandoned: the checkpoints on abandoned branches.
+    """
+
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    abandoned: frozenset[str] = frozenset()
+
+
+def read_notes(directory: str) -> Notes | None:
+    """The notes of a directory; None if there is no file.
+
+    Raises:
+      ValueError: the file cannot be understood.
+      OSError: it cannot be read.
+    """
+    text = read_file(os.path.join(directory, NOTES_FILE))
+    if text is None:
+        return None
+    try:
+        content = json.loads(text)
+        abandoned = content.pop(_ABANDONED, [])
+        if not isinstance(abandoned, list):
+            raise ValueError(f"{_ABANDONED} is no list")
+        metrics = {
+            name: {metric: float(value) for metric, value in own.items()}
+            for name, own in content.items()
+        }
+        return Notes(metrics, frozenset([str(name) for name in abandoned]))
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        raise ValueError(str(error)) from error
+
+
+def write_notes(directory: str, notes: Notes) -> None:
+    """Replaces the notes of a directory. What is not finite is written as a string.
+
+    Raises:
+      OSError: the file could not be written.
+    """
+    path = os.path.join(directory, NOTES_FILE)
+    content: dict[str, object] = {
+        name: {key: value if math.isfinite(value) else str(value) for key, value in own.items()}
+        for name, own in notes.metrics.items()
+        if own
+    }
+    if notes.abandoned:
+        content[_ABANDONED] = sorted(notes.abandoned)
+    if content or os.path.lexists(path):
+        replace_file(path, json.dumps(content, indent=1, sort_keys=True) + "\n")

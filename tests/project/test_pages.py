@@ -1,0 +1,178 @@
+"""The code of README.md and docs/ runs as it stands, and README shows what is really printed."""
+
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from places import DOCS, README, ROOT
+
+import ckpt_jax as ckpt
+
+MIGRATING = DOCS / "migrating.md"
+
+
+def blocks(page):
+    """The Python of a page, block by block: (line of the page, code)."""
+    text = page.read_text()
+    return [
+        (text.count("\n", 0, found.start(1)) + 1, found.group(1))
+        for found in re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    ]
+
+
+def execute(page, names):
+    """Runs the blocks of a page in one namespace; errors have the page's lines."""
+    for line, code in blocks(page):
+        exec(compile("\n" * (line - 1) + code, page, "exec"), names)
+    return names
+
+
+def shown(page, first):
+    """What a page shows as printed: the block without a language that begins with `first`."""
+    found = re.search(rf"^```\n({re.escape(first)}.*?)^```$", page.read_text(), re.DOTALL | re.M)
+    assert found is not None, first
+    return found.group(1)
+
+
+def run(program, directory, **environment):
+    """Runs a program in a process and a directory of its own; its exit code and its output."""
+    (directory / "program.py").write_text(program)
+    done = subprocess.run(
+        [sys.executable, "program.py"],
+        cwd=directory,
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+    )
+    return done.returncode, done.stdout
+
+
+def test_every_block_of_python_on_a_page_is_run():
+    pages = {page.name for page in [README, *DOCS.glob("*.md")] if blocks(page)}
+    assert pages == {
+        "README.md",
+        "guide.md",
+        "migrating.md",
+        "renaming.md",
+        "several-processes.md",
+        "testing.md",  # run by tests/testing/test_testing_page.py
+    }
+    assert len(blocks(README)) == 1
+
+
+def test_every_link_to_a_file_leads_to_one():
+    for page in [*ROOT.glob("*.md"), *DOCS.glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("script", ["demo", "interop", "test"])
+def test_without_a_python_a_script_says_in_one_line_what_to_do(script):
+    done = subprocess.run(
+        [ROOT / "scripts" / script],
+        env={**os.environ, "PYTHON": "/nowhere/python"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "error: PYTHON=/nowhere/python is not a Python >= 3.11 that runs\n"
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_the_example_of_readme_runs_as_it_stands_and_prints_what_is_shown(tmp_path, devices):
+    ((_, program),) = blocks(README)
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    code, output = run(program, tmp_path, XLA_FLAGS=flags, PYTHONWARNINGS="error")
+    assert code == 0, output
+    assert output == shown(README, "step ")
+
+
+def test_the_guide_runs_and_restores_what_was_saved(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = execute(DOCS / "guide.md", {})
+    restored = names["checkpoint"].model.dense.kernel[...]
+    saved = names["Model"](rngs=nnx.Rngs(0)).dense.kernel[...]
+    np.testing.assert_array_equal(restored, saved)
+    assert ckpt.latest_checkpoint("runs/a").endswith("ckpt-2")
+    ones = np.ones((8, 4))
+    np.testing.assert_array_equal(names["state"].params["dense"]["kernel"], ones)
+    np.testing.assert_array_equal(names["params"]["params"]["dense"]["kernel"], ones)
+    assert names["model"]["step"] == 100
+
+
+def test_the_page_on_renaming_runs_and_the_rules_do_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    restored = execute(DOCS / "renaming.md", {})["restored"]
+    expected = {
+        "backbone": {"w": np.ones(2)},
+        "head": {"kernel": np.ones((3, 2))},
+        "net": {"layers": {"w": np.array([[0, 0], [1, 1]])}},
+        "embed": np.ones(2, jnp.bfloat16),
+    }
+    jax.tree.map(np.testing.assert_array_equal, restored, expected)
+    assert restored["embed"].dtype == jnp.bfloat16
+
+
+def test_the_error_that_readme_shows_is_the_one_that_is_raised(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = ckpt.save(
+        "runs/b/step-100",
+        {"params": {"dense": {"kernel": jnp.ones((64, 12))}, "haed": {"bias": jnp.ones(10)}}},
+    )
+    target = {"params": {"dense": {"kernel": jnp.ones((64, 10))}, "head": {"bias": jnp.ones(10)}}}
+    with pytest.raises(ckpt.RestoreMismatchError) as caught:
+        ckpt.restore(path, target)
+    assert str(caught.value).split() == shown(README, "runs/b/step-100 does not fit").split()
+
+
+def test_the_page_on_several_processes_runs_on_one(tmp_path):
+    """Without `initialize`, and in another directory."""
+    model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+    names = {
+        "ckpt": ckpt,
+        "model": model,
+        "optimizer": nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param),
+        "iterator_state": {"position": 7},
+        "when_the_number_of_processes_changes": lambda states: states[0],
+    }
+    ((_, code),) = blocks(DOCS / "several-processes.md")
+    code = code.replace("jax.distributed.initialize()\n", "")
+    code = code.replace("/shared/runs", str(tmp_path))
+    exec(code, names)
+    names["manager"].sync()
+    assert ckpt.latest_checkpoint(tmp_path / "a") == str(tmp_path / "a" / "ckpt-1")
+
+
+# What has to hold after the code of docs/migrating.md.
+CHECKS = """
+whole = train("runs/b", 40)
+np.testing.assert_array_equal(resumed.kernel[...], whole.kernel[...])
+np.testing.assert_array_equal(checkpoint.model.kernel[...], whole.kernel[...])
+assert checkpoint.step == 40
+assert [entry.path for entry in status.report.missing] == ["model/bias"]
+assert ckpt.load("converted")["step"] == 7
+assert params["kernel"].sum() == 32
+try:
+    ckpt.load("orbax")
+except ckpt.UnsupportedFormatError as error:
+    assert "written by Orbax" in str(error) and "docs/migrating.md" in str(error)
+else:
+    raise AssertionError("an Orbax checkpoint was loaded")
+"""
+
+
+def test_the_page_on_migrating_runs_and_a_resumed_run_ends_as_an_unbroken_one(tmp_path):
+    """In a process of its own, with the warnings of Orbax."""
+    program = "\n".join(code for _, code in blocks(MIGRATING))
+    code, output = run(program + CHECKS, tmp_path)
+    assert code == 0, output
+    assert "never used" not in output
