@@ -28,7 +28,7 @@ from ckpt_jax.api.preflight import preflight
 from ckpt_jax.api.restore_nodes import restore_nodes
 from ckpt_jax.api.revive import load_object, save_object
 from ckpt_jax.api.status import LoadStatus
-from ckpt_jax.api.tree import load, plan_restore, restore, save
+from ckpt_jax.api.tree import load, plan_restore, restore, save, sync
 from ckpt_jax.api.verify import Damage, VerifyReport, verify
 from ckpt_jax.errors import (
     AsyncSaveError,
@@ -41,6 +41,7 @@ from ckpt_jax.errors import (
     RegistrationError,
     RestoreMismatchError,
     ShardError,
+    UnchangedValuesWarning,
     UnsaveableError,
     UnsupportedFormatError,
 )
@@ -132,6 +133,7 @@ __all__ = [
     "Trackable",
     "TrackableView",
     "Transpose",
+    "UnchangedValuesWarning",
     "UnsaveableError",
     "Unstack",
     "UnsupportedFormatError",
@@ -161,5 +163,6 @@ __all__ = [
     "restore_nodes",
     "save",
     "save_object",
+    "sync",
     "verify",
 ]

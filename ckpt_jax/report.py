@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import difflib
 import html
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,8 @@ class RestoreReport:
       reshaped: entries of `restored` that a rename rule stacks, unstacks or transposes.
       dtype_changes: entries of `restored` that are converted to another dtype.
       nbytes: bytes that this process has to read for the restored values.
+      suggested_renames: rules for `rename=` with which most missing values would be restored from
+        unexpected or deferred ones; there may be none.
     """
 
     path: str
@@ -68,6 +71,7 @@ class RestoreReport:
     reshaped: tuple[ReportEntry, ...] = ()
     dtype_changes: tuple[ReportEntry, ...] = ()
     nbytes: int = 0
+    suggested_renames: tuple[tuple[str, str], ...] = ()
 
     @property
     def exact(self) -> bool:
@@ -83,19 +87,21 @@ class RestoreReport:
     def table(self, limit: int | None = None) -> str:
         """An aligned table with the problems first.
 
+        Of many values, those that differ only in the numbers in their paths share a row.
+
         Args:
           limit: the largest number of rows to show of each kind; all by default.
         """
         rows: list[tuple[str, str, str]] = []
         for kind in _KINDS:
-            entries = getattr(self, kind)
-            shown = entries[:limit]
-            rows += [(kind, entry.path or "(root)", _remark(entry)) for entry in shown]
-            if len(shown) < len(entries):
-                rows.append((kind, f"... and {len(entries) - len(shown)} more", ""))
+            groups, more = _shortened(getattr(self, kind), limit)
+            rows += [(kind, entry.path or "(root)", _remark(entry)) for entry in groups]
+            if more:
+                rows.append((kind, f"... and {more} more", ""))
         width = max((len(path) for _, path, _ in rows), default=0)
         lines = [f"  {kind:<10}  {path:<{width}}  {what}".rstrip() for kind, path, what in rows]
-        return "\n".join([f"{self.path}: {self._summary()}", *lines])
+        hints = [f"  {hint}" for hint in rename_hints(self)]
+        return "\n".join([f"{self.path}: {self._summary()}", *lines, *hints])
 
     def _summary(self) -> str:
         """The number of entries of each kind, the number of changes, and the size."""
@@ -129,7 +135,53 @@ _COLORS = {
     "restored": "#2f9e62",
 }
 _SHOWN = 20  # rows of a kind that HTML does not fold, and that a `repr` shows
-_LISTED = 50  # values of a kind that the text of an error names
+_LISTED = 50  # rows of a kind that the text of an error has
+_COMPARED = 200  # paths that are compared letter by letter with one that is not found
+_FLAT = 20  # values of a kind that have a row each
+_NUMBER = re.compile(r"\d+")
+
+
+def _shortened(entries: Sequence[ReportEntry], limit: int | None) -> tuple[list[ReportEntry], int]:
+    """The first rows for some entries, and how many entries are not in them."""
+    groups = [[entry] for entry in entries]
+    if len(entries) > _FLAT:
+        alike: dict[ReportEntry, list[ReportEntry]] = {}
+        for entry in entries:
+            alike.setdefault(_without_numbers(entry), []).append(entry)
+        groups = [*alike.values()]
+    shown = groups[:limit]
+    return [_row(group) for group in shown], len(entries) - sum(map(len, shown))
+
+
+def _without_numbers(entry: ReportEntry) -> ReportEntry:
+    path, saved_path = (_NUMBER.sub("*", path) for path in (entry.path, entry.saved_path))
+    return replace(entry, path=path, saved_path=saved_path, nearest=())
+
+
+def _row(group: Sequence[ReportEntry]) -> ReportEntry:
+    """One entry for a group: the numbers that differ are wildcards, and the values are counted."""
+    first = group[0]
+    if len(group) == 1:
+        return first
+    return replace(
+        first,
+        path=f"{_common_pattern([entry.path for entry in group])} x {len(group)}",
+        saved_path=_common_pattern([entry.saved_path for entry in group])
+        if first.saved_path != first.path
+        else "",
+        nearest=tuple(dict.fromkeys([_NUMBER.sub("*", path) for path in first.nearest])),
+    )
+
+
+def _common_pattern(paths: Sequence[str]) -> str:
+    """The pattern of paths that differ only in numbers.
+
+    >>> _common_pattern(["v1/block_0/w", "v1/block_1/w"])
+    'v1/block_*/w'
+    """
+    numbers = zip(*[_NUMBER.findall(path) for path in paths], strict=True)
+    parts = iter([found[0] if len({*found}) == 1 else "*" for found in numbers])
+    return _NUMBER.sub(lambda _: next(parts), paths[0])
 
 
 def _remark(entry: ReportEntry) -> str:
@@ -181,7 +233,17 @@ def _html_rows(entries: Sequence[ReportEntry]) -> str:
 
 
 def nearest(path: str, candidates: Iterable[str], count: int = 2) -> tuple[str, ...]:
-    """The candidates that are most similar to `path`."""
+    """The candidates that are most similar to `path`.
+
+    >>> nearest("dense/kernl", ["dense/kernel", "step"])
+    ('dense/kernel',)
+    """
+    candidates = [*candidates]
+    if len(candidates) > _COMPARED:  # comparing letters takes long
+        segments = {*path.split("/")}
+        common = [len(segments.intersection(other.split("/"))) for other in candidates]
+        order = sorted(range(len(candidates)), key=lambda i: -common[i])
+        candidates = [candidates[i] for i in order[:_COMPARED]]
     return tuple(difflib.get_close_matches(path, candidates, count, cutoff=0.6))
 
 
@@ -194,6 +256,18 @@ def near_miss(paths: Sequence[str]) -> str:
     return f" (nearest: {', '.join(paths)})" if paths else ""
 
 
+def rename_hints(report: RestoreReport) -> list[str]:
+    """What to say of the rules that may have been forgotten.
+
+    >>> rename_hints(RestoreReport("a", suggested_renames=(("state/**", "**"),)))
+    ['Values may have moved: try rename=[("state/**", "**")].']
+    """
+    if not report.suggested_renames:
+        return []
+    rules = ", ".join(f'("{saved}", "{target}")' for saved, target in report.suggested_renames)
+    return [f"Values may have moved: try rename=[{rules}]."]
+
+
 def describe_problems(report: RestoreReport, advice: str) -> str:
     """The text of an error that names the problems of a report, up to a limit for each kind."""
     lines = []
@@ -201,7 +275,9 @@ def describe_problems(report: RestoreReport, advice: str) -> str:
         entries = getattr(report, kind)
         if entries:
             lines.append(f"  {kind} ({len(entries)}):")
-            lines += [f"    {entry}" for entry in entries[:_LISTED]]
-            if len(entries) > _LISTED:
-                lines.append(f"    ... and {len(entries) - _LISTED} more, in the error's .report")
+            groups, more = _shortened(entries, _LISTED)
+            lines += [f"    {entry}" for entry in groups]
+            if more:
+                lines.append(f"    ... and {more} more, in the error's .report")
+    lines += rename_hints(report)
     return "\n".join([f"{report.path} does not fit the target:", *lines, advice])

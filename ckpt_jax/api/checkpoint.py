@@ -6,9 +6,12 @@ names it was given are attached to it as further children; without one it is the
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
+import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +19,9 @@ import numpy as np
 
 from ckpt_jax.api.frozen import FrozenSaver
 from ckpt_jax.api.status import LoadStatus
-from ckpt_jax.graph.labels import SAVE_COUNTER, Label
+from ckpt_jax.api.unchanged import Unchanged
+from ckpt_jax.errors import UnchangedValuesWarning
+from ckpt_jax.graph.labels import SAVE_COUNTER, Label, local_name
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.metrics import METER
@@ -29,13 +34,14 @@ from ckpt_jax.objects.views import ForwardingView, View, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import Context, current_context
 from ckpt_jax.processes.meeting import Meeting
+from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import rename as renamed
 from ckpt_jax.restoring.rules import Rule
 from ckpt_jax.restoring.run import broadcast_meeting
 from ckpt_jax.restoring.waiting import Restoration
 from ckpt_jax.saving.pipeline import SaveRequest
-from ckpt_jax.saving.run import SaveRuns, Unrecorded
+from ckpt_jax.saving.run import Bookkeeping, SaveRuns, Unrecorded
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 from ckpt_jax.store.paths import as_path, resolved
 
@@ -125,20 +131,32 @@ class Checkpoint(AutoTrackable):
 
     # --- verbs -------------------------------------------------------------------------
 
-    def write(self, path: Path, options: CheckpointOptions | None = None) -> str | None:
+    def write(
+        self, path: Path, options: CheckpointOptions | None = None, **values: Any
+    ) -> str | None:
         """Saves to exactly `path`, without a number, a counter or the state file.
+
+        Args:
+          path: the directory to create.
+          options: how, as for `save`.
+          **values: new values by name, as for `save`.
 
         Returns:
           The path of the checkpoint. Pairs with `read`. None if another save was in flight and
           `when_busy="skip"` says not to wait for it.
         """
-        options = given(options)
-        request = request_for(self, as_path(path), options)
-        return self._runs().save(
-            request.path, options, current_context(), lambda meeting: Unrecorded(request)
-        )
+        options, path = given(options), as_path(path)
+        check_values(self, values)
 
-    def save(self, prefix: Path, options: CheckpointOptions | None = None) -> str | None:
+        def open_books(meeting: Meeting) -> Unrecorded:
+            replace_values(self, values)
+            return Unrecorded(request_for(self, path, options))
+
+        return self._save(path, options, values, open_books)
+
+    def save(
+        self, prefix: Path, options: CheckpointOptions | None = None, **values: Any
+    ) -> str | None:
         """Saves to `f"{prefix}-{n}"` with n one above `save_counter`, which it advances.
 
         The state file `checkpoint` of the directory then names this checkpoint as the latest.
@@ -147,25 +165,46 @@ class Checkpoint(AutoTrackable):
         Args:
           prefix: the path without its number.
           options: how; `enable_async=True` returns as soon as the values are safe from changes.
+          **values: new values by name: `save(prefix, state=state)` is `checkpoint.state = state`
+            followed by `save(prefix)`. Pass what each training step makes anew, such as a
+            `TrainState`. They stay assigned if the save fails or is skipped.
 
         Returns:
           The path of the checkpoint. Pairs with `restore`. None if another save was in flight
           and `when_busy="skip"` says not to wait for it; the counter then stays as it is.
 
         Raises:
+          TypeError: the checkpoint has no value of a name that was given; it names those it has.
+          ValueError: nothing is known about how to save a value that was given.
           UnsaveableError: naming every value that cannot be saved; nothing was written.
           AsyncSaveError: an earlier save failed in the background. With one process this one has
             not begun; with several it has, because those that know of no error take part.
           OSError: the file system refused something; the earlier checkpoints are as they were.
+
+        Warns:
+          UnchangedValuesWarning: the pytrees are the very ones of the save before, which means
+            that a training loop does not pass its new ones. Once for each checkpoint.
         """
-        options = given(options)
-        prefix = as_path(prefix, "prefix")
-        return self._runs().save(
-            prefix,
-            options,
-            current_context(),
-            lambda meeting: _Numbered(self, prefix, options, meeting),
-        )
+        options, prefix = given(options), as_path(prefix, "prefix")
+        check_values(self, values)
+
+        def open_books(meeting: Meeting) -> _Numbered:
+            replace_values(self, values)
+            return _Numbered(self, prefix, options, meeting)
+
+        return self._save(prefix, options, values, open_books)
+
+    def _save(
+        self,
+        path: str,
+        options: CheckpointOptions,
+        values: Mapping[str, Any],
+        open_books: Callable[[Meeting], Bookkeeping],
+    ) -> str | None:
+        saved = self._runs().save(path, options, current_context(), open_books)
+        if saved is None:  # skipped; a later save without values must not find older ones
+            replace_values(self, values)
+        return saved
 
     def read(
         self,
@@ -278,7 +317,8 @@ class Checkpoint(AutoTrackable):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy, here or in another process, saves on its own.
-        return {name: value for name, value in self.__dict__.items() if name != "_self_runs"}
+        own = ("_self_runs", "_self_unchanged")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     # --- the graph ---------------------------------------------------------------------
 
@@ -389,7 +429,7 @@ class _Numbered:
 
     def begin(self) -> SaveRequest:
         set_save_counter(self._checkpoint, self._number)
-        return request_for(self._checkpoint, self._path, self._options)
+        return request_for(self._checkpoint, self._path, self._options, self._number)
 
     def record(self, is_overtaken: bool = False) -> None:
         if self._meeting.leads and not is_overtaken:
@@ -418,6 +458,79 @@ def save_runs_of(checkpoint: Checkpoint) -> SaveRuns:
     return checkpoint._runs()
 
 
-def request_for(checkpoint: Checkpoint, path: str, options: CheckpointOptions) -> SaveRequest:
-    """What it is to save a checkpoint to `path`."""
-    return SaveRequest(path, checkpoint._trace, options)
+def request_for(
+    checkpoint: Checkpoint, path: str, options: CheckpointOptions, number: int | None = None
+) -> SaveRequest:
+    """What it is to save a checkpoint to `path`.
+
+    Args:
+      number: of the checkpoint, if it has one. Then a warning says if nothing has changed since
+        the save of a lower number.
+    """
+
+    def trace() -> LiveGraph:
+        live = checkpoint._trace()
+        if number is not None:
+            _warn_if_unchanged(checkpoint, live, path, number)
+        return live
+
+    return SaveRequest(path, trace, options)
+
+
+def check_values(checkpoint: Checkpoint, values: Mapping[str, Any]) -> None:
+    """Checks values that a save is given by name, before anything is done.
+
+    Raises:
+      TypeError: the checkpoint has no value of such a name.
+      ValueError: nothing is known about how to save a value.
+    """
+    known = [str(name) for name in checkpoint.trackable_children() if name != SAVE_COUNTER]
+    if unknown := [name for name in values if name not in known]:
+        near = near_miss([found for name in unknown for found in nearest(name, known)])
+        raise TypeError(
+            f"a value is given for {', '.join(unknown)}, but the names of this checkpoint are "
+            f"{', '.join(known) or 'none'}{near}. Give it the name first: "
+            f"Checkpoint({unknown[0]}=...), or checkpoint.{unknown[0]} = ..."
+        )
+    for name, value in values.items():
+        if not checkpoint._is_state(value):
+            raise ValueError(_unknown(name, value))
+
+
+def replace_values(checkpoint: Checkpoint, values: Mapping[str, Any]) -> None:
+    """Assigns values that `check_values` has accepted; to be called when it is the save's turn."""
+    for name, value in values.items():
+        setattr(checkpoint, name, value)
+
+
+def _warn_if_unchanged(checkpoint: Checkpoint, live: LiveGraph, path: str, number: int) -> None:
+    unchanged = checkpoint.__dict__.setdefault("_self_unchanged", Unchanged())
+    names = [local_name(label) for label in unchanged.names(live, number)]
+    if not names:
+        return
+    own = {str(name) for name in checkpoint.trackable_children()}
+    if replaceable := [name for name in names if name in own]:
+        values = ", ".join(f"{name}={name}" for name in replaceable)
+        what = (
+            f"{path} holds the very arrays that were saved before it: nothing has replaced "
+            f"{', '.join(f'checkpoint.{name}' for name in replaceable)} since. If training has "
+            f"made new ones, pass them: checkpoint.save(prefix, {values}), or "
+            f"manager.save(step, {values})."
+        )
+    else:
+        what = (
+            f"{path} holds the very arrays that were saved before it. The root of this checkpoint "
+            "cannot be replaced: give the value a name, Checkpoint(state=state), and pass the new "
+            "one to each save: checkpoint.save(prefix, state=state)."
+        )
+    warnings.warn(f"{what} This is said once.", UnchangedValuesWarning, _stack_level())
+
+
+def _stack_level() -> int:
+    """How far the nearest caller outside of this library is from the caller of this function."""
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+    inside = (package, contextlib.__file__)  # decorators are made there
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    return level

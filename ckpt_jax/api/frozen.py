@@ -24,7 +24,7 @@ from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
 from ckpt_jax.restoring.run import opened, restore_pairs
 from ckpt_jax.saving.pipeline import SaveRequest
-from ckpt_jax.saving.run import save_once
+from ckpt_jax.saving.run import refuse_async, save_once
 from ckpt_jax.store.paths import as_path
 from ckpt_jax.values.leaves import describe
 
@@ -65,16 +65,18 @@ class FrozenSaver:
 
         Args:
           path: the directory to create.
-          options: how to save. `enable_async` is ignored: the save is done when this returns.
+          options: how. `enable_async` is refused: this verb saves in the foreground.
 
         Returns:
           The path.
 
         Raises:
           ValueError: an edge, or the kind, dtype or shape of a value, has changed since the freeze.
-            All changes are named; nothing was written.
+            All changes are named; nothing was written. Or `options` has `enable_async`.
         """
-        request = SaveRequest(as_path(path), self._current, given(options))
+        options = given(options)
+        refuse_async("FrozenSaver.save", options)
+        request = SaveRequest(as_path(path), self._current, options)
         return save_once(request, current_context())
 
     def restore(self, path: Path, options: CheckpointOptions | None = None) -> None:

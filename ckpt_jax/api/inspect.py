@@ -24,7 +24,7 @@ from ckpt_jax.values.leaves import describe
 
 
 def load_checkpoint(path: Path) -> CheckpointReader:
-    """Opens a checkpoint for reading values by their keys.
+    """Opens a checkpoint for reading values by their paths or keys.
 
     Args:
       path: of a checkpoint, or of a directory whose latest checkpoint is meant.
@@ -39,8 +39,8 @@ def load_checkpoint(path: Path) -> CheckpointReader:
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     path = ckpt.save(f"{directory}/a", {"w": np.arange(3)})
       ...     with load_checkpoint(path) as reader:
-      ...         reader.keys(), reader.get_tensor("w/.ATTRIBUTES/VARIABLE_VALUE")
-      (['w/.ATTRIBUTES/VARIABLE_VALUE'], array([0, 1, 2]))
+      ...         reader.paths(), reader.keys(), reader.get_tensor("w")
+      (['w'], ['w/.ATTRIBUTES/VARIABLE_VALUE'], array([0, 1, 2]))
     """
     path = as_path(path)
     if not is_checkpoint(path) and os.path.isdir(path):
@@ -51,6 +51,8 @@ def load_checkpoint(path: Path) -> CheckpointReader:
 def list_variables(path: Path) -> list[tuple[str, tuple[int, ...]]]:
     """(key, shape) of every value in a checkpoint, sorted by key.
 
+    `load_checkpoint(path).paths()` lists the shorter paths, which `load_variable` takes as well.
+
     Source: `tf.train.list_variables`.
     """
     with load_checkpoint(path) as reader:
@@ -58,10 +60,14 @@ def list_variables(path: Path) -> list[tuple[str, tuple[int, ...]]]:
 
 
 def load_variable(path: Path, name: str) -> Any:
-    """The value under one checkpoint key.
+    """One value of a checkpoint.
+
+    Args:
+      path: of the checkpoint.
+      name: the value's path (`params/w`, as patterns and reports have it) or its checkpoint key.
 
     Raises:
-      KeyError: there is no such key.
+      KeyError: there is no such value; the message names the nearest.
 
     Source: `tf.train.load_variable`.
     """
@@ -72,7 +78,17 @@ def load_variable(path: Path, name: str) -> Any:
 def object_metadata(path: Path) -> ObjectGraph:
     """The object graph of a checkpoint: plain data, which needs no device.
 
+    `.nodes` and `.paths` run parallel. `.to_proto()` is the graph as a `TrackableObjectGraph`
+    message, as TensorFlow's function of this name returns it.
+
     Source: TensorFlow's `object_metadata`.
+
+    Example:
+      >>> import ckpt_jax as ckpt, tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     graph = object_metadata(ckpt.save(f"{directory}/a", {"step": 7}))
+      >>> graph.paths, graph.to_proto().nodes[0].children[0].local_name
+      (('', 'step'), 'step')
     """
     with load_checkpoint(path) as reader:
         return reader.object_graph

@@ -7,13 +7,15 @@ it can have children and one value, and nothing of its own besides.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from ckpt_jax.errors import UnsaveableError
-from ckpt_jax.graph.labels import VARIABLE_VALUE
+from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph
+from ckpt_jax.graph.plain import encode
 from ckpt_jax.graph.saved_objects import (
     CONTAINERS,
     DICT,
@@ -22,6 +24,7 @@ from ckpt_jax.graph.saved_objects import (
     VALUE,
     VARIABLE,
     CyclicDependencyError,
+    PlainPart,
     SavedObject,
     has_dtype_number,
     in_order,
@@ -30,7 +33,9 @@ from ckpt_jax.graph.saved_objects import (
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects import registry
-from ckpt_jax.objects.views import View
+from ckpt_jax.objects.containers import Wrapper
+from ckpt_jax.objects.state import PLAIN, NoDependency
+from ckpt_jax.objects.views import View, view_of
 from ckpt_jax.values.leaves import describe
 
 TYPE_NAME = "_self_type_name"  # of the class that an object was of before it was made anew
@@ -110,7 +115,42 @@ def _recorded(live: LiveGraph, node: int, node_of: Mapping[int, int]) -> SavedOb
         name,
         dependencies=_dependencies(live, node, node_of) if name else (),
         spec=spec,
+        plain_parts=_plain_parts(obj, entry) if isinstance(obj, Wrapper) else (),
     )
+
+
+def _plain_parts(container: Wrapper, node: Node) -> tuple[PlainPart, ...]:
+    """The elements of a list or dict of a trackable that are no state, and so no nodes."""
+    states = {label for label, _ in node.children}
+    parts: list[PlainPart] = []
+    for position, (label, value) in enumerate(container._elements()):
+        if label not in states:
+            part = PlainPart(position, label, _plain(label, value))
+            try:
+                encode(list(part))
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"its element {label!r}: {error}") from error
+            parts.append(part)
+    return tuple(parts)
+
+
+def _plain(label: Label, value: Any) -> Any:
+    """An element as plain data; like `load_object`, it forgets classes."""
+    view = view_of(value)
+    if isinstance(value, enum.Enum):
+        return value.name
+    if isinstance(value, PLAIN):
+        return value
+    if view is None or isinstance(value, NoDependency):
+        raise TypeError(
+            f"its element {label!r} is of type {type(value).__qualname__}, which is neither state "
+            "nor plain data; register the class that holds it with ckpt.register_serializable and "
+            "let it keep the element outside of this container"
+        )
+    parts = {at: _plain(label, part) for at, part in view.children(value)}
+    if view.container in ("list", "tuple"):
+        return list(parts.values()) if view.container == "list" else tuple(parts.values())
+    return parts
 
 
 def _kind_of(view: View, node: Node) -> str:

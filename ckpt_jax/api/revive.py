@@ -43,6 +43,7 @@ from ckpt_jax.graph.saved_objects import (
     encode,
     in_order,
     needs,
+    with_plain_parts,
 )
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.match import match
@@ -59,7 +60,7 @@ from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.run import Demand, plan_matched
 from ckpt_jax.saving.pipeline import SaveRequest
-from ckpt_jax.saving.run import save_once
+from ckpt_jax.saving.run import refuse_async, save_once
 from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.seal import seal
 from ckpt_jax.values.host import without_gc
@@ -87,7 +88,7 @@ def save_object(
     Args:
       obj: a trackable, a pytree, a Flax object, or anything else with a view.
       path: the directory to create.
-      options: how; always in the foreground.
+      options: how. `enable_async` is refused: this verb saves in the foreground.
       overwrite: whether a checkpoint at `path` may be replaced (atomically).
 
     Returns:
@@ -97,6 +98,7 @@ def save_object(
       FileExistsError: `path` exists.
       UnsaveableError: naming every object that cannot be saved or made anew: one with values or
         slots of its own has to be of a registered class. Nothing was written.
+      ValueError: `options` has `enable_async`.
 
     Source: `tf.saved_model.save`, what it does for objects.
 
@@ -109,10 +111,12 @@ def save_object(
       >>> anew.layers[0].value, anew.layers[1]["scale"].item()
       (Array([0., 1.], dtype=float32), 3.0)
     """
+    options = given(options)
+    refuse_async("ckpt.save_object", options)
     request = SaveRequest(
         as_path(path),
         lambda: lasting(live_graph(obj, for_restore=False)),
-        given(options),
+        options,
         overwrite=overwrite,
         extra=lambda live: {SAVED_OBJECTS_KEY: seal(encode(live.graph, recorded(live)))},
     )
@@ -283,7 +287,8 @@ class _Revival:
             case "none":
                 self.made[node] = None
             case _:
-                self.made[node] = _container(saved.kind, self.parts(node))
+                parts = with_plain_parts(saved, self.parts(node).items())
+                self.made[node] = _container(saved.kind, dict(parts))
         if saved.kind in (VARIABLE, OBJECT) and not _is_own(entry.type_name, self.made[node]):
             self.made[node].__dict__[TYPE_NAME] = entry.type_name
 

@@ -16,7 +16,7 @@ from ckpt_jax.graph.labels import SAVE_COUNTER
 from ckpt_jax.graph.nodes import pretty_name
 from ckpt_jax.matching.match import Match, match
 from ckpt_jax.matching.trace import LiveGraph
-from ckpt_jax.report import ReportEntry, RestoreReport
+from ckpt_jax.report import ReportEntry, RestoreReport, near_miss, nearest, rename_hints
 from ckpt_jax.restoring.run import plan_values, truly_restored
 from ckpt_jax.restoring.waiting import Restoration
 
@@ -72,12 +72,20 @@ class LoadStatus:
         now, saved = self._look(), self._done.saved
         if saved.named:
             return self
+        spare = [entry.path for entry in now.report.missing]
         unresolved = [
-            f"Unresolved object in checkpoint {pretty_name(saved, node)}: {what}"
+            _Line(
+                f"Unresolved object in checkpoint {pretty_name(saved, node)}: {what}",
+                saved.paths[node],
+            )
             for node, what in self._unresolved(now)
         ]
-        unused = [f"Unused attributes in checkpoint: {entry}" for entry in now.report.unexpected]
-        _fail("values of the checkpoint have no place in the program", unresolved or unused, limit)
+        unused = [
+            _Line(f"Unused attributes in checkpoint: {entry}", entry.path)
+            for entry in now.report.unexpected
+        ]
+        what = "values of the checkpoint have no place in the program"
+        _fail(what, unresolved or unused, limit, spare, now.report)
         return self
 
     def assert_existing_objects_matched(self, *, limit: int | None = _MAX_LISTED) -> LoadStatus:
@@ -95,11 +103,13 @@ class LoadStatus:
         if self._done.saved.named:
             skipped |= {n for label, n in graph.nodes[0].children if label == SAVE_COUNTER}
         unmatched = [
-            pretty_name(graph, node)
+            _Line(pretty_name(graph, node), graph.paths[node])
             for node, entry in enumerate(graph.nodes)
             if (entry.attributes or entry.saver) and node not in (skipped | now.given)
         ]
-        _fail("objects of the program are not in the checkpoint", unmatched, limit)
+        report = now.report
+        spare = [entry.path for entry in (*report.unexpected, *report.deferred)]
+        _fail("objects of the program are not in the checkpoint", unmatched, limit, spare, report)
         return self
 
     def assert_nontrivial_match(self) -> LoadStatus:
@@ -231,8 +241,25 @@ def _listed(names: list[str]) -> str:
     return f"{shown} and {more} more ({len(names)} in all)" if more > 0 else shown or "nothing"
 
 
-def _fail(what: str, names: list[str], limit: int | None) -> None:
-    if names:
-        lines = "\n".join(f"  {name}" for name in names[:limit])
-        more = f"\n  ... {len(names)} in all" if limit is not None and len(names) > limit else ""
-        raise AssertionError(f"{len(names)} {what}:\n{lines}{more}")
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A line of a failure, and the path that it is about."""
+
+    text: str
+    path: str
+
+
+def _fail(
+    what: str, lines: list[_Line], limit: int | None, spare: list[str], report: RestoreReport
+) -> None:
+    """Raises if there is something to tell; `spare` are the paths that may have been meant."""
+    if not lines:
+        return
+    shown = [
+        f"  {line.text}{near_miss(nearest(line.path, spare)) if number < _MAX_LISTED else ''}"
+        for number, line in enumerate(lines[:limit])
+    ]
+    if limit is not None and len(lines) > limit:
+        shown.append(f"  ... {len(lines)} in all")
+    text = "\n".join([f"{len(lines)} {what}:", *shown, *rename_hints(report)])
+    raise AssertionError(text)

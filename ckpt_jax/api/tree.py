@@ -2,59 +2,81 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 import jax
 
 from ckpt_jax.graph.as_tree import as_tree, is_tree
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label, plain_keys
-from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, has_values
+from ckpt_jax.graph.nodes import Attribute, ObjectGraph, has_values
 from ckpt_jax.graph.patterns import Selection, selects
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.metrics import METER
 from ckpt_jax.objects.delegate import delegate_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
+from ckpt_jax.processes.current import current
+from ckpt_jax.processes.meeting import Processes
 from ckpt_jax.report import ReportEntry, RestoreReport, near_miss, nearest
+from ckpt_jax.restoring.plain_slots import slots_as_children
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import rename as renamed
 from ckpt_jax.restoring.rules import Rule
 from ckpt_jax.restoring.run import Demand, PlannedRestore, opened, plan_whole, require_fit
 from ckpt_jax.restoring.shardings import Structs, ValueId, with_shardings
 from ckpt_jax.saving.pipeline import SaveRequest
-from ckpt_jax.saving.run import save_once
-from ckpt_jax.store.paths import as_path
+from ckpt_jax.saving.run import SaveRuns, Unrecorded
+from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import struct_of
 
 T = TypeVar("T")
-_STRICT = Demand(
+Allowed = Selection | bool
+_FITTING = Demand(
     "Nothing was read or changed. Pass a target that fits, rename=[(saved, target), ...] for "
-    "values that moved, strict=False where only one side has a value, or "
-    "options=CheckpointOptions(cast=True) to convert dtypes."
+    "values that moved, allow_missing= or allow_unexpected= (patterns, or True) for values that "
+    "only one side has, or options=CheckpointOptions(cast=True) to convert dtypes."
 )
-_LENIENT = replace(_STRICT, missing=False, unexpected=False)
+_MATCHING = Demand(
+    "Nothing in the checkpoint matches the target, so that nothing would be restored, whatever "
+    "may be missing. Nothing was read or changed. Pass the checkpoint and the target that belong "
+    "together, or rename=[(saved, target), ...] for values that moved; ckpt.plan_restore shows "
+    "what rules do."
+)
 
 
+@overload
+def save(path: Path, tree: Any, *, options: None = None, overwrite: bool = False) -> str: ...
+@overload
+def save(
+    path: Path, tree: Any, *, options: CheckpointOptions | None, overwrite: bool = False
+) -> str | None: ...
 def save(
     path: Path, tree: Any, *, options: CheckpointOptions | None = None, overwrite: bool = False
-) -> str:
+) -> str | None:
     """Saves a pytree, an `nnx.Module` or any other object with a view.
+
+    The saves of a program that this function makes come one after the other, whatever their paths.
 
     Args:
       path: the directory to create. An empty one is filled; it keeps its owner and its mode.
       tree: what to save.
-      options: how.
+      options: how; `enable_async=True` returns as soon as the values are safe from changes. Then
+        `ckpt.sync` waits, and `ckpt.restore` and `ckpt.load` of the same path wait, too.
       overwrite: whether a checkpoint at `path` may be replaced (atomically).
 
     Returns:
-      `path`.
+      `path`. None if another save was in flight and `when_busy="skip"` says not to wait for it.
 
     Raises:
       FileExistsError: `path` exists.
       UnsaveableError: naming every leaf that cannot be saved; nothing was written.
+      AsyncSaveError: an earlier save failed in the background. With one process this one has
+        not begun; with several it has, because those that know of no error take part.
 
     Example:
       >>> import numpy as np, tempfile
@@ -63,13 +85,60 @@ def save(
       ...     load(path)
       {'w': array([0, 1, 2]), 'step': 7}
     """
+    options, path, context = given(options), as_path(path), current_context()
     request = SaveRequest(
-        as_path(path),
-        lambda: live_graph(tree, for_restore=False),
-        given(options),
-        overwrite=overwrite,
+        path, lambda: live_graph(tree, for_restore=False), options, overwrite=overwrite
     )
-    return save_once(request, current_context())
+    saves = _saves_of(context.processes)
+    saved = saves.runs.save(path, options, context, lambda meeting: Unrecorded(request))
+    if saved is not None and options.enable_async:
+        saves.left_to_background = absolute(path)
+    return saved
+
+
+def sync() -> None:
+    """Waits for a save of `ckpt.save` in the background. A `Checkpoint` has its own `sync`.
+
+    Raises:
+      AsyncSaveError: it failed; the cause is chained. An error is raised once: by this function,
+        by the next `ckpt.save`, or when its path is read.
+
+    Example:
+      >>> import tempfile
+      >>> options = CheckpointOptions(enable_async=True)
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = save(f"{directory}/a", {"step": 7}, options=options)
+      ...     sync()
+      ...     load(path)
+      {'step': 7}
+    """
+    _saves_of(current()).runs.background.wait()
+
+
+class _Saves:
+    """The saves of `save` that this process has made."""
+
+    def __init__(self) -> None:
+        self.runs = SaveRuns()
+        self.left_to_background = ""  # the absolute path of the last one that was
+
+
+_saves: weakref.WeakKeyDictionary[Processes, _Saves] = weakref.WeakKeyDictionary()
+_saves_lock = threading.Lock()
+
+
+def _saves_of(processes: Processes) -> _Saves:
+    with _saves_lock:
+        return _saves.setdefault(processes, _Saves())
+
+
+def _await_save_to(path: Path) -> None:
+    """Waits for a save in the background if it is to a path that is to be read."""
+    if not _saves:  # asking for the processes would start the devices
+        return
+    saves = _saves_of(current())
+    if saves.left_to_background and absolute(as_path(path)) == saves.left_to_background:
+        saves.runs.background.wait_unless_inside()
 
 
 @without_gc()
@@ -78,6 +147,8 @@ def restore(
     target: T,
     *,
     strict: bool = True,
+    allow_missing: Allowed = (),
+    allow_unexpected: Allowed = (),
     rename: Iterable[Rule] = (),
     options: CheckpointOptions | None = None,
 ) -> T:
@@ -88,8 +159,11 @@ def restore(
         graph, which are split at "/", or at "." where none has a "/".
       target: arrays, `jax.ShapeDtypeStruct`s (with shardings), Python values, or an
         `nnx.Module`, which is restored in place.
-      strict: whether a value that only one side has is an error. If not, the target keeps its
-        own value where the checkpoint has none.
+      strict: False allows everything to be missing and to be unexpected.
+      allow_missing: what the checkpoint may lack, so that the target keeps its own value: a
+        pattern, a list of patterns or a function of paths, or True for everything. A value that
+        the target holds only abstractly must not be missing.
+      allow_unexpected: what the target may lack, so that it is not read; the same kinds.
       rename: ordered rules (saved pattern, target pattern, *transforms) for values that moved;
         for each value the first rule that matches counts. In a pattern "*" stands for any text
         without "/", "**" for any text, "?" for one character, and in the target pattern for what
@@ -108,7 +182,8 @@ def restore(
 
     Raises:
       RestoreMismatchError: with every missing, unexpected and mismatched value in its
-        `.report`. Nothing was read or changed.
+        `.report`, except for those that are allowed. Nothing was read or changed. A restore in
+        which nothing matches is always an error.
       CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError.
 
     Example:
@@ -120,11 +195,32 @@ def restore(
       {'w': Array([0., 1., 2.], dtype=float32), 'step': 7}
     """
     options = given(options)
+    may_miss = _is_allowed("allow_missing", allow_missing if strict else True)
+    may_exceed = _is_allowed("allow_unexpected", allow_unexpected if strict else True)
+    _await_save_to(path)
     with opened(path, options, current_context()) as (reader, meeting):
         planned = _plan(reader, target, rename, options)
-        planned.require(_STRICT if strict else _LENIENT)
+        if not (planned.report.restored or planned.report.mismatched):
+            planned.require(_MATCHING)
+        planned.allowing(may_miss, may_exceed).require(_FITTING)
         root, _ = planned.execute(options, meeting)
     return target if root is delegate_of(target) else root
+
+
+def _is_allowed(name: str, allowed: Allowed) -> Callable[[ReportEntry], bool]:
+    """The test whether a value may be on one side only; its paths on both sides count."""
+    if isinstance(allowed, bool):
+        return lambda entry: allowed
+    try:
+        chosen = selects(() if allowed is None else allowed)
+    except TypeError:
+        raise TypeError(
+            f"{name} is True, a pattern, a list of patterns or a function of paths, got {allowed!r}"
+        ) from None
+    return lambda entry: (
+        chosen(entry.path)
+        or (entry.saved_path not in ("", entry.path) and chosen(entry.saved_path))
+    )
 
 
 @without_gc()
@@ -151,6 +247,7 @@ def plan_restore(
       >>> [entry.path for entry in report.restored], [entry.path for entry in report.unexpected]
       (['step'], ['loss'])
     """
+    _await_save_to(path)
     with CheckpointReader(path) as reader:
         planned = _plan(reader, target, rename, given(options))
         return replace(planned.report, nbytes=planned.nbytes)
@@ -203,10 +300,11 @@ def load(
       ...     load(path, only="params/**")
       {'params': {'w': array([0, 1, 2])}}
     """
+    _await_save_to(path)
     with METER.restoring(lambda: CheckpointReader(path)) as reader:
         saved = reader.object_graph
         if only is not None and not is_tree(saved):
-            saved = as_tree(_slots_as_children(saved))
+            saved = as_tree(slots_as_children(saved))
         chosen = selects(only)
         wanted = {
             (node, attribute.name): attribute
@@ -266,7 +364,7 @@ def _placements(
 
 def build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:
     """Plain containers from a graph, leaves first."""
-    saved = _slots_as_children(saved)
+    saved = slots_as_children(saved)
     has_own = [node in values for node in range(len(saved.nodes))]
     keep = has_values(has_own, [entry.children for entry in saved.nodes])
     built: dict[int, Any] = {}
@@ -295,34 +393,6 @@ def build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: 
         open_nodes.discard(node)
         stack.pop()
     return built[0]
-
-
-def _slots_as_children(saved: ObjectGraph) -> ObjectGraph:
-    """The graph with an optimizer's slots as children: by slot name, then as the variables lie."""
-    if not saved.slot_nodes:
-        return saved
-    places: dict[int, tuple[Label, ...]] = {0: ()}
-    todo = [0]
-    for node in todo:  # grows while it is walked
-        for label, child in saved.nodes[node].children:
-            if child not in places:
-                places[child] = (*places[node], label)
-                todo.append(child)
-    nodes = list(saved.nodes)
-    edges: dict[int, dict[Label, int]] = {}
-    for optimizer, slot in saved.slots():
-        here, label = optimizer, slot.name
-        for step in places.get(slot.variable, ()):
-            edges.setdefault(here, {})
-            if label not in edges[here]:
-                edges[here][label] = len(nodes)
-                nodes.append(Node("dict"))
-            here, label = edges[here][label], step
-        edges.setdefault(here, {})[label] = slot.node
-    for node, more in edges.items():
-        children = (*nodes[node].children, *more.items())
-        nodes[node] = replace(nodes[node], children=children)
-    return ObjectGraph(tuple(nodes), saved.object_keys)
 
 
 def _container(

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
-from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
+from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY, object_key_of, path_of
 from ckpt_jax.options import Path
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.store.batches import batches
 from ckpt_jax.store.paths import as_path
 
 _BATCH_NBYTES = 64 << 20
+_MAX_FILES = 10  # that the text of a report names
+_MAX_NAMES = 3  # of values, for each file
+_MAX_CAUSE = 100  # characters
 
 
 class Damage(NamedTuple):
@@ -58,7 +62,44 @@ class VerifyReport:
         head = f"{self.path}: {self.keys} values, {self.nbytes} bytes read, "
         if self.ok:
             return head + "no damage"
-        return "\n".join([f"{head}{len(self.problems)} problems", *map(str, self.problems)])
+        files: dict[str, list[Damage]] = {}
+        for problem in self.problems:
+            files.setdefault(problem.file, []).append(problem)
+        count = f"{len(self.problems)} problem{'s'[: len(self.problems) != 1]} in {len(files)} "
+        lines = [self._line(file, problems) for file, problems in files.items()]
+        return "\n".join(
+            [
+                f"{head}{count}file{'s'[: len(files) != 1]}:",
+                *lines[:_MAX_FILES],
+                *[f"  ... and {len(lines) - _MAX_FILES} more files"] * (len(lines) > _MAX_FILES),
+                "Restore another checkpoint, or copy this one again; .problems has the details.",
+            ]
+        )
+
+    def _line(self, file: str, problems: Sequence[Damage]) -> str:
+        """All damage in one file, in one line."""
+        names = [path_of(object_key_of(problem.key)) for problem in problems if problem.key]
+        more = len(names) - _MAX_NAMES
+        listed = ", ".join(names[:_MAX_NAMES]) + (f" and {more} more" if more > 0 else "")
+        values = f"{len(names)} value{'s'[: len(names) != 1]} ({listed}): " if names else ""
+        shown = os.path.relpath(file, self.path) if _is_within(file, self.path) else file
+        return f"  {shown}: {values}{_cause(problems[0])}"
+
+
+def _is_within(file: str, directory: str) -> bool:
+    """Whether a file lies in a directory."""
+    return file.startswith(directory.rstrip("/") + "/")
+
+
+def _cause(problem: Damage) -> str:
+    """What is wrong, in a few words, without the names that are said besides."""
+    text = " ".join(problem.what.split())
+    for known in (f"{problem.key}: ", f"{problem.file}: ", f"{problem.file} ", "is "):
+        text = text.removeprefix(known)
+    if len(text) <= _MAX_CAUSE:
+        return text
+    first = text.partition(": ")[0]
+    return first if len(first) <= _MAX_CAUSE else f"{text[: _MAX_CAUSE - 4]} ..."
 
 
 def verify(path: Path) -> VerifyReport:

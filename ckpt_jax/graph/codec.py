@@ -68,7 +68,12 @@ class _Table:
 
 
 def encode(graph: ObjectGraph) -> bytes:
-    """The graph as an unsealed `TrackableObjectGraph` message."""
+    """The graph as the bytes of an unsealed `TrackableObjectGraph` message."""
+    return to_message(graph).SerializeToString(deterministic=True)
+
+
+def to_message(graph: ObjectGraph) -> pb.TrackableObjectGraph:
+    """The graph as a `TrackableObjectGraph` message."""
     message = pb.TrackableObjectGraph()
     has_new_kinds = False
     specs, shardings = _Table(), _Table()
@@ -112,7 +117,7 @@ def encode(graph: ObjectGraph) -> bytes:
         for names in sharding.partitions:
             out.partitions.add(axis_names=names)
     message.format_version = FORMAT_VERSION if has_new_kinds else _WITHOUT_NEW_KINDS
-    return message.SerializeToString(deterministic=True)
+    return message
 
 
 def decode(data: bytes) -> ObjectGraph:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from ckpt_jax.graph.labels import (
     ONLY_VALUE,
@@ -24,6 +25,9 @@ from ckpt_jax.graph.labels import (
     slot_key,
 )
 from ckpt_jax.graph.specs import OPEN, LeafSpec, ShardingSpec
+
+if TYPE_CHECKING:
+    from google.protobuf.message import Message
 
 FORMAT_VERSION = 2
 
@@ -143,6 +147,13 @@ class ObjectGraph:
 
     def slots(self) -> Iterator[tuple[int, Slot]]:
         return slots_in(self.nodes)
+
+    def to_proto(self) -> Message:
+        """The graph as a `TrackableObjectGraph`: TensorFlow's message, with further fields."""
+        # The codec makes graphs, so it cannot be imported above.
+        from ckpt_jax.graph.codec import to_message
+
+        return to_message(self)
 
     def value_path(self, node: int, attribute: str) -> str:
         """The path of a value: the path of its node if it is the node's only value."""

@@ -17,11 +17,12 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.message import Message
 
+from ckpt_jax.graph import plain
 from ckpt_jax.graph._proto import saved_object_graph_pb2 as pb
 from ckpt_jax.graph.codec import (
     add_references,
@@ -31,7 +32,7 @@ from ckpt_jax.graph.codec import (
     references,
     slots_of,
 )
-from ckpt_jax.graph.labels import VARIABLE_VALUE
+from ckpt_jax.graph.labels import VARIABLE_VALUE, Label, is_label
 from ckpt_jax.graph.nodes import Node, ObjectGraph
 from ckpt_jax.graph.specs import LeafSpec
 
@@ -50,6 +51,20 @@ _DTYPE_NAMES = {**_REGULAR, **{pb.DataType.Value(f"DT_{v}"): k for k, v in _IRRE
 _DTYPE_NUMBERS = {name: number for number, name in _DTYPE_NAMES.items() if number}
 
 
+class PlainPart(NamedTuple):
+    """An element of a list or dict that is plain data and no state, so that it is no node.
+
+    Attributes:
+      position: among all elements, the nodes included.
+      label: of the element.
+      value: numbers, strings, None, or lists, tuples and dicts of them.
+    """
+
+    position: int
+    label: Label
+    value: Any
+
+
 @dataclass(frozen=True, slots=True)
 class SavedObject:
     """How the object of one node is recreated.
@@ -62,6 +77,7 @@ class SavedObject:
         one.
       spec: what its value is, if a registered saver holds the value. Otherwise the object graph
         says it, and this is None.
+      plain_parts: of a list or dict, in the order of their positions.
     """
 
     kind: str
@@ -69,6 +85,7 @@ class SavedObject:
     message: AnyMessage | None = None
     dependencies: tuple[tuple[str, int], ...] = ()
     spec: LeafSpec | None = None
+    plain_parts: tuple[PlainPart, ...] = ()
 
 
 def packed(message: Any) -> AnyMessage | None:
@@ -84,6 +101,20 @@ def packed(message: Any) -> AnyMessage | None:
     result = AnyMessage()
     result.Pack(message, deterministic=True)
     return result
+
+
+def with_plain_parts(
+    saved: SavedObject, parts: Iterable[tuple[Label, Any]]
+) -> list[tuple[Label, Any]]:
+    """All elements of a container: its parts that are nodes, and its plain ones in between.
+
+    >>> with_plain_parts(SavedObject(LIST, plain_parts=(PlainPart(0, 0, "x"),)), [(1, "node")])
+    [(0, 'x'), (1, 'node')]
+    """
+    every = [*parts]
+    for part in saved.plain_parts:
+        every.insert(part.position, (part.label, part.value))
+    return every
 
 
 def has_dtype_number(dtype: str) -> bool:
@@ -165,6 +196,9 @@ def encode(graph: ObjectGraph, objects: Sequence[SavedObject]) -> bytes:
             out.user_object.version.min_consumer = FORMAT_VERSION
             if saved.spec is not None:
                 out.user_object.metadata = _spec_text(saved.spec)
+            elif saved.plain_parts:
+                parts = [[*part] for part in saved.plain_parts]
+                out.user_object.metadata = plain.encode(parts)
     return message.SerializeToString(deterministic=True)
 
 
@@ -216,12 +250,14 @@ def _object(number: int, entry: Any, graph: ObjectGraph) -> SavedObject:
         raise ValueError(f"{where}: two dependencies have one name, or one has none")
     if not all(0 <= child < len(graph.nodes) for _, child in dependencies):
         raise ValueError(f"{where}: depends on a node that does not exist")
+    kind = _kind(entry, where)
     saved = SavedObject(
-        _kind(entry, where),
+        kind,
         entry.registered_name,
         entry.serialized_user_proto if entry.HasField("serialized_user_proto") else None,
         tuple((name, child) for name, (_, child) in zip(names, dependencies, strict=True)),
-        _decode_spec(entry) if saver else None,
+        _decode_spec(entry) if saver and kind in (VALUE, VARIABLE) else None,
+        _decode_plain_parts(entry, where) if kind in (LIST, DICT) else (),
     )
     if not _FITS[saved.kind](saved, node):
         raise ValueError(f"{where}: its values or edges do not fit the kind {saved.kind}")
@@ -250,6 +286,21 @@ def _decode_spec(entry: Any) -> LeafSpec | None:
     return LeafSpec(kind, dtype, _shape(int(size) for size in shape.split(",") if size))
 
 
+def _decode_plain_parts(entry: Any, where: str) -> tuple[PlainPart, ...]:
+    text = entry.user_object.metadata
+    found = plain.decode(text) if text else []
+    is_sound = isinstance(found, list) and all(
+        isinstance(part, list)
+        and len(part) == len(PlainPart._fields)
+        and isinstance(part[0], int)
+        and is_label(part[1])
+        for part in found
+    )
+    if not is_sound:
+        raise ValueError(f"{where}: plain parts that are no list of [position, label, value]")
+    return tuple([PlainPart(*part) for part in found])
+
+
 def _shape(sizes: Any) -> tuple[int, ...]:
     shape = tuple(sizes)
     if any(size < 0 for size in shape):
@@ -267,12 +318,15 @@ def _is_leaf(saved: SavedObject, node: Node) -> bool:
 
 
 def _is_sequence(saved: SavedObject, node: Node) -> bool:
-    labels = [label for label, _ in node.children]
+    labels = [label for label, _ in with_plain_parts(saved, node.children)]
     return _is_container(saved, node) and labels == list(range(len(labels)))
 
 
 def _is_container(saved: SavedObject, node: Node) -> bool:
-    return bool(saved.registered_name) or not node.attributes
+    labels = {label for label, _ in node.children}
+    labels |= {part.label for part in saved.plain_parts}
+    is_distinct = len(labels) == len(node.children) + len(saved.plain_parts)
+    return is_distinct and (bool(saved.registered_name) or not node.attributes)
 
 
 def _is_object(saved: SavedObject, node: Node) -> bool:

@@ -33,6 +33,7 @@ from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.match import Match
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.report import ReportEntry, RestoreReport
+from ckpt_jax.restoring.plain_slots import as_live
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.values import host
@@ -236,6 +237,10 @@ def adapt(
             nodes[source] = replace(nodes[source], children=changed)
         saved = ObjectGraph(tuple(nodes), object_keys(nodes), saved.named)
         found = matcher(saved, live.graph)
+    changed = as_live(saved, live.graph, found.bound, renamed.saved_paths)
+    if changed is not saved:
+        saved = changed
+        found = matcher(saved, live.graph)
     if saved.named:
         saved = own_values(saved, live.graph, found.bound)
         found = matcher(saved, live.graph)
@@ -322,7 +327,7 @@ def _with_resharded(
                 path = live.graph.value_path(target, attribute.name)
                 what = f"{type(callback).__qualname__}.update_restore_inputs {problem}"
                 problems.append(ReportEntry(path, str(spec), str(attribute.spec), what))
-            there = tuple([key for key in keys if reader.has_tensor(key)])
+            there = tuple([key for key in keys if reader.has_key(key)])
             resharded[attribute.key] = Resharded(callback, there, tuple(boxes), spec)
             attributes = list(nodes[source].attributes)
             attributes[number] = replace(attribute, spec=spec)
@@ -351,5 +356,5 @@ def _problem(
 ) -> str | None:
     if len(keys) != len(boxes):
         return f"gave {len(keys)} keys and {len(boxes)} boxes"
-    unknown = [key for key in keys if not reader.has_tensor(key)]
+    unknown = [key for key in keys if not reader.has_key(key)]
     return f"asks for keys that the checkpoint lacks: {', '.join(unknown)}" if unknown else None

@@ -16,6 +16,7 @@ import numpy as np
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph import saved_objects as objects
+from ckpt_jax.graph.as_tree import as_tree, is_tree
 from ckpt_jax.graph.boxes import Box
 from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.global_names import graph_of
@@ -26,6 +27,7 @@ from ckpt_jax.io import Source, read_values
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
 from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.restoring.formats import NamedValues, open_foreign
+from ckpt_jax.restoring.plain_slots import slots_as_children
 from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.store.seal import unseal
 from ckpt_jax.store.storage import POSIX, Storage
@@ -36,7 +38,10 @@ T = TypeVar("T")
 
 
 class CheckpointReader:
-    """Reads values by their keys, without any of the objects that they belong to.
+    """Reads values without any of the objects that they belong to.
+
+    A value is called by its checkpoint key or by its path: the local names joined with "/", as
+    patterns and reports have it. If one text is both, the key counts.
 
     Args:
       path: of a checkpoint directory, or of a file in a format that `restoring.formats` knows.
@@ -185,9 +190,34 @@ class CheckpointReader:
         """All checkpoint keys, sorted."""
         return list(self._source.index.keys)
 
+    def paths(self) -> list[str]:
+        """The paths of all values, sorted. A value that several objects share has several."""
+        return sorted(self._key_of_path.keys() | self._key_of_other_path.keys())
+
     def has_tensor(self, key: str) -> bool:
-        """Whether there is a value under `key`."""
+        """Whether there is a value under `key`, a key or a path."""
+        return self._key(key) is not None
+
+    def has_key(self, key: str) -> bool:
+        """Whether there is a value under a key; a path is none."""
         return key in self._source.index
+
+    def _key(self, name: str) -> str | None:
+        """The key that a key or a path stands for; None if there is no such value."""
+        if self.has_key(name):
+            return name
+        return self._key_of_path.get(name) or self._key_of_other_path.get(name)
+
+    @cached_property
+    def _key_of_path(self) -> dict[str, str]:
+        return _keys_by_path(self.object_graph) if self._has_graph else {}
+
+    @cached_property
+    def _key_of_other_path(self) -> dict[str, str]:
+        """Values by each of their paths, if they are shared."""
+        if not self._has_graph or is_tree(self.object_graph):
+            return {}
+        return _keys_by_path(as_tree(slots_as_children(self.object_graph)))
 
     def get_variable_to_shape_map(self) -> dict[str, tuple[int, ...]]:
         """The shape of each value; () for scalars and byte strings."""
@@ -201,25 +231,41 @@ class CheckpointReader:
         """The value under `key`.
 
         Args:
-          key: a checkpoint key.
+          key: a checkpoint key, or a path.
           box: one (start, stop) pair per axis; the whole array by default.
 
         Returns:
           A numpy array, or the Python scalar or string that was saved.
 
         Raises:
-          KeyError: there is no such key.
+          KeyError: there is no such value; the message names the nearest.
         """
-        if not self.has_tensor(key):
-            keys = self.keys()
-            near = [k for k in keys if k.startswith(f"{key}/.ATTRIBUTES/")] or nearest(key, keys)
-            raise KeyError(f"{self.path} holds nothing under the key {key!r}{near_miss(near)}")
+        key = self._known_key(key)
         self._check_readable(key, self._specs.get(key))
         data = self.read({key: box})[key]
         if box is not None:
             return data
         # What a registered saver stored belongs to no attribute of the graph.
         return self.as_saved(key, data, self._specs.get(key) or self.stored_spec(key))
+
+    def _known_key(self, name: str) -> str:
+        key = self._key(name)
+        if key is not None:
+            return key
+        keys, paths = self.keys(), self.paths()
+        near = [k for k in keys if k.startswith(f"{name}/.ATTRIBUTES/")] or [
+            *nearest(name, paths if paths and "/.ATTRIBUTES/" not in name else keys)
+        ]
+        below = [path for path in paths if path.startswith(f"{name}/")]
+        if below and not near:
+            more = f" and {len(below) - 2} more" if len(below) > 2 else ""
+            hint = f"; below it are {', '.join(below[:2])}{more}"
+        else:
+            hint = near_miss(near)
+        raise KeyError(
+            f"{self.path} holds nothing under the key or path {name!r}{hint}. "
+            "CheckpointReader.paths() lists all values."
+        )
 
     def read(
         self,
@@ -288,15 +334,25 @@ class CheckpointReader:
 
     @cached_property
     def _specs(self) -> dict[str, LeafSpec]:
+        return self.object_graph.by_key if self._has_graph else {}
+
+    @cached_property
+    def _has_graph(self) -> bool:
+        """Whether there is an object graph. One that was merged by hand, from shards, has none."""
         is_named = isinstance(self._source, NamedValues)
-        if not is_named and self._extra(OBJECT_GRAPH_KEY) is None:
-            return {}  # merged by hand, from shards
-        return self.object_graph.by_key
+        return is_named or self._extra(OBJECT_GRAPH_KEY) is not None
 
     @property
     def bytes_read(self) -> int:
         """Bytes of values read so far."""
         return self._source.bytes_read
+
+
+def _keys_by_path(graph: ObjectGraph) -> dict[str, str]:
+    return {
+        graph.value_path(node, attribute.name): attribute.key
+        for node, attribute in graph.attributes()
+    }
 
 
 def _dtype(name: str) -> np.dtype:

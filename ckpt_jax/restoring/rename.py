@@ -201,6 +201,8 @@ class _Renaming:
                 return number, match
             if not rule.transforms and (node.saver or not rule.pattern.groups):
                 return number, match
+            if node.slots and rule.moves_all_below(path, match):
+                return number, match
             self.containers.setdefault(number, path)
         return -1, None
 

@@ -24,6 +24,7 @@ from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.restoring.transforms import Stack, Transform, Unstack
 
 Rule = tuple[Pattern, str, *tuple[Transform, ...]]
+_ANYTHING = ".N"  # stands for any name; it is not one itself
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,15 @@ class ParsedRule:
         if not (source.endswith(end) and self.template.endswith(end)):
             return None
         return parse((source.removesuffix(end), self.template.removesuffix(end)))
+
+    def moves_all_below(self, path: str, found: re.Match[str]) -> bool:
+        """Whether everything below a path moves with it."""
+        below = self.pattern.fullmatch(f"{path}/{_ANYTHING}")
+        return (
+            below is not None
+            and not self.transforms
+            and self.target(below) == f"{self.target(found)}/{_ANYTHING}"
+        )
 
     def target(self, found: re.Match[str], without: int | None = None) -> str:
         """The target path for a match, if wildcard `without` of the pattern does not count."""

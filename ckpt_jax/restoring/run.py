@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckpt_jax.errors import RestoreMismatchError
+from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.match import Match, match
 from ckpt_jax.matching.plan import ReadPlan, plan_read
@@ -28,6 +29,7 @@ from ckpt_jax.restoring.adapters import adapt
 from ckpt_jax.restoring.derived import DerivedReader
 from ckpt_jax.restoring.execute import execute, is_abstract, nbytes_to_read
 from ckpt_jax.restoring.identity import Places
+from ckpt_jax.restoring.moved import suggested_rename
 from ckpt_jax.restoring.precedence import Rank
 from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
@@ -86,6 +88,7 @@ class Demand:
     conflicts: bool = True
 
 
+_NO_VALUE = ", and the target is abstract, so that it has no value that could stay"
 EVERYTHING = Demand(
     "Nothing was read or changed. Pass objects that fit, or options=CheckpointOptions(cast=True) "
     "to convert dtypes."
@@ -128,6 +131,36 @@ class PlannedRestore:
     def with_unexpected(self, entries: Iterable[ReportEntry]) -> PlannedRestore:
         """The same restore, in which only these values have no place in the program."""
         report = replace(self.report, unexpected=tuple(entries), deferred=())
+        return replace(self, reads=replace(self.reads, report=report))
+
+    def allowing(
+        self, missing: Callable[[ReportEntry], bool], unexpected: Callable[[ReportEntry], bool]
+    ) -> PlannedRestore:
+        """The same without the values that only one side may have.
+
+        A missing value that the program holds only abstractly stays: nothing could take its place.
+
+        Args:
+          missing: says which values of the program the checkpoint may lack.
+          unexpected: says which values of the checkpoint need no place.
+        """
+        report = self.report
+        allowed = tuple([entry for entry in report.missing if missing(entry)])
+        abstract = {entry.path for entry in _abstract_only(allowed, self.live)}
+        lost = {entry.path for entry in allowed} - abstract
+        report = replace(
+            report,
+            missing=tuple(
+                [
+                    replace(entry, what=f"{entry.what}{_NO_VALUE}")
+                    if entry.path in abstract
+                    else entry
+                    for entry in report.missing
+                    if entry.path not in lost
+                ]
+            ),
+            unexpected=tuple([entry for entry in report.unexpected if not unexpected(entry)]),
+        )
         return replace(self, reads=replace(self.reads, report=report))
 
     def require(self, demand: Demand) -> None:
@@ -250,7 +283,22 @@ def plan_values(
     )
     problems = (*saved.problems, *[ReportEntry(where, what=what) for where, what in wrong])
     report = _with_changes(reads, saved, live)
-    return replace(reads, report=replace(report, mismatched=(*problems, *report.mismatched)))
+    report = replace(report, mismatched=(*problems, *report.mismatched))
+    return replace(reads, report=_with_suggestion(report, saved.graph, live.graph))
+
+
+def _with_suggestion(report: RestoreReport, saved: ObjectGraph, live: ObjectGraph) -> RestoreReport:
+    """The report with the rename rule that may have been forgotten. Slots follow their variables,
+    so they need none."""
+    spare = (*report.unexpected, *report.deferred)
+    if not (report.missing and spare):
+        return report
+    slots = {graph.paths[node] for graph in (saved, live) for node in graph.slot_nodes}
+    missing = [entry.path for entry in report.missing if entry.path not in slots]
+    unexpected = [entry.saved_path or entry.path for entry in spare if entry.path not in slots]
+    kept = [entry.saved_path or entry.path for entry in report.restored if entry.path not in slots]
+    rule = suggested_rename(missing, unexpected, kept)
+    return report if rule is None else replace(report, suggested_renames=(rule,))
 
 
 def _fits(cast: bool) -> Callable[[LeafSpec, LeafSpec, Any], str | None]:

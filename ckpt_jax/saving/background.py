@@ -144,6 +144,15 @@ class Background:
         with self.turn():
             pass
 
+    def wait_unless_inside(self) -> None:
+        """`wait`, except that the work itself does not wait: it has come far enough to ask.
+
+        Raises:
+          AsyncSaveError: what ran has failed; the cause is chained. It is raised once.
+        """
+        if threading.current_thread() is not self._thread:
+            self.wait()
+
     def _ended(self, timeout_seconds: float | None = None) -> AsyncSaveError | None:
         """Waits until nothing is running; returns an error that was not raised yet."""
         if self._is_running():

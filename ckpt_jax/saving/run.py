@@ -89,8 +89,22 @@ def save_once(request: SaveRequest, context: Context) -> str:
         StagedSave(request, context.storage, meeting, watch) as staged,
     ):
         staged.commit(staged.write())
-        staged.finish(lambda: None)
+        staged.finish(lambda: _call_back(request.options.write_callbacks, request.path))
     return request.path
+
+
+def refuse_async(verb: str, options: CheckpointOptions) -> None:
+    """Refuses what a verb that always saves in the foreground cannot do.
+
+    Raises:
+      ValueError: `enable_async` is set.
+    """
+    if options.enable_async:
+        raise ValueError(
+            f"{verb} always saves in the foreground, but got "
+            "CheckpointOptions(enable_async=True). Leave that out, or save in the background with "
+            "ckpt.save, Checkpoint.save, Checkpoint.write or CheckpointManager.save."
+        )
 
 
 class SaveRuns:

@@ -733,12 +733,14 @@ def test_process_0_may_fail_before_anybody_knows_the_name_of_the_run(tmp_path):
     def program(processes):
         value = object() if processes.index == 0 else 1
         ckpt.save(tmp_path / "a", {"data": ckpt.PerProcess(0), "value": value}, options=ASYNC)
+        ckpt.sync()
 
     failed, *others = run_processes(3, program)
     assert not isinstance(failed, ckpt.ProcessError)
     for error in others:
-        assert isinstance(error, ckpt.ProcessError), error
-        assert error.processes == (0,)
+        assert isinstance(error, ckpt.AsyncSaveError), error
+        assert isinstance(error.__cause__, ckpt.ProcessError), error
+        assert error.__cause__.processes == (0,)
 
 
 def test_a_decision_that_comes_through_after_all_is_taken_back_by_the_outcome():

@@ -28,6 +28,7 @@ PUBLIC = (
     "FrozenSaver",
     # checkpoints of pytrees
     "save",
+    "sync",
     "restore",
     "load",
     "plan_restore",
@@ -92,6 +93,7 @@ PUBLIC = (
     "BarrierTimeoutError",
     "ProcessError",
     "PreflightError",
+    "UnchangedValuesWarning",
 )
 
 
