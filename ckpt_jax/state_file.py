@@ -61,7 +61,7 @@ def get_checkpoint_state(
     """Reads the state file of a directory (`tf.train.get_checkpoint_state`).
 
     Args:
-      directory: where the state file is.
+      directory: the directory of the state file.
       latest_filename: its name, "checkpoint" by default.
 
     Returns:

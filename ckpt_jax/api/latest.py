@@ -108,7 +108,7 @@ def _warn_of_problem(path: str, problem: str) -> None:
 
 
 def state_in(directory: str, latest_filename: str | None = None) -> CheckpointState | None:
-    """What the state file of a directory says; None if it is missing or cannot be understood.
+    """The contents of the state file of a directory; None if it is missing or cannot be understood.
 
     Raises:
       ValueError: it names no checkpoint, and the directory holds none with a number.

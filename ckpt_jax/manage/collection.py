@@ -68,7 +68,7 @@ class Collection:
 
     Args:
       directory: an absolute path; it need not exist yet.
-      name: what the names of its checkpoints begin with.
+      name: the names of its checkpoints begin with it.
       policy: chooses the checkpoints to keep; None keeps all.
       preserve_interval_seconds: the least time between two checkpoints that are kept forever; None
         keeps none forever.

@@ -242,7 +242,7 @@ def write_ledger(directory: str, name: str, ledger: Ledger, *, is_newest: bool) 
     """Writes a ledger that has a latest checkpoint. Entries of managers with other names stay.
 
     Args:
-      directory: where the files are.
+      directory: the one that has the files.
       name: of the manager.
       ledger: the one to write.
       is_newest: whether its latest checkpoint was saved after all others in the directory.

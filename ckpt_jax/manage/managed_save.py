@@ -4,12 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ckpt_jax.api.checkpoint import (
-    Checkpoint,
-    request_for,
-    set_save_counter,
-    take_back_count,
-)
+from ckpt_jax.api.checkpoint import Checkpoint, request_for, set_save_counter, take_back_count
 from ckpt_jax.manage.collection import Collection
 from ckpt_jax.manage.schedule import Schedule
 from ckpt_jax.options import CheckpointOptions
@@ -22,7 +17,7 @@ class ManagedSave:
     """The bookkeeping of one save of a manager.
 
     Args:
-      checkpoint: what is saved.
+      checkpoint: the `Checkpoint` to save.
       schedule: learns of the save.
       collection: records it.
       meeting: of the processes that save.

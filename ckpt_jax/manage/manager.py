@@ -83,7 +83,7 @@ class CheckpointManager:
     latest count as older than all others.
 
     Args:
-      checkpoint: the `Checkpoint` whose objects are saved.
+      checkpoint: the `Checkpoint` to save.
       directory: where the checkpoints go; the first save creates it. A relative path keeps its
         meaning if the program changes its working directory.
       max_to_keep: how many of the latest checkpoints to keep, or a policy that takes the place of
@@ -276,7 +276,7 @@ class CheckpointManager:
         return CheckpointRecord(number, metrics=scores, path=path)
 
     def _checked_metrics(self, metrics: Mapping[str, Any] | None) -> dict[str, float]:
-        """The metrics of a save as numbers, if the policies can go by them."""
+        """The metrics of a save as numbers, after a check that the policies can use them."""
         scores = _numbers(metrics)
         records = self._collection.ledger.records
         known = {*scores, *(name for record in records for name in known_metrics(record))}
@@ -643,7 +643,7 @@ class CheckpointManager:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint whose objects are saved."""
+        """The `Checkpoint` that the manager saves."""
         return self._checkpoint
 
     def __repr__(self) -> str:

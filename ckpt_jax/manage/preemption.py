@@ -1,13 +1,13 @@
 """Preemption: a last save when the machine is about to be taken away.
 
-The notice is a signal, SIGTERM by default. The save happens at a *step boundary*, where no
-object is half updated; the training loop says when it gets there. The boundary is chosen like this:
+The notice is a signal, SIGTERM by default. The save happens at a *step boundary*, when no object is
+half updated. The training loop says when it is at one. The boundary is chosen like this:
 
 * A single process saves at the first boundary after the signal. If none comes before the grace
   period is over, or if a second signal says that there is less time than expected, a thread
   saves at once, even in the middle of a step: such a checkpoint may hold parameters of one step
   and optimizer state of another, and the save may fail because the step has donated its arrays.
-  This is for programs whose steps are longer than the notice. If a boundary still comes, it
+  This is for programs with steps that are longer than the notice. If a boundary still comes, it
   saves again.
 * If there are several processes, JAX's preemption service spreads SIGTERM to all of them, and they
   agree on a step that all will reach. JAX then has a handler of its own for SIGTERM, which
@@ -227,7 +227,7 @@ class PreemptionHandler:
             try:
                 self._save_now(self._step)
                 make_due(self._manager)  # so that the boundary after this step saves again
-            except Exception:  # nobody waits for this thread, and a boundary may yet come
+            except Exception:  # this thread has no caller, and a boundary may yet come
                 _log.exception("the save in the middle of a step failed")
 
     def _save_now(self, step: int | None) -> None:

@@ -4,11 +4,12 @@ A checkpoint is written into a staging directory beside its destination. Then on
 the destination's name, so that a path holds a whole checkpoint or none. If there is a checkpoint
 already, the two directories are exchanged in one step, and the old one is removed last.
 
-A directory that somebody has prepared is *filled*, not replaced: it keeps its owner and its mode,
-it may be a mount point or the working directory, and the directory above need not be writable.
-The staging directory lies inside, and its contents are moved up, the manifest last. That file
-makes it a checkpoint. What a crash leaves in a prepared directory is known by the staging
-directory that is still there, and is removed by the next save.
+A *prepared* directory, which is there already and empty, is *filled*, not replaced: it keeps its
+owner and its mode, it may be a mount point or the working directory, and the directory above need
+not be writable. The staging directory lies inside, and its contents are moved up, the manifest
+last. The manifest makes the directory a checkpoint. If a crash leaves files in a prepared
+directory, the staging directory is still there and shows that they are leftovers. The next save
+removes them.
 """
 
 from __future__ import annotations

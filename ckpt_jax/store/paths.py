@@ -160,7 +160,7 @@ def require_addressable(path: str) -> None:
     except UnicodeEncodeError:
         raise CheckpointError(
             f"{os.fsencode(path)!r}: expected a path in UTF-8, which is all that TensorStore "
-            "takes, got other bytes. Use a path whose names are all in UTF-8."
+            "takes, got other bytes. Use only names in UTF-8."
         ) from None
 
 

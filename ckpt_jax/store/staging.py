@@ -225,7 +225,7 @@ def _lock(descriptor: int, operation: int) -> Lock:
 
 
 def staging_of(path: str) -> list[str]:
-    """All staging for `path`, whoever owns it."""
+    """All staging for `path`, of any owner."""
     parent, name = os.path.split(os.path.abspath(path))
     with os.scandir(parent) as entries:
         found = [
