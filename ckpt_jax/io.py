@@ -239,7 +239,7 @@ def read_values(
     unplaced: dict[str, np.ndarray] = {}
     for key, request in requests.items():
         if key not in reader.index:
-            raise KeyError(f"{reader.directory} holds nothing under the key {key!r}")
+            raise KeyError(f"{reader.directory} has no value under the key {key!r}")
         wanted = _wanted(reader, key, request)
         if wanted is None:
             results[key] = reader.read_bytes(key)

@@ -1,7 +1,7 @@
-"""Retention: which of a directory's checkpoints to keep, as values.
+"""Retention: policies that choose the checkpoints of a directory to keep.
 
-A policy is a frozen value with one pure method, from what is known about the checkpoints to
-the numbers of those to keep. `plan_sweep` turns what it says into what becomes of each.
+A policy is a frozen value with one pure method. The method takes the records of the checkpoints and
+returns the numbers of those to keep. `plan_sweep` then decides what happens to each checkpoint.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Literal, Protocol, runtime_checkable
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRecord:
-    """What a retention policy knows of a checkpoint.
+    """The facts about a checkpoint that a retention policy goes by.
 
     Attributes:
-      number: the one in its name.
+      number: the number in its name.
       time: when it was recorded, in seconds since the epoch, by the manager's clock.
-      metrics: as given to `CheckpointManager.save`.
+      metrics: the metrics that were given to `CheckpointManager.save`.
       path: of the checkpoint.
-      is_abandoned: whether the program has gone back to before this checkpoint, and on from there.
+      is_abandoned: whether the program has gone back to an earlier step and has saved from there.
 
     Example:
       >>> CheckpointRecord(3, metrics={"loss": 0.5}).number
@@ -40,8 +40,8 @@ class CheckpointRecord:
 class RetentionPolicy(Protocol):
     """Chooses the checkpoints that stay.
 
-    Of several policies each keeps its own: a checkpoint goes when none of them keeps it. The
-    latest checkpoint stays in any case.
+    If there are several policies, a checkpoint is removed only if none of them keeps it. The latest
+    checkpoint stays in any case.
 
     Example:
       >>> class KeepPrimes:
@@ -52,8 +52,12 @@ class RetentionPolicy(Protocol):
     """
 
     def keep(self, records: tuple[CheckpointRecord, ...]) -> Collection[int]:
-        """The numbers to keep, given all managed checkpoints: first those on abandoned branches,
-        then the others, both in the order of numbers, and the latest last."""
+        """The numbers to keep.
+
+        Args:
+          records: all managed checkpoints: first those on abandoned branches, then the others, both
+            in the order of numbers. The latest comes last.
+        """
         ...
 
 
@@ -75,7 +79,7 @@ class KeepLatest:
         _check_positive(count=self.count)
 
     def keep(self, records: tuple[CheckpointRecord, ...]) -> frozenset[int]:
-        """The numbers of the last ones."""
+        """The numbers of the last `count` checkpoints."""
         return frozenset(record.number for record in records[-self.count :])
 
 
@@ -83,11 +87,11 @@ class KeepLatest:
 class KeepEveryNSteps:
     """Keeps one checkpoint for each multiple of `steps`: the first one at or after it.
 
-    That is the multiple itself if it was saved. If the saves fall beside the multiples (1, 11, 21,
-    ...), it is the next one, as long as it comes before the next multiple. Before the first
-    multiple above 0 nothing is kept but 0.
+    That is the multiple itself if it was saved. If the saves miss the multiples (1, 11, 21, ...),
+    it is the next number that was saved, as long as it comes before the next multiple. Of the
+    numbers below `steps`, only 0 is kept.
 
-    The numbers are those of the names: pass `checkpoint_number=` to `save` for training steps.
+    The numbers are those in the names: pass `checkpoint_number=` to `save` to use training steps.
 
     Raises:
       ValueError: `steps` is not positive.
@@ -105,7 +109,7 @@ class KeepEveryNSteps:
         _check_positive(steps=self.steps)
 
     def keep(self, records: tuple[CheckpointRecord, ...]) -> frozenset[int]:
-        """For each multiple the first number from there on."""
+        """The first number at or after each multiple."""
         first: dict[int, int] = {}
         for record in records:
             multiple = record.number // self.steps
@@ -117,8 +121,8 @@ class KeepEveryNSteps:
 class KeepBest:
     """Keeps the `count` checkpoints with the best value of a metric.
 
-    Among equals the larger number is better. One without the metric, or with NaN, is none of
-    the best.
+    Of two equal values, the one with the larger number is better. A checkpoint without the metric,
+    or with NaN, is not kept.
 
     Attributes:
       metric: its name in `CheckpointManager.save(metrics=...)`.
@@ -126,7 +130,7 @@ class KeepBest:
       mode: whether "max" or "min" is the best value.
 
     Raises:
-      ValueError: `count` is not positive, or another mode.
+      ValueError: `count` is not positive, or the mode is unknown.
 
     Example:
       >>> records = tuple(CheckpointRecord(n, 0.0, {"loss": 1 / n}) for n in (1, 2, 3))
@@ -144,7 +148,7 @@ class KeepBest:
             raise ValueError(f"expected mode 'max' or 'min', got {self.mode!r}")
 
     def keep(self, records: tuple[CheckpointRecord, ...]) -> frozenset[int]:
-        """The numbers of the best ones."""
+        """The numbers of the best checkpoints."""
         sign = 1 if self.mode == "max" else -1
         ranked = sorted(
             (sign * value, record.number)
@@ -156,10 +160,10 @@ class KeepBest:
 
 @dataclass(frozen=True, slots=True)
 class KeepAny:
-    """Keeps what any of several policies keeps.
+    """Keeps each checkpoint that at least one of several policies keeps.
 
     Raises:
-      TypeError: one of them is no policy.
+      TypeError: one of them is not a policy.
 
     Example:
       >>> policy = KeepAny((KeepLatest(1), KeepEveryNSteps(2)))
@@ -176,13 +180,13 @@ class KeepAny:
                 raise TypeError(f"expected a retention policy, got {policy!r}; it has no keep()")
 
     def keep(self, records: tuple[CheckpointRecord, ...]) -> frozenset[int]:
-        """The union of what they keep."""
+        """The numbers that at least one policy keeps."""
         return frozenset().union(*(policy.keep(records) for policy in self.policies))
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """What becomes of the managed checkpoints, each of which is in one of three groups."""
+    """The managed checkpoints in three groups: to keep, to preserve, or to remove."""
 
     keep: tuple[CheckpointRecord, ...]
     preserve: tuple[CheckpointRecord, ...]  # kept forever, no longer managed
@@ -196,13 +200,15 @@ def plan_sweep(
     preserve_interval_seconds: float | None,
     last_preserved: float,
 ) -> Sweep:
-    """Decides what becomes of each of `records`, the latest last.
+    """Decides what happens to each managed checkpoint.
 
     Args:
-      records: the managed checkpoints.
-      policy: what to keep, besides the latest.
-      preserve_interval_seconds: between two that are kept forever; None keeps none.
-      last_preserved: when the last one of those was saved, in seconds since the epoch.
+      records: the managed checkpoints, the latest last.
+      policy: chooses the checkpoints to keep besides the latest.
+      preserve_interval_seconds: the least time between two checkpoints that are kept forever; None
+        keeps none forever.
+      last_preserved: when the newest checkpoint that is kept forever was saved, in seconds since
+        the epoch.
     """
     numbers = {*_kept(policy, records), *(record.number for record in records[-1:])}
     preserve: list[CheckpointRecord] = []
@@ -221,10 +227,10 @@ def plan_sweep(
 
 
 def _kept(policy: RetentionPolicy, records: tuple[CheckpointRecord, ...]) -> set[int]:
-    """What a policy keeps.
+    """The numbers that a policy keeps.
 
     Raises:
-      TypeError: it says so in anything but numbers; it would keep nothing.
+      TypeError: it returned something other than numbers, which would keep nothing.
     """
     kept = policy.keep(records)
     try:
@@ -237,7 +243,7 @@ def _kept(policy: RetentionPolicy, records: tuple[CheckpointRecord, ...]) -> set
 
 
 def metrics_of(policy: RetentionPolicy) -> frozenset[str]:
-    """The metrics that a policy is known to go by.
+    """The metrics that a policy asks for, as far as that is known.
 
     >>> sorted(metrics_of(KeepAny((KeepBest("loss"), KeepLatest(1)))))
     ['loss']

@@ -61,7 +61,7 @@ def get_checkpoint_state(
     """Reads the state file of a directory (`tf.train.get_checkpoint_state`).
 
     Args:
-      directory: where the state file is.
+      directory: the directory of the state file.
       latest_filename: its name, "checkpoint" by default.
 
     Returns:
@@ -114,9 +114,9 @@ def update_checkpoint_state(
     The file is written beside its target, flushed to disk and renamed.
 
     Args:
-      directory: where the state file is; it must exist.
+      directory: the directory of the state file; it must exist.
       state: the new state; see `stored_form` for how its paths are stored.
-      latest_filename: name of the file, "checkpoint" by default.
+      latest_filename: its name, "checkpoint" by default.
 
     Raises:
       ValueError: the state is incomplete; see `stored_form`.
@@ -137,7 +137,7 @@ def update_checkpoint_state(
 def stored_form(
     directory: str | bytes | os.PathLike[Any], state: CheckpointState
 ) -> CheckpointState:
-    """`state` as the file in `directory` contains it.
+    """`state` with the paths that the file in `directory` stores.
 
     The latest checkpoint is appended to the list of paths if it is not the last one already. A
     path inside `directory` becomes relative to it; any other absolute path stays as it is. A
@@ -187,7 +187,7 @@ def parse(text: str) -> CheckpointState:
     """The inverse of `render`; an empty text gives an empty state.
 
     Raises:
-      google.protobuf.text_format.ParseError: it is no state file, or it has unknown fields.
+      google.protobuf.text_format.ParseError: it is not a state file, or it has unknown fields.
     """
     message = checkpoint_state_pb2.CheckpointState()
     text_format.Merge(text, message)

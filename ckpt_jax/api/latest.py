@@ -1,10 +1,10 @@
-"""The checkpoints of a directory as files: which is the latest, which are new, and removing one.
+"""The checkpoints of a directory as files: finds the latest, waits for new ones, and removes one.
 
-A checkpoint *exists* where there is a committed directory, and is *usable* where its index and
-object graph can be read and agree, and its files hold as many bytes as the index lists. Neither
-looks at the bytes of arrays, which are checked when they are read.
+A checkpoint *exists* if there is a committed directory. It is *usable* if its index and object
+graph can be read and agree, and if its files hold as many bytes as the index lists. The bytes of
+arrays are not looked at; they are checked when they are read.
 
-Order is that of the numbers in the names. Times are only reported.
+Checkpoints are in the order of the numbers in their names. Times are only reported.
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ _log = logging.getLogger("ckpt_jax")
 def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> str | None:
     """The path of the newest usable checkpoint of a directory.
 
-    The state file says which one that is. If that one is gone or damaged, the newest older one is
-    taken, by number, and a warning says so; checkpoints on a branch that the program has left by
-    going back are not taken. If there is no state file that can be read, the usable checkpoint
-    with the largest number in its name is taken, and a warning says so, too.
+    The state file says which one that is. If that one is gone or damaged, the usable one with the
+    next smaller number is taken, and a warning says so. Checkpoints on a branch that the program
+    left by going back are not taken. If no state file can be read, the usable checkpoint with the
+    largest number in its name is taken, and a warning says so, too.
 
     Args:
       directory: where `Checkpoint.save` or a manager saved.
-      latest_filename: name of the state file; "checkpoint" by default. If it is given, the file
-        alone counts.
+      latest_filename: name of the state file; "checkpoint" by default. If it is given, and this
+        file cannot be read, no checkpoint is found.
 
     Returns:
       A path for `Checkpoint.restore`, or None if there is none.
 
     Raises:
       ValueError: the state file names no checkpoint, and the directory holds none with a number.
-      UnsupportedFormatError: the directory holds checkpoints of another library alone, or the
-        latest one is of another library or of a newer format.
+      UnsupportedFormatError: the directory holds only checkpoints of another library, or the latest
+        one is of another library or of a newer format.
 
     Source: `tf.train.latest_checkpoint`, which returns None if the latest is gone, or if there is
     no state file.
@@ -80,24 +80,35 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
         problem = problem_with(latest)
         if problem is None:
             if latest != state.model_checkpoint_path:
-                say_moved(directory, state.model_checkpoint_path, latest)
+                warn_of_move(directory, state.model_checkpoint_path, latest)
             return latest
         if latest == first:
             break
-        first = latest  # look again: it may have been overtaken, and removed, in this moment
+        first = latest  # read again: a newer save may have just replaced and removed it
     _refuse_unsupported(latest)
-    _log.warning("the checkpoint %s is not usable: %s", latest, problem)
-    for path in older_checkpoints(directory, latest):
+    _warn_of_problem(latest, problem)
+    path = _first_usable(older_checkpoints(directory, latest))
+    if path is not None:
+        _log.warning("falling back to %s, the newest usable checkpoint", path)
+    return path
+
+
+def _first_usable(paths: Iterable[str]) -> str | None:
+    """The first usable one of several checkpoints; warnings say why those before it are not."""
+    for path in paths:
         problem = problem_with(path)
         if problem is None:
-            _log.warning("falling back to %s, the newest usable checkpoint", path)
             return path
-        _log.warning("the checkpoint %s is not usable: %s", path, problem)
+        _warn_of_problem(path, problem)
     return None
 
 
+def _warn_of_problem(path: str, problem: str) -> None:
+    _log.warning("the checkpoint %s is not usable: %s", path, problem)
+
+
 def state_in(directory: str, latest_filename: str | None = None) -> CheckpointState | None:
-    """What the state file of a directory says; None if it is missing or cannot be understood.
+    """The contents of the state file of a directory; None if it is missing or cannot be understood.
 
     Raises:
       ValueError: it names no checkpoint, and the directory holds none with a number.
@@ -112,17 +123,20 @@ def state_in(directory: str, latest_filename: str | None = None) -> CheckpointSt
 
 
 def beside(directory: str, path: str) -> str:
-    """What a path of a state file in `directory` means. If it leads to where nothing is, it means
-    the checkpoint of its name beside the file, if there is one: the directory was copied."""
+    """The checkpoint that a state file in `directory` means by a path.
+
+    It is usually the path itself. If the directory was copied, nothing may be there. Then it is the
+    checkpoint of this name beside the state file, if there is one.
+    """
     here = os.path.join(directory, os.path.basename(os.path.normpath(path)))
     return here if not os.path.lexists(path) and is_checkpoint(here) else path
 
 
-def say_moved(directory: str, named: str, found: str) -> None:
-    """Says that a checkpoint was found beside a state file that names another place."""
+def warn_of_move(directory: str, named: str, found: str) -> None:
+    """Warns that a checkpoint was found beside a state file that names another place."""
     _log.warning(
-        "%s names the checkpoint %s, and nothing is there: %s is taken, which has this name and "
-        "lies beside the file. The next save corrects the file.",
+        "%s names the checkpoint %s, but nothing is there. Instead, the checkpoint of this name "
+        "beside the file is taken: %s. The next save corrects the file.",
         *(os.path.join(directory, STATE_FILE), named, found),
     )
 
@@ -140,28 +154,24 @@ def _newest_by_name(directory: str) -> str | None:
     elif not numbered:
         _log.warning(
             "%s: expected a state file or checkpoints with a number in their names, found %s. "
-            "Which one is the latest is not known; restore one of them by its path.",
+            "It is not known which one is the latest. Restore one of them by its path.",
             *(directory, ", ".join(names)),
         )
-    for name in reversed(numbered):
-        path = os.path.join(directory, name)
-        problem = problem_with(path)
-        if problem is None:
-            _log.warning(
-                "%s: expected a state file that names the latest checkpoint, found none that can "
-                "be read. %s is taken, which has the largest number of %d checkpoints.",
-                *(os.path.join(directory, STATE_FILE), name, len(numbered)),
-            )
-            return path
-        _log.warning("the checkpoint %s is not usable: %s", path, problem)
-    return None
+    path = _first_usable(os.path.join(directory, name) for name in reversed(numbered))
+    if path is not None:
+        _log.warning(
+            "%s: expected a state file that names the latest checkpoint, found none that can be "
+            "read. Of %d checkpoints, the usable one with the largest number is taken: %s.",
+            *(os.path.join(directory, STATE_FILE), len(numbered), os.path.basename(path)),
+        )
+    return path
 
 
 def refuse_others(directory: str) -> None:
     """Refuses a directory that holds checkpoints of another library.
 
     Raises:
-      UnsupportedFormatError: naming them.
+      UnsupportedFormatError: there are some; the error names them.
     """
     found = others_in(directory)
     if found:
@@ -169,15 +179,15 @@ def refuse_others(directory: str) -> None:
         what = "a checkpoint" if names == ["."] else f"checkpoints ({', '.join(names[-5:])})"
         raise UnsupportedFormatError(
             f"{directory}: expected checkpoints of ckpt_jax, found {what} of "
-            f"{', '.join(sorted(set(found.values())))}, whose format is not read here. Restore "
-            "with that library and save with ckpt_jax: docs/migrating.md shows how. To begin "
-            "from scratch, use another directory."
+            f"{', '.join(sorted(set(found.values())))}, which cannot be read here. Restore with "
+            "that library and save with ckpt_jax; docs/migrating.md shows how. To start from "
+            "scratch, use another directory."
         )
 
 
 def older_checkpoints(directory: Path, path: str) -> list[str]:
-    """The checkpoints in `directory` of the same name as `path` with smaller numbers. Those on a
-    branch that the program has left by going back are not among them.
+    """The checkpoints in `directory` with the same name as `path` and smaller numbers. Those on a
+    branch that the program left by going back are not among them.
 
     Returns:
       Paths, the largest number first; none if `path` has no number.
@@ -189,7 +199,7 @@ def older_checkpoints(directory: Path, path: str) -> list[str]:
     name = _name_without_number(path)
     try:
         notes = read_notes(directory)
-    except ValueError:  # nobody knows of abandoned branches
+    except ValueError:  # then abandoned branches are not known
         notes = None
     abandoned = notes.abandoned if notes is not None else frozenset()
     return [
@@ -212,7 +222,7 @@ def problem_with(path: str) -> str | None:
 
 
 def _refuse_unsupported(path: str) -> None:
-    """Raises the error of a checkpoint whose format is not read here."""
+    """Raises UnsupportedFormatError if `path` has a format that ckpt_jax does not read."""
     try:
         CheckpointReader(path).close()
     except UnsupportedFormatError:
@@ -231,27 +241,27 @@ def checkpoints_iterator(
     wait: Callable[[float], object] = time.sleep,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[str]:
-    """Yields the checkpoints of a directory as they appear, for evaluating beside training.
+    """Yields the checkpoints of a directory as they appear, for evaluation during training.
 
-    Each time it is asked it yields the latest one, once; what was saved and overtaken in
-    between is skipped. While it is not usable, because it is still being copied, is damaged, or
-    was removed in this moment, a warning says so, and none older is yielded in its place.
+    Each iteration yields the latest checkpoint, if it is a new one. Checkpoints that were overtaken
+    in between are skipped. While the latest is not usable, because it is still being copied, is
+    damaged, or was just removed, a warning says so, and no older one is yielded in its place.
 
     Args:
-      directory: where somebody saves; it need not exist yet.
-      timeout: seconds to wait for each new checkpoint; None waits for ever.
-      min_interval_seconds: the least time between the moments at which two are yielded.
-      timeout_fn: called when the time is over; the iteration ends if it returns true, and
-        goes on waiting otherwise. Without it the iteration ends.
-      poll_seconds: between two looks at the state file.
-      wait: what waits, given seconds.
-      clock: the time in seconds, from any origin.
+      directory: where another program saves; it need not exist yet.
+      timeout: seconds to wait for each new checkpoint; None waits forever.
+      min_interval_seconds: the least time between two checkpoints that are yielded.
+      timeout_fn: called when the timeout is over. If it returns true, the iteration ends; otherwise
+        it goes on waiting. Without this function, the iteration ends.
+      poll_seconds: the time between two looks at the state file.
+      wait: a function that waits for a number of seconds.
+      clock: returns the time in seconds, from any origin.
 
     Returns:
       An iterator over paths for `Checkpoint.restore`.
 
     Raises:
-      ValueError: while iterating, the state file names no checkpoint.
+      ValueError: the state file names no checkpoint; raised during the iteration.
 
     Source: `tf.train.checkpoints_iterator`.
 
@@ -297,10 +307,10 @@ def _as_they_appear(
 def _newer(
     directory: str, seen: str | None, known_problem: str | None
 ) -> tuple[str | None, str | None]:
-    """The latest checkpoint, if it is another than `seen` and usable.
+    """The latest checkpoint, if it is not `seen` and is usable.
 
     Returns:
-      Its path or None, and the problem that was logged unless it was known before.
+      Its path, or None and the problem with it. A known problem is not logged again.
     """
     state = state_in(directory)
     if state is not None:
@@ -341,8 +351,8 @@ def get_checkpoint_mtimes(paths: Iterable[Path]) -> list[float]:
       paths: of checkpoints.
 
     Returns:
-      Seconds since the epoch by the clock of the file system, in the order of `paths`. One
-      that does not exist is left out.
+      Seconds since the epoch by the clock of the file system, in the order of `paths`.
+      Checkpoints that do not exist are left out.
 
     Source: `tf.compat.v1.train.get_checkpoint_mtimes`.
 
@@ -353,24 +363,24 @@ def get_checkpoint_mtimes(paths: Iterable[Path]) -> list[float]:
     times: list[float] = []
     for path in paths:
         if checkpoint_exists(path):
-            with suppress(FileNotFoundError):  # somebody removes it in this moment
+            with suppress(FileNotFoundError):  # it was just removed
                 times.append(os.stat(os.path.join(as_path(path), MANIFEST)).st_mtime)
     return times
 
 
 def remove_checkpoint(path: Path) -> None:
-    """Removes the checkpoint at `path`; it is no error if there is nothing.
+    """Removes the checkpoint at `path`. It is no error if nothing is there.
 
-    It first takes the name of a staging directory, so that at no moment a part of it can be
-    taken for a checkpoint. Of a symbolic link, only the link goes.
+    The checkpoint is first renamed to a staging directory, so that a part of it is never taken for
+    a checkpoint. If the path is a symbolic link, only the link is removed.
 
     Args:
       path: of a checkpoint, as `save` returned it.
 
     Raises:
-      CheckpointNotFoundError: what is there is no checkpoint; it stays.
-      OSError: it could not be removed, or not all of it; then what is left is in a directory
-        `<path>.staging-<32 hex digits>`, which is no checkpoint.
+      CheckpointNotFoundError: something else is there; it stays.
+      OSError: it could not be removed, or not all of it. Then the rest is in a directory
+        `<path>.staging-<32 hex digits>`, which is not a checkpoint.
 
     Source: `tf.compat.v1.train.remove_checkpoint`.
 
@@ -396,7 +406,7 @@ def remove_checkpoint(path: Path) -> None:
             require_room(path, aside[len(path) :])
             os.rename(path, aside)
             try:
-                # Else a power failure could take parts of it and leave it its name.
+                # Otherwise a power failure could remove parts of it, but keep its old name.
                 fsync_directory(os.path.dirname(path))
             except OSError:
                 os.rename(aside, path)
@@ -405,7 +415,7 @@ def remove_checkpoint(path: Path) -> None:
     except FileNotFoundError:
         if os.path.lexists(path):
             raise
-        # Somebody else removed it in this moment.
+        # Another process has just removed it.
 
 
 def _name_without_number(path: str) -> str:

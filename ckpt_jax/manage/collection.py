@@ -1,10 +1,10 @@
-"""The managed checkpoints of a directory: recorded when they are committed, removed when they are
-not needed.
+"""The managed checkpoints of a directory. They are recorded when they are committed, and removed
+when they are no longer needed.
 
-record  the new checkpoint becomes the latest: metrics first, then the state file
+record  the new checkpoint becomes the latest: the notes are written first, then the state file
 select  a retention policy looks at all managed checkpoints and names the numbers to keep
-sweep   the others go, the oldest first: kept forever if they are to be preserved, else removed
-record  metrics and state file once more
+sweep   the others leave the ledger, oldest first: each one is kept forever, or is removed
+record  the notes and the state file are written once more
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class _Begun:
 
     Attributes:
       record: of its checkpoint.
-      before: the generation of what was at its path.
-      origin: the checkpoint that was saved or restored before it.
+      before: the generation of what was at its path before (`Storage.generation`).
+      origin: the checkpoint that the program saved or restored before.
     """
 
     record: CheckpointRecord
@@ -63,18 +63,20 @@ class _Begun:
 class Collection:
     """The managed checkpoints of a directory.
 
-    A checkpoint may be committed but not recorded: a write callback has failed, or Ctrl-C came
-    between the two. It is *adopted* at the next save: then it is managed, and it is not the latest.
+    A checkpoint may be committed but not recorded, because a write callback failed, or Ctrl-C came
+    between the two. The next save *adopts* it: it is then managed, but it is not the latest.
 
     Args:
       directory: an absolute path; it need not exist yet.
-      name: what the names of its checkpoints begin with.
-      policy: which to keep; None keeps all.
-      preserve_interval_seconds: between two that are kept forever; None keeps none.
-      now: the time, in seconds since the epoch.
+      name: the names of its checkpoints begin with it.
+      policy: chooses the checkpoints to keep; None keeps all.
+      preserve_interval_seconds: the least time between two checkpoints that are kept forever; None
+        keeps none forever.
+      clock: returns the time in seconds since the epoch.
 
     Attributes:
-      ledger: what is recorded.
+      series: the same for managers of the same directory and name.
+      ledger: the recorded checkpoints.
     """
 
     def __init__(
@@ -83,14 +85,15 @@ class Collection:
         name: str,
         policy: RetentionPolicy | None,
         preserve_interval_seconds: float | None,
-        now: float,
+        clock: Callable[[], float],
     ):
-        self._directory, self._name = directory, name
+        self._directory, self._name = self.series = directory, name
+        self._clock = clock
         self._policy = policy
         self._preserve_interval_seconds = preserve_interval_seconds
         self._begun: dict[str, _Begun] = {}  # by path
         self._origin: str | None = None  # the checkpoint that was saved or restored last
-        self.ledger = recovered(directory, name, now)
+        self.ledger = recovered(directory, name, clock())
 
     def candidates(self) -> list[str]:
         """The checkpoints that can be restored, best first."""
@@ -110,11 +113,8 @@ class Collection:
         path = path_in(self._directory, self._name, number)
         if not checkpoint_exists(path):
             found = ", ".join(map(str, restorable(self._directory, self._name)[-20:]))
-            raise CheckpointNotFoundError(
-                f"{path}: expected a checkpoint, found none. "
-                + (f"There are checkpoints of the steps {found}" if found else "There are none")
-                + f" in {self._directory}; pass one of these."
-            )
+            advice = f"Pass one of the steps {found}" if found else "Save first"
+            raise CheckpointNotFoundError(f"{path}: expected a checkpoint, found none. {advice}.")
         return path
 
     def restored(self, path: str) -> None:
@@ -122,14 +122,15 @@ class Collection:
         self._origin = path
 
     def begin(self, record: CheckpointRecord) -> None:
-        """Notes that a save has begun."""
+        """Notes that a save has begun. The time of its record becomes the present."""
+        record = replace(record, time=self._clock())
         before = POSIX.generation(record.path)
         self._begun[record.path] = _Begun(record, before, self._origin)
         self._origin = record.path
 
     def take_back(self, path: str) -> bool:
-        """Notes that a save has failed; returns whether there is a checkpoint all the same: an
-        interrupt came after the commit. It will be adopted."""
+        """Notes that a save has failed. Returns whether its checkpoint exists all the same, because
+        an interrupt came after the commit. Then it will be adopted."""
         begun = self._begun.get(path)
         if begun is None:
             return False
@@ -141,26 +142,23 @@ class Collection:
         return False
 
     def _with_adopted(self, ledger: Ledger) -> Ledger:
-        """A ledger with what was committed but not recorded."""
+        """A ledger with the checkpoints that were committed but not recorded."""
         begun = [*self._begun.values()]  # a signal handler may change them
         return ledger.with_adopted([each.record for each in begun if each.is_committed])
 
     def collect(self, dry_run: bool) -> list[str]:
-        """Removes what is not needed, and what interrupted saves have left; see
+        """Removes checkpoints that are not needed, and what interrupted saves have left; see
         `CheckpointManager.gc`."""
-        before = self.ledger
-        if before.latest is None:
+        if self.ledger.latest is None:
             return []
-        self.ledger = self._with_adopted(before)
-        sweep = self._plan_sweep()
+        ledger = self._with_adopted(self.ledger)
+        unknown, sweep = self._plan_sweep(ledger)
         leftovers = self._leftovers()
-        if dry_run:
-            self.ledger = before
         if not (sweep.preserve or sweep.remove or leftovers) or not self._is_latest_usable():
-            self.ledger = before
             return []
         if dry_run:
             return [*(record.path for record in sweep.remove), *leftovers]
+        self.ledger = ledger.without(unknown)
         self._forget_recorded()
         return [*self._sweep(sweep), *(p for p in leftovers if _attempt(remove_abandoned, p))]
 
@@ -168,9 +166,11 @@ class Collection:
         """Makes a checkpoint that was just committed the latest, and sweeps.
 
         Args:
-          record: of the checkpoint.
-          is_overtaken: whether one with newer values is recorded already, which stays the latest.
+          record: of the checkpoint; its time becomes the present.
+          is_overtaken: whether a checkpoint with newer values is recorded already, and stays the
+            latest.
         """
+        record = replace(record, time=self._clock())
         begun = self._begun.get(record.path)
         origin = begun.origin if begun is not None else None
         while True:
@@ -184,7 +184,9 @@ class Collection:
             is_overtaken = True  # by a save in a signal handler, during this loop
         self.ledger = ledger
         self._forget_recorded()
-        sweep = self._plan_sweep()
+        unknown, sweep = self._plan_sweep(self.ledger)
+        if unknown:
+            self.ledger = self.ledger.without(unknown)
         if (sweep.preserve or sweep.remove) and self._is_latest_usable():
             self._sweep(sweep)
 
@@ -193,7 +195,7 @@ class Collection:
             self._begun.pop(record.path, None)
 
     def follow(self) -> None:
-        """Takes over what process 0 has recorded."""
+        """Takes over the ledger that process 0 has written."""
         self.ledger = read_ledger(self._directory, self._name) or self.ledger
 
     def delete(self, number: int) -> None:
@@ -202,7 +204,7 @@ class Collection:
 
         Raises:
           CheckpointNotFoundError: there is no checkpoint of this number.
-          ValueError: it is the only one that can be restored.
+          ValueError: it is the latest, and no other is usable.
           OSError: it could not be removed.
         """
         path = self.path_of(number)
@@ -225,28 +227,28 @@ class Collection:
         write_ledger(self._directory, self._name, ledger, is_newest=False)
         self.ledger = ledger
 
-    def _plan_sweep(self) -> Sweep:
-        sweep = self._planned()
+    def _plan_sweep(self, ledger: Ledger) -> tuple[frozenset[str], Sweep]:
+        """The paths of checkpoints that a policy cannot judge, and the plan for all others."""
+        sweep = self._planned(ledger)
         unknown = frozenset(
             record.path
-            for record in self.ledger.records
+            for record in ledger.records
             if isinstance(record.metrics, UnknownMetrics) and record.metrics.is_asked
         )
         if not unknown:
-            return sweep
+            return unknown, sweep
         _log.warning(
             "%s: expected the metrics of %d checkpoints, which a retention policy asks for, found "
             "no file. These checkpoints will not be removed: %s. Restore the file from a copy and "
-            "make the manager again, or remove what is not needed by hand.",
+            "create the manager again, or remove checkpoints by hand.",
             os.path.join(self._directory, NOTES_FILE),
             len(unknown),
             ", ".join(sorted(map(os.path.basename, unknown))),
         )
-        self.ledger = self.ledger.without(unknown)
-        return self._planned()
+        return unknown, self._planned(ledger.without(unknown))
 
-    def _planned(self) -> Sweep:
-        records, last_preserved = self.ledger.records, self.ledger.last_preserved
+    def _planned(self, ledger: Ledger) -> Sweep:
+        records, last_preserved = ledger.records, ledger.last_preserved
         if self._policy is None:
             return Sweep(records, (), (), last_preserved)
         return plan_sweep(records, self._policy, self._preserve_interval_seconds, last_preserved)
@@ -262,12 +264,13 @@ class Collection:
         return problem is None
 
     def _sweep(self, sweep: Sweep) -> list[str]:
-        """Removes what the plan says; what cannot be removed stays managed, for the next time."""
+        """Removes checkpoints as planned. Those that cannot be removed stay managed, and the next
+        sweep tries again."""
         removed: list[str] = []
         gone = {record.path for record in sweep.preserve}
         for record in sweep.remove:
             if not checkpoint_exists(record.path):
-                _log.warning("%s was to be removed, but is there no longer", record.path)
+                _log.warning("%s was to be removed, but no longer exists", record.path)
             elif _attempt(remove_checkpoint, record.path) or not checkpoint_exists(record.path):
                 removed.append(record.path)
             else:
@@ -279,11 +282,13 @@ class Collection:
         try:
             write_ledger(self._directory, self._name, self.ledger, is_newest=False)
         except OSError as error:  # the file still names the latest, and some that are gone
-            _log.warning("%s: what was removed could not be recorded: %s", self._directory, error)
+            _log.warning(
+                "%s: the removal of checkpoints could not be recorded: %s", self._directory, error
+            )
         return removed
 
     def _leftovers(self) -> list[str]:
-        """Abandoned staging directories that a later save has made pointless."""
+        """Abandoned staging directories of saves with numbers up to that of the latest."""
         latest = number_of(self.ledger.latest or "")
         if latest is None or not os.path.isdir(self._directory):
             return []
@@ -297,7 +302,8 @@ class Collection:
 
 
 def _attempt(remove: Callable[[str], bool | None], path: str) -> bool:
-    """Whether `path` was removed; the save before it has succeeded, so it must not fail."""
+    """Removes `path`, and returns whether that worked. An error is logged, not raised, because the
+    save itself has succeeded."""
     try:
         return remove(path) is not False
     except OSError as error:

@@ -1,13 +1,13 @@
-"""The ledger: which checkpoints of a directory one manager manages.
+"""The ledger: the checkpoints of a directory that one manager manages.
 
-The state file names the managed checkpoints, with times. What it cannot say is in the notes
-(`store.notes`): metrics, and which checkpoints are on an abandoned branch. The notes are written
-before the state file names the checkpoint.
+The state file lists the managed checkpoints, with times. The notes (`store.notes`) say what the
+state file cannot say: the metrics, and which checkpoints are on an abandoned branch. The notes are
+written before the state file lists the checkpoint.
 
-Several managers with different names may share a directory. Each reads and changes only the entries
-of its own checkpoints: those whose names are its own name and a number. The state file then names
-the checkpoint of whichever manager saved last as the latest. The latest checkpoint of each manager
-is the last one of its own in the list.
+Several managers with different names may share a directory. Each manager reads and changes only the
+entries of its own checkpoints, which are named after it: its name and a number. The state file then
+names the latest checkpoint of the manager that saved last. The latest checkpoint of each manager is
+the last one of its own in the list.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from ckpt_jax.api.latest import beside, checkpoint_exists, say_moved, state_in
+from ckpt_jax.api.latest import beside, checkpoint_exists, state_in, warn_of_move
 from ckpt_jax.retention import CheckpointRecord
 from ckpt_jax.state_file import STATE_FILE, CheckpointState, update_checkpoint_state
 from ckpt_jax.store.directory import checkpoints_in, number_of
@@ -34,8 +34,8 @@ class Ledger:
     Attributes:
       latest: the path of the checkpoint that was saved last; None if there is none.
       records: one for each path. Those on abandoned branches come first, then the others, both in
-        the order of numbers; the latest is the last one.
-      last_preserved: when the last checkpoint was saved that is kept forever.
+        the order of numbers. The latest comes last.
+      last_preserved: when the newest of the checkpoints that are kept forever was saved.
     """
 
     latest: str | None
@@ -43,7 +43,9 @@ class Ledger:
     last_preserved: float
 
     def __post_init__(self) -> None:
-        by_path = {record.path: record for record in self.records}  # of several, the last counts
+        by_path = {
+            record.path: record for record in self.records
+        }  # the last record of a path counts
         records = sorted(
             by_path.values(),
             key=lambda r: (r.path == self.latest, not r.is_abandoned, r.number, r.path),
@@ -55,8 +57,8 @@ class Ledger:
 
         Args:
           record: of the checkpoint.
-          origin: the checkpoint that the program had saved or restored last, if that is known.
-            Those with larger numbers are on a branch that the program has left by going back.
+          origin: the checkpoint that the program saved or restored before, if that is known.
+            Checkpoints with larger numbers are on a branch that the program left by going back.
         """
         last = number_of(origin or "")
         last = record.number if last is None else min(last, record.number)
@@ -74,7 +76,7 @@ class Ledger:
         return Ledger(self.latest, (*self.records, *records), self.last_preserved)
 
     def with_older(self, record: CheckpointRecord) -> Ledger:
-        """The ledger with one more checkpoint, which is not the latest."""
+        """The ledger with one more checkpoint that is not the latest."""
         latest = number_of(self.latest or "")
         is_abandoned = latest is not None and record.number > latest
         record = replace(record, is_abandoned=is_abandoned)
@@ -87,10 +89,10 @@ class Ledger:
 
 
 class UnknownMetrics(Mapping[str, float]):
-    """The metrics of checkpoints that may have had some, but the file with them is gone.
+    """Stands for metrics that are not known, because the file that may have had some is gone.
 
     Attributes:
-      is_asked: whether somebody wanted to know them.
+      is_asked: whether a policy has tried to read them.
     """
 
     def __init__(self) -> None:
@@ -110,12 +112,12 @@ class UnknownMetrics(Mapping[str, float]):
 
 
 def known_metrics(record: CheckpointRecord) -> Mapping[str, float]:
-    """The metrics of a checkpoint as far as they are known, without asking for unknown ones."""
+    """The metrics of a checkpoint; none if they are unknown. Does not set `is_asked`."""
     return {} if isinstance(record.metrics, UnknownMetrics) else record.metrics
 
 
 def own_number(name: str, path: str) -> int | None:
-    """The number of a path if a manager of this name may have given it; else None.
+    """The number of a checkpoint if its path shows that it belongs to this manager; else None.
 
     >>> own_number("ckpt", "/runs/ckpt-3"), own_number("ckpt", "/runs/ckpt-eval-3")
     (3, None)
@@ -125,10 +127,9 @@ def own_number(name: str, path: str) -> int | None:
 
 
 def recovered(directory: str, name: str, now: float) -> Ledger:
-    """What an earlier manager of this name has left, as far as that can be relied on; an empty
-    ledger if there was none.
+    """The ledger that an earlier manager of this name has left; an empty one if there was none.
 
-    A checkpoint that is no longer listed is removed by nobody, so in doubt it is left out.
+    Checkpoints without a record are never removed, so records that may be wrong are left out.
     """
     ledger = read_ledger(directory, name)
     if ledger is None:
@@ -137,16 +138,16 @@ def recovered(directory: str, name: str, now: float) -> Ledger:
     named = state.model_checkpoint_path if state is not None else ""
     found = beside(directory, named)
     if found == ledger.latest and found != named:
-        say_moved(directory, named, found)
-    _say_unlisted(directory, name, ledger)
+        warn_of_move(directory, named, found)
+    _warn_of_unrecorded(directory, name, ledger)
     if now < ledger.last_preserved:
         _log.warning(
             "%s: the clock (%s) is behind the last preserved checkpoint timestamp (%s). The "
-            "checkpoints that are there will not be removed",
+            "existing checkpoints will not be removed.",
             *(directory, now, ledger.last_preserved),
         )
         return Ledger(ledger.latest, (), now)
-    # The latest of all is listed with this time if nobody manages it.
+    # A latest checkpoint that no manager manages is listed with this time.
     records = [
         record
         for record in ledger.records
@@ -155,53 +156,50 @@ def recovered(directory: str, name: str, now: float) -> Ledger:
     return Ledger(ledger.latest, tuple(records), ledger.last_preserved)
 
 
-def _say_unlisted(directory: str, name: str, ledger: Ledger) -> None:
-    """Says which checkpoints are newer than the latest by their numbers, and are not recorded."""
+def _warn_of_unrecorded(directory: str, name: str, ledger: Ledger) -> None:
+    """Warns of checkpoints that have larger numbers than the latest, but no record."""
     latest = own_number(name, ledger.latest or "")
-    listed = {record.number for record in ledger.records}
-    there = [] if latest is None else restorable(directory, name)
-    if unlisted := [n for n in there if n > (latest or 0) and n not in listed]:
+    if latest is None:
+        return
+    recorded = {record.number for record in ledger.records}
+    found = [n for n in restorable(directory, name) if n > latest and n not in recorded]
+    if found:
         _log.warning(
-            "%s: expected no checkpoints %s-N above the latest, %s, that are not recorded, found "
-            "%s: perhaps a program was killed before it recorded them. They will not be removed. "
+            "%s: expected a record of each checkpoint %s-N above the latest (%s), found none of "
+            "%s. Perhaps a program was killed before it recorded them. They will not be removed. "
             "manager.restore(N) restores one of them, manager.delete(N) removes it.",
-            *(os.path.join(directory, STATE_FILE), name, latest, ", ".join(map(str, unlisted))),
+            *(os.path.join(directory, STATE_FILE), name, latest, ", ".join(map(str, found))),
         )
 
 
 def _found_by_name(directory: str, name: str) -> str | None:
-    """The checkpoint of this name with the largest number, of a directory whose state file is
-    missing or cannot be understood; a warning says so."""
+    """The checkpoint of this name with the largest number; None if there is none. A warning says
+    that the state file is missing or cannot be understood."""
     found = [each for each in checkpoints_in(directory) if own_number(name, each) is not None]
     if not found:
         return None
     _log.warning(
         "%s: expected a state file that names the latest of the %d checkpoints %s-N in this "
-        "directory, found none that can be read. %s, which has the largest number, is taken for "
-        "the latest. The checkpoints that are there will not be removed; the next save writes a "
-        "new state file.",
+        "directory, found none that can be read. The one with the largest number, %s, counts as "
+        "the latest. The existing checkpoints will not be removed; the next save writes a new "
+        "state file.",
         *(os.path.join(directory, STATE_FILE), len(found), name, found[-1]),
     )
     return os.path.join(directory, found[-1])
 
 
 def read_ledger(directory: str, name: str) -> Ledger | None:
-    """The ledger of the manager of this name as it was written; None if there is no state file.
+    """The ledger as the manager of this name wrote it; None if there is no state file.
 
-    It has no records if the state file was not written by a manager, or if there are notes that
-    cannot be understood: policies have to know the metrics.
+    It has no records if no manager wrote the state file, or if the notes cannot be understood,
+    because policies have to know the metrics.
     """
     state = state_in(directory)
     if state is None:
         return None
     notes = _notes_of(directory)
-    paths, times = state.all_model_checkpoint_paths, state.all_model_checkpoint_timestamps
     model = _here(directory, state.model_checkpoint_path)
-    listed = (
-        [(_here(directory, path), time) for path, time in zip(paths, times, strict=True)]
-        if len(times) == len(paths)
-        else []
-    )
+    listed = [(_here(directory, path), time) for path, time in _listed(state)]
     own = [
         (path, time)
         for path, time in listed
@@ -227,6 +225,12 @@ def read_ledger(directory: str, name: str) -> Ledger | None:
     return Ledger(latest, tuple(records), state.last_preserved_timestamp)
 
 
+def _listed(state: CheckpointState) -> list[tuple[str, float]]:
+    """The paths that a state file lists, with their times; none if some have no time."""
+    paths, times = state.all_model_checkpoint_paths, state.all_model_checkpoint_timestamps
+    return [*zip(paths, times, strict=True)] if len(paths) == len(times) else []
+
+
 def _here(directory: str, path: str) -> str:
     """A path of a state file as a manager of its directory writes it."""
     above, name = os.path.split(os.path.abspath(path))
@@ -235,12 +239,12 @@ def _here(directory: str, path: str) -> str:
 
 
 def write_ledger(directory: str, name: str, ledger: Ledger, *, is_newest: bool) -> None:
-    """Records a ledger with a latest checkpoint. The entries of managers with other names stay.
+    """Writes a ledger that has a latest checkpoint. Entries of managers with other names stay.
 
     Args:
-      directory: where the files are.
+      directory: the one that has the files.
       name: of the manager.
-      ledger: what to record.
+      ledger: the one to write.
       is_newest: whether its latest checkpoint was saved after all others in the directory.
 
     Raises:
@@ -251,20 +255,17 @@ def write_ledger(directory: str, name: str, ledger: Ledger, *, is_newest: bool) 
     others: list[tuple[str, float]] = []
     newest = ledger.latest
     if (state := state_in(directory)) is not None:
-        paths, times = state.all_model_checkpoint_paths, state.all_model_checkpoint_timestamps
-        if len(paths) == len(times):
-            others = [
-                (path, time)
-                for path, time in dict(zip(paths, times, strict=True)).items()
-                if own_number(name, path) is None and path != ledger.latest
-                if time != state.last_preserved_timestamp
-            ]
+        others = [
+            (path, time)
+            for path, time in dict(_listed(state)).items()
+            if own_number(name, path) is None and path != ledger.latest
+            if time != state.last_preserved_timestamp
+        ]
         if not is_newest and state.model_checkpoint_path in dict(others):
             newest = state.model_checkpoint_path
     own = [(record.path, record.time) for record in ledger.records]
     if ledger.latest not in dict(own):
-        # A state file lists its latest; the time of the last preserved one says that it is not
-        # managed.
+        # The state file has to list its latest checkpoint. This time says that it is not managed.
         own.append((ledger.latest, ledger.last_preserved))
     listed = sorted([*others, *own], key=lambda each: each[0] == newest)
     state = CheckpointState(
@@ -276,21 +277,21 @@ def write_ledger(directory: str, name: str, ledger: Ledger, *, is_newest: bool) 
     update_checkpoint_state(directory, state)
 
 
-_LOST = Notes()  # of a directory that has none
+_LOST = Notes()  # stands for a missing file of notes
 
 
 def _notes_of(directory: str) -> Notes | None:
-    """The notes of a directory, `_LOST` if there is no file.
+    """The notes of a directory; `_LOST` if there is no file.
 
     Returns:
-      None if the file cannot be understood; a warning says so. Nothing may be removed then,
-      since a policy would take the best checkpoints for bad ones.
+      None if the file cannot be understood; a warning says so. Then nothing may be removed,
+      because a policy would take the best checkpoints for bad ones.
     """
     try:
         return read_notes(directory) or _LOST
     except ValueError as error:
         _log.warning(
-            "%s is ignored, because it is no file of metrics: %s. The checkpoints that are there "
+            "%s is ignored, because it is not a file of metrics: %s. The existing checkpoints "
             "will not be removed. Restore the file from a copy before the next save, which "
             "writes a new one.",
             *(os.path.join(directory, NOTES_FILE), error),
@@ -315,13 +316,13 @@ def _write_notes(directory: str, name: str, ledger: Ledger) -> None:
 
 
 def restorable(directory: str, name: str) -> list[int]:
-    """The numbers of the checkpoints of this name that are there, managed or not, ascending."""
+    """The numbers of the existing checkpoints of this name, managed or not, ascending."""
     found = [own_number(name, each) for each in checkpoints_in(directory)]
     return sorted({number for number in found if number is not None})
 
 
 def path_in(directory: str, name: str, number: int) -> str:
-    """The path of the checkpoint with a number: numbers may have leading zeros."""
+    """The path of the checkpoint with a number, which may have leading zeros in its name."""
     plain = os.path.join(directory, f"{name}-{number}")
     if checkpoint_exists(plain):
         return plain

@@ -1,15 +1,16 @@
-"""CheckpointManager: numbered checkpoints in a directory, of which the unneeded are removed.
+"""CheckpointManager: numbered checkpoints in a directory; those that are not needed are removed.
 
-A *managed* checkpoint is one that this manager wrote, or an earlier manager of the same directory
-and name as the state file says. The manager removes no other; `collection` says when.
+A *managed* checkpoint was written by this manager, or by an earlier manager of the same directory
+and name that recorded it in the state file. The manager removes no other checkpoints; `collection`
+says when it removes these.
 
-Checkpoints are in the order of their numbers. If the program goes back to an earlier step and on
-from there, the one that was saved last is the latest. Those with larger numbers are then on an
-*abandoned branch*: they are the first to be removed, and no restart falls back to them. Times
-decide nothing but `keep_checkpoint_every_n_hours`.
+Checkpoints are in the order of their numbers. If the program goes back to an earlier step and goes
+on from there, the checkpoint that was saved last is the latest. Checkpoints with larger numbers are
+then on an *abandoned branch*: they are the first to be removed, and no restart falls back to them.
+Times matter only for `keep_checkpoint_every_n_hours`.
 
-If there are several processes, process 0 records and removes, and the others read the outcome
-from the state file. Process 0 says which checkpoint is restored.
+If there are several processes, process 0 records and removes checkpoints, and the others read the
+outcome from the state file. Process 0 decides which checkpoint is restored.
 """
 
 from __future__ import annotations
@@ -21,17 +22,11 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from ckpt_jax.api.checkpoint import (
-    Checkpoint,
-    request_for,
-    save_runs_of,
-    set_save_counter,
-    take_back_count,
-)
+from ckpt_jax.api.checkpoint import Checkpoint, save_runs_of, set_save_counter
 from ckpt_jax.api.latest import checkpoint_exists, refuse_others
 from ckpt_jax.api.preflight import preflight
 from ckpt_jax.api.status import LoadStatus, restored_nothing, what_was_left
@@ -39,6 +34,7 @@ from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError, Res
 from ckpt_jax.graph.labels import VARIABLE_VALUE
 from ckpt_jax.manage.collection import Collection
 from ckpt_jax.manage.ledger import known_metrics, own_number
+from ckpt_jax.manage.managed_save import ManagedSave
 from ckpt_jax.manage.schedule import Schedule
 from ckpt_jax.objects.views import view_of
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
@@ -56,11 +52,11 @@ from ckpt_jax.retention import (
     counts_steps,
     metrics_of,
 )
-from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.store.directory import checkpoints_in
 from ckpt_jax.store.paths import absolute, as_path
 
 SECONDS_PER_HOUR = 3600
+T = TypeVar("T")
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -68,13 +64,14 @@ _log = logging.getLogger("ckpt_jax")
 class CheckpointManager:
     """Saves numbered checkpoints into a directory and removes those that are not needed.
 
-    What an earlier manager of the directory recorded is taken up again. Nothing is removed
-    by making a manager; a checkpoint is removed only after a newer one was committed and
-    could be opened, and only if this manager or an earlier one wrote it. There can be one
-    manager of a directory and name at a time. Managers with other names in the same directory leave
-    each other's checkpoints alone.
+    A new manager takes over the checkpoints that an earlier manager of the directory recorded.
+    Creating a manager removes nothing. A checkpoint is removed only if this manager or an earlier
+    one wrote it, and only after a newer one was committed and could be opened. There can be one
+    manager of a directory and name at a time. Managers with different names in the same directory
+    leave each other's checkpoints alone.
 
-    The checkpoints that stay are the latest, what `max_to_keep` says, and what any policy keeps:
+    These checkpoints stay: the latest, those that `max_to_keep` keeps, and those that a policy
+    keeps.
 
     * `max_to_keep=3`: the three latest.
     * `max_to_keep=KeepBest("loss", 3, "min")`: the three best, and the latest.
@@ -82,33 +79,34 @@ class CheckpointManager:
       as long as the training steps are the numbers: `save(step)`.
     * `max_to_keep=None`: all; policies decide nothing.
 
-    After going back to an earlier step, the checkpoints above the new latest count as older
-    than all others.
+    After the program has gone back to an earlier step and saved, the checkpoints above the new
+    latest count as older than all others.
 
     Args:
-      checkpoint: the `Checkpoint` whose objects are saved.
-      directory: where the checkpoints go; it is made by the first save. A relative one means
-        the same as long as the manager lives, wherever the program goes.
-      max_to_keep: how many of the latest to keep; None keeps all. Or a policy, which then decides
-        in place of a number.
-      keep_checkpoint_every_n_hours: of those that would be removed, one is kept forever if
-        it was saved this many hours after the last such one. None or 0 keeps none.
-      checkpoint_name: what the names of checkpoints begin with.
+      checkpoint: the `Checkpoint` to save.
+      directory: where the checkpoints go; the first save creates it. A relative path keeps its
+        meaning if the program changes its working directory.
+      max_to_keep: how many of the latest checkpoints to keep, or a policy that takes the place of
+        this number. None keeps all.
+      keep_checkpoint_every_n_hours: a checkpoint that would be removed is kept forever if it was
+        saved at least this many hours after the last one that is kept forever. None or 0 keeps
+        none forever.
+      checkpoint_name: the names of checkpoints begin with it.
       step_counter: the training step: an integer, a `Variable`, an `nnx.Variable`, or a
         function of no argument that returns one of these. Needed for `checkpoint_interval`.
       checkpoint_interval: at least this many steps are between two saves.
       init_fn: called by `restore_or_initialize` if there is nothing to restore.
-      policies: retention policies, or one. What one of them keeps stays beyond the `max_to_keep`
-        latest.
+      policies: retention policies, or one. The checkpoints that they keep stay besides the
+        `max_to_keep` latest.
       last_checkpoint_step: the step of the last save, as if this manager had made it.
-      clock: the time in seconds since the epoch. It decides nothing but
+      clock: returns the time in seconds since the epoch. It matters only for
         `keep_checkpoint_every_n_hours`.
 
     Raises:
-      ValueError: `max_to_keep` is not positive, a negative interval or one without a step
-        counter, a name with directories, a policy that can keep nothing, or a state file that
-        names no checkpoint in a directory without any.
-      TypeError: a checkpoint, policy, number or function that is none.
+      ValueError: `max_to_keep` is not positive, an interval is negative or has no step counter, the
+        name contains directories, a policy can keep nothing, or the state file names no checkpoint
+        and the directory has none.
+      TypeError: an argument is of the wrong type.
 
     Source: `tf.train.CheckpointManager`.
 
@@ -140,27 +138,28 @@ class CheckpointManager:
     ):
         if not isinstance(checkpoint, Checkpoint):
             raise TypeError(
-                f"a manager saves a ckpt.Checkpoint, got {type(checkpoint).__qualname__}: "
-                "give it Checkpoint(name=value)"
+                f"a manager saves a ckpt.Checkpoint, got {type(checkpoint).__qualname__}. "
+                "Pass Checkpoint(name=value)."
             )
-        limit = _limit(max_to_keep)
         if checkpoint_interval is not None and step_counter is None:
             raise ValueError("checkpoint_interval needs a step_counter, got none")
         if checkpoint_interval is not None and as_integer(checkpoint_interval) < 0:
-            raise ValueError(f"expected a checkpoint_interval of 0 or more: {checkpoint_interval}")
+            raise ValueError(
+                f"expected a checkpoint_interval of 0 or more, got {checkpoint_interval}"
+            )
         if init_fn is not None and not callable(init_fn):
             raise TypeError(f"init_fn must be a function of no argument, got {init_fn!r}")
         if os.path.basename(checkpoint_name) != checkpoint_name:
             raise ValueError(f"expected a name without directories, got {checkpoint_name!r}")
-        further = KeepAny((policies,) if isinstance(policies, RetentionPolicy) else (*policies,))
-        for policy in further.policies:
+        limit = _limit(max_to_keep)
+        further = (policies,) if isinstance(policies, RetentionPolicy) else (*policies,)
+        everything = KeepAny(further if limit is None else (limit, *further))
+        for policy in everything.policies:
             if not can_keep(policy):
                 raise ValueError(f"expected policies that can keep something, got {policy!r}")
         self._checkpoint = checkpoint
         self._given = as_path(directory, "directory", is_directory=True)
-        # What that means now, also when the program has gone elsewhere since.
-        self._directory = absolute(self._given)
-        policy = None if limit is None else KeepAny((limit, *further.policies))
+        self._directory = absolute(self._given)  # stays if the working directory changes
         hours = keep_checkpoint_every_n_hours
         if hours is not None and hours < 0:
             raise ValueError(f"expected keep_checkpoint_every_n_hours of 0 or more, got {hours}")
@@ -171,16 +170,18 @@ class CheckpointManager:
         self._schedule = Schedule(
             lambda: as_integer(step_counter), checkpoint_interval, last_checkpoint_step
         )
-        self._clock = clock
-        self._known_paths: set[str] = set()  # that this manager may replace without a word
+        self._known_paths: set[str] = set()  # which this manager replaces without a warning
         self._has_restored = False
         self._has_said_unknown = False
         self._status: LoadStatus | None = None
-        everything = KeepAny((*further.policies, *([limit] if limit else [])))
-        self._metrics = metrics_of(everything)  # that its policies go by
+        self._metrics = metrics_of(everything)  # the names that its policies ask for
         self._is_numbered_by_step = not (step_counter is not None and counts_steps(everything))
         self._collection = Collection(
-            self._directory, checkpoint_name, policy, preserve_interval_seconds, clock()
+            self._directory,
+            checkpoint_name,
+            None if limit is None else everything,
+            preserve_interval_seconds,
+            clock,
         )
         save_runs_of(checkpoint).listen(self._restored)
 
@@ -195,39 +196,40 @@ class CheckpointManager:
         metrics: Mapping[str, Any] | None = None,
         force: bool = False,
     ) -> str | None:
-        """Saves a checkpoint, records it as the latest, and removes what is not needed.
+        """Saves a checkpoint, records it as the latest, and removes those that are not needed.
 
-        The checkpoint's save counter advances by one, with an explicit number too. A save
-        that fails changes nothing: not the counter, the state file, or any checkpoint. If a
-        write callback fails, or the state file cannot be written, the new checkpoint is there,
-        but is not recorded; the next save adopts it, so that it does not stay forever. A save in
-        the background is recorded, and the others are removed, when it has finished.
+        The checkpoint's save counter advances by one, even if a number is given. A save that fails
+        changes nothing: neither the counter, nor the state file, nor any checkpoint. If a write
+        callback fails, or the state file cannot be written, the new checkpoint exists but is not
+        recorded. The next save adopts it, so that it does not stay forever. A save in the
+        background is recorded when it has finished; other checkpoints are removed after that.
 
         If a signal handler or a write callback saves in the middle of a save, the save that
         began later is the latest.
 
         Args:
-          checkpoint_number: the number in its name; an integer, or what else `step_counter`
-            may be. By default the save counter. A checkpoint that has this name is replaced.
-          check_interval: whether to return None before `checkpoint_interval` steps have gone
-            by. At the step of the last save it is None in any case. If there are several
+          checkpoint_number: the number in the name: an integer, or anything else that is allowed
+            as `step_counter`. By default the save counter. A checkpoint of this name is replaced.
+          check_interval: whether to return None if fewer than `checkpoint_interval` steps have
+            passed. At the step of the last save None is returned in any case. If there are several
             processes, a save that failed in the background counts until `sync`, so that all of
             them find the same steps due.
-          options: how to save; write callbacks are called before the state file changes.
+          options: how to save. Write callbacks are called before the state file changes.
           metrics: numbers by name, for retention policies.
-          force: saves whatever the interval says, at the step of the last save too.
+          force: whether to save even if no save is due, also at the step of the last save.
 
         Returns:
           The path of the checkpoint, or None if `checkpoint_interval` says not to save, or
           if another save was in flight and `when_busy="skip"` says not to wait for it.
 
         Raises:
-          ValueError: a negative number, a metric that is not one number, or metrics among which
-            that of a policy is not, nor has it been recorded before.
-          TypeError: a number or step that is no integer, or an argument of another kind.
-          UnsaveableError: values that cannot be saved; nothing was written.
-          AsyncSaveError: an earlier save failed in the background; this one has not begun. If
-            there are several processes it has, because those that know of no error take part.
+          ValueError: the number is negative, a metric is not one number, or the metric of a policy
+            is neither among `metrics` nor recorded before.
+          TypeError: a number or step is not an integer, or an argument is of the wrong type.
+          UnsaveableError: values cannot be saved; nothing was written.
+          AsyncSaveError: an earlier save failed in the background, and this one has not begun. If
+            there are several processes, it has begun all the same, because the processes that know
+            of no error take part in it.
 
         Source: `tf.train.CheckpointManager.save`, where a failed save advances the counter.
         """
@@ -238,37 +240,59 @@ class CheckpointManager:
         schedule, step = self._schedule, self._schedule.step()
         runs = save_runs_of(self._checkpoint)
         if step is not None:
-            runs.settle_doubts(options.timeout_seconds)  # by which it may be due
+            runs.settle_doubts(options.timeout_seconds)  # their outcome may change what is due
             if not (force or schedule.is_due(step, check_interval)):
                 return None
 
-        def open_books(meeting: Meeting) -> _ManagedSave | None:
+        def open_books(meeting: Meeting) -> ManagedSave | None:
             if not (force or schedule.is_due(step, check_interval)):
                 return None  # another thread has saved this step meanwhile
-            return _ManagedSave(self, meeting, options, step, checkpoint_number, metrics)
+
+            def new_record(count: int) -> CheckpointRecord:
+                return self._new_record(count, checkpoint_number, metrics, meeting.leads)
+
+            return ManagedSave(
+                self._checkpoint, schedule, self._collection, meeting, options, step, new_record
+            )
 
         prefix = os.path.join(self._directory, self._name)
         path = runs.save(prefix, options, current_context(), open_books)
         return path and self._shown(path)
 
-    def _scores(self, metrics: Mapping[str, Any] | None) -> dict[str, float]:
-        """The metrics of a save, as numbers."""
-        scores = _scores(metrics)
+    def _new_record(
+        self, count: int, number: Any, metrics: Mapping[str, Any] | None, leads: bool
+    ) -> CheckpointRecord:
+        """The record of a save that begins, given the save counter and the arguments of `save`."""
+        scores = self._checked_metrics(metrics)
+        is_numbered = number is not None
+        number = as_integer(number) if is_numbered else count
+        if number < 0:
+            raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
+        path = os.path.join(self._directory, f"{self._name}-{number}")
+        if leads:
+            self._warn_of_replacing(path)
+            if not is_numbered:
+                self._warn_of_counter(path)
+        return CheckpointRecord(number, metrics=scores, path=path)
+
+    def _checked_metrics(self, metrics: Mapping[str, Any] | None) -> dict[str, float]:
+        """The metrics of a save as numbers, after a check that the policies can use them."""
+        scores = _numbers(metrics)
         records = self._collection.ledger.records
         known = {*scores, *(name for record in records for name in known_metrics(record))}
         unknown = ", ".join(map(repr, sorted(self._metrics - known)))
         if unknown and metrics is not None:
             raise ValueError(
-                f"{self._given}: a retention policy goes by the metric {unknown}, which no "
-                f"checkpoint has, and this save gives "
-                f"{', '.join(map(repr, sorted(scores))) or 'no metric'}. Nothing was saved: "
-                "correct the name in the policy or in metrics={...}."
+                f"{self._given}: a retention policy asks for the metric {unknown}, but no "
+                f"checkpoint has it, and this save gives "
+                f"{', '.join(map(repr, sorted(scores))) or 'no metric'}. Nothing was saved. "
+                "Correct the name in the policy or in metrics={...}."
             )
         if unknown and records and not self._has_said_unknown:
             self._has_said_unknown = True
             _log.warning(
-                "%s: a retention policy goes by the metric %s, and keeps nothing so far: no save "
-                "has given metrics. Pass save(metrics={...}).",
+                "%s: a retention policy asks for the metric %s, but keeps nothing so far, because "
+                "no save has given metrics. Pass save(metrics={...}).",
                 *(self._given, unknown),
             )
         return scores
@@ -276,24 +300,23 @@ class CheckpointManager:
     def restore_or_initialize(self) -> str | None:
         """Restores the latest checkpoint; if there is none, calls `init_fn`.
 
-        If the latest is gone or damaged, the newest older one that can be restored is
-        taken instead, by number, and a warning says so. If there are several processes,
-        `preflight` comes first, and all restore the same checkpoint: one that some process
-        cannot use is used by none.
+        If the latest is gone or damaged, the one with the next smaller number that can be restored
+        is taken instead, and a warning says so. If there are several processes, `preflight` comes
+        first, and all restore the same checkpoint: if one process cannot use it, none does.
 
-        A warning says what was not restored, if anything. `status` can then be asserted on.
+        If something was not restored, a warning says what. `status` can then be asserted on.
 
         Returns:
           The path of the checkpoint that was restored, or None if there was none.
 
         Raises:
           CheckpointNotFoundError, CorruptCheckpointError: there should be a checkpoint, but
-            neither the latest nor an older one is usable; the error is that of the latest.
-          RestoreMismatchError: as `Checkpoint.restore`, or nothing of the checkpoint was restored,
-            because the program has other names.
-          UnsupportedFormatError: as `Checkpoint.restore`, or the directory holds checkpoints of
-            another library alone.
-          PreflightError, ProcessError, BarrierTimeoutError: if there are several processes.
+            neither the latest nor an older one is usable. The error describes the latest.
+          RestoreMismatchError: as in `Checkpoint.restore`, or nothing of the checkpoint was
+            restored, because the program has other names.
+          UnsupportedFormatError: as in `Checkpoint.restore`, or the directory holds only
+            checkpoints of another library.
+          PreflightError, ProcessError, BarrierTimeoutError: only if there are several processes.
 
         Source: `tf.train.CheckpointManager.restore_or_initialize`, without the older ones.
 
@@ -310,7 +333,7 @@ class CheckpointManager:
             preflight(self._directory)
         paths = self._agreed_paths(self._collection.candidates)
         if not paths:
-            self._say_what_else_is_there()
+            self._warn_of_others()
             if self._init_fn is not None:
                 self._init_fn()
             return None
@@ -318,8 +341,8 @@ class CheckpointManager:
         left = what_was_left(status)
         if left is not None:
             _log.warning(
-                "%s was restored in part: %s. If that is not as it should be, compare the names: "
-                "print(manager.status.report); manager.restore(rename=[...]) maps them.",
+                "%s was restored in part: %s. If you did not expect that, compare the names in "
+                "print(manager.status.report), and map them with manager.restore(rename=[...]).",
                 *(self._shown(path), left),
             )
         return self._shown(path)
@@ -333,15 +356,15 @@ class CheckpointManager:
         rename: Iterable[Rule] = (),
         options: CheckpointOptions | None = None,
     ) -> LoadStatus:
-        """Restores a checkpoint of the directory: the latest, that of a step, or the best.
+        """Restores a checkpoint of the directory: the latest, the one of a step, or the best.
 
-        Going back to an earlier step is restoring it and saving on: the next save is the latest,
-        and the checkpoints above it are the first to be removed.
+        To go back to an earlier step, restore it and go on saving. The next save is then the
+        latest, and the checkpoints above it are the first to be removed.
 
         Args:
-          step: the number of the checkpoint. By default the latest, as `restore_or_initialize`.
-          best: the metric by which the best checkpoint is taken.
-          mode: whether "min" or "max" is the best value of it.
+          step: the number of the checkpoint. By default the latest, as in `restore_or_initialize`.
+          best: the metric by which the best checkpoint is chosen.
+          mode: whether "min" or "max" is the best value of the metric.
           rename: see `Checkpoint.restore`.
           options: see `Checkpoint.restore`.
 
@@ -350,8 +373,9 @@ class CheckpointManager:
 
         Raises:
           CheckpointNotFoundError: there is no such checkpoint, or none at all.
-          ValueError: both a step and a metric, or a metric that no checkpoint has.
-          RestoreMismatchError: as `Checkpoint.restore`, or nothing of the checkpoint was restored.
+          ValueError: both a step and a metric were given, or no checkpoint has the metric.
+          RestoreMismatchError: as in `Checkpoint.restore`, or nothing of the checkpoint was
+            restored.
           CorruptCheckpointError: it is damaged.
 
         Example:
@@ -381,15 +405,16 @@ class CheckpointManager:
             if not paths:
                 refuse_others(self._directory)
                 raise CheckpointNotFoundError(
-                    f"{self._given}: expected checkpoints {self._name}-N, found none"
-                    f"{self._others_listed()}. Save first, or check directory and checkpoint_name."
+                    f"{self._given}: expected checkpoints {self._name}-N, found "
+                    f"{self._others() or 'none'}. Save first, or check directory and "
+                    "checkpoint_name."
                 )
             return paths
 
         return self._restore_newest(self._agreed_paths(chosen), rename, options)[1]
 
-    def _before_save(self, path: str, *, is_numbered: bool) -> None:
-        """Says what may surprise about the path of a save."""
+    def _warn_of_replacing(self, path: str) -> None:
+        """Warns if a save will replace a checkpoint of an earlier run."""
         ledger = self._collection.ledger
         listed = {record.path for record in ledger.records} | {ledger.latest}
         is_new = not (self._known_paths or self._has_restored or self._checkpoint.save_counter > 1)
@@ -403,11 +428,15 @@ class CheckpointManager:
                 self._shown(path),
             )
         self._known_paths.add(path)
-        if not (is_numbered or self._is_numbered_by_step):
+
+    def _warn_of_counter(self, path: str) -> None:
+        """Warns once if a policy takes numbers of the save counter for training steps."""
+        if not self._is_numbered_by_step:
             self._is_numbered_by_step = True
             _log.warning(
-                "%s: a retention policy counts the numbers of checkpoints, which are those of the "
-                "save counter: this one is %s. To count training steps, pass them: save(step).",
+                "%s: a retention policy takes the numbers of checkpoints for training steps, but "
+                "they come from the save counter: this checkpoint is %s. Pass the step: "
+                "save(step).",
                 *(self._given, os.path.basename(path)),
             )
 
@@ -427,7 +456,7 @@ class CheckpointManager:
         for path in paths:
             error: CorruptCheckpointError | CheckpointNotFoundError | None = None
             status: LoadStatus | None = None
-            # One that some process cannot use is not used by any.
+            # If one process cannot use a checkpoint, none does.
             with processes.meeting(f"restoring {path}", DEFAULT.timeout_seconds) as meeting:
                 try:
                     status = self._checkpoint.restore(path, options, rename=rules)
@@ -459,27 +488,32 @@ class CheckpointManager:
             )
 
     def _restored(self, path: str) -> None:
-        """Notes that the checkpoint's objects were restored, by whatever verb."""
+        """Notes that the checkpoint's objects were restored, by the manager or without it."""
         self._has_restored = True
         above, name = os.path.split(os.path.abspath(path))
         is_own = above == self._directory and own_number(self._name, name) is not None
         if is_own:
             self._collection.restored(os.path.join(above, name))
-        with contextlib.suppress(TypeError):  # a step counter that holds nothing yet
+        with contextlib.suppress(TypeError):  # the step counter may hold nothing yet
             self._schedule.restored(os.path.join(above, name) if is_own else None)
 
-    def _say_what_else_is_there(self) -> None:
+    def _warn_of_others(self) -> None:
+        """Warns if there are only checkpoints with other names.
+
+        Raises:
+          UnsupportedFormatError: there are checkpoints of another library.
+        """
         refuse_others(self._directory)
-        if others := self._others_listed():
+        if others := self._others():
             _log.warning(
-                "%s: expected checkpoints %s-N, found none%s. Nothing is restored; to go on from "
-                "one of these, restore it by its path, or give its name as checkpoint_name.",
+                "%s: expected checkpoints %s-N, found %s. Nothing is restored. To go on from one "
+                "of these, restore it by its path, or pass its name as checkpoint_name.",
                 *(self._given, self._name, others),
             )
 
-    def _others_listed(self) -> str:
+    def _others(self) -> str:
         names = checkpoints_in(self._directory)
-        return f", but {', '.join(names[-5:])}" if names else ""
+        return f"only {', '.join(names[-5:])}" if names else ""
 
     def best(self, metric: str, mode: Literal["max", "min"] = "min") -> str | None:
         """The path of the managed checkpoint with the best value of a metric.
@@ -492,7 +526,7 @@ class CheckpointManager:
           A path; None if no checkpoint has metrics.
 
         Raises:
-          ValueError: checkpoints have other metrics, or another mode.
+          ValueError: checkpoints have metrics, but not this one; or the mode is unknown.
         """
         path = self._best(metric, mode)
         return path and self._shown(path)
@@ -543,29 +577,38 @@ class CheckpointManager:
           step: its number.
 
         Raises:
-          CheckpointNotFoundError: there is none of this number.
-          ValueError: there is no other one that could become the latest.
+          CheckpointNotFoundError: there is no checkpoint of this number.
+          ValueError: it is the latest, and no other one is usable.
           OSError: it could not be removed.
         """
-        number, seconds = as_integer(step), DEFAULT.timeout_seconds
+        number = as_integer(step)
+        self._changed(f"deleting {self._name}-{number}", lambda: self._collection.delete(number))
+
+    def _changed(self, what: str, change: Callable[[], T]) -> T:
+        """Lets process 0 change the collection while nothing is saved; the others follow.
+
+        Returns:
+          The result of `change`.
+        """
         with (
-            current().meeting(f"deleting {self._name}-{number}", seconds) as meeting,
+            current().meeting(what, DEFAULT.timeout_seconds) as meeting,
             save_runs_of(self._checkpoint).background.turn(),
         ):
-            meeting.conclude(None, lambda _: self._collection.delete(number))
+            result = meeting.conclude(None, lambda _: change())
             if not meeting.leads:
                 self._collection.follow()
+        return result
 
     def gc(self, dry_run: bool = False) -> list[str]:
         """Removes now what the next save would remove, and what interrupted saves left.
 
-        The latter are staging directories of this manager's name with a number up to that of
-        the latest checkpoint, whose owner is provably gone. (The next save of a later number
-        removes what an interrupted one has left of it.)
-        Where the latest checkpoint is not usable, nothing is removed.
+        Interrupted saves leave staging directories. Those that begin with this manager's name and a
+        number up to that of the latest checkpoint are removed, if their owner is provably gone.
+        (Those with a larger number are removed by the next save with this number.)
+        If the latest checkpoint is not usable, nothing is removed.
 
         Args:
-          dry_run: only says what would be removed.
+          dry_run: whether to say only what would be removed.
 
         Returns:
           The paths that were, or would be, removed.
@@ -579,15 +622,8 @@ class CheckpointManager:
           ...     [os.path.basename(path) for path in manager.gc(dry_run=True)]
           ['ckpt-1', 'ckpt-2']
         """
-        seconds = DEFAULT.timeout_seconds
         what = f"collecting in {self._directory}"
-        with (
-            current().meeting(what, seconds) as meeting,
-            save_runs_of(self._checkpoint).background.turn(),
-        ):
-            removed = meeting.conclude(None, lambda _: self._collection.collect(dry_run))
-            if not meeting.leads:
-                self._collection.follow()
+        removed = self._changed(what, lambda: self._collection.collect(dry_run))
         return [self._shown(path) for path in removed]
 
     def sync(self) -> None:
@@ -607,7 +643,7 @@ class CheckpointManager:
 
     @property
     def checkpoint(self) -> Checkpoint:
-        """The checkpoint whose objects are saved."""
+        """The `Checkpoint` that the manager saves."""
         return self._checkpoint
 
     def __repr__(self) -> str:
@@ -616,7 +652,7 @@ class CheckpointManager:
 
     @property
     def directory(self) -> str:
-        """Where the checkpoints are, as it was given."""
+        """The directory of the checkpoints, as it was given."""
         return self._given
 
     @property
@@ -626,9 +662,9 @@ class CheckpointManager:
 
     @property
     def latest_checkpoint(self) -> str | None:
-        """The path of the checkpoint that was saved last, or None.
+        """The path of the checkpoint that was saved last; None if there is none.
 
-        That it is still there is not checked; `ckpt.latest_checkpoint` does that.
+        It may have been removed since. `ckpt.latest_checkpoint` checks that it exists.
         """
         latest = self._collection.ledger.latest
         return latest and self._shown(latest)
@@ -637,7 +673,7 @@ class CheckpointManager:
     def checkpoints(self) -> list[str]:
         """The paths of the managed checkpoints, in the order of numbers, the latest last.
 
-        Those on abandoned branches come first. Those that are kept forever are not among them.
+        Those on abandoned branches come first. Those that are kept forever are not listed.
         """
         return [self._shown(record.path) for record in self._collection.ledger.records]
 
@@ -652,70 +688,23 @@ class CheckpointManager:
         return self._status
 
     def _shown(self, path: str) -> str:
-        """A path of this manager as it begins with the directory that was given."""
+        """A path of this manager, beginning with the directory as it was given."""
         directory, name = os.path.split(path)
         return os.path.join(self._given, name) if directory == self._directory else path
 
 
-class _ManagedSave:
-    """The bookkeeping of one save of a manager."""
-
-    def __init__(
-        self,
-        manager: CheckpointManager,
-        meeting: Meeting,
-        options: CheckpointOptions,
-        step: int | None,
-        number: Any,
-        metrics: Mapping[str, Any] | None,
-    ):
-        self._manager, self._meeting, self._options = manager, meeting, options
-        self._step, self._before = step, manager._schedule.position
-        self._count = manager.checkpoint.save_counter + 1
-        self._given_number, self._given_metrics = number, metrics
-        self._record: CheckpointRecord | None = None
-        self.series = manager._directory, manager._name
-
-    def begin(self) -> SaveRequest:
-        manager, number = self._manager, self._given_number
-        set_save_counter(manager.checkpoint, self._count)
-        scores = manager._scores(self._given_metrics)
-        number = self._count if number is None else as_integer(number)
-        if number < 0:
-            raise ValueError(f"expected a checkpoint number of 0 or more, got {number}")
-        path = os.path.join(manager._directory, f"{manager._name}-{number}")
-        manager._schedule.began(self._step, path)
-        self._record = CheckpointRecord(number, manager._clock(), scores, path)
-        if self._meeting.leads:
-            manager._before_save(path, is_numbered=self._given_number is not None)
-            manager._collection.begin(self._record)
-        return request_for(manager.checkpoint, path, self._options)
-
-    def record(self, is_overtaken: bool = False) -> None:
-        assert self._record is not None
-        collection = self._manager._collection
-        if self._meeting.leads:
-            collection.record(replace(self._record, time=self._manager._clock()), is_overtaken)
-        else:
-            collection.follow()
-
-    def undo(self) -> None:
-        manager, meeting = self._manager, self._meeting
-        is_there = self._record is not None and manager._collection.take_back(self._record.path)
-        if not is_there:  # else its number is taken
-            take_back_count(manager.checkpoint, self._count)
-        if self._record is not None:
-            is_async = self._options.enable_async
-            manager._schedule.undo(self._before, self._record.path, meeting, is_async=is_async)
+def make_due(manager: CheckpointManager) -> None:
+    """Makes a manager's next save due, whatever the step."""
+    manager._schedule.make_due()
 
 
-def schedule_of(manager: CheckpointManager) -> Schedule:
-    """When a manager's next checkpoint is due, for those who decide that in another way."""
-    return manager._schedule
+def has_saved_step(manager: CheckpointManager) -> bool:
+    """Whether a manager's latest checkpoint is one of the step where the program is."""
+    return manager._schedule.has_saved(manager._collection.ledger.latest)
 
 
 def _first_problem(problems: Sequence[str | None]) -> str | None:
-    """Of the processes' problems the first, with the process where there are several."""
+    """The first problem of any process; the process is named if there are several."""
     for process, problem in enumerate(problems):
         if problem is not None:
             return problem if len(problems) == 1 else f"process {process}: {problem}"
@@ -726,10 +715,10 @@ def _first_problem(problems: Sequence[str | None]) -> str | None:
 
 
 def as_integer(value: Any) -> int:
-    """The integer that a number, a variable, or a function returning one of these stands for.
+    """The integer that a number, a variable, or a function that returns one of these stands for.
 
     Raises:
-      TypeError: it stands for none.
+      TypeError: there is none.
 
     >>> from ckpt_jax.objects.trackable import Variable
     >>> as_integer(np.int64(3)), as_integer(Variable(4)), as_integer(lambda: 5)
@@ -750,19 +739,17 @@ def as_integer(value: Any) -> int:
 
 
 def _limit(max_to_keep: Any) -> RetentionPolicy | None:
-    """What `max_to_keep` keeps; None if it keeps all."""
+    """The policy that `max_to_keep` stands for; None if it keeps all."""
     if max_to_keep is None:
         return None
     if isinstance(max_to_keep, RetentionPolicy):
-        if not can_keep(max_to_keep):
-            raise ValueError(f"expected a policy that can keep something, got {max_to_keep!r}")
         return max_to_keep
     if as_integer(max_to_keep) <= 0:
         raise ValueError(f"expected a positive max_to_keep or None, got {max_to_keep}")
     return KeepLatest(as_integer(max_to_keep))
 
 
-def _scores(metrics: Mapping[str, Any] | None) -> dict[str, float]:
+def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
     if metrics is not None and not isinstance(metrics, Mapping):
         raise TypeError(f"metrics must be numbers by name, got {metrics!r}")
     return {name: _as_number(name, value) for name, value in (metrics or {}).items()}

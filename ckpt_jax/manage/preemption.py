@@ -1,18 +1,18 @@
 """Preemption: a last save when the machine is about to be taken away.
 
-The notice is a signal, SIGTERM by default. The place to save is the next *step boundary*, where
-the objects are whole; the training loop says when it is there. How the boundary is chosen:
+The notice is a signal, SIGTERM by default. The save happens at a *step boundary*, when no object is
+half updated. The training loop says when it is at one. The boundary is chosen like this:
 
 * A single process saves at the first boundary after the signal. If none comes before the grace
   period is over, or if a second signal says that there is less time than expected, a thread
   saves at once, even in the middle of a step: such a checkpoint may hold parameters of one step
   and optimizer state of another, and the save may fail because the step has donated its arrays.
-  This is for programs whose steps are longer than the notice. If a boundary still comes, it
+  This is for programs with steps that are longer than the notice. If a boundary still comes, it
   saves again.
 * If there are several processes, JAX's preemption service spreads SIGTERM to all of them, and they
   agree on a step that all will reach. JAX then has a handler of its own for SIGTERM, which
   stays; other signals are passed on to it as SIGTERM. If that service is off, the handler here
-  takes SIGTERM too, and `processes.common_step` finds the step. Several processes never save in
+  takes SIGTERM, too, and `processes.common_step` finds the step. Several processes never save in
   the middle of a step, because they have to save together.
 
 Python runs signal handlers on the main thread, between two of its instructions. While that thread
@@ -38,7 +38,7 @@ import jax
 from jax.experimental import multihost_utils
 
 from ckpt_jax.errors import AsyncSaveError
-from ckpt_jax.manage.manager import CheckpointManager, schedule_of
+from ckpt_jax.manage.manager import CheckpointManager, has_saved_step, make_due
 from ckpt_jax.processes.common_step import CommonStep
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Processes
@@ -63,12 +63,12 @@ class PreemptionHandler:
         agree on a step.
       signals: the signals that announce the end.
       save: a function that saves. It is given the step that was reached last, and returns the
-        path, or None if it has saved nothing: then the next step boundary tries again. By
-        default `manager.save(check_interval=False)`, which numbers by the save counter;
+        path, or None if it has saved nothing; then the next step boundary tries again. By
+        default it is `manager.save(check_interval=False)`, which numbers by the save counter;
         `lambda step: manager.save(step)` numbers by step.
       agree: a function that decides whether to save at a step, given the step and whether this
-        process has had a signal. It is asked at every step until it says yes, and has to give
-        the same answer in all processes. By default, a single process decides alone, and several
+        process has had a signal. It is called at every step until it returns true, and has to
+        return the same in all processes. By default, a single process decides alone, and several
         processes agree through JAX's preemption service, or without it if it is off.
 
     Raises:
@@ -125,20 +125,22 @@ class PreemptionHandler:
     def saved(self) -> str | None:
         """The path of the checkpoint that was saved because of a signal; None if there is none.
 
-        It is committed: a save in the background has been waited for.
+        It is committed, even if it was saved in the background.
         """
         return self._saved
 
     def __enter__(self) -> PreemptionHandler:
         if threading.current_thread() is not threading.main_thread():
-            raise ValueError("a PreemptionHandler is entered on the main thread, where signals go")
+            raise ValueError(
+                "enter a PreemptionHandler on the main thread, where Python handles signals"
+            )
         with ExitStack() as undo:
             self._install(undo)
             self._undo = undo.pop_all()
         return self
 
     def _install(self, undo: ExitStack) -> None:
-        """Takes the signals; `undo` gives them back."""
+        """Installs the handlers of signals; `undo` removes them."""
         signals = self._signals
         if self._given_agree is None:
             if _has_preemption_service():
@@ -167,8 +169,8 @@ class PreemptionHandler:
         self._undo.close()
         if self._noticed and self._saved is None:
             _log.warning(
-                "a preemption notice came, but no step boundary at which a save succeeded has come "
-                "since, and the loop has ended: nothing was saved"
+                "a preemption notice came, but the loop ended before a save at a step boundary "
+                "succeeded: nothing was saved"
             )
 
     def reached(self, step: int) -> bool:
@@ -181,7 +183,7 @@ class PreemptionHandler:
           Whether a checkpoint has been saved because of a signal: the loop should end.
 
         Raises:
-          Whatever saving raises; an error of an earlier save in the background is logged.
+          Any error of this save. An error of an earlier save in the background is only logged.
         """
         # Gives up the GIL for a moment. If the system delivers a signal to another thread, the main
         # thread of Python 3.11 hears of it when it takes the GIL again, which a loop of steps that
@@ -189,7 +191,7 @@ class PreemptionHandler:
         time.sleep(0)
         self._step = step
         if not self._is_done and (self._is_agreed or self._agree(step, self._noticed)):
-            # JAX says so once; after a save that failed, all processes try again.
+            # JAX reports the agreed step only once. After a failed save, all processes try again.
             self._noticed = self._is_agreed = True
             with self._saving:
                 before, self._saved = self._saved, None
@@ -208,12 +210,12 @@ class PreemptionHandler:
         self._noticed = True
 
     def _announce(self) -> None:
-        """Is told of the first signal, on the thread that watches the clock."""
+        """Notes the first signal, on the thread that watches the grace period."""
         self._set_noticed()
         if self._step is None:
             _log.warning(
-                "a preemption notice came, but reached(step) has never been called, which saves: "
-                "call it at the end of each training step. Nothing is saved until then%s.",
+                "a preemption notice came, but reached(step), which saves, has never been called. "
+                "Call it at the end of each training step. Nothing is saved until then%s.",
                 "" if self._grace_seconds is None else f" or for {self._grace_seconds} s",
             )
 
@@ -224,9 +226,8 @@ class PreemptionHandler:
             _log.warning("%s: saving in the middle of a step", why)
             try:
                 self._save_now(self._step)
-                # So that the boundary after this step saves again.
-                schedule_of(self._manager).make_due()
-            except Exception:  # nobody waits for this thread, and a boundary may yet come
+                make_due(self._manager)  # so that the boundary after this step saves again
+            except Exception:  # this thread has no caller, and a boundary may yet come
                 _log.exception("the save in the middle of a step failed")
 
     def _save_now(self, step: int | None) -> None:
@@ -236,15 +237,15 @@ class PreemptionHandler:
             _log.error("%s", error, exc_info=error.__cause__)
         before = self._manager.latest_checkpoint
         # A manager saves a step only once: if this step has been saved, that checkpoint counts.
-        is_there = schedule_of(self._manager).has_saved(self._manager.latest_checkpoint)
+        is_there = has_saved_step(self._manager)
         if not is_there:
-            schedule_of(self._manager).make_due()
+            make_due(self._manager)
         try:
             try:
                 path = self._save(step)
             finally:  # all processes wait, even one that has failed already
                 self._manager.sync()
-        except Exception:  # maybe of a callback in this process alone, after the commit for all
+        except Exception:  # perhaps a callback failed in this process alone, after the commit
             self._saved = self._later_than(before)
             raise
         self._saved = path or (before if is_there else self._later_than(before))
@@ -259,10 +260,10 @@ class _GraceWatch:
 
     Args:
       signals: the signals that count. Others go to the wakeup file that was there before.
-      grace_seconds: from the first signal on; None for no end.
+      grace_seconds: counted from the first signal; None for no end.
       notice: called at the first signal.
       save_at_once: called with the reason, at most once.
-      clock: tells the seconds; the grace period is measured by it.
+      clock: returns seconds, by which the grace period is measured.
     """
 
     def __init__(
@@ -313,10 +314,13 @@ class _GraceWatch:
     def _next_signal(
         self, notices: socket.socket, previous_fd: int, deadline: float | None
     ) -> int | None:
-        """Waits for one of our signals, and passes others on; None when the file is closed.
+        """Waits for one of the signals that count, and passes others on.
+
+        Returns:
+          The signal; None if the file was closed.
 
         Raises:
-          TimeoutError, BlockingIOError: the deadline is over.
+          TimeoutError, BlockingIOError: the deadline has passed.
         """
         while True:
             left = None if deadline is None else max(0.0, deadline - self._clock())

@@ -1,9 +1,9 @@
 """When the next checkpoint is due.
 
-The interval counts from where the program is. It usually counts from the step of the last save. If
-the program restores a checkpoint, it counts from the step at which that leaves the program. If a
-step comes that is smaller than the one before, the program has gone back by other means; then the
-interval counts from the last step up to there that was saved, or from that step if none was.
+The interval is a number of steps. It usually counts from the step of the last save. If the program
+restores a checkpoint, it counts from the step where the program is after that. If the step is ever
+smaller than before, the program has gone back by other means. Then the interval counts from the
+last saved step that is not larger, or from the present step if there is none.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ class Position:
     """Where the program is, as far as saving is concerned.
 
     Attributes:
-      last: the step of the last save, or of the checkpoint of the directory that was restored after
-        it; None if there is none, or if the next save is due in any case.
+      last: the step of the last save, or of a checkpoint of the directory that was restored after
+        it; None if the next save is due in any case.
       origin: the step from which the interval counts; None if the next save is due in any case.
-      saved: the steps up to there that are known to be saved.
+      saved: the steps up to `origin` that are known to be saved.
       path: the checkpoint that was saved or restored at `last`.
     """
 
@@ -38,7 +38,7 @@ class Position:
         return Position(step, step, (*before, step), path)
 
     def seen_from(self, step: int) -> Position:
-        """The position of a program that has come to a step."""
+        """The position after the program has come to a step."""
         if self.origin is None or step >= self.origin:
             return self
         before = tuple([saved for saved in self.saved if saved <= step])
@@ -49,18 +49,18 @@ class Schedule:
     """Says whether a checkpoint is due, given the steps at which the program asks.
 
     Args:
-      step: the present step; None if there is no interval.
+      step: returns the present step. It is not called if there is no interval.
       interval: the least number of steps between two saves; None if every save is due.
-      last_step: of the last save; None if there was none.
+      last_step: the step of the last save; None if there was none.
     """
 
-    def __init__(self, step: Callable[[], int] | None, interval: int | None, last_step: int | None):
+    def __init__(self, step: Callable[[], int], interval: int | None, last_step: int | None):
         self._step = step if interval is not None else None
         self._interval = interval or 0
         self._position = Position()
         if last_step is not None:
             self._position = self._position.at(last_step, None)
-        # Positions before saves that have failed, of which other processes may not know yet.
+        # The positions before saves that failed, while other processes may not know of the failure.
         self._failed: list[Position] = []
         self._lock = threading.RLock()
 
@@ -76,24 +76,23 @@ class Schedule:
         """Whether to save at a step.
 
         Args:
-          step: where the program is.
-          check_interval: whether the interval counts. The step of the last save is not due in
-            any case.
+          step: the present step; None if there is no interval.
+          check_interval: whether the interval counts. No save is due at the step of the last save,
+            whether it counts or not.
         """
         if step is None:
             return True
         with self._lock:
             position = self._position = self._position.seen_from(step)
-        if position.last is None and position.origin is None:
+        if position.origin is None:
             return True
         if step == position.last:
             return False
-        origin = position.origin
-        return not check_interval or origin is None or step >= origin + self._interval
+        return not check_interval or step >= position.origin + self._interval
 
     @property
     def position(self) -> Position:
-        """Where the program is, for `undo`."""
+        """The present position, for `undo`."""
         return self._position
 
     def began(self, step: int | None, path: str) -> None:
@@ -103,10 +102,10 @@ class Schedule:
         self._position = replace(position, path=path) if step is None else position.at(step, path)
 
     def undo(self, before: Position, path: str, meeting: Meeting, *, is_async: bool) -> None:
-        """Notes that a save to `path` has failed, which has begun at a position.
+        """Notes that a save to `path` has failed, and goes back to the position before it.
 
-        Other processes may not know of it yet, and all of them have to find the same steps due;
-        then it counts when they synchronise.
+        All processes have to find the same steps due. If other processes may not know of the
+        failure yet, the position changes only when they synchronise.
         """
         if self._position.path != path:
             return  # another save has begun since
@@ -116,7 +115,7 @@ class Schedule:
             self._failed.append(before)
 
     def synchronised(self) -> None:
-        """Lets a save that had failed in the background count: all processes know of it now."""
+        """Goes back to the position before a failed save: all processes know of the failure now."""
         if self._failed:
             self._position = self._failed.pop()
 

@@ -1,7 +1,7 @@
 """The coordination service: keys and values that the processes of a program share.
 
 A key is set only once. That makes the service a place for decisions: if several processes try to
-decide the same thing, the first one does, and the others hear what it was.
+set the same key, the first one decides, and the others read its decision.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from ckpt_jax.store.workers import started
 class Service(Protocol):
     """Keys and values that all processes share.
 
-    Every call ends within its time. It raises TimeoutError if the service does not answer in time,
-    and ConnectionError if the service is gone.
+    Every call ends within its timeout. It raises TimeoutError if the service does not answer in
+    time, and ConnectionError if the service is gone.
     """
 
     def set(self, key: str, value: str, timeout_seconds: float) -> bool:
@@ -27,11 +27,11 @@ class Service(Protocol):
         ...
 
     def get(self, key: str, timeout_seconds: float) -> str | None:
-        """Waits for the value of a key. Returns None if it has none when the time is over."""
+        """Waits for the value of a key. Returns None if it has none when the timeout is over."""
         ...
 
     def list(self, prefix: str, timeout_seconds: float) -> dict[str, str]:
-        """The whole keys below a prefix that ends in "/", and their values."""
+        """The keys below a prefix that ends in "/", each with its prefix, and their values."""
         ...
 
     def delete(self, prefix: str, timeout_seconds: float) -> None:
@@ -65,7 +65,7 @@ class CoordinationService:
         milliseconds = max(1, int(timeout_seconds * 1000))
         get = self._client.blocking_key_value_get
         try:
-            # The service's own deadline comes first, unless it is the service that hangs.
+            # The service's own deadline comes first, unless the service hangs.
             return self._call(timeout_seconds + 1.0, get, key, milliseconds)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" in str(error):

@@ -1,7 +1,8 @@
 """CheckpointReader: the values of a checkpoint by key, and its object graph.
 
-Opening reads the graph and the index, no array byte, and touches no device. A file of another
-format, which has no object graph, shows one that is made of its names.
+Opening a reader reads the index. The object graph is read when it is first asked for. Neither reads
+a byte of an array or uses a device. A file of another format has no object graph; the reader makes
+one from the names in it.
 """
 
 from __future__ import annotations
@@ -43,21 +44,23 @@ class CheckpointReader:
     A value is called by its checkpoint key or by its path: the local names joined with "/", as
     patterns and reports have it. If one text is both, the key counts.
 
+    Use it as a context manager, or `close` it, so that its files are closed.
+
     Args:
       path: of a checkpoint directory, or of a file in a format that `restoring.formats` knows.
       storage: where the path lies.
 
     Attributes:
       path: as it was given.
-      location: where it led when the reader was opened. There it reads, also when a link is moved
-        on, or when the program goes to another directory.
-      generation: tells the checkpoint from others that may take its place.
-
-    Use it as a context manager, or `close` it, to let go of the files.
+      location: where the path led when the reader was opened. The reader goes on reading there,
+        even if a link is moved on, or if the program changes its working directory.
+      generation: distinguishes the checkpoint from others that may take its place.
 
     Raises:
-      CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError. A checkpoint that is
-      replaced or removed after it was opened is no longer found, with `with` and without.
+      CheckpointNotFoundError: there is no checkpoint. Also raised by later reads, with `with` and
+        without, if the checkpoint was replaced or removed after it was opened.
+      CorruptCheckpointError: it is damaged.
+      UnsupportedFormatError: its format is not known here.
       RuntimeError: this process was forked after its parent had read or written checkpoints.
 
     Source: `tf.train.load_checkpoint`, `tf.train.CheckpointReader`.
@@ -86,10 +89,10 @@ class CheckpointReader:
     def check_not_replaced(self, error: Exception | None = None) -> None:
         """Checks that the checkpoint is still the one that was opened.
 
-        What looks like damage may be another checkpoint, saved to this path meanwhile.
+        If a checkpoint looks damaged, the reason may be that another one was saved to its path.
 
         Raises:
-          CheckpointNotFoundError: it is not; `error` is its cause.
+          CheckpointNotFoundError: it was replaced or removed; `error` is the cause.
         """
         if self._storage.generation(self.location) != self.generation:
             led = "" if self.location == absolute(self.path) else f" (which led to {self.location})"
@@ -100,7 +103,8 @@ class CheckpointReader:
 
     @contextmanager
     def _unless_replaced(self) -> Iterator[None]:
-        """An error in the block is only the checkpoint's own if the checkpoint is still there."""
+        """Raises CheckpointNotFoundError instead of an error in the block if the checkpoint was
+        replaced or removed."""
         try:
             yield
         except (CorruptCheckpointError, OSError) as error:
@@ -123,7 +127,7 @@ class CheckpointReader:
         return self._graph
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
-        """(key, what) for every value that the object graph and the index disagree on."""
+        """(key, problem) for each value on which the object graph and the index disagree."""
         layout_of = self._source.index.layout_of
         for _, attribute in self._graph.attributes():
             key, spec = attribute.key, attribute.spec
@@ -135,7 +139,7 @@ class CheckpointReader:
                 found = f"{stored.dtype}{list(stored.shape)}"
                 yield (
                     key,
-                    f"the object graph says {spec.dtype}{list(spec.shape)}, stored is {found}",
+                    f"the object graph says {spec.dtype}{list(spec.shape)}, the index {found}",
                 )
 
     @cached_property
@@ -152,7 +156,7 @@ class CheckpointReader:
 
     @cached_property
     def saved_objects(self) -> tuple[objects.SavedObject, ...] | None:
-        """What each object of the graph is made anew as; None where the checkpoint says nothing.
+        """How each object of the graph is recreated; None if the checkpoint does not say.
 
         Raises:
           CorruptCheckpointError: it is damaged, or disagrees with the object graph.
@@ -168,11 +172,11 @@ class CheckpointReader:
     def _extra(self, name: str) -> bytes | None:
         with self._unless_replaced():
             found = self._source.extra(name)
-        self.check_not_replaced()  # every checkpoint has values of these names
+        self.check_not_replaced()  # another checkpoint has values of these names, too
         return found
 
     def _decoded(self, key: str, data: bytes, decode: Callable[[bytes], T]) -> T:
-        """A sealed message; what is wrong with it is said with the place."""
+        """Decodes a sealed message. Errors name the checkpoint and the key."""
         try:
             return decode(unseal(data))
         except CorruptCheckpointError as error:
@@ -224,7 +228,7 @@ class CheckpointReader:
         return {key: self._source.index.layout_of(key).shape for key in self.keys()}
 
     def get_variable_to_dtype_map(self) -> dict[str, np.dtype]:
-        """The dtype of each value; `object` for byte strings and for what cannot be read."""
+        """The dtype of each value; `object` for byte strings and for unknown dtypes."""
         return {key: _dtype(self._source.index.layout_of(key).dtype) for key in self.keys()}
 
     def get_tensor(self, key: str, box: Box | None = None) -> Any:
@@ -245,7 +249,7 @@ class CheckpointReader:
         data = self.read({key: box})[key]
         if box is not None:
             return data
-        # What a registered saver stored belongs to no attribute of the graph.
+        # A value that a registered saver stored belongs to no attribute of the graph.
         return self.as_saved(key, data, self._specs.get(key) or self.stored_spec(key))
 
     def _known_key(self, name: str) -> str:
@@ -273,9 +277,9 @@ class CheckpointReader:
         options: CheckpointOptions = DEFAULT,
         arrived: Callable[[int], object] = lambda nbytes: None,
     ) -> dict[str, Any]:
-        """Several values at once; see `ckpt.io.read_slices`.
+        """Reads several values at once; see `ckpt.io.read_slices`.
 
-        `arrived` is called with numbers of bytes, as they come.
+        `arrived` is called with the number of bytes each time that some have been read.
         """
         with self._unless_replaced():
             return read_values(self._source, requests, options, arrived)
@@ -283,7 +287,7 @@ class CheckpointReader:
     def read_boxes(
         self, requests: Mapping[str, Sequence[Box]], options: CheckpointOptions = DEFAULT
     ) -> dict[tuple[str, Box], np.ndarray]:
-        """Several boxes of several arrays at once, by key and box."""
+        """Reads several boxes of several arrays at once; returns them by key and box."""
         keys = list(requests)
         with self._unless_replaced():
             found = self._source.read(
@@ -297,7 +301,7 @@ class CheckpointReader:
             }
 
     def as_saved(self, key: str, data: Any, spec: LeafSpec) -> Any:
-        """What was read without a target, as the value that it was; arrays as they are."""
+        """Turns data that was read without a target into the saved value. Arrays stay the same."""
         self._check_readable(key, spec)
         try:
             return as_saved(data, spec)
@@ -323,7 +327,7 @@ class CheckpointReader:
         return self._source.index.nbytes(key)
 
     def check_files(self) -> None:
-        """Compares the sizes of all files with what they have to hold; reads no value.
+        """Compares the sizes of all files with the sizes that they need; reads no value.
 
         Raises:
           CorruptCheckpointError: a file is truncated or missing.
@@ -344,7 +348,7 @@ class CheckpointReader:
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of values read so far."""
+        """The number of bytes of values that were read so far."""
         return self._source.bytes_read
 
 

@@ -34,10 +34,10 @@ class Background:
 
     def __init__(self) -> None:
         self._turn = threading.RLock()  # a write callback in the foreground may save again
-        self._home = os.getpid()  # of the process where the threads are that may hold it
+        self._home = os.getpid()  # the process with the threads that may hold it
         self._thread: threading.Thread | None = None
-        self._is_done = threading.Event()  # an interrupted `Thread.join` takes the thread for ended
-        self._pid = 0  # of the process that has the thread; a forked process does not have it
+        self._is_done = threading.Event()  # an interrupted `Thread.join` counts as the end
+        self._pid = 0  # of the process that has the thread; a forked child does not have it
         self._errors: list[AsyncSaveError] = []  # not raised yet
         self._what = ""
         self._is_abandoned = False  # at exit
@@ -50,8 +50,8 @@ class Background:
 
         Args:
           when_busy: "wait" until no other thread has the turn and nothing is running, or "skip".
-          is_refused: whether an error of earlier work is raised instead of running the block; else
-            it is raised after the block.
+          is_refused: whether an error of earlier work is raised instead of running the block.
+            Otherwise it is raised after the block.
 
         Returns:
           A context manager; its value says whether the caller has the turn.
@@ -88,7 +88,8 @@ class Background:
             turn.release()
 
     def _turn_of_this_process(self) -> threading.RLock:
-        """The lock of the turn. After a fork it may be held by a thread that is not there."""
+        """The lock of the turn. A forked child gets a new one, because the old one may be held by a
+        thread that the child does not have."""
         if self._home != os.getpid():
             self._home, self._turn = os.getpid(), threading.RLock()
             self._thread = None
@@ -179,7 +180,7 @@ class Background:
 
 _all: weakref.WeakSet[Background] = weakref.WeakSet()
 _failed: set[Background] = set()  # kept alive, because their errors are not raised yet
-_is_over = False  # whether an exit may no longer wait for work that begins now
+_is_over = False  # whether the program may exit without waiting for work that begins now
 
 
 def _report_all_at_exit() -> None:
@@ -189,6 +190,6 @@ def _report_all_at_exit() -> None:
         background._report_at_exit()
 
 
-# First when the main thread has ended, but others may go on; then when all have ended.
+# Runs first when the main thread has ended and others may go on, then when all have ended.
 getattr(threading, "_register_atexit", atexit.register)(_report_all_at_exit)
 atexit.register(_report_all_at_exit)

@@ -1,18 +1,18 @@
-"""Save runs: one save from the call to the record, here or in the background.
+"""Save runs: one save from the call to the record, in the foreground or in the background.
 
-A run first meets the other processes, before anything that could fail here alone. Then it waits
+A run first meets the other processes, before anything can fail in this process alone. Then it waits
 for its *turn*, because the saves of one `Checkpoint` come one after the other. Then it stages the
-values, and goes on in the background if it may.
+values, and goes on in the background if the options allow it.
 
-*Bookkeeping* is what the owner of a save does about it: count it, record it, or take it back.
+The owner of a save keeps the *books*: it counts the save, records it, or takes it back.
 
-A run is *in doubt* if this process has reported its shards and has not heard what became of
-them. It then counts as failed. If process 0 turns out to have committed it, it is counted and
-recorded before the next save, so that all processes go on from the same number.
+A run is *in doubt* if this process has reported its shards but does not know whether process 0 has
+committed them. It then counts as failed. If process 0 turns out to have committed it, it is counted
+and recorded before the next save, so that all processes go on from the same number.
 
-A run is *overtaken* if another one began later and was recorded first. That happens on one thread
-alone: a signal handler or a write callback saves in the middle of a save. The later one then stays
-the latest, since it has the newer values. An overtaken run for the same path is dropped.
+A run is *overtaken* if another one began later and was recorded first. That can only happen on one
+thread: a signal handler or a write callback saves in the middle of a save. The later run then stays
+the latest, because it has the newer values. An overtaken run for the same path is dropped.
 """
 
 from __future__ import annotations
@@ -32,20 +32,21 @@ from ckpt_jax.saving.pipeline import SaveRequest, StagedSave
 
 
 class Bookkeeping(Protocol):
-    """What the owner of a save does about it."""
+    """The books that the owner of a save keeps."""
 
     @property
     def series(self) -> Hashable:
-        """What numbers and records the save: saves of one series are in one order. None if the
-        save is not recorded."""
+        """Says which saves are numbered and recorded together, in one order. None if the save is
+        not recorded."""
         ...
 
     def begin(self) -> SaveRequest:
-        """Counts the save, and says what to save. Called again if a save in doubt was done."""
+        """Counts the save, and returns what to save. Called again for a save in doubt that turns
+        out to be committed."""
         ...
 
     def record(self, is_overtaken: bool = False) -> None:
-        """Records that the checkpoint is there: on process 0 before the others know of it.
+        """Records the checkpoint. Process 0 does this before the others know of the commit.
 
         Args:
           is_overtaken: whether a checkpoint with newer values has been recorded already.
@@ -53,7 +54,7 @@ class Bookkeeping(Protocol):
         ...
 
     def undo(self) -> None:
-        """Takes back what `begin` has done, as far as it came: the save has not happened."""
+        """Takes back what `begin` has done, perhaps in part, because the save has failed."""
         ...
 
 
@@ -108,24 +109,24 @@ def refuse_async(verb: str, options: CheckpointOptions) -> None:
 
 
 class SaveRuns:
-    """The save runs of one owner: whose turn it is, and which runs are in doubt."""
+    """The save runs of one owner: which one has the turn, and which ones are in doubt."""
 
     def __init__(self) -> None:
         self.background = Background()
-        self._listeners: list[weakref.WeakMethod[Callable[[str], object]]] = []  # to restores
+        self._listeners: list[weakref.WeakMethod[Callable[[str], object]]] = []  # told of restores
         self._doubts: list[SaveRun] = []
         self._open: list[SaveRun] = []  # in the order in which they began
 
     def save(
         self, path: str, options: CheckpointOptions, context: Context, open_books: Open
     ) -> str | None:
-        """One save.
+        """Saves once.
 
         Args:
-          path: names it in errors.
+          path: names the save in errors.
           options: how to save.
-          context: the surroundings.
-          open_books: called when it is this save's turn; None if there is nothing to save then.
+          context: the surroundings of the save.
+          open_books: called when this save has its turn. Returns None if there is nothing to save.
 
         Returns:
           The path of the checkpoint. None if there was nothing to save, or if another save was
@@ -162,20 +163,21 @@ class SaveRuns:
 
     @contextmanager
     def _turn(self, options: CheckpointOptions, meeting: Meeting) -> Iterator[bool]:
-        """The right to save; see `Background.turn`. Of several processes, 0 decides on a skip."""
+        """The right to save; see `Background.turn`. If there are several processes, process 0
+        decides whether the save is skipped."""
         # If one of several processes did not take part, the others would wait for it.
         is_alone = meeting.count == 1
         with self.background.turn(options.when_busy, is_refused=is_alone) as is_mine:
             if options.when_busy == "wait" or meeting.led(is_mine) == is_mine:
                 yield is_mine
-            elif is_mine:  # process 0 is not done with a save that this one is done with
+            elif is_mine:  # process 0 is still busy with a save that has ended here
                 yield False
             else:
                 with self.background.turn(is_refused=is_alone) as is_mine:
                     yield is_mine
 
     def settle_doubts(self, timeout_seconds: float) -> None:
-        """Counts the saves that had failed here, in doubt, but not on process 0."""
+        """Counts the saves in doubt that process 0 has committed, and takes back the others."""
         while self._doubts:
             is_done = self._doubts[0].meeting.done_after_all(timeout_seconds)
             if is_done is None:
@@ -193,7 +195,7 @@ class SaveRuns:
         self._listeners.append(weakref.WeakMethod(restored))
 
     def tell_restored(self, path: str) -> None:
-        """Lets those who listen know that the owner was restored from `path`."""
+        """Calls the methods that listen with the path from which the owner was restored."""
         for listener in self._listeners:
             if (restored := listener()) is not None:
                 restored(path)
@@ -207,7 +209,7 @@ class SaveRuns:
         self._open.remove(run)
 
     def overtake(self, run: SaveRun, path: str) -> None:
-        """Lets the runs that began before this one know that it is there, at `path`."""
+        """Tells the runs that began before this one that its checkpoint is recorded, at `path`."""
         for other in self._open[: self._open.index(run)]:
             if run.books.series is not None and run.books.series == other.books.series:
                 other.overtaken_by = run
@@ -215,13 +217,13 @@ class SaveRuns:
                 other.is_replaced = True
 
     def doubt(self, run: SaveRun) -> None:
-        """Keeps a run whose outcome is not known, to ask for it before the next save."""
+        """Keeps a run with an unknown outcome, to ask for the outcome before the next save."""
         run.meeting.keep()
         self._doubts.append(run)
 
 
 class SaveRun:
-    """One save that has its turn. Leaving its block takes back a save that has failed.
+    """One save that has its turn. At the end of its block, a save that has failed is taken back.
 
     Attributes:
       path: of its checkpoint, as soon as that is known.
@@ -249,7 +251,7 @@ class SaveRun:
                 self._runs.doubt(self)
 
     def finish(self, staged: StagedSave, options: CheckpointOptions) -> None:
-        """Writes, commits and records; on any thread."""
+        """Writes, commits and records the save; runs on any thread."""
         meeting, path = self.meeting, staged.path
         try:
             with staged:
@@ -258,7 +260,7 @@ class SaveRun:
                     raise _Replaced
                 staged.commit(report)
                 self._is_committed = True
-                if not meeting.leads:  # whatever becomes of the callbacks
+                if not meeting.leads:  # even if a callback fails
                     self._record(path)
 
                 def act() -> None:
@@ -274,7 +276,8 @@ class SaveRun:
         newer = self.overtaken_by
         self.books.record(is_overtaken=newer is not None)
         if self.overtaken_by is not newer and self.overtaken_by is not None:
-            self.overtaken_by.books.record()  # in the middle of this record, which was the last
+            # The other run was recorded during this record, and has to be the latest again.
+            self.overtaken_by.books.record()
         self._runs.overtake(self, path)
 
 

@@ -4,11 +4,12 @@ A checkpoint is written into a staging directory beside its destination. Then on
 the destination's name, so that a path holds a whole checkpoint or none. If there is a checkpoint
 already, the two directories are exchanged in one step, and the old one is removed last.
 
-A directory that somebody has prepared is *filled*, not replaced: it keeps its owner and its mode,
-it may be a mount point or the working directory, and the directory above need not be writable.
-The staging directory lies inside, and its contents are moved up, the manifest last. That file
-makes it a checkpoint. What a crash leaves in a prepared directory is known by the staging
-directory that is still there, and is removed by the next save.
+A *prepared* directory, which is there already and empty, is *filled*, not replaced: it keeps its
+owner and its mode, it may be a mount point or the working directory, and the directory above need
+not be writable. The staging directory lies inside, and its contents are moved up, the manifest
+last. The manifest makes the directory a checkpoint. If a crash leaves files in a prepared
+directory, the staging directory is still there and shows that they are leftovers. The next save
+removes them.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ _OTHERS = {
 
 
 def is_checkpoint(path: str) -> bool:
-    """Whether `path` is a directory with a committed root database."""
+    """Whether there is a committed checkpoint at `path`."""
     return os.path.isfile(os.path.join(path, MANIFEST)) and not is_staging(path)
 
 
@@ -75,9 +76,7 @@ def number_of(path: str) -> int | None:
     >>> number_of("runs/ckpt-12"), number_of("runs/final")
     (12, None)
     """
-    found = re.search(
-        r"-(\d{1,255})$", os.path.basename(path)
-    )  # no longer name fits in a directory
+    found = re.search(r"-(\d{1,255})$", os.path.basename(path))  # no file name is longer
     return int(found.group(1)) if found else None
 
 
@@ -85,7 +84,8 @@ def require_checkpoint(path: str) -> None:
     """Checks that there is a checkpoint at `path`.
 
     Raises:
-      CheckpointNotFoundError: saying what is there instead, and which checkpoints are nearby.
+      CheckpointNotFoundError: there is none. The error says what is there instead, and which
+        checkpoints are nearby.
       UnsupportedFormatError: another library's checkpoint is there.
     """
     if (library := _other_library(path)) is not None:
@@ -180,7 +180,7 @@ class Staging:
           CheckpointError: TensorStore cannot name the path.
           OSError: a name, or the path, is too long.
         """
-        path = resolved(path)  # a link stays, what it names is replaced
+        path = resolved(path)  # a link stays, and its target is replaced
         require_addressable(path)
         require_room(path)
         suffix = f".staging-{token}"
@@ -305,7 +305,7 @@ def check_replaceable(path: str, overwrite: bool) -> None:
 
 
 def _is_prepared(path: str) -> bool:
-    """Whether there is a directory with nothing in it but what unfinished saves have left."""
+    """Whether there is a directory that is empty except for leftovers of unfinished saves."""
     try:
         names = {*os.listdir(path)}
     except (FileNotFoundError, NotADirectoryError):
@@ -315,11 +315,13 @@ def _is_prepared(path: str) -> bool:
 
 
 def _why_not_renamed(path: str) -> str | None:
-    """Why the directory at `path` has to stay where it is."""
-    with contextlib.suppress(OSError):  # a working directory that is gone is not there
+    """Why the directory at `path` cannot be renamed; None if it can."""
+    with contextlib.suppress(OSError):  # the working directory may have been removed
         here = os.getcwd()
-        if here == path or here.startswith(f"{path}{os.sep}"):
-            return "the working directory" if here == path else f"above {here}, where this runs"
+        if here == path:
+            return "the working directory"
+        if here.startswith(f"{path}{os.sep}"):
+            return f"above the working directory {here}"
     return "a mount point" if os.path.ismount(path) or path in _mount_points() else None
 
 
@@ -362,13 +364,14 @@ def _remove_unfinished(path: str) -> None:
         staged = staging_of(manifest)
         if lock is Lock.THEIRS or not all([is_abandoned(staging) for staging in staged]):
             return
-        for name in _PARTS if staged else ():  # first, since the staging tells what they are
+        for name in _PARTS if staged else ():  # before the staging, which marks them as leftovers
             shutil.rmtree(os.path.join(path, name), ignore_errors=True)
         remove_leftovers(manifest)
 
 
 def _fill(path: str, staging: str, *, durable: bool) -> None:
-    """Moves what is in `staging`, inside of `path`, up; where that fails, all is as before."""
+    """Moves the contents of `staging`, which lies in `path`, up into `path`. After a failure they
+    are moved back."""
     moved: list[str] = []
     with locked(path) as lock:
         if lock is Lock.THEIRS or not _PARTS.isdisjoint(os.listdir(path)) or is_checkpoint(path):
@@ -379,13 +382,13 @@ def _fill(path: str, staging: str, *, durable: bool) -> None:
         try:
             for name in sorted(os.listdir(staging), key=lambda name: (name == MANIFEST, name)):
                 if name == MANIFEST and durable:
-                    fsync_directory(path)  # or it could survive a power failure alone
+                    fsync_directory(path)  # otherwise it could survive a power failure alone
                 os.rename(os.path.join(staging, name), os.path.join(path, name))
                 moved.append(name)
             if durable:
                 fsync_directory(path)
         except BaseException:
-            with contextlib.suppress(OSError):  # the manifest goes first: no part stays with it
+            with contextlib.suppress(OSError):  # the manifest goes back first: it needs all parts
                 for name in reversed(moved):
                     os.rename(os.path.join(path, name), os.path.join(staging, name))
             raise
@@ -396,8 +399,8 @@ def _publish(staging: str, path: str, *, overwrite: bool, durable: bool) -> None
     new = os.stat(staging)
     with contextlib.ExitStack() as exits:
         with contextlib.suppress(FileNotFoundError):
-            # The old checkpoint may have to come back. Until then it has a staging name, and
-            # nobody may take it for abandoned.
+            # The old checkpoint may have to come back. Until then it has a staging name, and must
+            # not be taken for abandoned.
             exits.enter_context(held(path))
         undo = _take_name(staging, path, overwrite)
         if not durable:
@@ -431,7 +434,7 @@ def _take_name(staging: str, path: str, overwrite: bool) -> Callable[[], object]
 def _swap(staging: str, path: str) -> None:
     if _exchange(staging, path):
         return
-    # Without an atomic exchange the old checkpoint is first renamed to a name that nobody takes
+    # Without an atomic exchange, the old checkpoint is first renamed to a name that is never taken
     # for abandoned: if this process dies between the renames, it is the only checkpoint there is.
     aside = f"{path}.replaced-{secrets.token_hex(8)}"
     os.rename(path, aside)

@@ -1,4 +1,4 @@
-"""Small files beside the checkpoints: read whole, and replaced in one step."""
+"""Small files beside the checkpoints. They are read as a whole, and replaced in one step."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ _MAX_NBYTES = 1 << 26  # of a file beside the checkpoints
 def read_file(path: str) -> str | None:
     """The text of a small file beside the checkpoints; None if there is no file.
 
-    A pipe is not opened, because nobody may ever write to it.
+    If it is a pipe, this does not wait for a writer, because there may never be one.
 
     Raises:
-      ValueError: it is no regular file, is too large, or is no text in UTF-8.
+      ValueError: it is not a regular file, is too large, or is not text in UTF-8.
       OSError: it cannot be read.
     """
     try:
@@ -32,7 +32,7 @@ def read_file(path: str) -> str | None:
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise ValueError("it is no regular file")
+        raise ValueError("it is not a regular file")
     with open(descriptor, "rb") as file:
         contents = file.read(_MAX_NBYTES + 1)
     if len(contents) > _MAX_NBYTES:
@@ -44,7 +44,7 @@ def replace_file(path: str, text: str) -> None:
     """Replaces a small file durably in one step. If that fails, the file is as it was before.
 
     Raises:
-      OSError: naming the file.
+      OSError: the file could not be replaced; the error names it.
     """
     before = Path(path).read_bytes() if os.path.isfile(path) else None
     remove_leftovers(path)

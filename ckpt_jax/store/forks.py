@@ -1,24 +1,24 @@
-"""Forks: why a forked child cannot read or write checkpoints, if its parent has.
+"""Forks: a forked child cannot read or write checkpoints if its parent has done so.
 
-TensorStore works with threads, and threads do not survive `os.fork`. It aborts a child that goes
-on with it, or waits forever for a thread that is not there. So the process that has used it is
-remembered, and a child of it gets an exception instead. A child whose parent has not used
-TensorStore yet may use it.
+TensorStore works with threads, and threads do not survive `os.fork`. If a child goes on to use it,
+TensorStore aborts the child, or waits forever for a thread that does not exist. Therefore the
+process that has used it is remembered, and its children get an exception instead. A child may use
+TensorStore if its parent has not used it yet.
 """
 
 from __future__ import annotations
 
 import os
 
-_user: int | None = None  # the first process, of this one and its parents, that used TensorStore
+_user: int | None = None  # the first process that used TensorStore: this one or a parent
 
 
 def require_not_forked() -> None:
-    """Checks that the parent of this process has not used TensorStore before it was forked.
+    """Checks that no parent of this process had used TensorStore before the fork.
 
     Raises:
-      RuntimeError: it has. This is no `CheckpointError`, or a search for a usable checkpoint would
-        take all checkpoints for unusable ones.
+      RuntimeError: one had. It is not a `CheckpointError`, because a search for a usable checkpoint
+        would then take all checkpoints for unusable.
     """
     if _user is not None and _user != os.getpid():
         raise RuntimeError(

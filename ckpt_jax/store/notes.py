@@ -1,14 +1,15 @@
-"""Notes: what a manager has to know of its checkpoints that the state file cannot say.
+"""Notes: facts about checkpoints that a manager needs and that the state file cannot hold.
 
-They lie beside the state file in `checkpoint-metrics.json`: the metrics of each checkpoint by its
-name, and the names of the checkpoints that are on an *abandoned branch* (the program went back
-to an earlier step and went on from there):
+They are in the file `checkpoint-metrics.json` beside the state file: the metrics of each checkpoint
+by its name, and the names of the checkpoints on an *abandoned branch* (the program went back to an
+earlier step and went on from there):
 
     {"ckpt-3": {"loss": 0.25}, "ckpt-4": {"loss": "nan"}, "abandoned": ["ckpt-4"]}
 
-They are not in the checkpoints, because they are about the choice between checkpoints: one small
-file answers it without opening any of them. The state file cannot have fields that its other
-readers do not know. The file is replaced in one step. If there is nothing to note, no file is made.
+They are not in the checkpoints, because a manager needs them to choose between checkpoints, and
+reads one small file instead of opening them all. They are not in the state file, because its other
+readers refuse unknown fields. The file is replaced in one step. If there is nothing to note, no
+file is created.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass, field
 from ckpt_jax.store.files import read_file, replace_file
 
 NOTES_FILE = "checkpoint-metrics.json"
-_ABANDONED = "abandoned"  # no name of a managed checkpoint: it has no number
+_ABANDONED = "abandoned"  # not the name of a managed checkpoint, which would have a number
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def read_notes(directory: str) -> Notes | None:
         content = json.loads(text)
         abandoned = content.pop(_ABANDONED, [])
         if not isinstance(abandoned, list):
-            raise ValueError(f"{_ABANDONED} is no list")
+            raise ValueError(f"{_ABANDONED!r} is not a list")
         metrics = {
             name: {metric: float(value) for metric, value in own.items()}
             for name, own in content.items()
@@ -63,7 +64,7 @@ def read_notes(directory: str) -> Notes | None:
 
 
 def write_notes(directory: str, notes: Notes) -> None:
-    """Replaces the notes of a directory. What is not finite is written as a string.
+    """Replaces the notes of a directory. Numbers that are not finite are written as strings.
 
     Raises:
       OSError: the file could not be written.

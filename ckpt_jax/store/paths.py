@@ -1,11 +1,11 @@
-"""Paths: what callers may pass, and what a file system and TensorStore can take.
+"""Paths: which ones callers may pass, and which ones a file system and TensorStore can take.
 
-`as_path` is the one door. Every public function that takes a path passes it through, so that
-all of them accept and refuse the same, and a path comes back as it was given. A path may be
-refused again when it is used, because that depends on where it leads:
+Every public function that takes a path calls `as_path`, so that all of them accept and refuse the
+same paths. It returns a path as it was given. A path may still be refused when it is used, because
+that depends on where it leads:
 
 require_addressable   TensorStore can name the files below it
-require_room          the names and the length of the path leave room for what a save writes there
+require_room          its names and its length leave room for the files that a save writes there
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def absolute(path: str) -> str:
 
 
 def resolved(path: str) -> str:
-    """The same without symbolic links, so that it stays the same if a link is moved on.
+    """The path from the root without symbolic links, so that it stays if a link is moved on.
 
     Raises:
       FileNotFoundError: the path is relative, and the working directory was removed.
@@ -160,16 +160,16 @@ def require_addressable(path: str) -> None:
     except UnicodeEncodeError:
         raise CheckpointError(
             f"{os.fsencode(path)!r}: expected a path in UTF-8, which is all that TensorStore "
-            "takes, got other bytes. Use a path whose names are all in UTF-8."
+            "takes, got other bytes. Use only names in UTF-8."
         ) from None
 
 
 def require_room(path: str, suffix: str = "") -> None:
-    """Checks that names are short enough to save to an absolute path, before anything is made.
+    """Checks that an absolute path is short enough for a save, before anything is created.
 
     Args:
       path: of a checkpoint.
-      suffix: what its staging directory has behind the name.
+      suffix: the end of its staging directory's name, after the name of the checkpoint.
 
     Raises:
       OSError: a name, or the path, is longer than the file system allows (ENAMETOOLONG).
@@ -206,7 +206,7 @@ def _limits(directory: str) -> tuple[int, int]:
     """The longest name and the longest path in a directory, in bytes."""
     try:
         limits = [os.pathconf(directory, name) for name in ("PC_NAME_MAX", "PC_PATH_MAX")]
-    except (OSError, ValueError):  # what the system then refuses, it refuses itself
+    except (OSError, ValueError):  # then the system itself refuses paths that are too long
         limits = [-1, -1]
     name, path = (limit if limit > 0 else 1 << 30 for limit in limits)
     return name, path

@@ -1,12 +1,12 @@
-"""Staging: directories that are not checkpoints yet, or are being removed, and who may remove them.
+"""Staging: directories that are not checkpoints yet, or that are being removed.
 
 A save writes into a *staging* directory beside the path of the checkpoint. A checkpoint that is
 being removed is first renamed to the name of a staging directory. For a state file, the staging
-is a file. Its name is
+is a file. The name of staging is
 
-    <path>.staging-<system><process><start><chance>      eight hexadecimal digits each
+    <path>.staging-<system><process><start><random>      eight hexadecimal digits each
 
-The name tells its owner: the running system (its boot and its process namespace, hashed), the
+The name tells the owner: the running system (its boot and its process namespace, hashed), the
 process in it, and when that process started, so that no later process with the same number is
 mistaken for it. In addition, every process that is at work on the staging *holds* it (a shared
 flock). A process that wants to remove it needs an exclusive lock.
@@ -16,8 +16,8 @@ Staging is *abandoned* if its owner is provably gone. There are two proofs:
 * Nobody holds it, and it is on a file system that only this machine can have mounted. Then the
   name does not matter: the owner may have run before a reboot, or in a container that is gone.
 * The name tells a process of this system that no longer runs. On other file systems, and if the
-  staging cannot be locked (directories on NFS), this is the only proof, and the names of other
-  systems prove nothing.
+  staging cannot be locked (directories on NFS), this is the only proof. A name of another system
+  proves nothing.
 
 Everything else is left alone. Making staging and holding it are two steps. If another process
 finds and removes it between them, it is made again.
@@ -130,8 +130,8 @@ def claim(path: str, make: Callable[[str], None] = new_directory) -> Iterator[st
 
 @contextmanager
 def joined(staging: str) -> Iterator[None]:
-    """Holds the staging directory of a given name until the block ends. The first process that
-    comes makes it."""
+    """Holds the staging directory of a given name until the block ends. The first process creates
+    it."""
     while True:
         with suppress(FileExistsError):  # os.makedirs fails if it is removed at this moment
             os.mkdir(staging)
@@ -152,7 +152,7 @@ def leave(staging: str, remove_own: Callable[[], None]) -> None:
     """Removes staging after a failure, as far as possible.
 
     If another process is still at work on it, it stays; that process will leave it, too. If it
-    cannot be locked, nobody knows, and `remove_own` removes what this process may remove.
+    cannot be locked, this is not known; then `remove_own` removes what this process may remove.
     """
     with suppress(OSError), locked(staging) as lock:
         if lock is Lock.OURS:
@@ -225,7 +225,7 @@ def _lock(descriptor: int, operation: int) -> Lock:
 
 
 def staging_of(path: str) -> list[str]:
-    """All staging for `path`, whoever owns it."""
+    """All staging for `path`, of any owner."""
     parent, name = os.path.split(os.path.abspath(path))
     with os.scandir(parent) as entries:
         found = [

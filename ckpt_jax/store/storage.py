@@ -1,4 +1,4 @@
-"""Storage: where checkpoints lie, as a seam between the verbs and the bytes.
+"""Storage: the place where checkpoints lie, behind one interface.
 
 `Posix` is the file system of this machine, or one that several machines have mounted.
 """
@@ -19,15 +19,15 @@ from ckpt_jax.store.stack import MANIFEST
 
 
 class Storage(Protocol):
-    """Where checkpoints lie; every path is one of its own."""
+    """A place where checkpoints lie. All paths are paths in it."""
 
     def stage(self, path: str, token: str) -> Staging:
-        """A place to write the checkpoint of `path` in; `token` makes its name unique."""
+        """The place where the checkpoint of `path` is written; `token` makes its name unique."""
         ...
 
     def located(self, path: str) -> str:
-        """Where a path leads at this moment: the same checkpoint also when a link is moved on, or
-        when the program goes to another directory."""
+        """Where a path leads now. The location leads to the same checkpoint even if a link is moved
+        on, or if the program changes its working directory."""
         ...
 
     def open(self, location: str, path: str) -> ShardedReader:
@@ -35,16 +35,17 @@ class Storage(Protocol):
 
         Args:
           location: where `path` leads.
-          path: what errors call it if there is nothing.
+          path: the path that errors name if there is no checkpoint.
 
         Raises:
-          CheckpointNotFoundError: saying what is there instead, and which checkpoints are near.
+          CheckpointNotFoundError: there is no checkpoint. The error says what is there instead, and
+            which checkpoints are nearby.
           CorruptCheckpointError: its index cannot be read.
         """
         ...
 
     def generation(self, location: str) -> Hashable | None:
-        """Tells what is at a location from what else was there; None if there is nothing."""
+        """A value that changes if another checkpoint takes a location; None if nothing is there."""
         ...
 
 
@@ -52,7 +53,7 @@ class Posix:
     """A POSIX file system: a checkpoint is a directory, and takes its name in one rename."""
 
     def stage(self, path: str, token: str) -> Staging:
-        use_tensorstore()  # soon, perhaps on another thread: a fork in between is one too late
+        use_tensorstore()  # its use may come later, on another thread, after a fork
         return Staging.of(path, token)
 
     def located(self, path: str) -> str:

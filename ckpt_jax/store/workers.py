@@ -1,10 +1,10 @@
 """Workers: threads for saves, which work even while the program ends.
 
 A save may be running, or begin, when the interpreter is already ending: in the background, in
-an `atexit` handler, or on a thread that outlives the main thread. From some moment on, which
-differs between releases of Python, no pool accepts work and no thread can be started. So workers
-are started with their pool, before there is work for them. If that is not possible, the caller
-does the work itself.
+an `atexit` handler, or on a thread that outlives the main thread. At some point, which depends on
+the release of Python, pools no longer accept work and threads can no longer be started. Therefore
+workers are started with their pool, before there is work for them. If that is not possible, the
+caller does the work itself.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
+    """The number of processor cores that this process may use."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on Linux
@@ -30,11 +30,12 @@ def cores() -> int:
 
 
 def spare_nbytes() -> int:
-    """Host memory that a save or restore may use beside the arrays: by cores, and free memory."""
+    """The bytes of host memory that a save or restore may use besides the arrays. They depend on
+    the number of cores and the free memory."""
     wanted = cores() * _NBYTES_PER_CORE
     try:
         free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # the system does not say
+    except (AttributeError, OSError, ValueError):  # the system does not tell
         free = _LEAST_NBYTES
     return max(_LEAST_NBYTES, min(wanted, free // 8))
 

@@ -169,7 +169,7 @@ def test_latest_checkpoint_falls_back_loudly_to_the_newest_that_is_whole(tmp_pat
 def test_a_checkpoint_with_a_truncated_shard_is_not_the_latest(tmp_path):
     checkpoint = ckpt.Checkpoint(x=LARGE)
     first = checkpoint.save(tmp_path / "ckpt")
-    second = checkpoint.save(tmp_path / "ckpt", x=BIG + 1)
+    second = checkpoint.save(tmp_path / "ckpt", x=LARGE + 1)
     largest = max(Path(second).glob("shards/*/d/*"), key=lambda file: file.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     assert ckpt.latest_checkpoint(tmp_path) == first

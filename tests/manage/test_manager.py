@@ -934,7 +934,7 @@ def test_while_the_metrics_cannot_be_read_nothing_is_removed(tmp_path, checkpoin
     manager.save(metrics={"a": 1.0})
     (tmp_path / "checkpoint-metrics.json").write_bytes(text.encode("latin-1"))
     manager = CheckpointManager(checkpoint, tmp_path, 1, policies=[KeepBest("a")])
-    assert "no file of metrics" in caplog.text
+    assert "not a file of metrics" in caplog.text
     assert manager.checkpoints == []
     manager.save()
     manager.save()

@@ -122,9 +122,14 @@ def test_an_error_of_an_earlier_save_does_not_prevent_the_last_one(
     assert "no more room" in caplog.text
 
 
-def test_a_step_that_is_saved_already_is_not_saved_again(tmp_path: Path):
+@pytest.mark.parametrize("is_relative", [False, True])
+def test_a_step_that_is_saved_already_is_not_saved_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_relative: bool
+):
+    monkeypatch.chdir(tmp_path)
+    directory = "run" if is_relative else tmp_path / "run"
     manager = ckpt.CheckpointManager(
-        ckpt.Checkpoint(x=1), tmp_path, step_counter=5, checkpoint_interval=5
+        ckpt.Checkpoint(x=1), directory, step_counter=5, checkpoint_interval=5
     )
     path = manager.save()
     with ckpt.PreemptionHandler(manager) as handler:

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ckpt_jax.api.nodes import restore_nodes
 
 import ckpt_jax as ckpt
 from ckpt_jax import io
 from ckpt_jax.api.frozen import FrozenSaver
 from ckpt_jax.api.latest import checkpoint_exists, get_checkpoint_mtimes, remove_checkpoint
+from ckpt_jax.api.restore_nodes import restore_nodes
 from ckpt_jax.state_file import update_checkpoint_state
 from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.stack import MANIFEST
@@ -300,7 +300,7 @@ def test_a_checkpoint_in_which_the_program_runs_is_not_replaced(tmp_path, monkey
     ckpt.save(tmp_path / "a", {"a": np.arange(3)})
     for place, path in ((tmp_path / "a", "."), (tmp_path / "a" / "shards", "..")):
         monkeypatch.chdir(place)
-        with pytest.raises(FileExistsError, match="working directory|where this runs"):
+        with pytest.raises(FileExistsError, match="working directory"):
             ckpt.save(path, {"a": 2}, overwrite=True)
         with pytest.raises(FileExistsError, match="nothing was written"):
             ckpt.Checkpoint(a=2).write(tmp_path / "a")
