@@ -107,7 +107,7 @@ def door(request, tmp_path, monkeypatch):
         "~root/ckpt",
         "a\0b",
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_a_url_a_home_directory_and_a_null_character_are_refused_at_every_door(door, url):
     use, argument = door
@@ -126,7 +126,9 @@ def test_an_error_of_a_url_says_what_to_pass_instead(tmp_path, monkeypatch):
         ckpt.save("~/a", {"a": 1})
 
 
-@pytest.mark.parametrize("value", [3, 0.5, {"a": 1}, object(), ["a"]], ids=repr)
+@pytest.mark.parametrize(
+    "value", [3, 0.5, {"a": 1}, object(), ["a"]], ids=lambda value: type(value).__name__
+)
 def test_what_is_no_path_is_a_type_error_that_names_the_parameter(door, value):
     use, argument = door
     with pytest.raises(TypeError, match=f"^{argument}: expected a path .*, got"):
