@@ -27,6 +27,8 @@ import numpy as np
 
 from ckpt_jax.api.checkpoint import (
     Checkpoint,
+    check_values,
+    replace_values,
     request_for,
     save_runs_of,
     set_save_counter,
@@ -194,6 +196,7 @@ class CheckpointManager:
         options: CheckpointOptions | None = None,
         metrics: Mapping[str, Any] | None = None,
         force: bool = False,
+        **values: Any,
     ) -> str | None:
         """Saves a checkpoint, records it as the latest, and removes what is not needed.
 
@@ -216,6 +219,8 @@ class CheckpointManager:
           options: how to save; write callbacks are called before the state file changes.
           metrics: numbers by name, for retention policies.
           force: saves whatever the interval says, at the step of the last save too.
+          **values: new values of the checkpoint by name: `manager.save(step, state=state)`; see
+            `Checkpoint.save`. They are assigned in any case, even if nothing is saved.
 
         Returns:
           The path of the checkpoint, or None if `checkpoint_interval` says not to save, or
@@ -232,6 +237,7 @@ class CheckpointManager:
         Source: `tf.train.CheckpointManager.save`, where a failed save advances the counter.
         """
         options = given(options)
+        check_values(self._checkpoint, values)
         for name, value in {"check_interval": check_interval, "force": force}.items():
             if not isinstance(value, bool | np.bool_):
                 raise TypeError(f"{name}: expected True or False, got {value!r}")
@@ -240,16 +246,21 @@ class CheckpointManager:
         if step is not None:
             runs.settle_doubts(options.timeout_seconds)  # by which it may be due
             if not (force or schedule.is_due(step, check_interval)):
+                replace_values(self._checkpoint, values)
                 return None
 
         def open_books(meeting: Meeting) -> _ManagedSave | None:
             if not (force or schedule.is_due(step, check_interval)):
                 return None  # another thread has saved this step meanwhile
+            replace_values(self._checkpoint, values)
             return _ManagedSave(self, meeting, options, step, checkpoint_number, metrics)
 
         prefix = os.path.join(self._directory, self._name)
         path = runs.save(prefix, options, current_context(), open_books)
-        return path and self._shown(path)
+        if path is None:  # a preemption handler may save next, without values
+            replace_values(self._checkpoint, values)
+            return None
+        return self._shown(path)
 
     def _scores(self, metrics: Mapping[str, Any] | None) -> dict[str, float]:
         """The metrics of a save, as numbers."""
@@ -689,7 +700,7 @@ class _ManagedSave:
         if self._meeting.leads:
             manager._before_save(path, is_numbered=self._given_number is not None)
             manager._collection.begin(self._record)
-        return request_for(manager.checkpoint, path, self._options)
+        return request_for(manager.checkpoint, path, self._options, number)
 
     def record(self, is_overtaken: bool = False) -> None:
         assert self._record is not None

@@ -135,6 +135,31 @@ def test_names_beside_a_root_can_be_given(prefix):
         checkpoint.save(prefix, w=ckpt.Variable(jnp.ones(2)))
 
 
+def test_a_manager_takes_values_too(tmp_path):
+    state = train_state()
+    checkpoint = ckpt.Checkpoint(state=state)
+    manager = ckpt.CheckpointManager(checkpoint, tmp_path)
+    for step in (10, 20):
+        state = trained(state)
+        path = manager.save(step, state=state)
+        assert saved(path)["step"] == step // 10 and path.endswith(f"-{step}")
+    with pytest.raises(TypeError, match="stat, but the names of this checkpoint are state"):
+        manager.save(30, stat=state)
+    assert [path.rpartition("-")[2] for path in manager.checkpoints] == ["10", "20"]
+
+
+def test_values_stay_assigned_if_a_manager_finds_that_nothing_is_due(tmp_path):
+    step = ckpt.Variable(np.asarray(0))
+    checkpoint = ckpt.Checkpoint(value=0, step=step)
+    manager = ckpt.CheckpointManager(
+        checkpoint, tmp_path, step_counter=step, checkpoint_interval=10
+    )
+    manager.save(value=1)
+    step.assign(np.asarray(5))
+    assert manager.save(value=2) is None
+    assert checkpoint.value == 2
+
+
 # --- the warning -----------------------------------------------------------------------
 
 
@@ -170,6 +195,15 @@ def test_counters_beside_the_values_do_not_hide_it(prefix, more):
         more["step"].assign(jnp.ones((), int))
     with pytest.warns(ckpt.UnchangedValuesWarning, match="state=state"):
         checkpoint.save(prefix)
+
+
+def test_a_manager_warns_if_its_numbers_advance_and_the_values_do_not(tmp_path):
+    manager = ckpt.CheckpointManager(ckpt.Checkpoint(state=train_state()), tmp_path)
+    manager.save(5)
+    manager.save(5)
+    with pytest.warns(ckpt.UnchangedValuesWarning, match=r"ckpt-6.*manager\.save\(step, state=st"):
+        manager.save(6)
+    manager.save(7)
 
 
 def test_a_root_that_is_a_value_is_told_to_have_a_name(prefix):
