@@ -63,7 +63,7 @@ def test_masks_may_be_a_prefix_too(tmp_path, mask):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"w": jnp.ones(2)}, {"state": PARAMS}, jnp.ones(5), {}],
+    [{"v": jnp.ones(2)}, {"state": PARAMS}, jnp.ones(5), {}],
     ids=["w", "in", "array", "no"],
 )
 @pytest.mark.parametrize("tx", [optax.adam(0.1), transformation(PREFIX)], ids=["adam", "multi"])
