@@ -41,7 +41,6 @@ from ckpt_jax.errors import (
     RegistrationError,
     RestoreMismatchError,
     ShardError,
-    UnchangedValuesWarning,
     UnsaveableError,
     UnsupportedFormatError,
 )
@@ -133,7 +132,6 @@ __all__ = [
     "Trackable",
     "TrackableView",
     "Transpose",
-    "UnchangedValuesWarning",
     "UnsaveableError",
     "Unstack",
     "UnsupportedFormatError",

@@ -127,7 +127,3 @@ class PreflightError(CheckpointError, OSError):
     def __init__(self, message: str, problems: tuple[tuple[int, str], ...] = ()):
         super().__init__(message)
         self.problems = problems
-
-
-class UnchangedValuesWarning(UserWarning):
-    """A save found the very arrays of the save before it, though its number is higher."""

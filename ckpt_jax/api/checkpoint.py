@@ -6,10 +6,8 @@ names it was given are attached to it as further children; without one it is the
 
 from __future__ import annotations
 
-import contextlib
+import logging
 import os
-import sys
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +18,6 @@ import numpy as np
 from ckpt_jax.api.frozen import FrozenSaver
 from ckpt_jax.api.status import LoadStatus
 from ckpt_jax.api.unchanged import Unchanged
-from ckpt_jax.errors import UnchangedValuesWarning
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label, local_name
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.trace import LiveGraph
@@ -44,6 +41,8 @@ from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import Bookkeeping, SaveRuns, Unrecorded
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 from ckpt_jax.store.paths import as_path, resolved
+
+_log = logging.getLogger("ckpt_jax")
 
 
 class Checkpoint(AutoTrackable):
@@ -181,9 +180,8 @@ class Checkpoint(AutoTrackable):
             not begun; with several it has, because those that know of no error take part.
           OSError: the file system refused something; the earlier checkpoints are as they were.
 
-        Warns:
-          UnchangedValuesWarning: the pytrees are the very ones of the save before, which means
-            that a training loop does not pass its new ones. Once for each checkpoint.
+        If the pytrees are the very ones of the save before, a training loop probably does not pass
+        its new ones. A warning in the log says so, once for each checkpoint.
         """
         options, prefix = given(options), as_path(prefix, "prefix")
         check_values(self, values)
@@ -523,14 +521,4 @@ def _warn_if_unchanged(checkpoint: Checkpoint, live: LiveGraph, path: str, numbe
             "cannot be replaced: give the value a name, Checkpoint(state=state), and pass the new "
             "one to each save: checkpoint.save(prefix, state=state)."
         )
-    warnings.warn(f"{what} This is said once.", UnchangedValuesWarning, _stack_level())
-
-
-def _stack_level() -> int:
-    """How far the nearest caller outside of this library is from the caller of this function."""
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-    inside = (package, contextlib.__file__)  # decorators are made there
-    frame, level = sys._getframe(1), 1
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
-        frame, level = frame.f_back, level + 1
-    return level
+    _log.warning("%s This is said once.", what)

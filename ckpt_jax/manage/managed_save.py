@@ -50,7 +50,7 @@ class ManagedSave:
         self._record = record
         if self._meeting.leads:
             self._collection.begin(record)
-        return request_for(self._checkpoint, record.path, self._options)
+        return request_for(self._checkpoint, record.path, self._options, record.number)
 
     def record(self, is_overtaken: bool = False) -> None:
         assert self._record is not None

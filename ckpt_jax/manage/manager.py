@@ -26,7 +26,13 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from ckpt_jax.api.checkpoint import Checkpoint, save_runs_of, set_save_counter
+from ckpt_jax.api.checkpoint import (
+    Checkpoint,
+    check_values,
+    replace_values,
+    save_runs_of,
+    set_save_counter,
+)
 from ckpt_jax.api.latest import checkpoint_exists, refuse_others
 from ckpt_jax.api.preflight import preflight
 from ckpt_jax.api.status import LoadStatus, restored_nothing, what_was_left
@@ -195,6 +201,7 @@ class CheckpointManager:
         options: CheckpointOptions | None = None,
         metrics: Mapping[str, Any] | None = None,
         force: bool = False,
+        **values: Any,
     ) -> str | None:
         """Saves a checkpoint, records it as the latest, and removes those that are not needed.
 
@@ -217,6 +224,8 @@ class CheckpointManager:
           options: how to save. Write callbacks are called before the state file changes.
           metrics: numbers by name, for retention policies.
           force: whether to save even if no save is due, also at the step of the last save.
+          **values: new values of the checkpoint by name: `manager.save(step, state=state)`; see
+            `Checkpoint.save`. They are assigned in any case, even if nothing is saved.
 
         Returns:
           The path of the checkpoint, or None if `checkpoint_interval` says not to save, or
@@ -234,6 +243,7 @@ class CheckpointManager:
         Source: `tf.train.CheckpointManager.save`, where a failed save advances the counter.
         """
         options = given(options)
+        check_values(self._checkpoint, values)
         for name, value in {"check_interval": check_interval, "force": force}.items():
             if not isinstance(value, bool | np.bool_):
                 raise TypeError(f"{name}: expected True or False, got {value!r}")
@@ -242,11 +252,13 @@ class CheckpointManager:
         if step is not None:
             runs.settle_doubts(options.timeout_seconds)  # their outcome may change what is due
             if not (force or schedule.is_due(step, check_interval)):
+                replace_values(self._checkpoint, values)
                 return None
 
         def open_books(meeting: Meeting) -> ManagedSave | None:
             if not (force or schedule.is_due(step, check_interval)):
                 return None  # another thread has saved this step meanwhile
+            replace_values(self._checkpoint, values)
 
             def new_record(count: int) -> CheckpointRecord:
                 return self._new_record(count, checkpoint_number, metrics, meeting.leads)
@@ -257,7 +269,10 @@ class CheckpointManager:
 
         prefix = os.path.join(self._directory, self._name)
         path = runs.save(prefix, options, current_context(), open_books)
-        return path and self._shown(path)
+        if path is None:  # a preemption handler may save next, without values
+            replace_values(self._checkpoint, values)
+            return None
+        return self._shown(path)
 
     def _new_record(
         self, count: int, number: Any, metrics: Mapping[str, Any] | None, leads: bool

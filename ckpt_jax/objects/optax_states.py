@@ -19,6 +19,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from math import prod
 from typing import Any, NamedTuple
 
 import jax
@@ -137,11 +138,30 @@ class Parameters:
         if self.paths and jax.tree.structure(node, is_leaf=is_leaf) == self.treedef:
             is_tree = self.paths != (ParameterPath(()),)
             return self.paths if is_tree or _could_be_moment(node, self.shapes[0]) else None
+        if (masked := self._mirrored_in_part(node)) is not None:
+            return masked
         if self.inner is not None:
             step, parameters = self.inner
             paths = parameters.mirrored(node)
             return None if paths is None else [ParameterPath((step, *p.steps)) for p in paths]
         return None
+
+    def _mirrored_in_part(self, node: Any) -> Sequence[ParameterPath] | None:
+        """The same for a subtree in which one masked place stands for several parameters: labels
+        of `optax.multi_transform` and masks may be a prefix of the parameters."""
+        leaves, treedef = jax.tree.flatten(node, is_leaf=is_leaf)
+        if node is None or is_leaf(node) or not any(map(is_masked, leaves)):
+            return None
+        numbers = jax.tree.unflatten(self.treedef, range(len(self.paths)))
+        try:
+            parts = treedef.flatten_up_to(numbers)
+        except (TypeError, ValueError):
+            return None  # of another structure
+        pairs = [*zip(leaves, parts, strict=True)]
+        if not all(is_masked(leaf) or isinstance(part, int) for leaf, part in pairs):
+            return None
+        nowhere = ParameterPath(())  # of a masked place, which is left out
+        return [self.paths[part] if isinstance(part, int) else nowhere for part in parts]
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Parameters) and self._key() == other._key()
@@ -232,6 +252,10 @@ def optax_state(opt_state: Any, params: Any) -> OptaxState:
       An object to put into the tree, or to give to a `Checkpoint`. After a restore, its
       `.opt_state` is the restored state. It can be read and updated like that state.
 
+    Raises:
+      ValueError: the state holds arrays that look like moments, but no part of it has the
+        structure of the parameters.
+
     Example:
       >>> import ckpt_jax as ckpt, jax.numpy as jnp, optax, tempfile
       >>> params, tx = {"w": jnp.ones(2)}, optax.adam(0.1)
@@ -242,7 +266,32 @@ def optax_state(opt_state: Any, params: Any) -> OptaxState:
       >>> restored["opt"][0].mu["w"]
       Array([0., 0.], dtype=float32)
     """
-    return OptaxState(opt_state, params)
+    state = OptaxState(opt_state, params)
+    if not any(leaf.parameter is not None for leaf in state.layout):
+        _check_without_moments(state, Parameters(params))
+    return state
+
+
+def _check_without_moments(state: OptaxState, parameters: Parameters) -> None:
+    """Checks that a state in which nothing mirrors the parameters has no moments."""
+    total = sum(map(prod, parameters.shapes))
+    lost = [
+        f"{leaf.name} of shape {shape}"
+        for leaf in state.layout
+        if (shape := tuple(getattr(state.leaves[leaf.position], "shape", ())))
+        and prod(shape) > 1
+        and not (shape == (total,) and leaf.name.count(".") == 1)  # optax.flatten
+        and "hyperparams" not in leaf.name
+    ]
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        paths = ["/".join(map(str, path.steps)) or "(root)" for path in parameters.paths]
+        listed = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+        raise ValueError(
+            f"optax_state: expected the parameters that the state is for, got {listed or 'none'}; "
+            f"nothing in the state has their structure ({lost[0]}{more}), so that its moments "
+            "would be found by position only. Pass the params of tx.init(params)."
+        )
 
 
 class OptaxStateView(OptimizerView):

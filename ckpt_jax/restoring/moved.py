@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from ckpt_jax.graph.patterns import compile_pattern, fill
+from ckpt_jax.report import nearest
 
 _MAX_SAMPLES = 3  # missing values from which candidates are made
 _MAX_ALIKE = 4  # paths that are paired with each of them, in each way of being alike
@@ -93,7 +94,8 @@ def _rules(saved: list[str], target: list[str]) -> Iterator[tuple[str, str]]:
     before, after = saved[:start], [*["**"] * bool(end)]
     for prefix in (before, [*["**"] * bool(before)]) if old and new else (before,):
         rule = "/".join([*prefix, *old, *after]), "/".join([*prefix, *new, *after])
-        if all(rule) and rule[0] != rule[1]:
+        is_general = "*" in rule[0] or bool(nearest(rule[0], [rule[1]]))
+        if all(rule) and rule[0] != rule[1] and is_general:
             yield rule
             if _NUMBER.findall(rule[0]) == _NUMBER.findall(rule[1]) != []:
                 yield _NUMBER.sub("*", rule[0]), _NUMBER.sub("*", rule[1])

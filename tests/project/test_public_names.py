@@ -93,7 +93,6 @@ PUBLIC = (
     "BarrierTimeoutError",
     "ProcessError",
     "PreflightError",
-    "UnchangedValuesWarning",
 )
 
 

@@ -146,6 +146,7 @@ def test_every_way_to_save_gives_one_value_and_one_line(
         else:
             path = ckpt.save(tmp_path / "c", {"w": jnp.zeros(250)}, options=options)
         checkpoint.sync()
+        ckpt.sync()
     done = ckpt.metrics.last_save()
     assert done is not None
     assert done.path == path

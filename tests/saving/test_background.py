@@ -189,7 +189,6 @@ def together(*work) -> None:
             done.result()
 
 
-@pytest.mark.filterwarnings("ignore::ckpt_jax.UnchangedValuesWarning")  # saves what it has
 def test_threads_that_save_one_checkpoint_get_a_number_each(tmp_path: Path):
     checkpoint = ckpt.Checkpoint(x=np.arange(1000), state=Count(1))
     paths: list[str] = []
@@ -248,7 +247,6 @@ def test_a_restore_and_a_save_on_two_threads_do_not_mix(tmp_path: Path):
         np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.filterwarnings("ignore::ckpt_jax.UnchangedValuesWarning")  # saves what it has
 @pytest.mark.parametrize("prefixes", [("a", "b"), ("c", "c")], ids=["beside", "over"])
 def test_two_checkpoints_that_write_into_one_directory_leave_it_whole(
     tmp_path: Path, prefixes: tuple[str, str]
@@ -302,7 +300,6 @@ def test_two_processes_that_write_into_one_directory_leave_it_whole(tmp_path: Pa
     assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "c-3")
 
 
-@pytest.mark.filterwarnings("ignore::ckpt_jax.UnchangedValuesWarning")  # saves what it has
 def test_it_works_inside_a_running_event_loop(tmp_path: Path):
     async def train() -> str:
         checkpoint = ckpt.Checkpoint(x=np.arange(10))

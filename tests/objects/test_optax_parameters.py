@@ -1,0 +1,89 @@
+"""Which parts of an optax state belong to parameters, and parameters that fit nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import ckpt_jax as ckpt
+
+PARAMS = {"enc": {"a": jnp.ones(2), "b": jnp.ones(3)}, "head": {"w": jnp.ones(4)}}
+PREFIX = {"enc": "x", "head": "y"}
+WHOLE = {"enc": {"a": "x", "b": "x"}, "head": {"w": "y"}}
+
+
+def transformation(labels):
+    return optax.multi_transform({"x": optax.adam(0.1), "y": optax.sgd(0.2, momentum=0.9)}, labels)
+
+
+def paths(tree, directory):
+    with ckpt.load_checkpoint(ckpt.save(directory, tree)) as reader:
+        return reader.paths()
+
+
+@pytest.mark.parametrize("labels", [PREFIX, lambda params: PREFIX], ids=["tree", "function"])
+def test_labels_that_are_a_prefix_give_the_same_slots_as_whole_ones(tmp_path, labels):
+    def tree(labels):
+        return {
+            "params": PARAMS,
+            "opt": ckpt.optax_state(transformation(labels).init(PARAMS), PARAMS),
+        }
+
+    found = paths(tree(labels), tmp_path / "a")
+    assert found == paths(tree(WHOLE), tmp_path / "b")
+    assert "opt/ScaleByAdamState.mu/params/enc/a" in found
+    assert "opt/TraceState.trace/params/head/w" in found
+    assert ckpt.plan_restore(tmp_path / "b", tree(labels)).exact
+
+
+def test_moments_under_prefix_labels_follow_renamed_parameters(tmp_path):
+    tx = transformation(PREFIX)
+    grads = jax.tree.map(jnp.ones_like, PARAMS)
+    state = tx.update(grads, tx.init(PARAMS), PARAMS)[1]
+    path = ckpt.save(tmp_path / "a", {"p": PARAMS, "opt": ckpt.optax_state(state, PARAMS)})
+    renamed = {"encoder": PARAMS["enc"], "head": PARAMS["head"]}
+    fresh = transformation({"encoder": "x", "head": "y"}).init(renamed)
+    target = {"p": renamed, "opt": ckpt.optax_state(fresh, renamed)}
+    found = ckpt.restore(path, target, rename=[("p/enc/**", "p/encoder/**")])
+    moments = found["opt"].opt_state.inner_states["x"].inner_state[0].mu
+    np.testing.assert_array_equal(
+        moments["encoder"]["a"], state.inner_states["x"].inner_state[0].mu["enc"]["a"]
+    )
+
+
+@pytest.mark.parametrize("mask", [{"enc": True, "head": False}, {"enc": False, "head": False}])
+def test_masks_may_be_a_prefix_too(tmp_path, mask):
+    state = optax.masked(optax.adam(0.1), mask).init(PARAMS)
+    tree = {"params": PARAMS, "opt": ckpt.optax_state(state, PARAMS)}
+    found = paths(tree, tmp_path / "a")
+    assert ("opt/ScaleByAdamState.mu/params/enc/a" in found) == mask["enc"]
+    assert not any("head" in path for path in found if path.startswith("opt"))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"v": jnp.ones(2)}, {"state": PARAMS}, jnp.ones(5), {}],
+    ids=["w", "in", "array", "no"],
+)
+@pytest.mark.parametrize("tx", [optax.adam(0.1), transformation(PREFIX)], ids=["adam", "multi"])
+def test_parameters_that_fit_nothing_are_refused_at_the_call(tx, wrong):
+    with pytest.raises(ValueError, match=r"nothing in the state has their structure \(\w+\.mu"):
+        ckpt.optax_state(tx.init(PARAMS), wrong)
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.sgd(0.1),
+        optax.chain(optax.clip(1.0), optax.scale_by_schedule(lambda step: 0.1)),
+        optax.inject_hyperparams(optax.sgd)(0.1),
+        optax.flatten(optax.adam(0.1)),
+        optax.lbfgs(),
+        optax.adafactor(0.1),
+        optax.masked(optax.adam(0.1), {"enc": False, "head": False}),
+    ],
+)
+def test_states_without_moments_of_single_parameters_are_accepted(tx):
+    ckpt.optax_state(tx.init(PARAMS), PARAMS)
+    ckpt.optax_state(jax.eval_shape(tx.init, PARAMS), PARAMS)
