@@ -13,4 +13,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     ).strip()
 
+# Without these TensorStore would look for the metadata servers of clouds, beyond this machine.
+os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
+os.environ["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "x"
+
 collect_ignore_glob = ["ckpt_jax/graph/_proto/*"]  # generated, without doctests
