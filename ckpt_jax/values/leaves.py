@@ -199,11 +199,12 @@ def kept(value: Any) -> Any:
     """A value of an object with code of its own, to be given to that code again if need be.
 
     Raises:
-      TypeError: it describes an array and is none.
+      TypeError: it describes an array and is none, or a function makes it.
     """
     if isinstance(value, PythonState):
         return _state_bytes(value)
-    value = evaluate(value)
+    if callable(value) and not isinstance(value, enum.Enum):
+        raise TypeError("a function makes the value, and a restore must not call it")
     if isinstance(value, jax.ShapeDtypeStruct):
         raise TypeError("there is no value yet")
     return value.copy() if isinstance(value, np.ndarray) else value
