@@ -380,7 +380,7 @@ def test_of_two_saves_into_one_prepared_directory_one_wins_and_the_other_is_told
     barrier, results = threading.Barrier(2), []
 
     class Meet:
-        """Both have begun before one of them ends."""
+        """Both have begun before one of them ends. (Saves of `ckpt.save` would take turns.)"""
 
         def __call__(self, slices):
             barrier.wait(60)
@@ -389,7 +389,7 @@ def test_of_two_saves_into_one_prepared_directory_one_wins_and_the_other_is_told
     def save(number):
         options = ckpt.CheckpointOptions(sharding_policy=Meet())
         try:
-            ckpt.save(tmp_path / "a", {"a": np.full(3, number)}, options=options)
+            ckpt.Checkpoint(a=np.full(3, number)).write(tmp_path / "a", options=options)
             results.append(number)
         except FileExistsError as error:
             results.append(error)
