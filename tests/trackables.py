@@ -40,6 +40,36 @@ class Pair(ckpt.Trackable):
         self.v1, self.v2 = arrays["v1"], arrays["v2"]
 
 
+class Mirrored(ckpt.Trackable):
+    """Two variables that are saved as one value."""
+
+    def __init__(self, start):
+        self.copies = [ckpt.Variable(jnp.float32(start)) for _ in range(2)]
+
+    def assign(self, value):
+        for variable in self.copies:
+            variable.assign(jnp.float32(value))
+
+    def serialize_to_arrays(self):
+        return {"value": self.copies[0].value}
+
+    def restore_from_arrays(self, arrays):
+        self.assign(arrays["value"])
+
+
+class Values(ckpt.Trackable):
+    """Its own named values, as many as a test gives."""
+
+    def __init__(self, **values):
+        self.own = {name: jnp.float32(x) for name, x in values.items()}
+
+    def serialize_to_arrays(self):
+        return dict(self.own)
+
+    def restore_from_arrays(self, arrays):
+        self.own = {name: arrays[name] for name in self.own}
+
+
 class Optimizer(ckpt.AutoTrackable):
     """Keeps a slot "m" for each variable it is given."""
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from descriptors import open_files
-from trackables import Model, Optimizer, Pair, Position, value, var
+from trackables import Model, Optimizer, Pair, Position, Values, value, var
 
 import ckpt_jax as ckpt
 
@@ -407,17 +407,6 @@ def test_state_of_a_checkpoint_is_not_replaced_by_what_cannot_be_saved(tmp_path:
     checkpoint.state = ckpt.NoDependency(Unknown(1))  # said in so many words
     checkpoint.other = Unknown(1)  # never was state
     assert set(checkpoint.trackable_children()) == {"save_counter"}
-
-
-class Values(ckpt.Trackable):
-    def __init__(self, **values):
-        self.own = {name: jnp.float32(x) for name, x in values.items()}
-
-    def serialize_to_arrays(self):
-        return dict(self.own)
-
-    def restore_from_arrays(self, arrays):
-        self.own = {name: arrays[name] for name in self.own}
 
 
 def test_an_object_that_lacks_some_of_its_values_is_a_mismatch(path):

@@ -9,6 +9,7 @@ import tempfile
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from managers import numbers_in, run_in, save
 
 import ckpt_jax as ckpt
 
@@ -17,23 +18,6 @@ pytestmark = pytest.mark.usefixtures("no_flushing")
 
 def names(paths):
     return [os.path.basename(path) for path in paths]
-
-
-def numbers_in(directory):
-    return sorted(
-        int(name.rpartition("-")[2]) for name in os.listdir(directory) if name.startswith("ckpt-")
-    )
-
-
-def run_in(directory, **arguments):
-    return ckpt.CheckpointManager(ckpt.Checkpoint(step=0), directory, **arguments)
-
-
-def save(manager, *steps, **arguments):
-    for step in steps:
-        manager.checkpoint.step = step
-        path = manager.save(step, **arguments)
-    return path
 
 
 # --- retention --------------------------------------------------------------------------------

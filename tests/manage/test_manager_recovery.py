@@ -14,31 +14,13 @@ import threading
 
 import numpy as np
 import pytest
+from managers import numbers_in, run_in, save
 
 import ckpt_jax as ckpt
 from ckpt_jax.api.latest import checkpoints_iterator
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 
 pytestmark = pytest.mark.usefixtures("no_flushing")
-
-
-def numbers_in(directory, name="ckpt"):
-    return sorted(
-        int(each.rpartition("-")[2])
-        for each in os.listdir(directory)
-        if each.startswith(f"{name}-")
-    )
-
-
-def run_in(directory, **arguments):
-    return ckpt.CheckpointManager(ckpt.Checkpoint(step=0), directory, **arguments)
-
-
-def save(manager, *steps, **arguments):
-    for step in steps:
-        manager.checkpoint.step = step
-        path = manager.save(step, **arguments)
-    return path
 
 
 # --- state files that are gone or cannot be read ------------------------------------------------

@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from trackables import var
+from trackables import Mirrored, Values, var
 
 import ckpt_jax as ckpt
 from ckpt_jax.objects.registry import (
@@ -373,23 +373,6 @@ def test_a_value_that_cannot_be_saved_is_found_before_any_saver_is_called(tmp_pa
 ASYNC = ckpt.CheckpointOptions(enable_async=True)
 
 
-class Mirrored(ckpt.Trackable):
-    """Two variables that are saved as one value."""
-
-    def __init__(self, start):
-        self.copies = [ckpt.Variable(jnp.float32(start)) for _ in range(2)]
-
-    def assign(self, value):
-        for variable in self.copies:
-            variable.assign(jnp.float32(value))
-
-    def serialize_to_arrays(self):
-        return {"value": self.copies[0].value}
-
-    def restore_from_arrays(self, arrays):
-        self.assign(arrays["value"])
-
-
 @pytest.mark.behaviour(321)
 def test_registered_savers_get_the_objects_themselves_while_save_blocks(tmp_path):
     seen = []
@@ -605,17 +588,6 @@ def test_the_saver_that_the_checkpoint_names_restores_where_a_newer_one_saves(tm
     assert (old.names("restore"), new.names("restore")) == ([["t"]], [])
     ckpt.Checkpoint(t=Table(None)).read(checkpoint.write(tmp_path / "b"))
     assert new.names("restore") == [["t"]]
-
-
-class Values(ckpt.Trackable):
-    def __init__(self, **values):
-        self.own = {name: jnp.float32(x) for name, x in values.items()}
-
-    def serialize_to_arrays(self):
-        return dict(self.own)
-
-    def restore_from_arrays(self, arrays):
-        self.own = {name: arrays[name] for name in self.own}
 
 
 def test_a_saver_of_the_checkpoint_that_the_program_lacks_is_reported(path):

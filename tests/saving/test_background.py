@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trackables import Mirrored
 
 import ckpt_jax as ckpt
 
@@ -585,23 +586,6 @@ def test_an_interrupted_save_gives_up_what_it_has_not_written(tmp_path):
 
 
 # --- objects ----------------------------------------------------------------------------
-
-
-class Mirrored(ckpt.Trackable):
-    """Two variables that are saved as one value."""
-
-    def __init__(self, start):
-        self.copies = [ckpt.Variable(jnp.float32(start)) for _ in range(2)]
-
-    def assign(self, value):
-        for variable in self.copies:
-            variable.assign(jnp.float32(value))
-
-    def serialize_to_arrays(self):
-        return {"value": self.copies[0].value}
-
-    def restore_from_arrays(self, arrays):
-        self.assign(arrays["value"])
 
 
 @pytest.mark.behaviour(13)
