@@ -257,7 +257,7 @@ def near_miss(paths: Sequence[str]) -> str:
 
 
 def rename_hints(report: RestoreReport) -> list[str]:
-    """What to say of the rules that may have been forgotten.
+    """Sentences about the rules that may have been forgotten.
 
     >>> rename_hints(RestoreReport("a", suggested_renames=(("state/**", "**"),)))
     ['Values may have moved: try rename=[("state/**", "**")].']

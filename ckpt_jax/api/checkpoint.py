@@ -459,7 +459,7 @@ def save_runs_of(checkpoint: Checkpoint) -> SaveRuns:
 def request_for(
     checkpoint: Checkpoint, path: str, options: CheckpointOptions, number: int | None = None
 ) -> SaveRequest:
-    """What it is to save a checkpoint to `path`.
+    """The request to save a checkpoint to `path`.
 
     Args:
       number: of the checkpoint, if it has one. Then a warning says if nothing has changed since

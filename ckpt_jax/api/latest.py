@@ -345,7 +345,7 @@ def checkpoint_exists(path: Path) -> bool:
 
 
 def get_checkpoint_mtimes(paths: Iterable[Path]) -> list[float]:
-    """When checkpoints were committed, or copied to where they are.
+    """The times at which checkpoints were committed, or copied to where they are.
 
     Args:
       paths: of checkpoints.

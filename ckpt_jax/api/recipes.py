@@ -63,7 +63,7 @@ def lasting(live: LiveGraph) -> LiveGraph:
 
 
 def recorded(live: LiveGraph) -> tuple[SavedObject, ...]:
-    """What each node is made anew as.
+    """The recipe by which `load` makes each node anew.
 
     Raises:
       UnsaveableError: naming every node that nothing could make anew.

@@ -216,7 +216,7 @@ def restored_nothing(status: LoadStatus) -> bool:
 
 
 def what_was_left(status: LoadStatus) -> str | None:
-    """What a restore has not restored, in words; None if it has restored everything."""
+    """Says in words what a restore has left out; None if it has restored everything."""
     report = status.report
     kinds = {
         "the checkpoint lacks": report.missing,

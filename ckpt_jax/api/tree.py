@@ -231,7 +231,7 @@ def plan_restore(
     rename: Iterable[Rule] = (),
     options: CheckpointOptions | None = None,
 ) -> RestoreReport:
-    """What `restore` would do, without reading array bytes.
+    """A report of what `restore` would do, without reading array bytes.
 
     Args:
       path, target, rename, options: as for `restore`.
@@ -329,7 +329,7 @@ def load(
 
 
 def _hint(only: Selection, paths: list[str]) -> str:
-    """What may have been meant by patterns that select nothing."""
+    """Proposes patterns in place of those that select nothing."""
     patterns = [only] if isinstance(only, str) else only if isinstance(only, list | tuple) else []
     subtrees = [
         f"{pattern.rstrip('/')}/**"
@@ -349,7 +349,8 @@ def _hint(only: Selection, paths: list[str]) -> str:
 def _placements(
     saved: ObjectGraph, wanted: Mapping[ValueId, Attribute], sharding: Any, path: str
 ) -> Structs:
-    """What `load` places on devices, and where; raises naming all that cannot lie there."""
+    """The values that `load` places on devices, with shardings; raises naming all that cannot lie
+    there."""
     structs = {
         place: struct_of(attribute.spec)
         for place, attribute in wanted.items()

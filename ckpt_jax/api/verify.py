@@ -39,7 +39,7 @@ class Damage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What `verify` found.
+    """The findings of `verify`.
 
     Attributes:
       path: of the checkpoint.
@@ -92,7 +92,7 @@ def _is_within(file: str, directory: str) -> bool:
 
 
 def _cause(problem: Damage) -> str:
-    """What is wrong, in a few words, without the names that are said besides."""
+    """The cause of a problem in a few words, without the names that stand beside it."""
     text = " ".join(problem.what.split())
     for known in (f"{problem.key}: ", f"{problem.file}: ", f"{problem.file} ", "is "):
         text = text.removeprefix(known)

@@ -256,7 +256,7 @@ def _add_parts(out: Any, parts: Iterable[Any]) -> None:
 
 
 def _details(label: Label) -> dict[str, str]:
-    """What a label is beside its text and kind."""
+    """The fields of a label that its text and kind do not say."""
     if isinstance(label, np.bool_ | np.number):
         return {"numpy_type": label.dtype.name}
     plain = labels.canonical(label)
@@ -300,7 +300,7 @@ def _numpy_scalar(value: Any, name: str) -> Label:
 
 
 def _identity(reference: Any) -> tuple[Any, ...]:
-    """What tells the label of an `ObjectReference` from others."""
+    """A key that differs if the labels of two `ObjectReference`s differ."""
     kind = reference.key_kind
     return kind, reference.local_name, _label(reference) if kind in _NEW_KINDS else None
 

@@ -124,7 +124,7 @@ Labels = tuple[str, ...]
 
 
 def _text(labels: Labels) -> str:
-    """What two names have in common if they differ only in their separators."""
+    """The text of a name, the same for names that differ only in their separators."""
     return "/".join(labels).replace(".", "/")
 
 

@@ -1,4 +1,4 @@
-"""What values are, as plain data, without the values.
+"""Descriptions of values as plain data, without the values.
 
 A `LeafSpec` says what a value is; a `ShardingSpec` says how an array lay on its devices. Neither
 holds an array or a device. The *kind* of a spec says what the value was in the program:
@@ -36,7 +36,7 @@ DTYPES_OF_KIND = {
 
 @dataclass(frozen=True, slots=True)
 class LeafSpec:
-    """What a value is.
+    """The description of a value.
 
     Attributes:
       kind: what it was in the program, see the module.

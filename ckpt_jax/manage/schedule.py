@@ -1,4 +1,4 @@
-"""When the next checkpoint is due.
+"""Decides when the next checkpoint is due.
 
 The interval is a number of steps. It usually counts from the step of the last save. If the program
 restores a checkpoint, it counts from the step where the program is after that. If the step is ever
@@ -17,7 +17,7 @@ from ckpt_jax.processes.meeting import Meeting
 
 @dataclass(frozen=True, slots=True)
 class Position:
-    """Where the program is, as far as saving is concerned.
+    """The position of the program in its run, as far as saving is concerned.
 
     Attributes:
       last: the step of the last save, or of a checkpoint of the directory that was restored after

@@ -45,7 +45,7 @@ class SaverCall:
 
 @dataclass(frozen=True, slots=True)
 class ReadPlan:
-    """What a restore has to read.
+    """The values that a restore has to read.
 
     Attributes:
       report: accounts for every value of the checkpoint and of the program.

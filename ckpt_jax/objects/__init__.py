@@ -1,4 +1,4 @@
-"""What can be tracked, and how the object graph sees it.
+"""Objects that can be tracked, and how the object graph sees them.
 
 Importing any module of this package adds the views of plain values and pytrees. The order of the
 fallbacks matters: a train state is registered with JAX, too, and must not be taken for a mere

@@ -75,7 +75,7 @@ def _wrapper_of(value: Any) -> Wrapper | None:
 
 
 def _wrapped(container: Any, whole: bool, made: Mapping[int, Any]) -> Any:
-    """What is tracked in place of a container; `made` says it of the containers in it."""
+    """The object tracked in place of a container; `made` has those of the containers in it."""
     if type(container) in _WRAPPERS:
         wrapper = _wrapper_of(container)
         if wrapper is None:

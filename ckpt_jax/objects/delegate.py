@@ -67,7 +67,7 @@ def delegate_of(obj: Any) -> Any:
 
 
 class DelegateView(ForwardingView):
-    """What the view of the object in the wrapper shows, if somebody asks about a wrapper itself."""
+    """Shows what the view of the wrapped object shows, if a wrapper itself is asked about."""
 
     identity = True
     mutable = True

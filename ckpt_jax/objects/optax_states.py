@@ -37,7 +37,7 @@ from ckpt_jax.objects.views import (
 
 
 class StateLeaf(NamedTuple):
-    """What is known about one leaf of an optimizer state.
+    """One leaf of an optimizer state, as far as it is known.
 
     Attributes:
       name: by class and field.
@@ -70,7 +70,7 @@ def flatten(state: Any) -> tuple[list[tuple[ParameterPath, Any]], Any]:
 def layout_of(
     state: Any, leaves: Sequence[Any], mirrored: Callable[[Any], Sequence[ParameterPath] | None]
 ) -> tuple[StateLeaf, ...]:
-    """What the leaves of an optimizer state are; masked leaves are left out.
+    """Describes the leaves of an optimizer state; masked leaves are left out.
 
     Args:
       state: a tree of optax states.

@@ -70,7 +70,7 @@ def holds_state(value: Any) -> bool:
 
 
 class Holds(enum.IntEnum):
-    """What a container holds, at any depth. If it holds several of these, the last counts."""
+    """The kinds of content of a container, at any depth. If it has several, the last counts."""
 
     PLAIN_DATA = 0
     VALUES = 1
@@ -78,7 +78,7 @@ class Holds(enum.IntEnum):
 
 
 def holds_each(container: Any) -> Iterable[tuple[Any, Holds]]:
-    """What a container and each container in it hold; inner containers come first.
+    """A container and each container in it, with what they hold; inner ones come first.
 
     Objects are mutable or marked with `NoDependency`. Values are arrays, and anything that has no
     view. The rest is plain data.
@@ -101,7 +101,7 @@ def holds_each(container: Any) -> Iterable[tuple[Any, Holds]]:
 
 
 def _own_parts(container: Any) -> tuple[Holds, list[Any]]:
-    """What a container holds but for the containers in it, and these."""
+    """The content of a container apart from the containers in it, and those containers."""
     view = view_of(container)
     own, inner = Holds.PLAIN_DATA, []
     for _, child in () if view is None else view.children(container):

@@ -481,8 +481,8 @@ def _attributes(obj: AutoTrackable, children: Mapping[str, Any]) -> Iterator[tup
 
 @functools.lru_cache(maxsize=4096)
 def _descriptors(kind: type) -> tuple[Mapping[str, bool], frozenset[str]]:
-    """What a class gives to descriptors with a setter (and whether each is a slot), and the
-    names of cached properties."""
+    """The attributes of a class that descriptors with a setter take (and whether each is a slot),
+    and the names of cached properties."""
     attributes: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
         attributes.update(vars(base))

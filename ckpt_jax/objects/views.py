@@ -75,7 +75,7 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class ParameterPath:
-    """Where a parameter is in the tree of parameters that an optimizer was made for."""
+    """The place of a parameter in the tree of parameters that an optimizer was made for."""
 
     steps: tuple[Label, ...]
 

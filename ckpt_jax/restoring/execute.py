@@ -207,7 +207,7 @@ def execute(
 def _called(
     saver: registry.RegisteredSaver, nodes: Mapping[str, int], live: LiveGraph, path: str
 ) -> Mapping[str, Any]:
-    """What a saver puts in the place of immutable objects, by name."""
+    """The objects that a saver puts in the place of immutable ones, by name."""
     objects = {name: live.objects[node] for name, node in nodes.items()}
     new = _restored(saver, objects, path)
     if lost := [name for name, obj in objects.items() if name not in new and is_abstract(obj)]:

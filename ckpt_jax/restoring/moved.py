@@ -102,7 +102,7 @@ def _rules(saved: list[str], target: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _images(rule: tuple[str, str], paths: Iterable[str]) -> Iterator[str]:
-    """Where a rule leads."""
+    """The paths that a rule makes of those it matches."""
     pattern = compile_pattern(rule[0])
     for path in paths:
         if match := pattern.fullmatch(path):

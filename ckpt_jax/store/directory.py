@@ -326,7 +326,7 @@ def _why_not_renamed(path: str) -> str | None:
 
 
 def _mount_points() -> set[str]:
-    """Where this system has mounted something; `os.path.ismount` does not see bind mounts."""
+    """The mount points of this system; `os.path.ismount` does not see bind mounts."""
     try:
         with open("/proc/self/mountinfo", "rb") as file:
             fields = [line.split()[4] for line in file]

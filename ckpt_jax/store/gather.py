@@ -59,7 +59,7 @@ class StackTable:
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """Which part of which wanted box a piece holds.
+    """The part of a wanted box that a piece holds.
 
     Attributes:
       box: position of the wanted box.

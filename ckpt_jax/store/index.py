@@ -50,7 +50,7 @@ _COLUMNS = {
 
 @dataclass(frozen=True, slots=True, order=True)
 class Layout:
-    """What slices of different arrays have in common; see `index.proto`."""
+    """The properties that slices of different arrays share; see `index.proto`."""
 
     dtype: str
     shape: Shape

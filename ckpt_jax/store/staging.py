@@ -302,7 +302,7 @@ def _system() -> int:
 
 
 def _start_of(process: int) -> int | None:
-    """When a process of this system started; None if the system does not tell."""
+    """The time at which a process of this system started; None if the system does not tell."""
     try:
         with open(f"/proc/{process}/stat", "rb") as file:
             # The second field is the program's name in parentheses. It may contain anything.

@@ -26,8 +26,8 @@ class Storage(Protocol):
         ...
 
     def located(self, path: str) -> str:
-        """Where a path leads now. The location leads to the same checkpoint even if a link is moved
-        on, or if the program changes its working directory."""
+        """The location that a path leads to now. It stays the same checkpoint's even if a link is
+        moved on, or if the program changes its working directory."""
         ...
 
     def open(self, location: str, path: str) -> ShardedReader:

@@ -30,7 +30,7 @@ class NameBasedReader(Protocol):
     path: str
 
     def specs(self) -> Mapping[str, LeafSpec]:
-        """What is stored under each name, without reading values.
+        """Describes the value under each name, without reading it.
 
         Kinds are "numpy", "str", "bytes", or "unreadable" with the format's own dtype for what
         `read` will refuse.
@@ -65,7 +65,7 @@ class Format:
 
 
 class NamedIndex:
-    """What a name-based checkpoint holds, as `store.index.Index` says it."""
+    """The index of a name-based checkpoint, with the attributes of `store.index.Index`."""
 
     def __init__(self, specs: Mapping[str, LeafSpec]):
         self.specs = specs

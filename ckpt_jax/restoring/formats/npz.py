@@ -61,7 +61,7 @@ class NpzReader:
         self._zip.close()
 
     def specs(self) -> dict[str, LeafSpec]:
-        """What is stored under each name."""
+        """Describes the value under each name."""
         return {name: _spec(shape, dtype) for name, (shape, dtype) in self._headers.items()}
 
     def read(self, name: str) -> np.ndarray | bytes:
