@@ -152,10 +152,11 @@ def _split_to_fit(planned: PlannedSlice, room: int) -> tuple[PlannedSlice, Plann
 
 def _split_at(planned: PlannedSlice, axis: int, middle: int) -> tuple[PlannedSlice, PlannedSlice]:
     start, stop = planned.box[axis]
-    return _part(planned, axis, start, middle), _part(planned, axis, middle, stop)
+    return part_along(planned, axis, start, middle), part_along(planned, axis, middle, stop)
 
 
-def _part(planned: PlannedSlice, axis: int, start: int, stop: int) -> PlannedSlice:
+def part_along(planned: PlannedSlice, axis: int, start: int, stop: int) -> PlannedSlice:
+    """The part of a slice that covers `start` to `stop` of one axis, and all of the others."""
     box = (*planned.box[:axis], (start, stop), *planned.box[axis + 1 :])
     nbytes = planned.nbytes // size_of(planned.box) * size_of(box)
     return planned._replace(box=box, nbytes=nbytes)

@@ -51,6 +51,15 @@ def slices(box: Box, origin: Box | None = None) -> tuple[slice, ...]:
     return tuple([slice(a - o, b - o) for (a, b), (o, _) in zip(box, origin, strict=True)])
 
 
+def relative(box: Box, origin: Box) -> Box:
+    """`box` in the coordinates of the box `origin`, which contains it.
+
+    >>> relative(((2, 4),), origin=((1, 9),))
+    ((1, 3),)
+    """
+    return tuple([(a - o, b - o) for (a, b), (o, _) in zip(box, origin, strict=True)])
+
+
 def intersect(a: Box, b: Box) -> Box | None:
     """The common part of two boxes of equal rank, or None if they share no element.
 

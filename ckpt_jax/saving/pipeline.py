@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import astuple, dataclass
 from types import TracebackType
@@ -25,7 +25,7 @@ from ckpt_jax import io
 from ckpt_jax.errors import ProcessError, ShardError, UnsaveableError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, path_of
-from ckpt_jax.graph.nodes import ObjectGraph
+from ckpt_jax.graph.nodes import Attribute, ObjectGraph
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.metrics import SaveWatch
 from ckpt_jax.objects.registry import get_saver
@@ -157,7 +157,8 @@ class StagedSave:
                 self._watch.wrote(nbytes)
                 advance(nbytes)
 
-            written = write(self._plan, self._shards, options, self._meeting.index, wrote)
+            prefix = os.path.join(self._shards, self._own_names())
+            written = write(self._plan, prefix, options, wrote)
         self._watch.wrote(sum([read_index(shard).total_nbytes for shard in self._registered]))
         return _Report(
             os.path.basename(self._staging.path),
@@ -237,20 +238,20 @@ class _Report:
 def _digests_of_parts(graph: ObjectGraph) -> dict[str, str]:
     """The parts of a `_Report`; none if a graph has too many."""
     for depth in (2, 1):
-        parts: dict[str, list[str]] = {}
+        parts: dict[str, list[Attribute]] = {}
         for node, attribute in graph.attributes():
             part = "/".join(graph.paths[node].split("/", depth)[:depth])
-            parts.setdefault(part, []).append(
-                f"{attribute.key} {attribute.spec!r} {attribute.sharding!r}"
-            )
+            parts.setdefault(part, []).append(attribute)
         if len(parts) <= _MAX_PARTS:
             break
     else:
         return {}
-    return {
-        part: hashlib.sha256("\n".join(values).encode("utf-8", "replace")).hexdigest()[:8]
-        for part, values in parts.items()
-    }
+    return {part: _digest(attributes) for part, attributes in parts.items()}
+
+
+def _digest(attributes: Iterable[Attribute]) -> str:
+    lines = [f"{each.key} {each.spec!r} {each.sharding!r}" for each in attributes]
+    return hashlib.sha256("\n".join(lines).encode("utf-8", "replace")).hexdigest()[:8]
 
 
 def _check_agreement(reports: Sequence[_Report], what: str) -> None:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from ckpt_jax.errors import UnsaveableError
-from ckpt_jax.graph.boxes import Box, shape_of, size_of, whole
+from ckpt_jax.graph.boxes import Box, relative, shape_of, size_of, whole
 from ckpt_jax.graph.dtypes import dtype_name
 from ckpt_jax.graph.labels import object_key_of, path_of
 from ckpt_jax.options import PlannedSlice
@@ -131,8 +131,7 @@ def _assigned(
         if not devices:
             assigned += [(key, *owned) for owned in host.owned_shards(value)]
             continue
-        origin = held[part.source].box
-        inner = tuple([(a - o, b - o) for (a, b), (o, _) in zip(part.box, origin, strict=True)])
+        inner = relative(part.box, origin=held[part.source].box)
         shard = host.part_of(value, devices[process], inner)
         assigned.append((key, part.box, devices[process], shard))
     return assigned

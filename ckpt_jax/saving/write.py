@@ -6,9 +6,8 @@ write       writes each shard with the same function that registered savers use
 
 from __future__ import annotations
 
-import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -17,7 +16,7 @@ import numpy as np
 
 from ckpt_jax import io
 from ckpt_jax.errors import ShardError
-from ckpt_jax.graph.boxes import Box, inside, shape_of, size_of, slices, tiling_problem
+from ckpt_jax.graph.boxes import Box, inside, relative, shape_of, size_of, slices, tiling_problem
 from ckpt_jax.options import (
     CheckpointOptions,
     Groups,
@@ -26,6 +25,7 @@ from ckpt_jax.options import (
     ShardByDevice,
     ShardByProcess,
     ShardingPolicy,
+    part_along,
 )
 from ckpt_jax.saving.snapshot import Snapshot
 from ckpt_jax.store.workers import Workers, cores
@@ -96,13 +96,7 @@ def _rows(piece: PlannedSlice, limit: int) -> list[PlannedSlice]:
         return [piece]
     start = piece.box[axis][0]
     bounds = [start + lengths[axis] * i // count for i in range(count + 1)]
-    row_nbytes = piece.nbytes // lengths[axis]
-    return [
-        piece._replace(
-            box=(*piece.box[:axis], (a, b), *piece.box[axis + 1 :]), nbytes=row_nbytes * (b - a)
-        )
-        for a, b in pairwise(bounds)
-    ]
+    return [part_along(piece, axis, a, b) for a, b in pairwise(bounds)]
 
 
 def _lists(groups: Any) -> list[list[PlannedSlice]]:
@@ -117,17 +111,15 @@ def _lists(groups: Any) -> list[list[PlannedSlice]]:
     return lists
 
 
-def _shard(snap: Snapshot, group: Sequence[PlannedSlice]) -> dict[str, Any]:
+def _shard(
+    snap: Snapshot, group: Sequence[PlannedSlice], boxes_of: Mapping[str, Sequence[Box]]
+) -> dict[str, Any]:
+    """The contents of a shard; `boxes_of` has those of each key in the snapshot."""
     shard: dict[str, Any] = {}
-    whole_of: dict[str, list[Box]] | None = None
     for piece in group:
         data = snap.contents.get((piece.key, piece.box))
         if data is None:  # a part of a slice
-            if whole_of is None:
-                whole_of = {}
-                for key, box in snap.contents:
-                    whole_of.setdefault(key, []).append(box)
-            data = _part(snap, piece, whole_of[piece.key])
+            data = _part(snap, piece, boxes_of[piece.key])
         if isinstance(data, host.Arriving):
             data = data.wait()
         if isinstance(data, bytes):
@@ -174,12 +166,8 @@ def _check_policy(slices: Sequence[PlannedSlice], groups: Groups) -> None:
         if not found:
             problems.append(f"{piece.key}: {piece.box} was dropped")
             continue
-        origin = [start for start, _ in piece.box]
-        relative = [
-            tuple((a - o, b - o) for (a, b), o in zip(part.box, origin, strict=True))
-            for part in found
-        ]
-        if problem := tiling_problem(relative, shape_of(piece.box)):
+        boxes = [relative(part.box, piece.box) for part in found]
+        if problem := tiling_problem(boxes, shape_of(piece.box)):
             problems.append(f"{piece.key}: {problem}")
         elif len(found) > 1 and not size_of(piece.box):
             problems.append(f"{piece.key}: {piece.box} is repeated")
@@ -204,29 +192,30 @@ def _changes(owner: PlannedSlice, part: PlannedSlice) -> list[str]:
 
 def write(
     plan: WritePlan,
-    directory: str,
+    prefix: str,
     options: CheckpointOptions,
-    process: int,
     written: Callable[[int], object],
 ) -> list[str]:
-    """Writes the shards into new directories below `directory`.
+    """Writes the shards into new directories.
 
     If one shard fails, or the program is interrupted, the others are given up.
 
     Args:
       plan: the shards.
-      directory: exists already.
+      prefix: the beginning of the paths of the shards, in a directory that exists already. It
+        tells the shards of this process from those of others.
       options: how to write.
-      process: index of this process, which is part of the names.
       written: called with numbers of bytes while shards are written, on several threads.
 
     Returns:
       The directories of the shards.
     """
-    prefix = os.path.join(directory, f"{process:05d}-")
     writers = max(1, min(cores(), len(plan.groups)))
     options = replace(options, max_inflight_bytes=max(options.max_inflight_bytes // writers, 1))
     given_up = threading.Event()
+    boxes_of: dict[str, list[Box]] = {}
+    for key, box in plan.snapshot.contents:
+        boxes_of.setdefault(key, []).append(box)
 
     def go_on(nbytes: int) -> None:
         if given_up.is_set():
@@ -234,7 +223,7 @@ def write(
         written(nbytes)
 
     def write_one(number: int, group: Sequence[PlannedSlice]) -> str:
-        contents = _shard(plan.snapshot, group)
+        contents = _shard(plan.snapshot, group, boxes_of)
         return io.write_shard(f"{prefix}{number:05d}", contents, options=options, written=go_on)
 
     with Workers(writers, "ckpt-write") as pool:

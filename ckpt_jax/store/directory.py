@@ -62,11 +62,7 @@ def is_checkpoint(path: str) -> bool:
 
 def checkpoints_in(directory: str) -> list[str]:
     """The names of the checkpoints in a directory, by number; those without a number come last."""
-    try:
-        names = os.listdir(directory)
-    except OSError:
-        return []
-    found = [name for name in names if is_checkpoint(os.path.join(directory, name))]
+    found = [name for name in _listed(directory) if is_checkpoint(os.path.join(directory, name))]
     return sorted(found, key=lambda name: (number_of(name) is None, number_of(name) or 0, name))
 
 
