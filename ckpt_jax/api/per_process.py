@@ -142,7 +142,7 @@ def _restore(objects: dict[str, Any], path: str) -> None:
 
 def _graphs(reader: CheckpointReader, name: str) -> list[ObjectGraph]:
     found: list[ObjectGraph] = []
-    while reader.has_tensor(key := f"{_key(name, len(found))}/.GRAPH"):
+    while reader.has_key(key := f"{_key(name, len(found))}/.GRAPH"):
         found.append(codec.decode(unseal(reader.read({key: None})[key])))
     return found
 

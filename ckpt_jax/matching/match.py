@@ -78,6 +78,9 @@ def extend(
     frontier = dict(before.frontier)
     conflicts = list(before.conflicts)
     shared = list(before.shared)
+    further: dict[int, list[int]] = {}  # saved node -> its live nodes but for the first
+    for source, there in shared:
+        further.setdefault(source, []).append(there)
     taken = before.sources()
     queue = list(pairs)
     for saved_node, live_node in queue:  # grows while it is walked
@@ -87,8 +90,9 @@ def extend(
         if known_live is not None and known_saved is None and _may_share(live, live_node):
             # The program has two leaves, the checkpoint has one: both leaves take its value.
             shared.append((saved_node, live_node))
+            further.setdefault(saved_node, []).append(live_node)
             taken[live_node] = saved_node
-            queue.extend(_slot_pairs(saved, live, bound, shared, saved_node))
+            queue.extend(_slot_pairs(saved, live, bound, further, saved_node))
             continue
         if known_live is not None:
             conflicts.append(Conflict(saved_node, live_node, known_saved))
@@ -111,7 +115,7 @@ def extend(
             else:
                 frontier.pop((live_node, label), None)
                 queue.append((child, there))
-        queue.extend(_slot_pairs(saved, live, bound, shared, saved_node))
+        queue.extend(_slot_pairs(saved, live, bound, further, saved_node))
     return Match(
         MappingProxyType(bound), MappingProxyType(frontier), tuple(conflicts), tuple(shared)
     )
@@ -166,7 +170,7 @@ def _slot_pairs(
     saved: ObjectGraph,
     live: ObjectGraph,
     bound: Mapping[int, int],
-    shared: Sequence[tuple[int, int]],
+    further: Mapping[int, Sequence[int]],
     node: int,
 ) -> list[tuple[int, int]]:
     """Slots that the binding of `node`, as optimizer or as variable, makes known.
@@ -176,11 +180,6 @@ def _slot_pairs(
     """
     slots = [(node, slot) for slot in saved.nodes[node].slots if slot.variable in bound]
     slots += [entry for entry in saved.slots_of_variable.get(node, ()) if entry[0] in bound]
-    if not slots:
-        return []
-    further: dict[int, list[int]] = {}
-    for source, there in shared:
-        further.setdefault(source, []).append(there)
     return [
         (slot.node, there)
         for optimizer, slot in slots

@@ -242,8 +242,10 @@ def adapt(
         saved = changed
         found = matcher(saved, live.graph)
     if saved.named:
-        saved = own_values(saved, live.graph, found.bound)
-        found = matcher(saved, live.graph)
+        changed = own_values(saved, live.graph, found.bound)
+        if changed is not saved:
+            saved = changed
+            found = matcher(saved, live.graph)
     paths = {**renamed.graph.other_paths(saved), **renamed.saved_paths}
     saved, resharded, problems = _with_resharded(saved, live, found, reader, known)
     as_wanted = replace(

@@ -66,13 +66,14 @@ def _children_as_slots(
         slots: list[Slot] = []
         taken: set[Label] = set()
         for name, tree in edges:
+            leaves = _leaves(saved, tree)
             found = [
                 Slot(variable, str(name), leaf)
-                for place, leaf in _leaves(saved, tree)
+                for place, leaf in leaves
                 if (variable := variables.get(path_of(place))) is not None
                 and saved.nodes[variable].attributes
             ]
-            if found and len(found) == len(_leaves(saved, tree)):
+            if found and len(found) == len(leaves):
                 slots += found
                 taken.add(name)
         children = tuple([edge for edge in nodes[optimizer].children if edge[0] not in taken])

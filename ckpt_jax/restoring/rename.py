@@ -337,7 +337,8 @@ class _Renaming:
     def finish(self) -> Renamed:
         nodes = [self.finished(i, node) for i, node in enumerate(self.nodes)]
         # Values that derived values were made of are gone, unless another edge leads to them.
-        gone = self.consumed & _unreachable(nodes)
+        unreachable = _unreachable(nodes)
+        gone = self.consumed & unreachable
         if gone:
             nodes = [
                 replace(node, attributes=())
@@ -348,7 +349,7 @@ class _Renaming:
                 for i, node in enumerate(nodes)
             ]
         keys = list(object_keys(nodes))
-        for i in _unreachable(nodes):
+        for i in unreachable:
             if i < len(self.graph.nodes):  # no edge leads to it any more: it keeps its old name
                 keys[i] = self.graph.object_keys[i]
         renamed = ObjectGraph(tuple(nodes), tuple(keys), self.graph.named)

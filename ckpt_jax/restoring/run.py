@@ -161,7 +161,7 @@ class PlannedRestore:
             ),
             unexpected=tuple([entry for entry in report.unexpected if not unexpected(entry)]),
         )
-        report = _with_suggestion(report, _slot_paths(self.live.graph))
+        report = _with_suggestion(report, self.live.graph)
         return replace(self, reads=replace(self.reads, report=report))
 
     def require(self, demand: Demand) -> None:
@@ -285,25 +285,20 @@ def plan_values(
     problems = (*saved.problems, *[ReportEntry(where, what=what) for where, what in wrong])
     report = _with_changes(reads, saved, live)
     report = replace(report, mismatched=(*problems, *report.mismatched))
-    return replace(
-        reads, report=_with_suggestion(report, _slot_paths(saved.graph) | _slot_paths(live.graph))
-    )
+    return replace(reads, report=_with_suggestion(report, saved.graph, live.graph))
 
 
-def _slot_paths(graph: ObjectGraph) -> set[str]:
-    return {graph.paths[node] for node in graph.slot_nodes}
-
-
-def _with_suggestion(report: RestoreReport, slots: set[str]) -> RestoreReport:
+def _with_suggestion(report: RestoreReport, *graphs: ObjectGraph) -> RestoreReport:
     """The report with the rename rule that may have been forgotten.
 
     Args:
-      slots: paths of slot variables. They follow their variables, and need no rule.
+      graphs: their slot variables follow the variables, and need no rule.
     """
     report = replace(report, suggested_renames=())
     spare = (*report.unexpected, *report.deferred)
     if not (report.missing and spare):
         return report
+    slots = {graph.paths[node] for graph in graphs for node in graph.slot_nodes}
     missing = [entry.path for entry in report.missing if entry.path not in slots]
     unexpected = [entry.saved_path or entry.path for entry in spare if entry.path not in slots]
     kept = [entry.saved_path or entry.path for entry in report.restored if entry.path not in slots]

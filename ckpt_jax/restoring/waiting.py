@@ -171,9 +171,8 @@ class Restoration:
 
         One of the two has just appeared. Only a walk from the root finds the other one.
         """
-        ends = [
-            slot for slot in self._open_slots if {slot[0], slot[1].variable} <= self._bindings.met
-        ]
+        met = self._bindings.met
+        ends = [slot for slot in self._open_slots if slot[0] in met and slot[1].variable in met]
         live = self._traced() if ends else None
         if live is None:
             return
