@@ -148,7 +148,7 @@ def _numbered(directory: str) -> list[str]:
 def _newest_by_name(directory: str) -> str | None:
     """The newest checkpoint of a directory without a state file, by the numbers in the names."""
     names = checkpoints_in(directory)
-    numbered = _numbered(directory)
+    numbered = [name for name in names if number_of(name) is not None]
     if not names:
         refuse_others(directory)
     elif not numbered:

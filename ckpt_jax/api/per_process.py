@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from ckpt_jax import io
-from ckpt_jax.api.tree import build
+from ckpt_jax.api.tree import built_from
 from ckpt_jax.errors import ProcessError, UnsaveableError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.nodes import ObjectGraph
@@ -156,12 +156,9 @@ def _own_value(reader: CheckpointReader, saved: ObjectGraph, target: Any, root: 
 
 
 def _loaded(reader: CheckpointReader, saved: ObjectGraph) -> Any:
-    data = reader.read({attribute.key: None for _, attribute in saved.attributes()})
-    values: dict[int, dict[str, Any]] = {}
-    for node, attribute in saved.attributes():
-        value = reader.as_saved(attribute.key, data[attribute.key], attribute.spec)
-        values.setdefault(node, {})[attribute.name] = value
-    return build(saved, values, everything=True)
+    wanted = {(node, attribute.name): attribute for node, attribute in saved.attributes()}
+    data = reader.read({attribute.key: None for attribute in wanted.values()})
+    return built_from(reader, saved, wanted, data, everything=True)
 
 
 add_view(PerProcess, _PerProcessView())

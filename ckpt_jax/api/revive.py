@@ -206,8 +206,7 @@ class _Revival:
     ):
         self.reader, self.graph, self.objects = reader, graph, objects
         self.made: dict[int, Any] = {}
-        self.values: dict[int, Any] = {}
-        self.filled: set[int] = set()  # nodes that were made with their values
+        self.values: dict[int, Any] = {}  # of nodes that are made with them
         self.adopted: set[int] = set()  # nodes whose object a registered class has made
 
     def run(self) -> Any:
@@ -270,7 +269,6 @@ class _Revival:
                 self.values[node] = decode(data[attribute.key], spec, spec)
             except (ArithmeticError, LookupError, TypeError, ValueError) as error:
                 raise self.corrupt(error, attribute.key) from error
-        self.filled = set(wanted)
 
     def make(self, node: int) -> None:
         saved, entry = self.objects[node], self.graph.nodes[node]
@@ -330,7 +328,7 @@ class _Revival:
             if saved.kind in CONTAINERS:
                 changed = _differing(view, obj, parts)
                 obj = view.rebuild(obj, changed) if changed else obj
-        self.filled.discard(node)  # the class may have done anything with its value
+        self.values.pop(node, None)  # the class may have done anything with its value
         return obj
 
     def parts(self, node: int) -> dict[Label, Any]:
@@ -355,7 +353,7 @@ class _Revival:
                 if view.mutable:
                     self.made[child] = mine
                     self.adopted.add(child)
-                    self.filled.discard(child)
+                    self.values.pop(child, None)
                 todo.append((child, mine))
 
     # --- connect -----------------------------------------------------------------------
@@ -385,7 +383,7 @@ class _Revival:
         placed = {
             node: saved
             for node, saved in found.sources().items()
-            if saved in self.filled and live.objects[node] is self.made[saved]
+            if saved in self.values and live.objects[node] is self.made[saved]
         }
         only = frozenset(range(len(live.objects))) - placed.keys()
         saved = Renamed(self.graph)

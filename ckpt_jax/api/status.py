@@ -68,8 +68,8 @@ class LoadStatus:
           AssertionError: naming the values that have not.
         """
         self._done.left_over.is_expected = True  # whoever asserts has been told
-        self.assert_existing_objects_matched(limit=limit)
         now, saved = self._look(), self._done.saved
+        self._require_existing(now, limit)
         if saved.named:
             return self
         spare = [entry.path for entry in now.report.missing]
@@ -97,7 +97,10 @@ class LoadStatus:
         Raises:
           AssertionError: naming the objects that did not.
         """
-        now = self._look()
+        self._require_existing(self._look(), limit)
+        return self
+
+    def _require_existing(self, now: _Look, limit: int | None) -> None:
         graph = now.live.graph
         skipped = graph.slot_nodes if self._skips_slots() else frozenset()
         if self._done.saved.named:
@@ -110,7 +113,6 @@ class LoadStatus:
         report = now.report
         spare = [entry.path for entry in (*report.unexpected, *report.deferred)]
         _fail("objects of the program are not in the checkpoint", unmatched, limit, spare, report)
-        return self
 
     def assert_nontrivial_match(self) -> LoadStatus:
         """Something besides the root was matched.
@@ -201,23 +203,26 @@ class _Look:
     report: RestoreReport
 
 
-def restored_nothing(status: LoadStatus) -> bool:
+def outcome_of(status: LoadStatus) -> tuple[bool, str | None]:
+    """Whether a restore has restored nothing, and in words what it has left out, if anything."""
+    now = status._look()
+    return _restored_nothing(now), _left_out(now.report)
+
+
+def _restored_nothing(now: _Look) -> bool:
     """Whether nothing of a checkpoint was restored, although the program has values.
 
     It is not so if values wait for an object that the program has, but has not built yet.
     """
-    report = status.report
+    report, live = now.report, now.live
     if _without_counter(report.restored) or not _without_counter(report.missing):
         return False
-    live = status._look().live
     there = {str(label) for label, _ in live.graph.nodes[0].children}
     unbuilt = there - {entry.path.partition("/")[0] for entry in report.missing}
     return not any(entry.path.partition("/")[0] in unbuilt for entry in report.deferred)
 
 
-def what_was_left(status: LoadStatus) -> str | None:
-    """Says in words what a restore has left out; None if it has restored everything."""
-    report = status.report
+def _left_out(report: RestoreReport) -> str | None:
     kinds = {
         "the checkpoint lacks": report.missing,
         "the program has no place for": report.unexpected,

@@ -321,11 +321,7 @@ def load(
         for at, attribute in wanted.items():  # at several places, where it is shared
             requests[attribute.key] = requests.get(attribute.key) or placements.get(at)
         data = reader.read(requests)
-        values: dict[int, dict[str, Any]] = {}
-        for (node, name), attribute in wanted.items():
-            value = reader.as_saved(attribute.key, data[attribute.key], attribute.spec)
-            values.setdefault(node, {})[name] = value
-        return build(saved, values, everything=only is None)
+        return built_from(reader, saved, wanted, data, everything=only is None)
 
 
 def _hint(only: Selection, paths: list[str]) -> str:
@@ -363,7 +359,23 @@ def _placements(
     return placements
 
 
-def build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:
+def built_from(
+    reader: CheckpointReader,
+    saved: ObjectGraph,
+    wanted: Mapping[ValueId, Attribute],
+    data: Mapping[str, Any],
+    *,
+    everything: bool,
+) -> Any:
+    """Plain containers from a graph, and from what was read of its values, by key."""
+    values: dict[int, dict[str, Any]] = {}
+    for (node, name), attribute in wanted.items():
+        value = reader.as_saved(attribute.key, data[attribute.key], attribute.spec)
+        values.setdefault(node, {})[name] = value
+    return _build(saved, values, everything=everything)
+
+
+def _build(saved: ObjectGraph, values: dict[int, dict[str, Any]], *, everything: bool) -> Any:
     """Plain containers from a graph, leaves first."""
     saved = slots_as_children(saved)
     has_own = [node in values for node in range(len(saved.nodes))]

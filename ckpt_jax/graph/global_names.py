@@ -18,7 +18,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ckpt_jax.graph.labels import (
-    ONLY_VALUE,
     VARIABLE_VALUE,
     Label,
     local_name,
@@ -92,10 +91,9 @@ def with_labels_of(
         return saved, []
     stored = {labels: node for node, labels in _places(saved, root) if saved.nodes[node].attributes}
     wanted = [
-        (*labels, *_own_name(attributes, attribute))
+        labels if live.nodes[node].has_only(attribute.name) else (*labels, attribute.name)
         for node, labels in _places(live, 0)
-        for attributes in [live.nodes[node].attributes]
-        for attribute in attributes
+        for attribute in live.nodes[node].attributes
     ]
     by_text: dict[str, list[Labels]] = {}
     for labels in stored:
@@ -126,11 +124,6 @@ Labels = tuple[str, ...]
 def _text(labels: Labels) -> str:
     """The text of a name, the same for names that differ only in their separators."""
     return "/".join(labels).replace(".", "/")
-
-
-def _own_name(attributes: Sequence[Attribute], attribute: Attribute) -> Labels:
-    is_only = len(attributes) == 1 and attribute.name in ONLY_VALUE
-    return () if is_only else (attribute.name,)
 
 
 def _places(graph: ObjectGraph, root: int) -> Iterator[tuple[int, Labels]]:

@@ -78,6 +78,10 @@ class Node:
     saver: SaverRef | None = None
     has_values: bool | None = None
 
+    def has_only(self, attribute: str) -> bool:
+        """Whether the node has one value, and this is a name that objects give their only one."""
+        return len(self.attributes) == 1 and attribute in ONLY_VALUE
+
 
 @dataclass(frozen=True)
 class ObjectGraph:
@@ -158,7 +162,7 @@ class ObjectGraph:
     def value_path(self, node: int, attribute: str) -> str:
         """The path of a value: the path of its node if it is the node's only value."""
         path = self.paths[node]
-        if len(self.nodes[node].attributes) == 1 and attribute in ONLY_VALUE:
+        if self.nodes[node].has_only(attribute):
             return path
         return f"{path}/{attribute}" if path else attribute
 

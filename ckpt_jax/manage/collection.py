@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
 
@@ -25,6 +24,7 @@ from ckpt_jax.errors import CheckpointNotFoundError
 from ckpt_jax.manage.ledger import (
     Ledger,
     UnknownMetrics,
+    own_number,
     path_in,
     read_ledger,
     recovered,
@@ -292,12 +292,13 @@ class Collection:
         latest = number_of(self.ledger.latest or "")
         if latest is None or not os.path.isdir(self._directory):
             return []
-        own = re.compile(rf"{re.escape(self._name)}-(\d+)")
         return [
             path
             for name in sorted(os.listdir(self._directory))
-            if (staging := STAGING.match(name)) and (of := own.fullmatch(staging["name"]))
-            if int(of[1]) <= latest and is_abandoned(path := os.path.join(self._directory, name))
+            if (staging := STAGING.match(name))
+            and (number := own_number(self._name, staging["name"])) is not None
+            and number <= latest
+            and is_abandoned(path := os.path.join(self._directory, name))
         ]
 
 

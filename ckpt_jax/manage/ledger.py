@@ -131,11 +131,11 @@ def recovered(directory: str, name: str, now: float) -> Ledger:
 
     Checkpoints without a record are never removed, so records that may be wrong are left out.
     """
-    ledger = read_ledger(directory, name)
-    if ledger is None:
-        return Ledger(_found_by_name(directory, name), (), now - 1)
     state = state_in(directory)
-    named = state.model_checkpoint_path if state is not None else ""
+    if state is None:
+        return Ledger(_found_by_name(directory, name), (), now - 1)
+    ledger = _ledger_of(directory, name, state)
+    named = state.model_checkpoint_path
     found = beside(directory, named)
     if found == ledger.latest and found != named:
         warn_of_move(directory, named, found)
@@ -195,8 +195,10 @@ def read_ledger(directory: str, name: str) -> Ledger | None:
     because policies have to know the metrics.
     """
     state = state_in(directory)
-    if state is None:
-        return None
+    return None if state is None else _ledger_of(directory, name, state)
+
+
+def _ledger_of(directory: str, name: str, state: CheckpointState) -> Ledger:
     notes = _notes_of(directory)
     model = _here(directory, state.model_checkpoint_path)
     listed = [(_here(directory, path), time) for path, time in _listed(state)]

@@ -35,7 +35,7 @@ from ckpt_jax.api.checkpoint import (
 )
 from ckpt_jax.api.latest import checkpoint_exists, refuse_others
 from ckpt_jax.api.preflight import preflight
-from ckpt_jax.api.status import LoadStatus, restored_nothing, what_was_left
+from ckpt_jax.api.status import LoadStatus, outcome_of
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError, RestoreMismatchError
 from ckpt_jax.graph.labels import VARIABLE_VALUE
 from ckpt_jax.manage.collection import Collection
@@ -352,8 +352,7 @@ class CheckpointManager:
             if self._init_fn is not None:
                 self._init_fn()
             return None
-        path, status = self._restore_newest(paths, (), None)
-        left = what_was_left(status)
+        path, _, left = self._restore_newest(paths, (), None)
         if left is not None:
             _log.warning(
                 "%s was restored in part: %s. If you did not expect that, compare the names in "
@@ -464,7 +463,8 @@ class CheckpointManager:
 
     def _restore_newest(
         self, paths: Sequence[str], rename: Iterable[Rule], options: CheckpointOptions | None
-    ) -> tuple[str, LoadStatus]:
+    ) -> tuple[str, LoadStatus, str | None]:
+        """Restores the first usable path; returns it, the status, and what was left out."""
         processes: Processes = current()
         rules, before = tuple(rename), self._checkpoint.save_counter
         first: Exception | None = None
@@ -480,27 +480,30 @@ class CheckpointManager:
                 problem = meeting.conclude(error and str(error), _first_problem)
             if problem is None:
                 assert status is not None
-                self._check_match(path, status, before)
+                left = self._check_match(path, status, before)
                 if path != paths[0]:
                     _log.warning("fell back to %s, the newest usable checkpoint", path)
                 self._status = status
                 self._schedule.restored(path)
-                return path, status
+                return path, status, left
             _log.warning("the checkpoint %s is not usable: %s", path, problem)
             first = first or error or CorruptCheckpointError(problem)
         assert first is not None
         raise first
 
-    def _check_match(self, path: str, status: LoadStatus, counter: int) -> None:
-        if restored_nothing(status):
+    def _check_match(self, path: str, status: LoadStatus, counter: int) -> str | None:
+        """Checks that a restore has restored something; says what it has left out."""
+        is_nothing, left = outcome_of(status)
+        if is_nothing:
             status.expect_partial()
             set_save_counter(self._checkpoint, counter)
             raise RestoreMismatchError(
                 f"{self._shown(path)}: nothing of this checkpoint was restored: "
-                f"{what_was_left(status)}. Give the objects the names under which they were saved, "
+                f"{left}. Give the objects the names under which they were saved, "
                 "or pass manager.restore(rename=[(saved, target), ...]).",
                 status.report,
             )
+        return left
 
     def _restored(self, path: str) -> None:
         """Notes that the checkpoint's objects were restored, by the manager or without it."""

@@ -308,7 +308,7 @@ def _same_attribute(node: Node, target: Attribute) -> Attribute | None:
     for attribute in node.attributes:
         if attribute.name == target.name:
             return attribute
-    if len(node.attributes) == 1 and target.name in ONLY_VALUE:
+    if node.has_only(target.name):
         only = node.attributes[0]
         return only if only.name in ONLY_VALUE else None
     return None

@@ -135,10 +135,11 @@ class Parameters:
 
     def mirrored(self, node: Any) -> Sequence[ParameterPath] | None:
         """The parameters of a subtree's leaves; None if it does not mirror the parameters."""
-        if self.paths and jax.tree.structure(node, is_leaf=is_leaf) == self.treedef:
+        leaves, treedef = jax.tree.flatten(node, is_leaf=is_leaf)
+        if self.paths and treedef == self.treedef:
             is_tree = self.paths != (ParameterPath(()),)
             return self.paths if is_tree or _could_be_moment(node, self.shapes[0]) else None
-        if (masked := self._mirrored_in_part(node)) is not None:
+        if (masked := self._mirrored_in_part(node, leaves, treedef)) is not None:
             return masked
         if self.inner is not None:
             step, parameters = self.inner
@@ -146,10 +147,11 @@ class Parameters:
             return None if paths is None else [ParameterPath((step, *p.steps)) for p in paths]
         return None
 
-    def _mirrored_in_part(self, node: Any) -> Sequence[ParameterPath] | None:
+    def _mirrored_in_part(
+        self, node: Any, leaves: Sequence[Any], treedef: Any
+    ) -> Sequence[ParameterPath] | None:
         """The same for a subtree in which one masked place stands for several parameters: labels
         of `optax.multi_transform` and masks may be a prefix of the parameters."""
-        leaves, treedef = jax.tree.flatten(node, is_leaf=is_leaf)
         if node is None or is_leaf(node) or not any(map(is_masked, leaves)):
             return None
         numbers = jax.tree.unflatten(self.treedef, range(len(self.paths)))
@@ -268,12 +270,13 @@ def optax_state(opt_state: Any, params: Any) -> OptaxState:
     """
     state = OptaxState(opt_state, params)
     if not any(leaf.parameter is not None for leaf in state.layout):
-        _check_without_moments(state, Parameters(params))
+        _check_without_moments(state)
     return state
 
 
-def _check_without_moments(state: OptaxState, parameters: Parameters) -> None:
+def _check_without_moments(state: OptaxState) -> None:
     """Checks that a state in which nothing mirrors the parameters has no moments."""
+    parameters = state._parameters
     total = sum(map(prod, parameters.shapes))
     lost = [
         f"{leaf.name} of shape {shape}"

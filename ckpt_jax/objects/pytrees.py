@@ -137,8 +137,8 @@ class RegisteredView(View):
         return [(label_of(path[0]), child) for path, child in leaves]
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
-        _, treedef = jax.tree.flatten(obj, is_leaf=lambda x: x is not obj)
-        parts = [changed.get(label, child) for label, child in self.children(obj)]
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda x: x is not obj)
+        parts = [changed.get(label_of(path[0]), child) for path, child in leaves]
         return jax.tree.unflatten(treedef, parts)
 
 

@@ -268,23 +268,19 @@ class AutoTrackable(Trackable):
             self.__dict__[_UNTRACKED].pop(name, None)
         value = wrap(value, whole=self._plain_data_is_state)
         is_state = self._is_state(value)
-        if is_state and (name not in children or name in self.__dict__.get(PENDING, ())):
-            with received(self, name, value) as value:
-                plain = unmarked(value)
-                super().__setattr__(name, plain)
-                children[name] = value
-                _own(self, _ASSIGNED)[name] = plain
-            return
-        if not is_state and name in children:
-            self._before_dropping(name, value)
-        plain = unmarked(value)
-        super().__setattr__(name, plain)
-        if is_state:
-            children[name] = value
-            _own(self, _ASSIGNED)[name] = plain
-        else:
+        if not is_state:
+            if name in children:
+                self._before_dropping(name, value)
+            super().__setattr__(name, unmarked(value))
             children.pop(name, None)
             self.__dict__.get(_ASSIGNED, {}).pop(name, None)
+            return
+        is_new = name not in children or name in self.__dict__.get(PENDING, ())
+        with received(self, name, value) if is_new else contextlib.nullcontext(value) as value:
+            plain = unmarked(value)
+            super().__setattr__(name, plain)
+            children[name] = value
+            _own(self, _ASSIGNED)[name] = plain
 
     def _add_trackable_child(self, name: str, value: Any) -> None:
         """Adds a child that was recreated, as an attribute; it is state of whatever kind."""
