@@ -23,9 +23,9 @@ from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
 from ckpt_jax.store import merge as _merge
 from ckpt_jax.store import shard as _shard
 from ckpt_jax.store.fetch import ShardedReader
-from ckpt_jax.store.index import Layout
 from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.shard import Slice
+from ckpt_jax.store.tiling import Layout
 from ckpt_jax.values import host
 from ckpt_jax.values.leaves import encode
 
@@ -69,14 +69,13 @@ def write_shard(
     """
     prefix = as_path(prefix, "prefix")
     parts = _on_host({_checked(key): _slices_of(key, value) for key, value in values.items()})
-    _shard.write_shard(
-        prefix,
-        # Arrays of which this process holds nothing are left out.
-        {key: value for key, value in parts.items() if not isinstance(value, list) or value},
+    # Arrays of which this process holds nothing are left out.
+    held = {key: value for key, value in parts.items() if not isinstance(value, list) or value}
+    _shard.write_shards(
+        {prefix: held},
         compression=options.compression,
         durable=options.durable,
-        # TensorStore holds the bytes of a group three times.
-        max_inflight_bytes=max(options.max_inflight_bytes // 3, 1),
+        max_inflight_bytes=options.max_inflight_bytes,
         written=written,
     )
     return prefix

@@ -29,9 +29,9 @@ from ckpt_jax.store.directory import (
     require_checkpoint,
 )
 from ckpt_jax.store.durable import fsync_directory
+from ckpt_jax.store.manifest import MANIFEST
 from ckpt_jax.store.notes import read_notes
 from ckpt_jax.store.paths import absolute, as_path, require_room
-from ckpt_jax.store.stack import MANIFEST
 from ckpt_jax.store.staging import held, staging_name
 
 _log = logging.getLogger("ckpt_jax")

@@ -34,10 +34,9 @@ from ckpt_jax.processes.meeting import Meeting, described
 from ckpt_jax.progress import progress
 from ckpt_jax.saving.snapshot import snapshot
 from ckpt_jax.saving.write import plan_write, write
-from ckpt_jax.store.fetch import read_index
+from ckpt_jax.store.merge import SHARDS, read_shard
 from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.seal import seal
-from ckpt_jax.store.stack import SHARDS
 from ckpt_jax.store.storage import Storage
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import encode
@@ -159,15 +158,16 @@ class StagedSave:
 
             prefix = os.path.join(self._shards, self._own_names())
             written = write(self._plan, prefix, options, wrote)
-        self._watch.wrote(sum([read_index(shard).total_nbytes for shard in self._registered]))
+        registered = [read_shard(directory) for directory in self._registered]
+        self._watch.wrote(sum([int(table.nbytes.sum()) for _, table in registered]))
         return _Report(
             os.path.basename(self._staging.path),
             self._digest,
             self._parts,
             tuple(
                 [
-                    os.path.relpath(shard, self._staging.directory)
-                    for shard in (*self._registered, *written)
+                    os.path.relpath(shard.directory, self._staging.directory)
+                    for shard, _ in (*registered, *written)
                 ]
             ),
         )

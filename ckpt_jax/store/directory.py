@@ -28,8 +28,9 @@ from dataclasses import dataclass
 
 from ckpt_jax.errors import CheckpointNotFoundError, UnsupportedFormatError
 from ckpt_jax.store.durable import fsync_directory, make_directories
+from ckpt_jax.store.manifest import MANIFEST, META
+from ckpt_jax.store.merge import SHARDS
 from ckpt_jax.store.paths import require_addressable, require_room, resolved
-from ckpt_jax.store.stack import DATA, MANIFEST, SHARDS
 from ckpt_jax.store.staging import (
     STAGING,
     Lock,
@@ -45,7 +46,7 @@ from ckpt_jax.store.staging import (
     staging_of,
 )
 
-_PARTS = {DATA, SHARDS}  # of a checkpoint, besides its manifest
+_PARTS = {META, SHARDS}  # of a checkpoint, besides its manifest
 
 # The files by which checkpoints of other libraries are recognised, to name the library in an error.
 _OTHERS = {

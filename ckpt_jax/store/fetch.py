@@ -3,7 +3,8 @@
 `gather` says which runs of bytes to read. This module reads the runs and assembles the boxes.
 
 1. *Reading.* Runs are read in the order in which requests need them, each into a buffer of its
-   own. The number of bytes in flight is bounded.
+   own, by as many threads as there are cores. The number of bytes in flight is bounded. The thread
+   that has read a chunk verifies it at once, while it is still in the processor's cache.
 2. *Assembly.* A box that lies contiguously in one stored slice becomes a view of the run's buffer.
    Other boxes are copied together from the runs that hold their parts. A request is yielded as
    soon as its last run has arrived, while later runs are still being read.
@@ -13,58 +14,63 @@ from __future__ import annotations
 
 import math
 import os
-import re
 from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, wait
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_jax.graph.boxes import Box
-from ckpt_jax.store.forks import require_not_forked
+from ckpt_jax.store.durable import naming
+from ckpt_jax.store.forks import require_not_forked, use_tensorstore
 from ckpt_jax.store.gather import (
+    RUN_NBYTES,
     Geometry,
     Pieces,
     RangeRead,
     Request,
     Run,
-    StackTable,
     geometry_of,
     runs_of,
 )
-from ckpt_jax.store.index import INDEX_KEY, Index, Shard
-from ckpt_jax.store.stack import (
+from ckpt_jax.store.index import CHECKSUM, Index, Shard, own_checksums
+from ckpt_jax.store.manifest import (
+    INDEX,
+    INDEX_KEY,
+    Part,
+    read_digested,
+    read_file,
+    read_manifest,
+    read_part,
+)
+from ckpt_jax.store.stream import (
     ALIGNMENT,
-    MANIFEST,
     MAX_EXPANSION,
+    checksum_of,
+    file_path,
+    file_size,
     files_nbytes,
     new_context,
-    open_database,
-    open_stack,
+    open_stream,
     round_up,
     storage_error,
 )
+from ckpt_jax.store.workers import Workers, cores
 
 _BLOCK_NBYTES = 4 << 20  # from this size on numpy asks for huge pages, which fill 4x faster
 
 Arrays = tuple[np.ndarray, ...]
 
 
-def read_value(directory: str, name: str) -> bytes | None:
-    """The raw value `name` of the database in `directory`; None if there is no such value.
+class _Damaged(Exception):
+    """The bytes from `start` to `stop` of a stream, in `file`, are not those that were written."""
 
-    Raises:
-      CheckpointNotFoundError: there is no database.
-      CorruptCheckpointError: the database cannot be read.
-    """
-    if not os.path.exists(os.path.join(directory, MANIFEST)):
-        raise CheckpointNotFoundError(f"{directory}: this is no checkpoint, {MANIFEST} is missing")
-    try:
-        result = open_database(directory, new_context()).read(name).result()
-    except ValueError as error:
-        raise _damage(error, directory, f"value {name!r}") from error
-    return None if result.state == "missing" else result.value
+    def __init__(self, file: str, start: int, stop: int, what: str):
+        super().__init__(what)
+        self.file, self.start, self.stop = file, start, stop
 
 
 def read_index(directory: str) -> Index:
@@ -74,15 +80,30 @@ def read_index(directory: str) -> Index:
       CheckpointNotFoundError: there is neither a checkpoint nor a shard.
       CorruptCheckpointError: the index cannot be read, or it contradicts itself.
     """
-    data = read_value(directory, INDEX_KEY)
-    if data is None:
-        raise CorruptCheckpointError(
-            f"{directory}: has no index, because its write was interrupted", file=directory
-        )
+    return _parts_and_index(directory)[1]
+
+
+def _parts_and_index(directory: str) -> tuple[dict[str, Part], Index]:
+    path = os.path.join(directory, INDEX)
+    try:
+        parts = read_manifest(directory)
+    except CheckpointNotFoundError:
+        try:
+            return {}, _index(read_file(path), directory)  # a shard has no manifest
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        raise
+    if INDEX_KEY not in parts:
+        raise CorruptCheckpointError(f"{directory}: has no index", file=directory)
+    return parts, _index(read_part(directory, parts[INDEX_KEY]), directory)
+
+
+def _index(data: bytes, directory: str) -> Index:
     try:
         return Index.from_bytes(data)
     except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{directory}: {error}", file=directory) from error
+        path = os.path.join(directory, INDEX)
+        raise CorruptCheckpointError(f"{directory}: {error}", file=path) from error
 
 
 class ShardedReader:
@@ -100,13 +121,12 @@ class ShardedReader:
     """
 
     def __init__(self, directory: str):
+        use_tensorstore()
         self.directory = os.path.abspath(directory)
-        self.index = read_index(self.directory)
+        self._parts, self.index = _parts_and_index(self.directory)
         self.bytes_read = 0
-        self._stacks = StackTable(self.index)
-        self._context = new_context()
-        self._stores: dict[int, ts.TensorStore] | None = {}
-        self._checked: set[int] = set()  # numbers of shards whose files are large enough
+        self._is_open = True
+        self._streams: dict[int, _StreamReader] = {}
         self._geometries: dict[tuple[int, tuple[Box, ...], bool], Geometry] = {}
 
     def __enter__(self) -> ShardedReader:
@@ -117,12 +137,14 @@ class ShardedReader:
 
     def close(self) -> None:
         """Releases the checkpoint; further reads are refused."""
-        self._stores = None
-        self._geometries = {}
+        self._is_open = False
+        self._streams, self._geometries = {}, {}
 
     def extra(self, name: str) -> bytes | None:
         """The small value `name` that was committed with the checkpoint; None if there is none."""
-        return read_value(self.directory, name)
+        require_not_forked()
+        part = self._parts.get(name)
+        return None if part is None else read_part(self.directory, part)
 
     def read_bytes(self, key: str) -> bytes:
         """The byte string under `key`. To read many, ask `read` for the box `()` of each."""
@@ -152,11 +174,11 @@ class ShardedReader:
           ValueError: a box does not lie inside its array, or not all of it is stored here.
           CorruptCheckpointError: from the iterator; names the damaged file and the keys in it.
         """
-        if self._stores is None:
+        if not self._is_open:
             raise RuntimeError(f"{self.directory}: the reader is closed")
         require_not_forked()
         geometries = self._geometries_of(requests)
-        pieces = Pieces.of(self.index, self._stacks, requests, geometries)
+        pieces = Pieces.of(self.index, requests, geometries)
         return self._results(requests, geometries, pieces, max_inflight_bytes)
 
     def _geometries_of(self, requests: Sequence[Request]) -> list[Geometry]:
@@ -164,18 +186,16 @@ class ShardedReader:
         geometries = []
         seen: set[str] = set()
         for key, wanted in requests:
-            number = index.number.get(key)
-            if number is None:
+            if key not in index:
                 raise KeyError(f"{key}: is not in {self.directory}")
             # If a key is requested twice, only the first request may get views: two views of the
             # same bytes would not be independent arrays.
-            what = (index.pattern[number], tuple(wanted), key not in seen)
+            what = (index.tiling_number(key), tuple(wanted), key not in seen)
             seen.add(key)
             geometry = cached.get(what)
             if geometry is None:
-                layouts = [index.layouts[i] for i in index.patterns[what[0]]]
                 try:
-                    geometry = geometry_of(layouts, what[1], views=what[2])
+                    geometry = geometry_of(index.tiling(what[0]), what[1], views=what[2])
                 except ValueError as error:
                     raise ValueError(f"{key}: {error} in {self.directory}") from None
                 cached[what] = geometry
@@ -190,60 +210,53 @@ class ShardedReader:
         max_inflight_bytes: int,
     ) -> Iterator[tuple[int, Arrays]]:
         assembly = _Assembly(geometries, pieces)
-        runs = runs_of(pieces, self._stacks)
+        runs = runs_of(pieces, self.index)
         memory = _Memory(sum(run.nbytes for run in runs))
-        reads = (read for run in runs for read in run.reads(self._stacks))
-        in_flight: deque[tuple[RangeRead, ts.WriteFutures]] = deque()
+        reads = (read for run in runs for read in run.reads())
+        in_flight: deque[tuple[RangeRead, Future[None]]] = deque()
         held = 0
         waiting = next(reads, None)
-        try:
-            yield from assembly.finished()
-            while waiting is not None or in_flight:
-                while waiting is not None and (
-                    not in_flight or held + waiting.nbytes <= max_inflight_bytes
-                ):
+        threads = min(cores(), len(runs) + sum(run.nbytes // RUN_NBYTES for run in runs))
+        with Workers(threads if threads > 1 else 0, "ckpt-read") as workers:
+            try:
+                yield from assembly.finished()
+                while waiting is not None or in_flight:
+                    while waiting is not None and (
+                        not in_flight or held + waiting.nbytes <= max_inflight_bytes
+                    ):
+                        in_flight.append((waiting, self._start(waiting, memory, workers)))
+                        held += waiting.nbytes
+                        waiting = next(reads, None)
+                    read, future = in_flight.popleft()
                     try:
-                        in_flight.append((waiting, self._start(waiting, memory)))
-                    except ValueError as error:
-                        raise self._corrupt(error, waiting, pieces, requests) from error
-                    held += waiting.nbytes
-                    waiting = next(reads, None)
-                read, future = in_flight.popleft()
-                try:
-                    future.result()
-                except ValueError as error:
-                    raise self._corrupt(error, read, pieces, requests) from error
-                held -= read.nbytes
-                if read.last:
-                    assembly.arrived(read.run, memory)
-                    yield from assembly.finished()
-        finally:
-            for _, future in in_flight:  # reads that still write into our buffers
-                future.commit.exception()
+                        future.result()
+                    except _Damaged as damage:
+                        raise self._corrupt(damage, read, pieces, requests) from damage
+                    held -= read.nbytes
+                    if read.last:
+                        assembly.arrived(read.run, memory)
+                        yield from assembly.finished()
+            finally:
+                wait([future for _, future in in_flight])  # they still write into our buffers
 
-    def _start(self, read: RangeRead, memory: _Memory) -> ts.WriteFutures:
+    def _start(self, read: RangeRead, memory: _Memory, workers: Workers) -> Future[None]:
         run = read.run
-        store = self._store(run.stack)
+        stream = self._stream(run.shard)
         if run.buffer is None:
             run.buffer = memory.take(run.nbytes, scratch=not run.viewed)
-        rows = run.buffer[: run.nbytes].reshape(-1, run.pitch)
-        self.bytes_read += self._stacks.nbytes_decoded(read)
-        target = rows[:, read.start - run.start : read.stop - run.start]
-        source = store[run.row : run.row + len(rows), read.start : read.stop]
-        return ts.array(target).write(source.translate_to[0])
+        self.bytes_read += read.nbytes
+        target = run.buffer[read.start - run.start : read.stop - run.start]
+        return workers.submit(stream.read, read.start, target)
 
-    def _store(self, stack: int) -> ts.TensorStore:
-        if self._stores is None:
+    def _stream(self, number: int) -> _StreamReader:
+        if not self._is_open:
             raise RuntimeError(f"{self.directory}: the reader is closed")
-        if stack not in self._stores:
-            number = self._stacks.shard[stack]
-            shard = self.index.shards[number]
-            self._check_files(number)
-            place = self._stacks.number[stack]
-            self._stores[stack] = open_stack(
-                self.directory, self._context, shard.id, place, shard.stacks[place]
+        found = self._streams.get(number)
+        if found is None:
+            found = self._streams[number] = _StreamReader(
+                self._path(number), self.index.shards[number]
             )
-        return self._stores[stack]
+        return found
 
     def check_files(self) -> None:
         """Compares the sizes of all data files with what the index lists; reads no value.
@@ -252,68 +265,147 @@ class ShardedReader:
           CorruptCheckpointError: a shard's files are truncated or missing.
         """
         for number, shard in enumerate(self.index.shards):
-            try:
-                self._check_files(number)
-            except (ValueError, OSError) as error:
-                path = self._path(shard)
-                raise CorruptCheckpointError(f"{path}: {error}", file=path) from error
+            check_files(self._path(number), shard)
 
-    def _check_files(self, number: int) -> None:
-        """Raises if the files of a shard are too small for what the index lists.
-
-        So no memory is allocated for bytes that do not exist.
-        """
-        shard = self.index.shards[number]
-        if number in self._checked or not shard.stacks:
-            return
-        declared = sum(s.rows * s.row_nbytes for s in shard.stacks)
-        listed = max(shard.files_nbytes, declared // MAX_EXPANSION, 1)
-        found = files_nbytes(self._path(shard))
-        if found < listed:
-            raise ValueError(
-                f"its files have {found} bytes, the index lists {listed}: a file is truncated "
-                "or missing"
-            )
-        self._checked.add(number)
-
-    def _path(self, shard: Shard) -> str:
-        return os.path.normpath(os.path.join(self.directory, shard.directory))
+    def _path(self, number: int) -> str:
+        directory = self.index.shards[number].directory
+        return os.path.normpath(os.path.join(self.directory, directory))
 
     def _corrupt(
-        self, error: ValueError, read: RangeRead, pieces: Pieces, requests: Sequence[Request]
+        self, damage: _Damaged, read: RangeRead, pieces: Pieces, requests: Sequence[Request]
     ) -> Exception:
-        run = read.run
-        here = range(run.first, run.last)
-        chunk = _CHUNK.search(str(error))
-        if chunk is not None:
-            row, column = int(chunk[1]), int(chunk[2])
-            size = self._stacks.chunk_nbytes[run.stack]
-            touched = (pieces.row[run.first : run.last] == row) & (
-                (pieces.start[run.first : run.last] // size <= column)
-                & ((pieces.stop[run.first : run.last] - 1) // size >= column)
-            )
-            here = [p for p, hit in zip(here, touched, strict=True) if hit] or here
-        keys = sorted({requests[pieces.request[p]][0] for p in here})
-        shard = self.index.shards[self._stacks.shard[run.stack]]
-        what = keys[0] if len(keys) == 1 else f"{', '.join(keys[:8])}"
+        here = slice(read.run.first, read.run.last)
+        touched = (pieces.start[here] < damage.stop) & (pieces.stop[here] > damage.start)
+        request = pieces.request[here][touched].tolist()
+        keys = sorted({requests[i][0] for i in request})
+        what = ", ".join(keys[:8])
         if len(keys) > 8:
             what += f" and {len(keys) - 8} more keys"
-        return _damage(error, self._path(shard), what, keys[0])
+        return CorruptCheckpointError(
+            f"{what}: {damage.file} is damaged or incomplete: {damage}",
+            file=damage.file,
+            key=keys[0] if keys else None,
+        )
 
 
-_CHUNK = re.compile(r"[0-9a-f]{16}/\d+/c/(\d+)/(\d+)")
-_FILE = re.compile(r'local file "([^"]+[^"/])"')
+def check_files(directory: str, shard: Shard) -> None:
+    """Checks that the files of a shard have the sizes that they need.
+
+    So no memory is allocated for bytes that do not exist.
+
+    Raises:
+      CorruptCheckpointError: a file is truncated or missing.
+    """
+    if shard.compression:
+        found, least = files_nbytes(directory), shard.nbytes // MAX_EXPANSION
+        if found != shard.stored_nbytes or found < least:
+            raise CorruptCheckpointError(
+                f"{directory}: its files have {found} bytes, the index lists "
+                f"{max(shard.stored_nbytes, least)}: a file is truncated or missing",
+                file=directory,
+            )
+        return
+    for number in range(shard.files):
+        path, expected = file_path(directory, number), file_size(shard, number)
+        try:
+            found = os.stat(path).st_size
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CorruptCheckpointError(f"{path}: the file is missing", file=path) from error
+        if found != expected:
+            what = f"{path}: the file has {found} bytes, expected {expected}: it is truncated"
+            raise CorruptCheckpointError(what, file=path)
 
 
-def _damage(error: ValueError, directory: str, what: str, key: str | None = None) -> Exception:
-    cause = storage_error(error, directory)
-    if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
-        return cause
-    files = _FILE.findall(str(error))
-    file = files[-1] if files else directory
-    return CorruptCheckpointError(
-        f"{what}: {file} is damaged or incomplete: {error}", file=file, key=key
-    )
+class _StreamReader:
+    """Reads ranges of whole chunks of a stream, and verifies them; on any thread."""
+
+    def __init__(self, directory: str, shard: Shard):
+        self._directory = directory
+        self._shard = shard
+        check_files(directory, shard)
+        self._checksums = _checksums(directory, shard)
+        self._store = open_stream(directory, shard, new_context()) if shard.compression else None
+
+    def read(self, start: int, target: np.ndarray) -> None:
+        """Reads the range from `start` on into `target`."""
+        if self._store is not None:
+            self._read_compressed(self._store, start, target)
+            return
+        size = self._shard.file_nbytes
+        done = 0
+        while done < target.size:
+            number, offset = divmod(start + done, size)
+            part = target[done : done + size - offset]
+            self._read_file(number, offset, part)
+            done += part.size
+
+    def _read_file(self, number: int, offset: int, target: np.ndarray) -> None:
+        path = file_path(self._directory, number)
+        begin = number * self._shard.file_nbytes + offset
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            end = begin + target.size
+            raise _Damaged(path, begin, end, "the file is missing") from error
+        try:
+            with naming(path):
+                chunk = self._shard.chunk_nbytes
+                for start in range(0, target.size, chunk):
+                    part = target[start : start + chunk]
+                    self._fill(descriptor, offset + start, part, path, begin + start)
+                    self._verify(path, begin + start, part)
+        finally:
+            os.close(descriptor)
+
+    def _fill(
+        self, descriptor: int, offset: int, target: np.ndarray, path: str, begin: int
+    ) -> None:
+        done = 0
+        while done < target.size:
+            # Arrays are buffers; numpy's stubs say so from Python 3.12 on.
+            rest: Any = target[done:]
+            count = os.preadv(descriptor, [rest], offset + done)
+            if not count:
+                raise _Damaged(path, begin, begin + target.size, "the file is truncated")
+            done += count
+
+    def _read_compressed(self, store: ts.TensorStore, start: int, target: np.ndarray) -> None:
+        end = start + target.size
+        path = file_path(self._directory, start // self._shard.file_nbytes)
+        try:
+            ts.array(target).write(store[start:end].translate_to[0]).result()
+        except ValueError as error:
+            cause = storage_error(error, self._directory)
+            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                raise cause from error
+            raise _Damaged(path, start, end, str(error)) from error
+        chunk = self._shard.chunk_nbytes
+        for begin in range(0, target.size, chunk):
+            path = file_path(self._directory, (start + begin) // self._shard.file_nbytes)
+            self._verify(path, start + begin, target[begin : begin + chunk])
+
+    def _verify(self, path: str, start: int, data: np.ndarray) -> None:
+        number = start // self._shard.chunk_nbytes
+        found, expected = checksum_of(data), int(self._checksums[number])
+        if found != expected:
+            what = f"the checksum of chunk {number} is {found:#010x}, expected {expected:#010x}"
+            raise _Damaged(path, start, start + data.size, what)
+
+
+def _checksums(directory: str, shard: Shard) -> np.ndarray:
+    """The checksums of a shard's chunks: from its own index, if this is the entry of a checkpoint.
+
+    Raises:
+      CorruptCheckpointError: its index is not the one that was committed.
+    """
+    checksums = shard.checksums
+    if shard.directory != ".":
+        path = os.path.join(directory, INDEX)
+        checksums = own_checksums(read_digested(path, shard.digest))
+        if len(checksums) != shard.chunks * CHECKSUM.itemsize:
+            what = f"{path}: has {len(checksums)} bytes of checksums for {shard.chunks} chunks"
+            raise CorruptCheckpointError(what, file=path)
+    return np.frombuffer(checksums, CHECKSUM)
 
 
 class _Memory:
@@ -375,7 +467,7 @@ class _Assembly:
             results = boxes.get(request)
             if results is None:
                 results = boxes[request] = [None] * len(geometry.shapes)
-            if use.where is None and not offset % ALIGNMENT:
+            if run.viewed and use.where is None and not offset % ALIGNMENT:
                 results[use.box] = np.ndarray(use.shape, geometry.dtype, buffer, offset)
             else:
                 target = results[use.box]

@@ -14,8 +14,8 @@ from typing import Protocol
 from ckpt_jax.store.directory import Staging, require_checkpoint
 from ckpt_jax.store.fetch import ShardedReader
 from ckpt_jax.store.forks import require_not_forked, use_tensorstore
+from ckpt_jax.store.manifest import MANIFEST
 from ckpt_jax.store.paths import resolved
-from ckpt_jax.store.stack import MANIFEST
 
 
 class Storage(Protocol):

@@ -113,7 +113,7 @@ class Arriving:
 
     def __init__(self, started: jax.Array):
         self._started = started
-        self.shape, self.nbytes = started.shape, started.nbytes
+        self.dtype, self.shape, self.nbytes = started.dtype, started.shape, started.nbytes
 
     def wait(self) -> np.ndarray:
         """The contents; on any thread."""

@@ -21,7 +21,7 @@ from ckpt_jax.api.latest import (
     remove_checkpoint,
 )
 from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
-from ckpt_jax.store.stack import MANIFEST
+from ckpt_jax.store.manifest import MANIFEST
 
 pytestmark = pytest.mark.usefixtures("no_flushing")
 

@@ -13,7 +13,7 @@ from trackables import value, var
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
-from ckpt_jax.store.stack import MANIFEST
+from ckpt_jax.store.manifest import MANIFEST
 
 BIG = np.random.default_rng(6).normal(size=100_000).astype(np.float32)
 

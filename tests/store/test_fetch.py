@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ckpt_jax.store.stack import DATA, files_nbytes, new_context, open_database
 from descriptors import open_files
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +20,6 @@ from ckpt_jax.store.fetch import ShardedReader, read_index
 from ckpt_jax.store.index import INDEX_KEY, Index, StackShape
 from ckpt_jax.store.merge import merge_shards
 from ckpt_jax.store.shard import Slice, write_shard
-from ckpt_jax.store.stack import DATA, files_nbytes, new_context, open_database
 
 DTYPES = [*sorted(_DTYPES), "datetime64[ns]", "timedelta64[D]"]
 

@@ -17,7 +17,7 @@ import numpy as np
 from ckpt_jax.graph.boxes import Box, inside, slices, whole
 from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.specs import LeafSpec
-from ckpt_jax.store.index import Layout
+from ckpt_jax.store.tiling import Layout
 
 
 class NameBasedReader(Protocol):
@@ -76,7 +76,7 @@ class NamedIndex:
 
     def layout_of(self, key: str) -> Layout:
         spec = self.specs[key]
-        return Layout(spec.dtype, spec.shape, whole(spec.shape), self.nbytes(key))
+        return Layout(spec.dtype, spec.shape, spec.shape, self.nbytes(key))
 
     def nbytes(self, key: str) -> int:
         """The size of an array in bytes; 0 where the spec does not say."""
