@@ -4,7 +4,7 @@
 
 1. *Reading.* Runs are read in the order in which requests need them, each into a buffer of its
    own, by as many threads as there are cores. The number of bytes in flight is bounded. The thread
-   that has read a chunk verifies it at once, while it is still in the processor's cache.
+   that has read a block verifies it at once, while it is still in the processor's cache.
 2. *Assembly.* A box that lies contiguously in one stored slice becomes a view of the run's buffer.
    Other boxes are copied together from the runs that hold their parts. A request is yielded as
    soon as its last run has arrived, while later runs are still being read.
@@ -117,7 +117,7 @@ class ShardedReader:
     Attributes:
       directory: the same.
       index: what is stored.
-      bytes_read: decoded size of all chunks that were requested so far.
+      bytes_read: decoded size of all blocks that were requested so far.
     """
 
     def __init__(self, directory: str):
@@ -317,7 +317,7 @@ def check_files(directory: str, shard: Shard) -> None:
 
 
 class _StreamReader:
-    """Reads ranges of whole chunks of a stream, and verifies them; on any thread."""
+    """Reads ranges of whole blocks of a stream, and verifies them; on any thread."""
 
     def __init__(self, directory: str, shard: Shard):
         self._directory = directory
@@ -349,9 +349,9 @@ class _StreamReader:
             raise _Damaged(path, begin, end, "the file is missing") from error
         try:
             with naming(path):
-                chunk = self._shard.chunk_nbytes
-                for start in range(0, target.size, chunk):
-                    part = target[start : start + chunk]
+                block = self._shard.block_nbytes
+                for start in range(0, target.size, block):
+                    part = target[start : start + block]
                     self._fill(descriptor, offset + start, part, path, begin + start)
                     self._verify(path, begin + start, part)
         finally:
@@ -379,21 +379,21 @@ class _StreamReader:
             if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
                 raise cause from error
             raise _Damaged(path, start, end, str(error)) from error
-        chunk = self._shard.chunk_nbytes
-        for begin in range(0, target.size, chunk):
+        block = self._shard.block_nbytes
+        for begin in range(0, target.size, block):
             path = file_path(self._directory, (start + begin) // self._shard.file_nbytes)
-            self._verify(path, start + begin, target[begin : begin + chunk])
+            self._verify(path, start + begin, target[begin : begin + block])
 
     def _verify(self, path: str, start: int, data: np.ndarray) -> None:
-        number = start // self._shard.chunk_nbytes
+        number = start // self._shard.block_nbytes
         found, expected = checksum_of(data), int(self._checksums[number])
         if found != expected:
-            what = f"the checksum of chunk {number} is {found:#010x}, expected {expected:#010x}"
+            what = f"the checksum of block {number} is {found:#010x}, expected {expected:#010x}"
             raise _Damaged(path, start, start + data.size, what)
 
 
 def _checksums(directory: str, shard: Shard) -> np.ndarray:
-    """The checksums of a shard's chunks: from its own index, if this is the entry of a checkpoint.
+    """The checksums of a shard's blocks: from its own index, if this is the entry of a checkpoint.
 
     Raises:
       CorruptCheckpointError: its index is not the one that was committed.
@@ -402,8 +402,8 @@ def _checksums(directory: str, shard: Shard) -> np.ndarray:
     if shard.directory != ".":
         path = os.path.join(directory, INDEX)
         checksums = own_checksums(read_digested(path, shard.digest))
-        if len(checksums) != shard.chunks * CHECKSUM.itemsize:
-            what = f"{path}: has {len(checksums)} bytes of checksums for {shard.chunks} chunks"
+        if len(checksums) != shard.blocks * CHECKSUM.itemsize:
+            what = f"{path}: has {len(checksums)} bytes of checksums for {shard.blocks} blocks"
             raise CorruptCheckpointError(what, file=path)
     return np.frombuffer(checksums, CHECKSUM)
 

@@ -6,7 +6,7 @@ slice that one wanted box needs. A *run* is a range of a stream; all pieces in i
 1. *Geometry.* Wanted boxes are intersected with stored slices. The result depends only on the
    array's tiling and the boxes, so it is worked out once for all arrays that share these.
 2. *Runs.* All pieces are sorted by place and joined to runs of bounded size. A run consists of
-   whole chunks, because a chunk has to be read as a whole to be verified.
+   whole blocks, because a block has to be read as a whole to be verified.
 """
 
 from __future__ import annotations
@@ -200,12 +200,12 @@ def _offsets(index: Index, tiling: Tiling, slices: np.ndarray, keys: np.ndarray)
 
 @dataclass(slots=True)
 class Run:
-    """A range of a stream that consists of whole chunks, and the pieces in it.
+    """A range of a stream that consists of whole blocks, and the pieces in it.
 
     Attributes:
       shard: the number of the shard.
       start, stop: the range.
-      chunk_nbytes: the size of a chunk.
+      block_nbytes: the size of a block.
       first, last: the range of its pieces in `Pieces`.
       offset: for each piece, where it starts in the buffer.
       viewed: whether results may be views of the buffer.
@@ -215,7 +215,7 @@ class Run:
     shard: int
     start: int
     stop: int
-    chunk_nbytes: int
+    block_nbytes: int
     first: int
     last: int
     offset: list[int]
@@ -228,8 +228,8 @@ class Run:
         return self.stop - self.start
 
     def reads(self) -> Iterator[RangeRead]:
-        """This run in one read, or in several if it is too large; each ends where a chunk ends."""
-        step = max(1, RUN_NBYTES // self.chunk_nbytes) * self.chunk_nbytes
+        """This run in one read, or in several if it is too large; each ends where a block ends."""
+        step = max(1, RUN_NBYTES // self.block_nbytes) * self.block_nbytes
         for start in range(self.start, self.stop, step):
             stop = min(start + step, self.stop)
             yield RangeRead(self, start, stop, stop == self.stop)
@@ -255,19 +255,19 @@ def runs_of(pieces: Pieces, index: Index) -> list[Run]:
     count = len(pieces.shard)
     if not count:
         return []
-    chunk = np.array([shard.chunk_nbytes for shard in index.shards], np.int64)[pieces.shard]
-    begin = np.array(_begins(pieces, chunk), np.int64)
+    block = np.array([shard.block_nbytes for shard in index.shards], np.int64)[pieces.shard]
+    begin = np.array(_begins(pieces, block), np.int64)
     # From here on, a column has one number for each run.
     end = np.append(begin[1:], count)
-    shard, chunk = pieces.shard[begin], chunk[begin]
-    start = pieces.start[begin] // chunk * chunk
+    shard, block = pieces.shard[begin], block[begin]
+    start = pieces.start[begin] // block * block
     sizes = np.array([shard.nbytes for shard in index.shards], np.int64)[shard]
-    stop = np.minimum(-(-np.maximum.reduceat(pieces.stop, begin) // chunk) * chunk, sizes)
+    stop = np.minimum(-(-np.maximum.reduceat(pieces.stop, begin) // block) * block, sizes)
     offset = pieces.start - np.repeat(start, end - begin)
     # A view keeps the whole buffer, so most of it has to be views.
     views = np.where(pieces.view & (offset % ALIGNMENT == 0), pieces.stop - pieces.start, 0)
     viewed = 2 * np.add.reduceat(views, begin) >= stop - start
-    columns = (shard, start, stop, chunk, begin, end, viewed)
+    columns = (shard, start, stop, block, begin, end, viewed)
     runs = [
         Run(s, a, b, c, first, last, offset[first:last].tolist(), view)
         for s, a, b, c, first, last, view in zip(*[x.tolist() for x in columns], strict=True)
@@ -276,15 +276,15 @@ def runs_of(pieces: Pieces, index: Index) -> list[Run]:
     return [runs[i] for i in np.argsort(needed, kind="stable")]
 
 
-def _begins(pieces: Pieces, chunk: np.ndarray) -> list[int]:
+def _begins(pieces: Pieces, block: np.ndarray) -> list[int]:
     """The pieces that begin a run.
 
-    A run ends where chunks follow that nobody needs. One that is too long ends where at most one
-    chunk, at the seam, is read twice.
+    A run ends where blocks follow that nobody needs. One that is too long ends where at most one
+    block, at the seam, is read twice.
     """
     found: list[int] = []
     last, begin, reach = -1, 0, 0
-    columns = (pieces.shard, pieces.start, pieces.stop, chunk)
+    columns = (pieces.shard, pieces.start, pieces.stop, block)
     for i, (shard, start, stop, size) in enumerate(
         zip(*[c.tolist() for c in columns], strict=True)
     ):

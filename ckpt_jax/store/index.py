@@ -40,6 +40,7 @@ CHECKSUM = np.dtype("<u4")
 
 _LIMIT = 1 << 62  # sums of two numbers below it fit into an int64
 _MAX_RANK = 64
+_MAX_CHUNKS = 1 << 20  # in a file: the place of each takes memory
 _COLUMNS = {"key": "<u4", "layout": "<u4", "offset": "<u8"}
 _UNSAFE = re.compile(r"[\\\0]|(^|/)\.{0,2}(/|$)")  # in the directory of a shard
 
@@ -114,6 +115,7 @@ class Shard:
     starts: tuple[int, ...]
     nbytes: int
     chunk_nbytes: int
+    block_nbytes: int
     file_nbytes: int
     compression: str = ""
     stored_nbytes: int = 0
@@ -121,9 +123,9 @@ class Shard:
     digest: bytes = b""
 
     @property
-    def chunks(self) -> int:
-        """The number of chunks."""
-        return -(-self.nbytes // self.chunk_nbytes)
+    def blocks(self) -> int:
+        """The number of blocks."""
+        return -(-self.nbytes // self.block_nbytes)
 
     @property
     def files(self) -> int:
@@ -369,7 +371,7 @@ def check_version(found: int, what: str) -> None:
 
 
 def own_checksums(data: bytes) -> bytes:
-    """The checksums of the chunks of a shard, from its own index, which has been checked."""
+    """The checksums of the blocks of a shard, from its own index, which has been checked."""
     return index_pb2.Index.FromString(unseal(data)).shards[0].checksums
 
 
@@ -431,13 +433,14 @@ def _shard(message: index_pb2.Shard) -> Shard:
         tuple(message.starts),
         *[getattr(message, name) for name in _SHARD_FIELDS[2:]],
     )
-    sizes = (shard.nbytes, shard.file_nbytes, shard.stored_nbytes)
-    _check(max(sizes) < _LIMIT and shard.chunk_nbytes > 0, "size of a stream")
-    is_multiple = shard.file_nbytes > 0 and shard.file_nbytes % shard.chunk_nbytes == 0
-    _check(is_multiple, "the size of files is not a multiple of the size of chunks")
+    sizes = (shard.chunk_nbytes, shard.block_nbytes, shard.file_nbytes)
+    _check(max(shard.nbytes, shard.stored_nbytes, *sizes) < _LIMIT, "size of a stream")
+    for small, large in itertools.pairwise(sizes):
+        _check(0 < small <= large and large % small == 0, f"parts of a stream of {sizes} bytes")
+    _check(shard.file_nbytes // shard.chunk_nbytes <= _MAX_CHUNKS, "chunks of a file")
     _check(shard.compression in COMPRESSIONS, f"compression {shard.compression[:40]!r}")
     if directory == ".":
-        _check(len(shard.checksums) == shard.chunks * CHECKSUM.itemsize, "checksums are missing")
+        _check(len(shard.checksums) == shard.blocks * CHECKSUM.itemsize, "checksums are missing")
     else:
         _check(len(shard.digest) == DIGEST_NBYTES, "the digest of a shard is missing")
     return shard

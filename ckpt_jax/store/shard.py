@@ -4,7 +4,7 @@ The slices of a shard follow each other in its stream, in the order of their key
 written file by file, by as many threads as there are cores, whether it is the only one or one of
 many. Chunks that lie within one large slice are written straight from the memory that it lies in.
 Other chunks are copied together from the slices in them. The thread that writes a file also
-computes the checksums of its chunks, and flushes it, while other threads write.
+computes the checksums of its blocks, and flushes it, while other threads write.
 
 The index of a shard is written last. So a directory without an index is the remains of an
 interrupted write.
@@ -32,10 +32,11 @@ from ckpt_jax.store.index import CHECKSUM, Index, Shard, Table
 from ckpt_jax.store.manifest import INDEX, write_file
 from ckpt_jax.store.stream import (
     ALIGNMENT,
+    CHUNKS,
     DATA,
     FILE_NBYTES,
+    block_nbytes,
     checksum_of,
-    chunk_nbytes,
     file_nbytes,
     file_path,
     files_nbytes,
@@ -222,11 +223,11 @@ def _plan(
                 end = offset + nbytes
     columns = np.array(rows, np.int64).reshape(-1, 3).T
     table = Table(keys, tuple(layouts), *columns)
-    chunk = chunk_nbytes(end)
+    block = block_nbytes(end)
     # Files are small enough that several fit into the memory for copies.
-    file = file_nbytes(chunk, max_inflight_bytes // 2)
+    sizes = (block // CHUNKS, block, file_nbytes(block, max_inflight_bytes // 2))
     flat = tuple([start for box in starts for start in box])
-    return Shard(".", flat, end, chunk, file, compression), table, offsets, sources
+    return Shard(".", flat, end, *sizes, compression), table, offsets, sources
 
 
 def _parts(value: Value) -> Sequence[bytes | Slice]:
@@ -274,7 +275,7 @@ class _Stream:
         self._table = table
         self._offsets = offsets
         self._sources = [_Contents(source) for source in sources]
-        self._checksums = np.zeros(shard.chunks, CHECKSUM)
+        self._checksums = np.zeros(shard.blocks, CHECKSUM)
         self._store = open_stream(directory, shard, new_context()) if shard.files else None
 
     def _within(self, number: int) -> Iterator[tuple[int, int, int, _Contents]]:
@@ -321,11 +322,14 @@ class _Stream:
             begin += data.size
 
         def put_gathered() -> None:
-            if gathered:
-                # Arrays are buffers; numpy's stubs say so from Python 3.12 on.
-                joined = b"".join(gathered)  # pyright: ignore[reportArgumentType]
-                put(np.frombuffer(joined, np.uint8))
-                gathered.clear()
+            joined = np.empty(sum(part.size for part in gathered), np.uint8)
+            done = 0
+            for part in gathered:
+                joined[done : done + part.size] = part
+                done += part.size
+            gathered.clear()
+            if done:
+                put(joined)
 
         try:
             for offset, start, stop, contents in self._within(number):
@@ -338,8 +342,7 @@ class _Stream:
                 head = round_up(position, chunk) - position
                 tail = (position + data.size) % chunk if offset + stop < end else 0
                 if data.size - head - tail >= chunk:
-                    if head:
-                        gathered.append(data[:head])
+                    gathered.append(data[:head])
                     put_gathered()
                     put(data[head : data.size - tail])
                     data = data[data.size - tail :]
@@ -356,10 +359,14 @@ class _Stream:
             raise storage_error(error, self.directory) from error
 
     def _sum_up(self, begin: int, data: np.ndarray) -> None:
-        chunk = self.shard.chunk_nbytes
-        first = begin // chunk
-        for i in range(-(-data.size // chunk)):
-            self._checksums[first + i] = checksum_of(data[i * chunk : (i + 1) * chunk])
+        """Goes on with the checksums of blocks. A file is summed up from its beginning on."""
+        size, done = self.shard.block_nbytes, 0
+        while done < data.size:
+            number, at = divmod(begin + done, size)
+            part = data[done : done + size - at]
+            before = int(self._checksums[number]) if at else 0
+            self._checksums[number] = checksum_of(part, before)
+            done += part.size
 
     def finish(self, *, durable: bool) -> tuple[Shard, Table]:
         """Writes the index of the shard, after all files."""

@@ -1,10 +1,10 @@
 """Streams: how the bytes of a shard lie in files. The one module that knows TensorStore.
 
 The *stream* of a shard is a sequence of bytes: its slices, one after the other. It is stored as a
-one-dimensional zarr3 array of bytes with the sharding codec. A *chunk* is the unit that has a
-checksum and that can be compressed. A *file* holds a number of chunks and, after them, the
-place of each chunk. Without compression the chunks lie in a file one after the other, so any range
-of the stream is the same range of its files.
+one-dimensional zarr3 array of bytes with the sharding codec. A *chunk* is the unit that can be
+compressed. A *block* is a number of chunks that have one checksum. A *file* holds a number of
+blocks and, after them, the place of each chunk. Without compression the chunks lie in a file one
+after the other, so any range of the stream is the same range of its files.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from ckpt_jax.store.index import Shard
 from ckpt_jax.store.paths import absolute, require_addressable
 from ckpt_jax.store.workers import cores
 
-CHUNK_NBYTES = 256 << 10  # about the size of chunks: small reads read few bytes in vain
+BLOCK_NBYTES = 1 << 20  # about the size of blocks: small reads read few bytes in vain
+CHUNKS = 4  # in a block: chunks that lie within one slice are written without a copy
 FILE_NBYTES = 64 << 20  # about the size of files: large enough to be written and read quickly
 ALIGNMENT = 64  # of slices in streams and of results in memory; JAX uses such memory without a copy
 DATA = "c"  # the directory of a stream's files in the directory of its shard
@@ -60,25 +61,25 @@ def new_context() -> ts.Context:
     return ts.Context({"cache_pool": {"total_bytes_limit": 0}}, _threads())
 
 
-def checksum_of(data: np.ndarray) -> int:
-    """The CRC-32C of bytes."""
+def checksum_of(data: np.ndarray, before: int = 0) -> int:
+    """The CRC-32C of bytes that follow bytes with the CRC-32C `before`."""
     buffer: Any = data  # numpy's stubs say that arrays are buffers from Python 3.12 on
-    return crc32c(buffer)
+    return crc32c(buffer, before)
 
 
 def round_up(n: int, unit: int = ALIGNMENT) -> int:
     return -(-n // unit) * unit
 
 
-def chunk_nbytes(nbytes: int) -> int:
-    """The size of the chunks of a stream, near `CHUNK_NBYTES`. The last is little smaller."""
-    count = max(1, round(nbytes / CHUNK_NBYTES))
-    return max(ALIGNMENT, round_up(-(-nbytes // count)))
+def block_nbytes(nbytes: int) -> int:
+    """The size of the blocks of a stream, near `BLOCK_NBYTES`. The last is little smaller."""
+    count = max(1, round(nbytes / BLOCK_NBYTES))
+    return max(1, round_up(-(-nbytes // count), CHUNKS * ALIGNMENT))
 
 
-def file_nbytes(chunk: int, limit: int = FILE_NBYTES) -> int:
-    """How many bytes of a stream are in a file: about `limit`, in whole chunks."""
-    return max(1, min(FILE_NBYTES, limit) // chunk) * chunk
+def file_nbytes(block: int, limit: int = FILE_NBYTES) -> int:
+    """How many bytes of a stream are in a file: about `limit`, in whole blocks."""
+    return max(1, min(FILE_NBYTES, limit) // block) * block
 
 
 def file_path(directory: str, number: int) -> str:

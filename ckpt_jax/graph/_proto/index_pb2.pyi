@@ -45,12 +45,13 @@ class Layout(_message.Message):
     def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., extent: _Optional[_Iterable[int]] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class Shard(_message.Message):
-    __slots__ = ("directory", "table", "starts", "nbytes", "chunk_nbytes", "file_nbytes", "compression", "stored_nbytes", "checksums", "digest")
+    __slots__ = ("directory", "table", "starts", "nbytes", "chunk_nbytes", "block_nbytes", "file_nbytes", "compression", "stored_nbytes", "checksums", "digest")
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
     TABLE_FIELD_NUMBER: _ClassVar[int]
     STARTS_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
     CHUNK_NBYTES_FIELD_NUMBER: _ClassVar[int]
+    BLOCK_NBYTES_FIELD_NUMBER: _ClassVar[int]
     FILE_NBYTES_FIELD_NUMBER: _ClassVar[int]
     COMPRESSION_FIELD_NUMBER: _ClassVar[int]
     STORED_NBYTES_FIELD_NUMBER: _ClassVar[int]
@@ -61,9 +62,10 @@ class Shard(_message.Message):
     starts: _containers.RepeatedScalarFieldContainer[int]
     nbytes: int
     chunk_nbytes: int
+    block_nbytes: int
     file_nbytes: int
     compression: str
     stored_nbytes: int
     checksums: bytes
     digest: bytes
-    def __init__(self, directory: _Optional[str] = ..., table: _Optional[int] = ..., starts: _Optional[_Iterable[int]] = ..., nbytes: _Optional[int] = ..., chunk_nbytes: _Optional[int] = ..., file_nbytes: _Optional[int] = ..., compression: _Optional[str] = ..., stored_nbytes: _Optional[int] = ..., checksums: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
+    def __init__(self, directory: _Optional[str] = ..., table: _Optional[int] = ..., starts: _Optional[_Iterable[int]] = ..., nbytes: _Optional[int] = ..., chunk_nbytes: _Optional[int] = ..., block_nbytes: _Optional[int] = ..., file_nbytes: _Optional[int] = ..., compression: _Optional[str] = ..., stored_nbytes: _Optional[int] = ..., checksums: _Optional[bytes] = ..., digest: _Optional[bytes] = ...) -> None: ...
