@@ -6,10 +6,12 @@ their devices. A *share* is the part of a box that one process writes.
 A sharding is global, so that every process knows all boxes and holders. All processes apply the
 same rule to them, and agree without talking to each other:
 
-1. A box with one holder is written by that holder.
+1. A box with one holder is written by that holder. Only its size matters here.
 2. The other boxes are distributed, the largest first, to the holders with the fewest bytes so
    far. A box of at least two `SHARE_NBYTES` is cut along one axis into equal shares of at least
    `SHARE_NBYTES`, for as many of its holders as possible. A smaller box stays whole.
+
+The cost of a box does not depend on the number of its holders.
 
 Law: the shares of all processes contain each element of each box exactly once. If every process
 holds every box, no process exceeds the average by more than the largest share.
@@ -18,6 +20,7 @@ holds every box, no process exceeds the average by more than the largest share.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
 from ckpt_jax.graph.boxes import Box, shape_of
@@ -31,7 +34,7 @@ class HeldBox(NamedTuple):
     Attributes:
       box: (start, stop) per axis.
       nbytes: of the slice.
-      holders: indices of the processes that have it; at least one.
+      holders: indices of the processes that have it, ascending; at least one.
     """
 
     box: Box
@@ -47,42 +50,54 @@ class Share(NamedTuple):
     process: int
 
 
-def spread(boxes: Sequence[HeldBox], count: int, share_nbytes: int = SHARE_NBYTES) -> list[Share]:
+def spread(
+    boxes: Sequence[HeldBox], load: Sequence[int], share_nbytes: int = SHARE_NBYTES
+) -> list[Share]:
     """Says which process writes which part of which box; see the module.
 
     Args:
-      boxes: all distinct slices of all arrays, in the same order on all processes.
-      count: number of processes.
+      boxes: slices of arrays, in the same order on all processes.
+      load: for each process, the bytes that it has to write in any case.
       share_nbytes: the smallest size of a share, if its box is cut.
 
     Returns:
       The shares of all processes, in the order of `boxes`.
 
     >>> held = [HeldBox(((0, 8),), 8, (0, 1)), HeldBox(((0, 4),), 4, (0,))]
-    >>> [(share.box, share.process) for share in spread(held, 2)]
+    >>> [(share.box, share.process) for share in spread(held, [4, 0])]
     [(((0, 8),), 1), (((0, 4),), 0)]
-    >>> [(share.box, share.process) for share in spread(held, 2, share_nbytes=4)]
+    >>> [(share.box, share.process) for share in spread(held, [4, 0], share_nbytes=4)]
     [(((0, 4),), 0), (((4, 8),), 1), (((0, 4),), 0)]
     """
-    load = [0] * count
+    load = list(load)
+    least: dict[tuple[int, ...], list[tuple[int, int]]] = {}  # heaps of (load, process)
     found: list[list[Share]] = [[] for _ in boxes]
-    shared: list[int] = []
-    for number, (box, nbytes, holders) in enumerate(boxes):
-        if len(holders) == 1:
-            load[holders[0]] += nbytes
-            found[number] = [Share(number, box, holders[0])]
-        else:
-            shared.append(number)
-    shared.sort(key=lambda number: -boxes[number].nbytes)
-    for number in shared:
+    for number in sorted(range(len(boxes)), key=lambda number: -boxes[number].nbytes):
         box, nbytes, holders = boxes[number]
         parts = _equal_parts(box, min(len(holders), nbytes // share_nbytes))
-        chosen = sorted(sorted(holders, key=load.__getitem__)[: len(parts)])
+        heap = least.setdefault(holders, [])
+        if not heap:
+            heap += [(load[process], process) for process in holders]
+            heapify(heap)
+        chosen = sorted(_least_loaded(heap, load, len(parts)))
         size = nbytes // len(parts)
         for part, process in zip(parts, chosen, strict=True):
             load[process] += size
+            heappush(heap, (load[process], process))
             found[number].append(Share(number, part, process))
     return [share for shares in found for share in shares]
+
+
+def _least_loaded(heap: list[tuple[int, int]], load: Sequence[int], count: int) -> list[int]:
+    """Takes the processes with the least load off a heap, whose loads may have grown since."""
+    found: list[int] = []
+    while len(found) < count:
+        known, process = heappop(heap)
+        if known == load[process]:
+            found.append(process)
+        else:
+            heappush(heap, (load[process], process))
+    return found
 
 
 def _equal_parts(box: Box, wanted: int) -> list[Box]:

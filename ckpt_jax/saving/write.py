@@ -46,10 +46,21 @@ def plan_write(snap: Snapshot, policy: ShardingPolicy) -> WritePlan:
       ShardError: a user's policy dropped, repeated or changed a slice, or mixed processes.
     """
     groups = policy(snap.slices)
-    if not isinstance(policy, _BUILT_IN):
+    if isinstance(policy, ShardByDevice) and snap.shared:
+        # The shards of what each process alone holds are alike, and so their tables are shared.
+        groups = [part for group in groups for part in _divided(group, snap.shared)]
+    elif not isinstance(policy, _BUILT_IN):
         groups = _lists(groups)
         _check_policy(snap.slices, groups)
     return WritePlan(tuple(group for group in groups if group), snap)
+
+
+def _divided(
+    group: Sequence[PlannedSlice], shared: frozenset[tuple[str, Box]]
+) -> tuple[list[PlannedSlice], list[PlannedSlice]]:
+    """The slices of a group that this process alone holds, and the others."""
+    own = [piece for piece in group if (piece.key, piece.box) not in shared]
+    return own, [piece for piece in group if (piece.key, piece.box) in shared]
 
 
 def _lists(groups: Any) -> list[list[PlannedSlice]]:
@@ -80,26 +91,13 @@ def _shard(
     return shard
 
 
-def _part(snap: Snapshot, piece: PlannedSlice, boxes: Sequence[Box]) -> np.ndarray | _Cut:
+def _part(snap: Snapshot, piece: PlannedSlice, boxes: Sequence[Box]) -> np.ndarray | host.Arriving:
     for box in boxes:
         if _holds(box, piece.box):
             data = snap.contents[piece.key, box]
             assert not isinstance(data, bytes)
-            where = slices(piece.box, origin=box)
-            return data[where] if isinstance(data, np.ndarray) else _Cut(data, where, piece)
+            return data[slices(piece.box, origin=box)]
     raise ShardError(f"{piece.key}: no slice of this process contains {piece.box}")
-
-
-class _Cut:
-    """A part of an array whose contents are still on their way."""
-
-    def __init__(self, source: host.Arriving, where: tuple[slice, ...], piece: PlannedSlice):
-        self._source, self._where = source, where
-        self.dtype, self.shape, self.nbytes = source.dtype, shape_of(piece.box), piece.nbytes
-
-    def wait(self) -> np.ndarray:
-        """The contents; on any thread."""
-        return self._source.wait()[self._where]
 
 
 def _check_policy(slices: Sequence[PlannedSlice], groups: Groups) -> None:

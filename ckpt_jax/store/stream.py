@@ -74,7 +74,7 @@ def round_up(n: int, unit: int = ALIGNMENT) -> int:
 def block_nbytes(nbytes: int) -> int:
     """The size of the blocks of a stream, near `BLOCK_NBYTES`. The last is little smaller."""
     count = max(1, round(nbytes / BLOCK_NBYTES))
-    return max(1, round_up(-(-nbytes // count), CHUNKS * ALIGNMENT))
+    return max(CHUNKS * ALIGNMENT, round_up(-(-nbytes // count), CHUNKS * ALIGNMENT))
 
 
 def file_nbytes(block: int, limit: int = FILE_NBYTES) -> int:
