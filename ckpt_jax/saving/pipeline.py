@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from types import TracebackType
 from typing import Any
 
-from ckpt_jax import io
 from ckpt_jax.errors import ProcessError, ShardError, UnsaveableError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, path_of
@@ -34,7 +34,8 @@ from ckpt_jax.processes.meeting import Meeting, described
 from ckpt_jax.progress import progress
 from ckpt_jax.saving.snapshot import snapshot
 from ckpt_jax.saving.write import plan_write, write
-from ckpt_jax.store.merge import SHARDS, read_shard
+from ckpt_jax.store.index import Shard, Table, decode_entry, encode_entry
+from ckpt_jax.store.merge import SHARDS, commit, read_shard
 from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.seal import seal
 from ckpt_jax.store.storage import Storage
@@ -105,6 +106,7 @@ class StagedSave:
             self._parts = _digests_of_parts(live.graph)
         self._staging = storage.stage(request.path, meeting.token)
         self._shards = os.path.join(self._staging.directory, SHARDS)
+        self._tables: dict[bytes, Table] = {}  # of the shards of process 0, by digest
         self._failure: str | None = None  # of process 0, after the commit
         with ExitStack() as stack:
             stack.enter_context(self._held_staging())
@@ -164,13 +166,17 @@ class StagedSave:
             os.path.basename(self._staging.path),
             self._digest,
             self._parts,
-            tuple(
-                [
-                    os.path.relpath(shard.directory, self._staging.directory)
-                    for shard, _ in (*registered, *written)
-                ]
-            ),
+            tuple(self._entries([*registered, *written])),
         )
+
+    def _entries(self, shards: Sequence[tuple[Shard, Table]]) -> Iterator[str]:
+        """The entries of shards for the report to process 0, which needs the tables no more."""
+        for shard, table in shards:
+            if self._meeting.leads:
+                self._tables[table.digest] = table
+            directory = os.path.relpath(shard.directory, self._staging.directory)
+            entry = encode_entry(replace(shard, directory=directory), table.digest)
+            yield b64encode(entry).decode()
 
     def commit(self, report: _Report) -> None:
         """Makes a checkpoint of the shards of all processes, at the path of the save.
@@ -188,14 +194,15 @@ class StagedSave:
     def _publish(self, reports: Sequence[_Report]) -> None:
         staging, request = self._staging, self._request
         _check_agreement(reports, self._meeting.what)
-        _check_shared(reports, staging.directory, self._meeting.what)
         shards = [
-            os.path.normpath(os.path.join(staging.directory, shard))
+            [_below(staging.directory, *decode_entry(b64decode(entry))) for entry in report.shards]
             for report in reports
-            for shard in report.shards
         ]
-        io.merge_shards(shards, staging.directory, extra=self._small, options=request.options)
-        staging.publish(overwrite=request.overwrite, durable=request.options.durable)
+        _check_shared(shards, staging.directory, self._meeting.what)
+        entries = [entry for of_process in shards for entry in of_process]
+        durable = request.options.durable
+        commit(entries, self._tables, staging.directory, self._small, durable=durable)
+        staging.publish(overwrite=request.overwrite, durable=durable)
 
     def finish(self, act: Callable[[], None]) -> None:
         """Calls `act` after the commit: on process 0 before the others know of the checkpoint.
@@ -226,7 +233,7 @@ class _Report:
       name: of the checkpoint.
       graph: digest of the object graph.
       parts: digests of the values by the beginning of their paths. They tell where graphs differ.
-      shards: directories, relative to the staging directory.
+      shards: their entries, in base 64; the directories are relative to the staging directory.
     """
 
     name: str
@@ -274,12 +281,18 @@ def _check_agreement(reports: Sequence[_Report], what: str) -> None:
         )
 
 
-def _check_shared(reports: Sequence[_Report], staging: str, what: str) -> None:
+def _below(staging: str, shard: Shard, table: bytes) -> tuple[Shard, bytes]:
+    """The entry of a shard, whose directory is given relative to `staging`."""
+    directory = os.path.normpath(os.path.join(staging, shard.directory))
+    return replace(shard, directory=directory), table
+
+
+def _check_shared(shards: Sequence[Sequence[tuple[Shard, bytes]]], staging: str, what: str) -> None:
     """Checks that process 0 finds the directories that the others have written."""
     unseen = tuple(
         k
-        for k, report in enumerate(reports)
-        if not all(os.path.isdir(os.path.join(staging, shard)) for shard in report.shards)
+        for k, of_process in enumerate(shards)
+        if not all(os.path.isdir(shard.directory) for shard, _ in of_process)
     )
     if unseen:
         raise ProcessError(

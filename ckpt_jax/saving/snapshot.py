@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 from ckpt_jax.errors import UnsaveableError
-from ckpt_jax.graph.boxes import Box, shape_of, size_of, slices, whole
+from ckpt_jax.graph.boxes import Box, shape_of, slices, whole
 from ckpt_jax.graph.dtypes import dtype_name
 from ckpt_jax.graph.labels import object_key_of, path_of
 from ckpt_jax.options import PlannedSlice
-from ckpt_jax.saving.spread import HeldBox, spread
+from ckpt_jax.saving.spread import Holding, own_slices
 from ckpt_jax.values import host
 
 
@@ -125,9 +125,9 @@ def _assigned(
     values: Mapping[str, jax.Array | np.ndarray | bytes], process: int, count: int
 ) -> list[_Part]:
     """The slices that this process writes."""
-    load = np.zeros(count, np.int64)
-    held: list[HeldBox] = []  # by several processes
-    sources: list[tuple[str, int | None]] = []  # of each of them: key, id of a device that has it
+    load = [0] * count
+    arrays: list[tuple[str, jax.Array]] = []
+    held: list[tuple[Holding, int]] = []
     assigned: list[_Part] = []
     unreachable: list[tuple[str, str]] = []
     for key, value in values.items():
@@ -139,16 +139,12 @@ def _assigned(
                 assigned += [_Part(key, *owned) for owned in host.owned_shards(value)]
             continue
         holding = _holding(value.sharding, value.shape, process, count)
-        if holding.only is not None and holding.only != 0:
-            what = f"lies on devices of process {holding.only} only, which takes it for its own"
+        if len(holding.processes) == 1 and 0 not in holding.processes:
+            only = min(holding.processes)
+            what = f"lies on devices of process {only} only, which takes it for its own"
             unreachable.append((path_of(object_key_of(key)), what))
-        itemsize = value.dtype.itemsize
-        load += holding.alone * itemsize
-        for box, device in holding.own:
-            assigned.append(_Part(key, box, device, host.shard_on(value, device)))
-        for box, holders, device in holding.shared:
-            held.append(HeldBox(box, size_of(box) * itemsize, holders))
-            sources.append((key, device))
+        arrays.append((key, value))
+        held.append((holding, value.dtype.itemsize))
     if unreachable:
         lines = "\n".join(f"  {path}: {what}" for path, what in unreachable)
         raise UnsaveableError(
@@ -157,51 +153,16 @@ def _assigned(
             "them with ckpt.PerProcess.",
             tuple(unreachable),
         )
-    for share in spread(held, load.tolist()):
-        key, device = sources[share.source]
-        value = values[key]
-        if share.process == process and device is not None and isinstance(value, jax.Array):
-            box = held[share.source].box
-            where = None if share.box == box else slices(share.box, origin=box)
-            shard = host.shard_on(value, device)
-            assigned.append(_Part(key, share.box, device, shard, where, is_shared=True))
+    for own in own_slices(held, process, load):
+        key, value = arrays[own.source]
+        where = None if own.box == own.origin else slices(own.box, origin=own.origin)
+        shard = host.shard_on(value, own.device)
+        assigned.append(_Part(key, own.box, own.device, shard, where, own.is_shared))
     return assigned
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Holding:
-    """Who holds the boxes of an array.
-
-    Attributes:
-      only: the process, if all devices belong to one.
-      alone: for each process, the number of elements that it alone holds.
-      own: (box, device id) of the boxes that this process alone holds.
-      shared: (box, processes, id of a device of this process or None) of the others.
-    """
-
-    only: int | None
-    alone: np.ndarray
-    own: tuple[tuple[Box, int], ...]
-    shared: tuple[tuple[Box, tuple[int, ...], int | None], ...]
 
 
 @lru_cache(maxsize=1024)
 def _holding(
     sharding: jax.sharding.Sharding, shape: tuple[int, ...], process: int, count: int
-) -> _Holding:
-    alone = np.zeros(count, np.int64)
-    own: list[tuple[Box, int]] = []
-    shared: list[tuple[Box, tuple[int, ...], int | None]] = []
-    processes: set[int] = set()
-    for box, holders in host.held_boxes(sharding, shape):
-        numbers = tuple([number for number, _ in holders])
-        processes.update(numbers)
-        if len(numbers) > 1:
-            shared.append((box, numbers, dict(holders).get(process)))
-            continue
-        ((holder, device),) = holders
-        alone[holder] += size_of(box)
-        if holder == process:
-            own.append((box, device))
-    only = min(processes) if len(processes) == 1 else None
-    return _Holding(only, alone, tuple(own), tuple(shared))
+) -> Holding:
+    return Holding.of(host.held_boxes(sharding, shape), process, count)

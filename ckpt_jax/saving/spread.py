@@ -20,10 +20,13 @@ holds every box, no process exceeds the average by more than the largest share.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from typing import NamedTuple
 
-from ckpt_jax.graph.boxes import Box, shape_of
+import numpy as np
+
+from ckpt_jax.graph.boxes import Box, shape_of, size_of
 
 SHARE_NBYTES = 1 << 20  # smaller shares save less time in a save than they cost in a restore
 
@@ -110,3 +113,96 @@ def _equal_parts(box: Box, wanted: int) -> list[Box]:
                 (*box[:axis], (bounds[i], bounds[i + 1]), *box[axis + 1 :]) for i in range(wanted)
             ]
     return [box]
+
+
+@dataclass(frozen=True, slots=True)
+class OwnSlice:
+    """A slice that this process writes.
+
+    Attributes:
+      source: position of the array.
+      box: the slice.
+      origin: the box that the device holds, in which the slice lies.
+      device: id of the device.
+      is_shared: whether other processes hold it as well.
+    """
+
+    source: int
+    box: Box
+    origin: Box
+    device: int
+    is_shared: bool
+
+
+def own_slices(
+    arrays: Sequence[tuple[Holding, int]], process: int, load: Sequence[int]
+) -> list[OwnSlice]:
+    """The slices of arrays that this process writes.
+
+    Args:
+      arrays: for each array who holds its boxes, and the size of an element, in the same order on
+        all processes.
+      process: index of this process.
+      load: for each process, the bytes of other values that it writes.
+    """
+    total = np.array(load, np.int64)
+    own: list[OwnSlice] = []
+    held: list[HeldBox] = []  # by several processes
+    sources: list[tuple[int, int | None]] = []  # of each of them: array, id of a device that has it
+    for number, (holding, itemsize) in enumerate(arrays):
+        total += holding.alone * itemsize
+        own += [OwnSlice(number, box, box, device, False) for box, device in holding.own]
+        for box, holders, device in holding.shared:
+            held.append(HeldBox(box, size_of(box) * itemsize, holders))
+            sources.append((number, device))
+    for share in spread(held, total.tolist()):
+        number, device = sources[share.source]
+        if share.process == process and device is not None:
+            own.append(OwnSlice(number, share.box, held[share.source].box, device, True))
+    return own
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Holding:
+    """Who holds the boxes of an array.
+
+    Attributes:
+      processes: all of them.
+      alone: for each process, the number of elements that it alone holds.
+      own: (box, device id) of the boxes that this process alone holds.
+      shared: (box, processes, id of a device of this process or None) of the others.
+    """
+
+    processes: frozenset[int]
+    alone: np.ndarray
+    own: tuple[tuple[Box, int], ...]
+    shared: tuple[tuple[Box, tuple[int, ...], int | None], ...]
+
+    @classmethod
+    def of(
+        cls,
+        boxes: Sequence[tuple[Box, Sequence[tuple[int, int]]]],
+        process: int,
+        count: int,
+    ) -> Holding:
+        """Works it out once for all arrays with the same sharding and shape.
+
+        Args:
+          boxes: each distinct box with the (process, device id) that hold it, by process.
+          process: index of this process.
+          count: number of processes.
+        """
+        alone = np.zeros(count, np.int64)
+        own: list[tuple[Box, int]] = []
+        shared: list[tuple[Box, tuple[int, ...], int | None]] = []
+        for box, holders in boxes:
+            if len(holders) > 1:
+                numbers = tuple([number for number, _ in holders])
+                shared.append((box, numbers, dict(holders).get(process)))
+                continue
+            ((holder, device),) = holders
+            alone[holder] += size_of(box)
+            if holder == process:
+                own.append((box, device))
+        processes = frozenset([number for _, holders in boxes for number, _ in holders])
+        return cls(processes, alone, tuple(own), tuple(shared))

@@ -370,6 +370,19 @@ def check_version(found: int, what: str) -> None:
         )
 
 
+def encode_entry(shard: Shard, table: bytes) -> bytes:
+    """What another process needs to know of a shard, whose table has the digest `table`."""
+    fields = {name: getattr(shard, name) for name in _SHARD_FIELDS}
+    message = index_pb2.Entry(shard=index_pb2.Shard(**fields), table=table)
+    return message.SerializeToString(deterministic=True)
+
+
+def decode_entry(data: bytes) -> tuple[Shard, bytes]:
+    """Reads what `encode_entry` wrote: the shard, and the digest of its table."""
+    message = index_pb2.Entry.FromString(data)
+    return _shard(message.shard), message.table
+
+
 def own_checksums(data: bytes) -> bytes:
     """The checksums of the blocks of a shard, from its own index, which has been checked."""
     return index_pb2.Index.FromString(unseal(data)).shards[0].checksums

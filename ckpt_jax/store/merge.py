@@ -52,7 +52,10 @@ def merge_shards(
       FileExistsError: `destination` already is a checkpoint.
       CorruptCheckpointError: a shard is damaged or its write was interrupted.
     """
-    return commit([read_shard(each) for each in directories], destination, extra, durable=durable)
+    shards = [read_shard(directory) for directory in directories]
+    tables = {table.digest: table for _, table in shards}
+    entries = [(shard, table.digest) for shard, table in shards]
+    return commit(entries, tables, destination, extra, durable=durable)
 
 
 def read_shard(directory: str) -> tuple[Shard, Table]:
@@ -83,23 +86,38 @@ def read_shard(directory: str) -> tuple[Shard, Table]:
 
 
 def commit(
-    shards: Sequence[tuple[Shard, Table]],
+    shards: Sequence[tuple[Shard, bytes]],
+    tables: Mapping[bytes, Table],
     destination: str,
-    extra: Mapping[str, bytes],
+    extra: Mapping[str, bytes] = MappingProxyType({}),
     *,
-    durable: bool,
+    durable: bool = True,
 ) -> str:
-    """`merge_shards` with the entries and tables of shards that are known already."""
+    """`merge_shards`, if much is known already: only the tables that are not are read.
+
+    Args:
+      shards: the entry of each shard, and the digest of its table.
+      tables: some tables, by digest.
+      destination, extra, durable: as for `merge_shards`.
+    """
     if INDEX_KEY in extra:
         raise ValueError(f"{INDEX_KEY} is the name of the index")
     if os.path.lexists(os.path.join(destination, MANIFEST)):
         raise FileExistsError(f"{destination} already is a checkpoint")
+    known = dict(tables)
+    for shard, digest in shards:
+        if digest not in known:
+            table = read_shard(shard.directory)[1]
+            if table.digest != digest:
+                what = f"{shard.directory}: is not the shard that its writer has reported"
+                raise CorruptCheckpointError(what, file=shard.directory)
+            known[digest] = table
     sources = [shard.directory for shard, _ in shards]
     targets = _targets(sources, destination)
     merged = merge_indexes(
         [
-            (replace(shard, directory=target), table)
-            for (shard, table), target in zip(shards, targets, strict=True)
+            (replace(shard, directory=target), known[digest])
+            for (shard, digest), target in zip(shards, targets, strict=True)
         ]
     )
     os.makedirs(os.path.join(destination, SHARDS), exist_ok=True)

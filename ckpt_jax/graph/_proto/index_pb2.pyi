@@ -44,6 +44,14 @@ class Layout(_message.Message):
     nbytes: int
     def __init__(self, dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., extent: _Optional[_Iterable[int]] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
+class Entry(_message.Message):
+    __slots__ = ("shard", "table")
+    SHARD_FIELD_NUMBER: _ClassVar[int]
+    TABLE_FIELD_NUMBER: _ClassVar[int]
+    shard: Shard
+    table: bytes
+    def __init__(self, shard: _Optional[_Union[Shard, _Mapping]] = ..., table: _Optional[bytes] = ...) -> None: ...
+
 class Shard(_message.Message):
     __slots__ = ("directory", "table", "starts", "nbytes", "chunk_nbytes", "block_nbytes", "file_nbytes", "compression", "stored_nbytes", "checksums", "digest")
     DIRECTORY_FIELD_NUMBER: _ClassVar[int]
