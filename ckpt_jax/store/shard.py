@@ -117,7 +117,7 @@ def write_shards(
     if compression not in (None, "zstd"):
         raise ValueError(f"compression is {compression!r}, expected None or 'zstd'")
     streams = [
-        _Stream(directory, *_plan(slices, compression or "", max_inflight_bytes))
+        _Stream(directory, *plan_shard(slices, compression or "", max_inflight_bytes))
         for directory, slices in shards.items()
     ]
     for stream in streams:
@@ -188,7 +188,7 @@ class _Taken:
         self.room.remove(self.nbytes)
 
 
-def _plan(
+def plan_shard(
     slices: Mapping[str, Value], compression: str, max_inflight_bytes: int
 ) -> tuple[Shard, Table, list[int], list[Source]]:
     """The entry and the table of a shard, and the offsets and contents of its slices."""
