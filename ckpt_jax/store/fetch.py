@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import math
 import os
+import random
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
 from typing import Any
 
@@ -267,6 +268,65 @@ class ShardedReader:
         for number, shard in enumerate(self.index.shards):
             check_files(self._path(number), shard)
 
+    def damage(
+        self,
+        keys: Collection[str] | None = None,
+        sample: float = 1.0,
+        read: Callable[[int], object] = lambda nbytes: None,
+    ) -> Iterator[tuple[str, list[str], str]]:
+        """Reads blocks and compares them with their checksums. No array is assembled, so little
+        memory is taken, however large arrays are.
+
+        Args:
+          keys: whose blocks are read; by default those of all values.
+          sample: the part of the blocks that is read, chosen by chance.
+          read: called with numbers of bytes while blocks are read.
+
+        Yields:
+          (file, the keys in it that are concerned, what is wrong) for each damaged block, and for
+          each shard that cannot be read at all.
+        """
+        chance = random.Random()
+        with Workers(cores() if cores() > 1 else 0, "ckpt-verify") as workers:
+            for number, shard in enumerate(self.index.shards):
+                path = self._path(number)
+                try:
+                    stream = _StreamReader(path, shard, check=False)
+                except CorruptCheckpointError as error:
+                    yield error.file or path, self._keys_in(number, 0, shard.nbytes), str(error)
+                    continue
+                blocks = self._blocks(number, keys)
+                if sample < 1:
+                    blocks = sorted(chance.sample(blocks, round(sample * len(blocks))))
+                checks = [
+                    workers.submit(stream.damage, start, stop)
+                    for start, stop in _ranges(blocks, shard)
+                ]
+                for check in checks:
+                    nbytes, found = check.result()
+                    self.bytes_read += nbytes
+                    read(nbytes)
+                    for each in found:
+                        yield each.file, self._keys_in(number, each.start, each.stop), str(each)
+
+    def _blocks(self, number: int, keys: Collection[str] | None) -> list[int]:
+        """The blocks of a shard in which values of these keys lie."""
+        shard = self.index.shards[number]
+        if keys is None:
+            return list(range(shard.blocks))
+        table = self.index.tables[self.index.table[number]]
+        chosen = np.array([key in keys for key in table.keys], bool)[table.key]
+        rows = np.flatnonzero(chosen & (table.nbytes > 0))
+        first = table.offset[rows] // shard.block_nbytes
+        last = (table.offset[rows] + table.nbytes[rows] - 1) // shard.block_nbytes
+        return sorted({b for a, z in zip(first, last, strict=True) for b in range(a, z + 1)})
+
+    def _keys_in(self, number: int, start: int, stop: int) -> list[str]:
+        """The keys whose values lie in a range of the stream of a shard, at least in part."""
+        table = self.index.tables[self.index.table[number]]
+        touched = (table.offset < stop) & (table.offset + table.nbytes > start)
+        return [table.keys[i] for i in np.unique(table.key[touched]).tolist()]
+
     def _path(self, number: int) -> str:
         directory = self.index.shards[number].directory
         return os.path.normpath(os.path.join(self.directory, directory))
@@ -286,6 +346,18 @@ class ShardedReader:
             file=damage.file,
             key=keys[0] if keys else None,
         )
+
+
+def _ranges(blocks: Sequence[int], shard: Shard) -> Iterator[tuple[int, int]]:
+    """Ranges of a stream that hold these blocks, each of bounded size."""
+    size = shard.block_nbytes
+    most = max(1, RUN_NBYTES // size)
+    begin = 0
+    for i, block in enumerate(blocks):
+        following = blocks[i + 1] if i + 1 < len(blocks) else None
+        if following != block + 1 or i + 1 - begin == most:
+            yield blocks[begin] * size, min((block + 1) * size, shard.nbytes)
+            begin = i + 1
 
 
 def check_files(directory: str, shard: Shard) -> None:
@@ -319,10 +391,11 @@ def check_files(directory: str, shard: Shard) -> None:
 class _StreamReader:
     """Reads ranges of whole blocks of a stream, and verifies them; on any thread."""
 
-    def __init__(self, directory: str, shard: Shard):
+    def __init__(self, directory: str, shard: Shard, *, check: bool = True):
         self._directory = directory
         self._shard = shard
-        check_files(directory, shard)
+        if check:
+            check_files(directory, shard)
         self._checksums = _checksums(directory, shard)
         self._store = open_stream(directory, shard, new_context()) if shard.compression else None
 
@@ -338,6 +411,23 @@ class _StreamReader:
             part = target[done : done + size - offset]
             self._read_file(number, offset, part)
             done += part.size
+
+    def damage(self, start: int, stop: int) -> tuple[int, list[_Damaged]]:
+        """Reads a range; returns the number of bytes, and what is wrong with its blocks."""
+        buffer = np.empty(stop - start, np.uint8)
+        try:
+            self.read(start, buffer)
+            return stop - start, []
+        except _Damaged:
+            pass
+        found: list[_Damaged] = []
+        size = self._shard.block_nbytes
+        for begin in range(start, stop, size):
+            try:
+                self.read(begin, buffer[: min(size, stop - begin)])
+            except _Damaged as damage:
+                found.append(damage)
+        return stop - start, found
 
     def _read_file(self, number: int, offset: int, target: np.ndarray) -> None:
         path = file_path(self._directory, number)
