@@ -34,7 +34,7 @@ from ckpt_jax.manage.ledger import (
 from ckpt_jax.retention import CheckpointRecord, RetentionPolicy, Sweep, plan_sweep
 from ckpt_jax.store.directory import number_of
 from ckpt_jax.store.notes import NOTES_FILE
-from ckpt_jax.store.staging import STAGING, is_abandoned, remove_abandoned
+from ckpt_jax.store.staging import STAGING, remove_abandoned, why_kept
 from ckpt_jax.store.storage import POSIX
 
 _log = logging.getLogger("ckpt_jax")
@@ -288,18 +288,24 @@ class Collection:
         return removed
 
     def _leftovers(self) -> list[str]:
-        """Abandoned staging directories of saves with numbers up to that of the latest."""
+        """Abandoned staging directories of saves with numbers up to that of the latest. A warning
+        says why others stay."""
         latest = number_of(self.ledger.latest or "")
         if latest is None or not os.path.isdir(self._directory):
             return []
-        return [
-            path
-            for name in sorted(os.listdir(self._directory))
-            if (staging := STAGING.match(name))
-            and (number := own_number(self._name, staging["name"])) is not None
-            and number <= latest
-            and is_abandoned(path := os.path.join(self._directory, name))
-        ]
+        found: list[str] = []
+        for name in sorted(os.listdir(self._directory)):
+            staging = STAGING.match(name)
+            number = own_number(self._name, staging["name"]) if staging else None
+            if number is None or number > latest:
+                continue
+            path = os.path.join(self._directory, name)
+            reason = why_kept(path)
+            if reason is None:
+                found.append(path)
+            elif os.path.lexists(path):
+                _log.warning("%s is not removed: %s", path, reason)
+        return found
 
 
 def _attempt(remove: Callable[[str], bool | None], path: str) -> bool:

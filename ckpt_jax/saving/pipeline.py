@@ -160,6 +160,7 @@ class StagedSave:
             prefix = os.path.join(self._shards, self._own_names())
             written = write(self._plan, prefix, options, wrote)
         self._watch.wrote(sum([read_index(shard).total_nbytes for shard in self._registered]))
+        self._staging.check()  # that all of it went to one directory
         return _Report(
             os.path.basename(self._staging.path),
             self._digest,

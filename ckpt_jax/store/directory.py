@@ -24,7 +24,6 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from ckpt_jax.errors import CheckpointNotFoundError, UnsupportedFormatError
 from ckpt_jax.store.durable import fsync_directory, make_directories
@@ -32,6 +31,7 @@ from ckpt_jax.store.paths import require_addressable, require_room, resolved
 from ckpt_jax.store.stack import DATA, MANIFEST, SHARDS
 from ckpt_jax.store.staging import (
     STAGING,
+    Held,
     Lock,
     discard,
     held,
@@ -156,7 +156,6 @@ def _listed(directory: str) -> list[str]:
         return []
 
 
-@dataclass(frozen=True, slots=True)
 class Staging:
     """The place where a checkpoint is written before it gets its name.
 
@@ -165,8 +164,9 @@ class Staging:
       directory: the staging directory: beside the path, or in the prepared directory there.
     """
 
-    path: str
-    directory: str
+    def __init__(self, path: str, directory: str):
+        self.path, self.directory = path, directory
+        self._held: Held | None = None  # while this process holds the directory
 
     @classmethod
     def of(cls, path: str, token: str) -> Staging:
@@ -206,12 +206,13 @@ class Staging:
         """
         check_replaceable(self.path, overwrite)
         self.make_parents(durable)
+        # Another process of this run may have made the directory already.
         if self.is_inside:
-            _remove_unfinished(self.path)
+            _remove_unfinished(self.path, keep=self.directory)
         else:
-            remove_leftovers(self.path)
+            remove_leftovers(self.path, keep=self.directory)
         try:
-            with joined(self.directory):
+            with joined(self.directory) as self._held:
                 if not self.is_inside:
                     _keep_access(self.path, self.directory)
                 yield
@@ -228,12 +229,23 @@ class Staging:
         else:
             os.makedirs(parent, exist_ok=True)
 
+    def check(self) -> None:
+        """Checks that the directory is the one that this process has held from the beginning.
+
+        Raises:
+          CheckpointError: it was taken away, with all that was written into it.
+        """
+        assert self._held is not None
+        self._held.check()
+
     def publish(self, *, overwrite: bool, durable: bool) -> None:
         """Gives the checkpoint its name. If that cannot be made durable, it is undone.
 
         Raises:
+          CheckpointError: the directory was taken away.
           FileExistsError: there is something at the path that may not be replaced.
         """
+        self.check()
         if self.is_inside:
             _fill(self.path, self.directory, durable=durable)
         else:
@@ -266,7 +278,7 @@ class Staging:
 
         self.make_parents(durable)
         try:
-            with joined(self.directory):
+            with joined(self.directory) as self._held:
                 yield
         except BaseException:
             if is_lost():
@@ -353,16 +365,16 @@ def _keep_access(old: str, new: str) -> None:
             os.chmod(new, mode)
 
 
-def _remove_unfinished(path: str) -> None:
-    """Removes what saves that did not finish have left in a prepared directory."""
+def _remove_unfinished(path: str, keep: str) -> None:
+    """Removes what saves that did not finish have left in a prepared directory, except `keep`."""
     manifest = os.path.join(path, MANIFEST)
     with locked(path) as lock:
-        staged = staging_of(manifest)
+        staged = [staging for staging in staging_of(manifest) if staging != keep]
         if lock is Lock.THEIRS or not all([is_abandoned(staging) for staging in staged]):
             return
         for name in _PARTS if staged else ():  # before the staging, which marks them as leftovers
             shutil.rmtree(os.path.join(path, name), ignore_errors=True)
-        remove_leftovers(manifest)
+        remove_leftovers(manifest, keep=keep)
 
 
 def _fill(path: str, staging: str, *, durable: bool) -> None:

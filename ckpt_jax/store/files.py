@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 
 from ckpt_jax.store.durable import fsync_directory, naming
-from ckpt_jax.store.staging import claim, new_file, remove_leftovers
+from ckpt_jax.store.staging import new_file, remove_leftovers
 
 _MAX_NBYTES = 1 << 26  # of a file beside the checkpoints
 
@@ -61,9 +61,9 @@ def replace_file(path: str, text: str) -> None:
 
 
 def _put(path: str, contents: bytes) -> None:
-    with claim(path, new_file) as temporary:
-        with naming(temporary), open(temporary, "wb") as file:
+    with new_file(path) as staging:
+        with naming(staging.path), open(staging.descriptor, "wb", closefd=False) as file:
             file.write(contents)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.fsync(staging.descriptor)
+        os.replace(staging.path, path)
