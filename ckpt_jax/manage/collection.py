@@ -34,6 +34,7 @@ from ckpt_jax.manage.ledger import (
 from ckpt_jax.retention import CheckpointRecord, RetentionPolicy, Sweep, plan_sweep
 from ckpt_jax.store.directory import number_of
 from ckpt_jax.store.notes import NOTES_FILE
+from ckpt_jax.store.presence import is_taken, names_in
 from ckpt_jax.store.staging import STAGING, remove_abandoned, why_kept
 from ckpt_jax.store.storage import POSIX
 
@@ -134,7 +135,11 @@ class Collection:
         begun = self._begun.get(path)
         if begun is None:
             return False
-        if begun.is_committed:
+        try:
+            exists = begun.is_committed
+        except OSError:  # then its number may be taken
+            exists = True
+        if exists:
             return True
         del self._begun[path]
         if self._origin == path:
@@ -160,7 +165,7 @@ class Collection:
             return [*(record.path for record in sweep.remove), *leftovers]
         self.ledger = ledger.without(unknown)
         self._forget_recorded()
-        return [*self._sweep(sweep), *(p for p in leftovers if _attempt(remove_abandoned, p))]
+        return [*self._sweep(sweep), *[p for p in leftovers if _attempt(remove_abandoned, p)]]
 
     def record(self, record: CheckpointRecord, is_overtaken: bool = False) -> None:
         """Makes a checkpoint that was just committed the latest, and sweeps.
@@ -255,7 +260,10 @@ class Collection:
 
     def _is_latest_usable(self) -> bool:
         latest = self.ledger.latest
-        problem = problem_with(latest) if latest else "there is none"
+        try:
+            problem = problem_with(latest) if latest else "there is none"
+        except OSError as error:  # what was saved is recorded all the same
+            problem = str(error)
         if problem is not None:
             _log.warning(
                 "%s: nothing is removed, because the latest checkpoint is not usable: %s",
@@ -269,12 +277,13 @@ class Collection:
         removed: list[str] = []
         gone = {record.path for record in sweep.preserve}
         for record in sweep.remove:
-            if not checkpoint_exists(record.path):
-                _log.warning("%s was to be removed, but no longer exists", record.path)
-            elif _attempt(remove_checkpoint, record.path) or not checkpoint_exists(record.path):
+            outcome = _attempt(_remove_managed, record.path)
+            if outcome is None:
+                continue
+            if outcome:
                 removed.append(record.path)
             else:
-                continue
+                _log.warning("%s was to be removed, but no longer exists", record.path)
             gone.add(record.path)
         # A save in a signal handler may have changed the ledger meanwhile.
         ledger = self.ledger.without(frozenset(gone))
@@ -291,10 +300,10 @@ class Collection:
         """Abandoned staging directories of saves with numbers up to that of the latest. A warning
         says why others stay."""
         latest = number_of(self.ledger.latest or "")
-        if latest is None or not os.path.isdir(self._directory):
+        if latest is None:
             return []
         found: list[str] = []
-        for name in sorted(os.listdir(self._directory)):
+        for name in names_in(self._directory):
             staging = STAGING.match(name)
             number = own_number(self._name, staging["name"]) if staging else None
             if number is None or number > latest:
@@ -303,16 +312,33 @@ class Collection:
             reason = why_kept(path)
             if reason is None:
                 found.append(path)
-            elif os.path.lexists(path):
+            elif is_taken(path):
                 _log.warning("%s is not removed: %s", path, reason)
         return found
 
 
-def _attempt(remove: Callable[[str], bool | None], path: str) -> bool:
-    """Removes `path`, and returns whether that worked. An error is logged, not raised, because the
-    save itself has succeeded."""
+def _remove_managed(path: str) -> bool:
+    """Removes a checkpoint, at least from its path; returns whether there was one.
+
+    Raises:
+      OSError: it is still there, or this is not known.
+    """
+    if not checkpoint_exists(path):
+        return False
     try:
-        return remove(path) is not False
+        remove_checkpoint(path)
+    except OSError as error:
+        if checkpoint_exists(path):
+            raise
+        _log.warning("%s could not be removed as a whole: %s", path, error)
+    return True
+
+
+def _attempt(remove: Callable[[str], bool], path: str) -> bool | None:
+    """What `remove` returns; None if it fails. Its error is logged, not raised, because the save
+    itself has succeeded."""
+    try:
+        return remove(path)
     except OSError as error:
         _log.warning("%s could not be removed: %s", path, error)
-        return False
+        return None

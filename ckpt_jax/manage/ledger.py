@@ -175,7 +175,7 @@ def _warn_of_unrecorded(directory: str, name: str, ledger: Ledger) -> None:
 def _found_by_name(directory: str, name: str) -> str | None:
     """The checkpoint of this name with the largest number; None if there is none. A warning says
     that the state file is missing or cannot be understood."""
-    found = [each for each in checkpoints_in(directory) if own_number(name, each) is not None]
+    found = _own_in(directory, name)
     if not found:
         return None
     _log.warning(
@@ -319,8 +319,12 @@ def _write_notes(directory: str, name: str, ledger: Ledger) -> None:
 
 def restorable(directory: str, name: str) -> list[int]:
     """The numbers of the existing checkpoints of this name, managed or not, ascending."""
-    found = [own_number(name, each) for each in checkpoints_in(directory)]
-    return sorted({number for number in found if number is not None})
+    return sorted({number_of(each) or 0 for each in _own_in(directory, name)})
+
+
+def _own_in(directory: str, name: str) -> list[str]:
+    """The names of the existing checkpoints of this name, by number."""
+    return checkpoints_in(directory, lambda each: own_number(name, each) is not None)
 
 
 def path_in(directory: str, name: str, number: int) -> str:
@@ -328,5 +332,5 @@ def path_in(directory: str, name: str, number: int) -> str:
     plain = os.path.join(directory, f"{name}-{number}")
     if checkpoint_exists(plain):
         return plain
-    same = [each for each in checkpoints_in(directory) if own_number(name, each) == number]
+    same = checkpoints_in(directory, lambda each: own_number(name, each) == number)
     return os.path.join(directory, same[0]) if same else plain

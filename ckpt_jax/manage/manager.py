@@ -58,7 +58,7 @@ from ckpt_jax.retention import (
     counts_steps,
     metrics_of,
 )
-from ckpt_jax.store.directory import checkpoints_in
+from ckpt_jax.store.directory import visible_in
 from ckpt_jax.store.paths import absolute, as_path
 
 SECONDS_PER_HOUR = 3600
@@ -530,7 +530,7 @@ class CheckpointManager:
             )
 
     def _others(self) -> str:
-        names = checkpoints_in(self._directory)
+        names = visible_in(self._directory)
         return f"only {', '.join(names[-5:])}" if names else ""
 
     def best(self, metric: str, mode: Literal["max", "min"] = "min") -> str | None:

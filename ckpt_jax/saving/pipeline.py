@@ -36,6 +36,7 @@ from ckpt_jax.saving.snapshot import snapshot
 from ckpt_jax.saving.write import plan_write, write
 from ckpt_jax.store.fetch import read_index
 from ckpt_jax.store.paths import as_path
+from ckpt_jax.store.presence import is_directory
 from ckpt_jax.store.seal import seal
 from ckpt_jax.store.stack import SHARDS
 from ckpt_jax.store.storage import Storage
@@ -280,7 +281,7 @@ def _check_shared(reports: Sequence[_Report], staging: str, what: str) -> None:
     unseen = tuple(
         k
         for k, report in enumerate(reports)
-        if not all(os.path.isdir(os.path.join(staging, shard)) for shard in report.shards)
+        if not all(is_directory(os.path.join(staging, shard)) for shard in report.shards)
     )
     if unseen:
         raise ProcessError(

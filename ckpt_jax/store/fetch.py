@@ -34,6 +34,7 @@ from ckpt_jax.store.gather import (
     runs_of,
 )
 from ckpt_jax.store.index import INDEX_KEY, Index, Shard
+from ckpt_jax.store.presence import status_of
 from ckpt_jax.store.stack import (
     ALIGNMENT,
     MANIFEST,
@@ -58,7 +59,7 @@ def read_value(directory: str, name: str) -> bytes | None:
       CheckpointNotFoundError: there is no database.
       CorruptCheckpointError: the database cannot be read.
     """
-    if not os.path.exists(os.path.join(directory, MANIFEST)):
+    if status_of(os.path.join(directory, MANIFEST)) is None:
         raise CheckpointNotFoundError(f"{directory}: this is no checkpoint, {MANIFEST} is missing")
     try:
         result = open_database(directory, new_context()).read(name).result()
@@ -254,7 +255,7 @@ class ShardedReader:
         for number, shard in enumerate(self.index.shards):
             try:
                 self._check_files(number)
-            except (ValueError, OSError) as error:
+            except ValueError as error:
                 path = self._path(shard)
                 raise CorruptCheckpointError(f"{path}: {error}", file=path) from error
 

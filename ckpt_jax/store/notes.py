@@ -21,6 +21,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ckpt_jax.store.files import read_file, replace_file
+from ckpt_jax.store.presence import is_taken
 
 NOTES_FILE = "checkpoint-metrics.json"
 _ABANDONED = "abandoned"  # not the name of a managed checkpoint, which would have a number
@@ -77,5 +78,5 @@ def write_notes(directory: str, notes: Notes) -> None:
     }
     if notes.abandoned:
         content[_ABANDONED] = sorted(notes.abandoned)
-    if content or os.path.lexists(path):
+    if content or is_taken(path):
         replace_file(path, json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Hashable
-from contextlib import suppress
 from typing import Protocol
 
 from ckpt_jax.store.directory import Staging, require_checkpoint
 from ckpt_jax.store.fetch import ShardedReader
 from ckpt_jax.store.forks import require_not_forked, use_tensorstore
 from ckpt_jax.store.paths import resolved
+from ckpt_jax.store.presence import status_of
 from ckpt_jax.store.stack import MANIFEST
 
 
@@ -45,7 +45,11 @@ class Storage(Protocol):
         ...
 
     def generation(self, location: str) -> Hashable | None:
-        """A value that changes if another checkpoint takes a location; None if nothing is there."""
+        """A value that changes if another checkpoint takes a location; None if nothing is there.
+
+        Raises:
+          OSError: it is not known what is there.
+        """
         ...
 
 
@@ -66,10 +70,9 @@ class Posix:
 
     def generation(self, location: str) -> Hashable | None:
         for file in (os.path.join(location, MANIFEST), location):
-            with suppress(OSError):
-                status = os.stat(file)
-                if stat.S_ISREG(status.st_mode):
-                    return status.st_dev, status.st_ino, status.st_mtime_ns
+            status = status_of(file)
+            if status is not None and stat.S_ISREG(status.st_mode):
+                return status.st_dev, status.st_ino, status.st_mtime_ns
         return None
 
 
