@@ -19,9 +19,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ckpt_jax.api.latest import beside, checkpoint_exists, state_in, warn_of_move
+from ckpt_jax.manage.fence import Fence
 from ckpt_jax.retention import CheckpointRecord
 from ckpt_jax.state_file import STATE_FILE, CheckpointState, update_checkpoint_state
 from ckpt_jax.store.directory import checkpoints_in, number_of
+from ckpt_jax.store.guard import guarded
 from ckpt_jax.store.notes import NOTES_FILE, Notes, read_notes, write_notes
 
 _log = logging.getLogger("ckpt_jax")
@@ -240,28 +242,41 @@ def _here(directory: str, path: str) -> str:
     return os.path.join(directory, name) if is_here else beside(directory, path)
 
 
-def write_ledger(directory: str, name: str, ledger: Ledger, *, is_newest: bool) -> None:
+def write_ledger(
+    directory: str, name: str, ledger: Ledger, *, is_newest: bool, fence: Fence
+) -> None:
     """Writes a ledger that has a latest checkpoint. Entries of managers with other names stay.
 
     Args:
       directory: the one that has the files.
       name: of the manager.
       ledger: the one to write.
-      is_newest: whether its latest checkpoint was saved after all others in the directory.
+      is_newest: whether its latest checkpoint was saved after all others in the directory. Then the
+        name is claimed.
+      fence: of the manager.
 
     Raises:
+      SupersededError: another manager has claimed the name since.
       OSError: a file could not be written.
     """
     assert ledger.latest is not None
-    _write_notes(directory, name, ledger)
+    with guarded(directory):
+        writers = fence.renewed(claims=is_newest)
+        _write_notes(directory, name, ledger)
+        state = _state_with(directory, name, ledger, is_newest)
+        update_checkpoint_state(directory, state, writers=writers)
+
+
+def _state_with(directory: str, name: str, ledger: Ledger, is_newest: bool) -> CheckpointState:
+    """The state of a directory with a new ledger of one manager."""
+    assert ledger.latest is not None
     others: list[tuple[str, float]] = []
     newest = ledger.latest
     if (state := state_in(directory)) is not None:
         others = [
             (path, time)
-            for path, time in dict(_listed(state)).items()
+            for path, time in state.managed.items()
             if own_number(name, path) is None and path != ledger.latest
-            if time != state.last_preserved_timestamp
         ]
         if not is_newest and state.model_checkpoint_path in dict(others):
             newest = state.model_checkpoint_path
@@ -270,13 +285,12 @@ def write_ledger(directory: str, name: str, ledger: Ledger, *, is_newest: bool) 
         # The state file has to list its latest checkpoint. This time says that it is not managed.
         own.append((ledger.latest, ledger.last_preserved))
     listed = sorted([*others, *own], key=lambda each: each[0] == newest)
-    state = CheckpointState(
+    return CheckpointState(
         newest,
         tuple([path for path, _ in listed]),
         tuple([time for _, time in listed]),
         ledger.last_preserved,
     )
-    update_checkpoint_state(directory, state)
 
 
 _LOST = Notes()  # stands for a missing file of notes

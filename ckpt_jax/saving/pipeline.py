@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import astuple, dataclass
 from types import TracebackType
 from typing import Any
@@ -56,6 +56,8 @@ class SaveRequest:
       trace: gives the objects as they are now.
       options: how to save.
       overwrite: whether a checkpoint at `path` may be replaced.
+      publishing: entered on process 0 while the checkpoint takes its name. Its value says whether
+        a checkpoint at `path` may be replaced after all.
       extra: makes small entries from the traced objects, which are committed with their graph.
     """
 
@@ -63,6 +65,7 @@ class SaveRequest:
     trace: Callable[[], LiveGraph]
     options: CheckpointOptions
     overwrite: bool = True
+    publishing: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(True)
     extra: Callable[[LiveGraph], Mapping[str, bytes]] = lambda live: {}
 
 
@@ -197,7 +200,9 @@ class StagedSave:
             for shard in report.shards
         ]
         io.merge_shards(shards, staging.directory, extra=self._small, options=request.options)
-        staging.publish(overwrite=request.overwrite, durable=request.options.durable)
+        with request.publishing() as may_replace:
+            overwrite = request.overwrite and may_replace
+            staging.publish(overwrite=overwrite, durable=request.options.durable)
 
     def finish(self, act: Callable[[], None]) -> None:
         """Calls `act` after the commit: on process 0 before the others know of the checkpoint.

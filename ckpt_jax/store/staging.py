@@ -254,6 +254,17 @@ def locked(path: str) -> AbstractContextManager[Lock]:
 
 
 @contextmanager
+def locked_file(path: str) -> Iterator[Lock]:
+    """Tries to lock a file exclusively until the block ends. The first process creates it.
+
+    It is opened for writing, because some file systems lock only such files.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    with _hold(path, os.open(path, flags, 0o666), fcntl.LOCK_EX) as (_, lock):
+        yield lock
+
+
+@contextmanager
 def _locked(path: str, operation: int) -> Iterator[Lock]:
     with _opened(path, operation) as (_, lock):
         yield lock
