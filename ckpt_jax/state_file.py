@@ -36,11 +36,12 @@ from typing import Any
 from google.protobuf import text_format
 
 from ckpt_jax.graph._proto import checkpoint_state_pb2
-from ckpt_jax.store.files import read_file, replace_file
+from ckpt_jax.store.files import read_file, replace_file, shortened
 from ckpt_jax.store.guard import guarded
 from ckpt_jax.store.paths import as_path
 
 STATE_FILE = "checkpoint"
+_MAX_PATH, _MAX_NAME = 4096, 255  # characters; no system takes more bytes
 _WRITER = re.compile(r"^# ckpt_jax writer (\{.{1,4000}\})\n", re.MULTILINE)
 
 _log = logging.getLogger("ckpt_jax")
@@ -132,10 +133,8 @@ def get_checkpoint_state(
         text = read_file(path)
         if text is None:
             return None
-        state = parse(text)
-        if "\0" in "".join([state.model_checkpoint_path, *state.all_model_checkpoint_paths]):
-            raise ValueError("a path in it has a NUL character")
-    except (ValueError, text_format.ParseError) as error:
+        state = _understood(text)
+    except ValueError as error:
         _log.warning(
             "%s is ignored, because it is not a checkpoint state file: %s. Restore the file from a "
             "copy, or delete it: the next save writes a new one.",
@@ -148,6 +147,24 @@ def get_checkpoint_state(
             "latest checkpoint in it."
         )
     return _with_paths(state, lambda stored: os.path.join(directory, stored))
+
+
+def _understood(text: str) -> CheckpointState:
+    """The state in a text.
+
+    Raises:
+      ValueError: it is not a state file, or a path in it cannot be one.
+    """
+    try:
+        state = parse(text)
+    except text_format.ParseError as error:
+        raise ValueError(shortened(str(error))) from error
+    for path in (state.model_checkpoint_path, *state.all_model_checkpoint_paths):
+        if "\0" in path:
+            raise ValueError(f"the path {shortened(repr(path))} in it has a NUL character")
+        if len(path) > _MAX_PATH or max(map(len, path.split("/"))) > _MAX_NAME:
+            raise ValueError(f"the path {shortened(path)} in it is longer than any can be")
+    return state
 
 
 def update_checkpoint_state(
@@ -198,8 +215,8 @@ def record_latest(directory: str, name: str, path: str) -> None:
     """
     with guarded(directory):
         try:
-            before = parse(state_text(directory))
-        except text_format.ParseError:
+            before = _understood(state_text(directory))
+        except ValueError:
             before = CheckpointState("")
         before = _with_paths(before, lambda stored: os.path.join(directory, stored))
         others = {
