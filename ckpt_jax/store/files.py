@@ -15,6 +15,7 @@ from ckpt_jax.store.durable import fsync_directory, naming
 from ckpt_jax.store.staging import new_file, remove_leftovers
 
 _MAX_NBYTES = 1 << 23  # of a file beside the checkpoints: about 100,000 of them can be listed
+_CHUNK_NBYTES = 1 << 18  # that is read at once
 _MAX_SHOWN = 300  # characters of what was found, in errors and warnings
 
 
@@ -45,7 +46,7 @@ def read_file(path: str) -> str | None:
         with naming(path):
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise ValueError("it is not a regular file")
-            while chunk := os.read(descriptor, _MAX_NBYTES + 1 - len(contents)):
+            while chunk := os.read(descriptor, min(_CHUNK_NBYTES, _MAX_NBYTES + 1 - len(contents))):
                 contents += chunk
     finally:
         os.close(descriptor)
