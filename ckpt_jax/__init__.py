@@ -41,6 +41,7 @@ from ckpt_jax.errors import (
     RegistrationError,
     RestoreMismatchError,
     ShardError,
+    SupersededError,
     UnsaveableError,
     UnsupportedFormatError,
 )
@@ -87,6 +88,7 @@ from ckpt_jax.version import __version__ as __version__
 
 __all__ = [
     "AsyncSaveError",
+    "SupersededError",
     "AutoTrackable",
     "BarrierTimeoutError",
     "Cast",

@@ -25,6 +25,7 @@ from ckpt_jax.store import shard as _shard
 from ckpt_jax.store.fetch import ShardedReader
 from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.shard import Slice
+from ckpt_jax.store.storage import POSIX, Pinned
 from ckpt_jax.store.tiling import Layout
 from ckpt_jax.values import host
 from ckpt_jax.values.leaves import encode
@@ -188,10 +189,12 @@ def read_slices(
       KeyError: a key is not there.
       ValueError: a box or shape does not fit the stored array.
       CorruptCheckpointError: naming file and key.
+      CheckpointNotFoundError: there is none, or it was replaced or removed while it was being read.
 
     Source: TensorFlow's RestoreV2.
     """
-    with ShardedReader(as_path(prefix, "prefix")) as reader:
+    pinned = Pinned(as_path(prefix, "prefix"), POSIX)
+    with pinned.unless_replaced(), ShardedReader(pinned.location) as reader:
         return read_values(reader, requests, options)
 
 

@@ -39,7 +39,7 @@ from ckpt_jax.restoring.run import broadcast_meeting
 from ckpt_jax.restoring.waiting import Restoration
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import Bookkeeping, SaveRuns, Unrecorded
-from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
+from ckpt_jax.state_file import record_latest
 from ckpt_jax.store.paths import as_path, resolved
 
 _log = logging.getLogger("ckpt_jax")
@@ -432,7 +432,7 @@ class _Numbered:
     def record(self, is_overtaken: bool = False) -> None:
         if self._meeting.leads and not is_overtaken:
             latest = os.path.join(self._directory, os.path.basename(self._path))
-            update_checkpoint_state(self._directory, CheckpointState(latest))
+            record_latest(self._directory, self.series[1], latest)
 
     def undo(self) -> None:
         take_back_count(self._checkpoint, self._number)

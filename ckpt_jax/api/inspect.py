@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -20,6 +19,7 @@ from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.waiting import log_conflicts
 from ckpt_jax.store.directory import is_checkpoint
 from ckpt_jax.store.paths import as_path
+from ckpt_jax.store.presence import is_directory
 from ckpt_jax.values.leaves import describe
 
 
@@ -43,7 +43,7 @@ def load_checkpoint(path: Path) -> CheckpointReader:
       (['w'], ['w/.ATTRIBUTES/VARIABLE_VALUE'], array([0, 1, 2]))
     """
     path = as_path(path)
-    if not is_checkpoint(path) and os.path.isdir(path):
+    if not is_checkpoint(path) and is_directory(path):
         path = latest_checkpoint(path) or path
     return CheckpointReader(path)
 

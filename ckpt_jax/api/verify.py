@@ -112,7 +112,8 @@ def verify(path: Path) -> VerifyReport:
       A report with all damage: `.ok`, `.problems`. A damaged checkpoint is no exception here.
 
     Raises:
-      CheckpointNotFoundError: there is no checkpoint at `path`.
+      CheckpointNotFoundError: there is no checkpoint at `path`, or it was replaced or removed while
+        it was being read.
 
     Example:
       >>> import ckpt_jax as ckpt, tempfile
@@ -127,6 +128,8 @@ def verify(path: Path) -> VerifyReport:
             keys = reader.keys()
             for batch in batches(keys, reader.stored_nbytes, _BATCH_NBYTES):
                 problems += _values(reader, batch)
+            if problems:  # or it looks like that because another checkpoint takes its place
+                reader.check_not_replaced(CorruptCheckpointError(str(problems[0])))
             return VerifyReport(path, tuple(problems), len(keys), reader.bytes_read)
     except (CorruptCheckpointError, UnsupportedFormatError) as error:
         return VerifyReport(path, (_damage(path, error),))

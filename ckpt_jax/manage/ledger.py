@@ -19,9 +19,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ckpt_jax.api.latest import beside, checkpoint_exists, state_in, warn_of_move
+from ckpt_jax.manage.fence import Fence
 from ckpt_jax.retention import CheckpointRecord
 from ckpt_jax.state_file import STATE_FILE, CheckpointState, update_checkpoint_state
 from ckpt_jax.store.directory import checkpoints_in, number_of
+from ckpt_jax.store.guard import guarded
 from ckpt_jax.store.notes import NOTES_FILE, Notes, read_notes, write_notes
 
 _log = logging.getLogger("ckpt_jax")
@@ -175,7 +177,7 @@ def _warn_of_unrecorded(directory: str, name: str, ledger: Ledger) -> None:
 def _found_by_name(directory: str, name: str) -> str | None:
     """The checkpoint of this name with the largest number; None if there is none. A warning says
     that the state file is missing or cannot be understood."""
-    found = [each for each in checkpoints_in(directory) if own_number(name, each) is not None]
+    found = _own_in(directory, name)
     if not found:
         return None
     _log.warning(
@@ -240,28 +242,41 @@ def _here(directory: str, path: str) -> str:
     return os.path.join(directory, name) if is_here else beside(directory, path)
 
 
-def write_ledger(directory: str, name: str, ledger: Ledger, *, is_newest: bool) -> None:
+def write_ledger(
+    directory: str, name: str, ledger: Ledger, *, is_newest: bool, fence: Fence
+) -> None:
     """Writes a ledger that has a latest checkpoint. Entries of managers with other names stay.
 
     Args:
       directory: the one that has the files.
       name: of the manager.
       ledger: the one to write.
-      is_newest: whether its latest checkpoint was saved after all others in the directory.
+      is_newest: whether its latest checkpoint was saved after all others in the directory. Then the
+        name is claimed.
+      fence: of the manager.
 
     Raises:
+      SupersededError: another manager has claimed the name since.
       OSError: a file could not be written.
     """
     assert ledger.latest is not None
-    _write_notes(directory, name, ledger)
+    with guarded(directory):
+        writers = fence.renewed(claims=is_newest)
+        _write_notes(directory, name, ledger)
+        state = _state_with(directory, name, ledger, is_newest)
+        update_checkpoint_state(directory, state, writers=writers)
+
+
+def _state_with(directory: str, name: str, ledger: Ledger, is_newest: bool) -> CheckpointState:
+    """The state of a directory with a new ledger of one manager."""
+    assert ledger.latest is not None
     others: list[tuple[str, float]] = []
     newest = ledger.latest
     if (state := state_in(directory)) is not None:
         others = [
             (path, time)
-            for path, time in dict(_listed(state)).items()
+            for path, time in state.managed.items()
             if own_number(name, path) is None and path != ledger.latest
-            if time != state.last_preserved_timestamp
         ]
         if not is_newest and state.model_checkpoint_path in dict(others):
             newest = state.model_checkpoint_path
@@ -270,13 +285,12 @@ def write_ledger(directory: str, name: str, ledger: Ledger, *, is_newest: bool) 
         # The state file has to list its latest checkpoint. This time says that it is not managed.
         own.append((ledger.latest, ledger.last_preserved))
     listed = sorted([*others, *own], key=lambda each: each[0] == newest)
-    state = CheckpointState(
+    return CheckpointState(
         newest,
         tuple([path for path, _ in listed]),
         tuple([time for _, time in listed]),
         ledger.last_preserved,
     )
-    update_checkpoint_state(directory, state)
 
 
 _LOST = Notes()  # stands for a missing file of notes
@@ -319,8 +333,12 @@ def _write_notes(directory: str, name: str, ledger: Ledger) -> None:
 
 def restorable(directory: str, name: str) -> list[int]:
     """The numbers of the existing checkpoints of this name, managed or not, ascending."""
-    found = [own_number(name, each) for each in checkpoints_in(directory)]
-    return sorted({number for number in found if number is not None})
+    return sorted({number_of(each) or 0 for each in _own_in(directory, name)})
+
+
+def _own_in(directory: str, name: str) -> list[str]:
+    """The names of the existing checkpoints of this name, by number."""
+    return checkpoints_in(directory, lambda each: own_number(name, each) is not None)
 
 
 def path_in(directory: str, name: str, number: int) -> str:
@@ -328,5 +346,5 @@ def path_in(directory: str, name: str, number: int) -> str:
     plain = os.path.join(directory, f"{name}-{number}")
     if checkpoint_exists(plain):
         return plain
-    same = [each for each in checkpoints_in(directory) if own_number(name, each) == number]
+    same = checkpoints_in(directory, lambda each: own_number(name, each) == number)
     return os.path.join(directory, same[0]) if same else plain

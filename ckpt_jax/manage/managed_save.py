@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ckpt_jax.api.checkpoint import Checkpoint, request_for, set_save_counter, take_back_count
 from ckpt_jax.manage.collection import Collection
@@ -48,9 +49,11 @@ class ManagedSave:
         record = self._new_record(self._count)
         self._schedule.began(self._step, record.path)
         self._record = record
-        if self._meeting.leads:
-            self._collection.begin(record)
-        return request_for(self._checkpoint, record.path, self._options, record.number)
+        request = request_for(self._checkpoint, record.path, self._options, record.number)
+        if not self._meeting.leads:
+            return request
+        self._collection.begin(record)
+        return replace(request, publishing=lambda: self._collection.publishing(record.path))
 
     def record(self, is_overtaken: bool = False) -> None:
         assert self._record is not None

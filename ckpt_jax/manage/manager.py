@@ -58,7 +58,7 @@ from ckpt_jax.retention import (
     counts_steps,
     metrics_of,
 )
-from ckpt_jax.store.directory import checkpoints_in
+from ckpt_jax.store.directory import visible_in
 from ckpt_jax.store.paths import absolute, as_path
 
 SECONDS_PER_HOUR = 3600
@@ -72,9 +72,12 @@ class CheckpointManager:
 
     A new manager takes over the checkpoints that an earlier manager of the directory recorded.
     Creating a manager removes nothing. A checkpoint is removed only if this manager or an earlier
-    one wrote it, and only after a newer one was committed and could be opened. There can be one
-    manager of a directory and name at a time. Managers with different names in the same directory
-    leave each other's checkpoints alone.
+    one wrote it, and only after a newer one was committed and could be opened.
+
+    There can be one manager of a directory and name at a time. The first save of a new one takes
+    over. If an earlier one, in a job that was stopped for example, saves after that, it gets a
+    `SupersededError`, and the latest checkpoint stays. Managers with different names in the same
+    directory leave each other's checkpoints alone.
 
     These checkpoints stay: the latest, those that `max_to_keep` keeps, and those that a policy
     keeps.
@@ -236,6 +239,8 @@ class CheckpointManager:
             is neither among `metrics` nor recorded before.
           TypeError: a number or step is not an integer, or an argument is of the wrong type.
           UnsaveableError: values cannot be saved; nothing was written.
+          SupersededError: another manager has taken over. If nothing was at the path of this
+            checkpoint, it was saved, but not recorded; later saves write nothing.
           AsyncSaveError: an earlier save failed in the background, and this one has not begun. If
             there are several processes, it has begun all the same, because the processes that know
             of no error take part in it.
@@ -530,7 +535,7 @@ class CheckpointManager:
             )
 
     def _others(self) -> str:
-        names = checkpoints_in(self._directory)
+        names = visible_in(self._directory)
         return f"only {', '.join(names[-5:])}" if names else ""
 
     def best(self, metric: str, mode: Literal["max", "min"] = "min") -> str | None:
@@ -597,6 +602,7 @@ class CheckpointManager:
         Raises:
           CheckpointNotFoundError: there is no checkpoint of this number.
           ValueError: it is the latest, and no other one is usable.
+          SupersededError: another manager has taken over; nothing was removed.
           OSError: it could not be removed.
         """
         number = as_integer(step)
@@ -630,6 +636,9 @@ class CheckpointManager:
 
         Returns:
           The paths that were, or would be, removed.
+
+        Raises:
+          SupersededError: another manager has taken over; nothing was removed.
 
         Example:
           >>> import os, tempfile

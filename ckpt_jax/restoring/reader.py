@@ -8,13 +8,12 @@ one from the names in it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 
-from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError
+from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph import saved_objects as objects
 from ckpt_jax.graph.as_tree import as_tree, is_tree
@@ -29,9 +28,9 @@ from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
 from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.restoring.formats import NamedValues, open_foreign
 from ckpt_jax.restoring.plain_slots import slots_as_children
-from ckpt_jax.store.paths import absolute, as_path
+from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.seal import unseal
-from ckpt_jax.store.storage import POSIX, Storage
+from ckpt_jax.store.storage import POSIX, Pinned, Storage
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import as_saved
 
@@ -68,10 +67,9 @@ class CheckpointReader:
 
     def __init__(self, path: Path, storage: Storage = POSIX):
         self.path = as_path(path)
-        self._storage = storage
-        self.location = storage.located(self.path)
-        self.generation = storage.generation(self.location)
-        with self._unless_replaced():
+        self._pinned = Pinned(self.path, storage)
+        self.location, self.generation = self._pinned.location, self._pinned.generation
+        with self._pinned.unless_replaced():
             foreign = open_foreign(self.path)
             self._source: Source = foreign or storage.open(self.location, self.path)
 
@@ -87,29 +85,8 @@ class CheckpointReader:
             self.check_not_replaced(error)
 
     def check_not_replaced(self, error: Exception | None = None) -> None:
-        """Checks that the checkpoint is still the one that was opened.
-
-        If a checkpoint looks damaged, the reason may be that another one was saved to its path.
-
-        Raises:
-          CheckpointNotFoundError: it was replaced or removed; `error` is the cause.
-        """
-        if self._storage.generation(self.location) != self.generation:
-            led = "" if self.location == absolute(self.path) else f" (which led to {self.location})"
-            raise CheckpointNotFoundError(
-                f"{self.path}{led} was replaced or removed while it was being read; nothing of it "
-                "is used from now on. Open it again, or take the latest checkpoint."
-            ) from error
-
-    @contextmanager
-    def _unless_replaced(self) -> Iterator[None]:
-        """Raises CheckpointNotFoundError instead of an error in the block if the checkpoint was
-        replaced or removed."""
-        try:
-            yield
-        except (CorruptCheckpointError, OSError) as error:
-            self.check_not_replaced(error)
-            raise
+        """Checks that the checkpoint is still the one that was opened; see `Pinned.check`."""
+        self._pinned.check(error)
 
     def close(self) -> None:
         """Closes the files; further reads fail."""
@@ -122,9 +99,10 @@ class CheckpointReader:
         Raises:
           CorruptCheckpointError: there is none, it is damaged, or it disagrees with the index.
         """
-        for key, what in self.disagreements():
-            raise CorruptCheckpointError(f"{self.path}: {key}: {what}", file=self.path, key=key)
-        return self._graph
+        with self._pinned.unless_replaced():
+            for key, what in self.disagreements():
+                raise CorruptCheckpointError(f"{self.path}: {key}: {what}", file=self.path, key=key)
+            return self._graph
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
         """(key, problem) for each value on which the object graph and the index disagree."""
@@ -170,19 +148,20 @@ class CheckpointReader:
         return self._decoded(SAVED_OBJECTS_KEY, data, lambda data: objects.decode(data, graph))
 
     def _extra(self, name: str) -> bytes | None:
-        with self._unless_replaced():
+        with self._pinned.unless_replaced():
             found = self._source.extra(name)
         self.check_not_replaced()  # another checkpoint has values of these names, too
         return found
 
     def _decoded(self, key: str, data: bytes, decode: Callable[[bytes], T]) -> T:
         """Decodes a sealed message. Errors name the checkpoint and the key."""
-        try:
-            return decode(unseal(data))
-        except CorruptCheckpointError as error:
-            raise CorruptCheckpointError(
-                f"{self.path}: {key}: {error}", file=self.path, key=key
-            ) from error
+        with self._pinned.unless_replaced():
+            try:
+                return decode(unseal(data))
+            except CorruptCheckpointError as error:
+                raise CorruptCheckpointError(
+                    f"{self.path}: {key}: {error}", file=self.path, key=key
+                ) from error
 
     def _graph_of_names(self, source: NamedValues) -> ObjectGraph:
         try:
@@ -281,7 +260,7 @@ class CheckpointReader:
 
         `arrived` is called with the number of bytes each time that some have been read.
         """
-        with self._unless_replaced():
+        with self._pinned.unless_replaced():
             return read_values(self._source, requests, options, arrived)
 
     def read_boxes(
@@ -289,7 +268,7 @@ class CheckpointReader:
     ) -> dict[tuple[str, Box], np.ndarray]:
         """Reads several boxes of several arrays at once; returns them by key and box."""
         keys = list(requests)
-        with self._unless_replaced():
+        with self._pinned.unless_replaced():
             found = self._source.read(
                 [(key, tuple(requests[key])) for key in keys],
                 max_inflight_bytes=options.max_inflight_bytes,
@@ -303,12 +282,13 @@ class CheckpointReader:
     def as_saved(self, key: str, data: Any, spec: LeafSpec) -> Any:
         """Turns data that was read without a target into the saved value. Arrays stay the same."""
         self._check_readable(key, spec)
-        try:
-            return as_saved(data, spec)
-        except ValueError as error:
-            raise CorruptCheckpointError(
-                f"{self.path}: {key}: no {spec.kind}: {error}", file=self.path, key=key
-            ) from error
+        with self._pinned.unless_replaced():
+            try:
+                return as_saved(data, spec)
+            except ValueError as error:
+                raise CorruptCheckpointError(
+                    f"{self.path}: {key}: no {spec.kind}: {error}", file=self.path, key=key
+                ) from error
 
     def _check_readable(self, key: str, spec: LeafSpec | None) -> None:
         if spec is not None and spec.is_unreadable:
@@ -332,7 +312,7 @@ class CheckpointReader:
         Raises:
           CorruptCheckpointError: a file is truncated or missing.
         """
-        with self._unless_replaced():
+        with self._pinned.unless_replaced():
             self._source.check_files()
         self.check_not_replaced()
 

@@ -17,7 +17,7 @@ import hashlib
 import os
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import astuple, dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -37,6 +37,7 @@ from ckpt_jax.saving.write import plan_write, write
 from ckpt_jax.store.index import Shard, Table, decode_entry, encode_entry
 from ckpt_jax.store.merge import SHARDS, commit, read_shard
 from ckpt_jax.store.paths import as_path
+from ckpt_jax.store.presence import is_directory
 from ckpt_jax.store.seal import seal
 from ckpt_jax.store.storage import Storage
 from ckpt_jax.values.host import without_gc
@@ -55,6 +56,8 @@ class SaveRequest:
       trace: gives the objects as they are now.
       options: how to save.
       overwrite: whether a checkpoint at `path` may be replaced.
+      publishing: entered on process 0 while the checkpoint takes its name. Its value says whether
+        a checkpoint at `path` may be replaced after all.
       extra: makes small entries from the traced objects, which are committed with their graph.
     """
 
@@ -62,6 +65,7 @@ class SaveRequest:
     trace: Callable[[], LiveGraph]
     options: CheckpointOptions
     overwrite: bool = True
+    publishing: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(True)
     extra: Callable[[LiveGraph], Mapping[str, bytes]] = lambda live: {}
 
 
@@ -162,6 +166,7 @@ class StagedSave:
             written = write(self._plan, prefix, options, wrote)
         registered = [read_shard(directory) for directory in self._registered]
         self._watch.wrote(sum([int(table.nbytes.sum()) for _, table in registered]))
+        self._staging.check()  # that all of it went to one directory
         return _Report(
             os.path.basename(self._staging.path),
             self._digest,
@@ -202,7 +207,8 @@ class StagedSave:
         entries = [entry for of_process in shards for entry in of_process]
         durable = request.options.durable
         commit(entries, self._tables, staging.directory, self._small, durable=durable)
-        staging.publish(overwrite=request.overwrite, durable=durable)
+        with request.publishing() as may_replace:
+            staging.publish(overwrite=request.overwrite and may_replace, durable=durable)
 
     def finish(self, act: Callable[[], None]) -> None:
         """Calls `act` after the commit: on process 0 before the others know of the checkpoint.
@@ -292,7 +298,7 @@ def _check_shared(shards: Sequence[Sequence[tuple[Shard, bytes]]], staging: str,
     unseen = tuple(
         k
         for k, of_process in enumerate(shards)
-        if not all(os.path.isdir(shard.directory) for shard, _ in of_process)
+        if not all(is_directory(shard.directory) for shard, _ in of_process)
     )
     if unseen:
         raise ProcessError(

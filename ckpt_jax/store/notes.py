@@ -20,7 +20,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ckpt_jax.store.files import read_file, replace_file
+from ckpt_jax.store.files import read_file, replace_file, shortened
+from ckpt_jax.store.presence import is_taken
 
 NOTES_FILE = "checkpoint-metrics.json"
 _ABANDONED = "abandoned"  # not the name of a managed checkpoint, which would have a number
@@ -60,7 +61,7 @@ def read_notes(directory: str) -> Notes | None:
         }
         return Notes(metrics, frozenset([str(name) for name in abandoned]))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(shortened(str(error))) from error
 
 
 def write_notes(directory: str, notes: Notes) -> None:
@@ -77,5 +78,5 @@ def write_notes(directory: str, notes: Notes) -> None:
     }
     if notes.abandoned:
         content[_ABANDONED] = sorted(notes.abandoned)
-    if content or os.path.lexists(path):
+    if content or is_taken(path):
         replace_file(path, json.dumps(content, indent=1, sort_keys=True) + "\n")

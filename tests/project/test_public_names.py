@@ -90,6 +90,7 @@ PUBLIC = (
     "ShardError",
     "RegistrationError",
     "AsyncSaveError",
+    "SupersededError",
     "BarrierTimeoutError",
     "ProcessError",
     "PreflightError",

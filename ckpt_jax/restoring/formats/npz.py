@@ -14,7 +14,6 @@ from __future__ import annotations
 import ast
 import errno
 import math
-import os
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, BYTES, dtype_name, dtype_of
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.restoring.formats.named import Format
+from ckpt_jax.store.presence import is_file
 
 _SUFFIX = ".npy"
 _NAMELESS_FLOAT8 = "'<f1'"  # numpy's name for float8_e5m2, which numpy itself does not know
@@ -161,6 +161,6 @@ def _spec(shape: tuple[int, ...], dtype: np.dtype) -> LeafSpec:
 
 NPZ = Format(
     # A directory of that name is a checkpoint of our own.
-    recognises=lambda path: path.lower().endswith(".npz") and os.path.isfile(path),
+    recognises=lambda path: path.lower().endswith(".npz") and is_file(path),
     open=NpzReader,
 )
