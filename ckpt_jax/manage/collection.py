@@ -123,7 +123,8 @@ class Collection:
 
     def begin(self, record: CheckpointRecord) -> None:
         """Notes that a save has begun. The time of its record becomes the present."""
-        record = replace(record, time=self._clock())
+        origin = number_of(self._origin or "")
+        record = replace(record, time=self._clock(), origin=origin)
         before = POSIX.generation(record.path)
         self._begun[record.path] = _Begun(record, before, self._origin)
         self._origin = record.path
@@ -170,14 +171,14 @@ class Collection:
           is_overtaken: whether a checkpoint with newer values is recorded already, and stays the
             latest.
         """
-        record = replace(record, time=self._clock())
         begun = self._begun.get(record.path)
-        origin = begun.origin if begun is not None else None
+        origin = begun.record.origin if begun is not None else None
+        record = replace(record, time=self._clock(), origin=origin)
         while True:
             before = self.ledger
             ledger = self._with_adopted(before)
             is_older = is_overtaken and ledger.latest is not None
-            ledger = ledger.with_older(record) if is_older else ledger.with_latest(record, origin)
+            ledger = ledger.with_older(record) if is_older else ledger.with_latest(record)
             write_ledger(self._directory, self._name, ledger, is_newest=True)
             if self.ledger is before:
                 break
