@@ -98,7 +98,7 @@ class RestoreReport:
             rows += [(kind, entry.path or "(root)", _remark(entry)) for entry in groups]
             if more:
                 rows.append((kind, f"... and {more} more", ""))
-        width = max((len(path) for _, path, _ in rows), default=0)
+        width = min(max((len(path) for _, path, _ in rows), default=0), _MAX_WIDTH)
         lines = [f"  {kind:<10}  {path:<{width}}  {what}".rstrip() for kind, path, what in rows]
         hints = [f"  {hint}" for hint in rename_hints(self)]
         return "\n".join([f"{self.path}: {self._summary()}", *lines, *hints])
@@ -136,6 +136,7 @@ _COLORS = {
 }
 _SHOWN = 20  # rows of a kind that HTML does not fold, and that a `repr` shows
 _LISTED = 50  # rows of a kind that the text of an error has
+_MAX_WIDTH = 200  # of the column of paths; longer paths move what stands beside them
 _COMPARED = 200  # paths that are compared letter by letter with one that is not found
 _FLAT = 20  # values of a kind that have a row each
 _NUMBER = re.compile(r"\d+")

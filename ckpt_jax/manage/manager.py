@@ -6,8 +6,8 @@ says when it removes these.
 
 Checkpoints are in the order of their numbers. If the program goes back to an earlier step and goes
 on from there, the checkpoint that was saved last is the latest. Checkpoints that it did not come
-from are then on an *abandoned branch*: they are the first to be removed, and no restart falls back to
-them. Times matter only for `keep_checkpoint_every_n_hours`.
+from are then on an *abandoned branch*: they are the first to be removed, and no restart falls back
+to them. Times matter only for `keep_checkpoint_every_n_hours`.
 
 If there are several processes, process 0 records and removes checkpoints, and the others read the
 outcome from the state file. Process 0 decides which checkpoint is restored.
