@@ -6,8 +6,9 @@ is a node of its own. It has the attributes, and so the checkpoint keys, of the 
 for.
 
 If shared objects share others in turn, there may be very many paths. So a path is followed only as
-long as at most `_MAX_DETOURS` of its edges lead to a node that another path has reached before. An
-edge back to an object on the path itself is never followed.
+long as at most a few of its edges lead to a node that another path has reached before: three, or
+fewer if the tree would have far more nodes than the graph. An edge back to an object on the path
+itself is never followed.
 """
 
 from __future__ import annotations
@@ -16,9 +17,11 @@ from collections import Counter
 from dataclasses import replace
 
 from ckpt_jax.graph.labels import Label, escaped_names
-from ckpt_jax.graph.nodes import ObjectGraph
+from ckpt_jax.graph.nodes import ObjectGraph, PathLengths
 
-_MAX_DETOURS = 3
+_DETOURS = (3, 2, 1, 0)  # with 0, the tree has as many nodes as the graph
+_MAX_NODES = 100_000  # of the tree, or `_MAX_GROWTH` times as many as the graph has
+_MAX_GROWTH = 10
 
 
 def is_tree(graph: ObjectGraph) -> bool:
@@ -42,12 +45,27 @@ def as_tree(graph: ObjectGraph) -> ObjectGraph:
     ('', 'a', 'b')
     """
     edges_into = _edges_into(graph)
+    found = (_with_detours(graph, edges_into, most) for most in _DETOURS)
+    return next(tree for tree in found if tree is not None)
+
+
+def _with_detours(graph: ObjectGraph, edges_into: Counter[int], most: int) -> ObjectGraph | None:
+    """The tree of the paths with at most `most` detours; None if it is too large."""
+    limit = max(_MAX_NODES, _MAX_GROWTH * len(graph.nodes)) if most else len(graph.nodes)
+    lengths = PathLengths()
     seen: set[int] = set()
     # For each node of the tree: the node that it stands for, its parent, its key, its detours.
     origins, parents, keys, detours = [0], [-1], [""], [0]
     children: list[tuple[tuple[Label, int], ...]] = []
     while (at := len(children)) < len(origins):  # breadth first: shortest paths come first
-        edges = graph.nodes[origins[at]].children
+        if len(origins) > limit:
+            return None
+        origin = graph.nodes[origins[at]]
+        try:
+            lengths.add(keys[at], len(origin.children) + len(origin.attributes))
+        except ValueError:
+            return None
+        edges = origin.children
         names = escaped_names([label for label, _ in edges])
         prefix = f"{keys[at]}/" if keys[at] else ""
         found: list[tuple[Label, int]] = []
@@ -56,7 +74,7 @@ def as_tree(graph: ObjectGraph) -> ObjectGraph:
             if edges_into[child] > 1 or child == 0:
                 count += child in seen
                 seen.add(child)
-                if count > _MAX_DETOURS or _is_above(origins, parents, at, child):
+                if count > most or _is_above(origins, parents, at, child):
                     continue
             found.append((label, len(origins)))
             origins.append(child)

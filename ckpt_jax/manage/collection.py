@@ -159,7 +159,8 @@ class Collection:
         """
         if self._fence.is_known or (self._fence.is_behind() and is_taken(record.path)):
             raise self._fence.error("Nothing was saved.")
-        record = replace(record, time=self._clock())
+        origin = number_of(self._origin or "")
+        record = replace(record, time=self._clock(), origin=origin)
         before = POSIX.generation(record.path)
         self._begun[record.path] = _Begun(record, before, self._origin)
         self._origin = record.path
@@ -239,14 +240,14 @@ class Collection:
           SupersededError: another manager has taken over. The checkpoint stays, unrecorded.
         """
         path = record.path
-        record = replace(record, time=self._clock())
         begun = self._begun.get(record.path)
-        origin = begun.origin if begun is not None else None
+        origin = begun.record.origin if begun is not None else None
+        record = replace(record, time=self._clock(), origin=origin)
         while True:
             before = self.ledger
             ledger = self._with_adopted(before)
             is_older = is_overtaken and ledger.latest is not None
-            ledger = ledger.with_older(record) if is_older else ledger.with_latest(record, origin)
+            ledger = ledger.with_older(record) if is_older else ledger.with_latest(record)
             with guarded(self._directory):
                 if self._published.pop(path, None) not in (None, POSIX.generation(path)):
                     raise self._fence.error(f"It has replaced {path} before that was recorded.")

@@ -5,9 +5,9 @@ and name that recorded it in the state file. The manager removes no other checkp
 says when it removes these.
 
 Checkpoints are in the order of their numbers. If the program goes back to an earlier step and goes
-on from there, the checkpoint that was saved last is the latest. Checkpoints with larger numbers are
-then on an *abandoned branch*: they are the first to be removed, and no restart falls back to them.
-Times matter only for `keep_checkpoint_every_n_hours`.
+on from there, the checkpoint that was saved last is the latest. Checkpoints that it did not come
+from are then on an *abandoned branch*: they are the first to be removed, and no restart falls back
+to them. Times matter only for `keep_checkpoint_every_n_hours`.
 
 If there are several processes, process 0 records and removes checkpoints, and the others read the
 outcome from the state file. Process 0 decides which checkpoint is restored.
@@ -88,8 +88,8 @@ class CheckpointManager:
       as long as the training steps are the numbers: `save(step)`.
     * `max_to_keep=None`: all; policies decide nothing.
 
-    After the program has gone back to an earlier step and saved, the checkpoints above the new
-    latest count as older than all others.
+    After the program has gone back to an earlier step and saved, the checkpoints that the new
+    latest did not come from count as older than all others.
 
     Args:
       checkpoint: the `Checkpoint` to save.

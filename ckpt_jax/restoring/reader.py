@@ -179,13 +179,13 @@ class CheckpointReader:
 
     def has_tensor(self, key: str) -> bool:
         """Whether there is a value under `key`, a key or a path."""
-        return self._key(key) is not None
+        return self.key_of(key) is not None
 
     def has_key(self, key: str) -> bool:
         """Whether there is a value under a key; a path is none."""
         return key in self._source.index
 
-    def _key(self, name: str) -> str | None:
+    def key_of(self, name: str) -> str | None:
         """The key that a key or a path stands for; None if there is no such value."""
         if self.has_key(name):
             return name
@@ -232,7 +232,7 @@ class CheckpointReader:
         return self.as_saved(key, data, self._specs.get(key) or self.stored_spec(key))
 
     def _known_key(self, name: str) -> str:
-        key = self._key(name)
+        key = self.key_of(name)
         if key is not None:
             return key
         keys, paths = self.keys(), self.paths()

@@ -32,6 +32,23 @@ def test_the_paths_of_all_values_are_listed(path):
         ]
 
 
+def test_the_list_of_variables_has_the_paths_that_reports_patterns_and_rules_use(path):
+    listed = dict(ckpt.list_variables(path))
+    with ckpt.load_checkpoint(path) as reader:
+        assert list(listed) == reader.paths()
+        for name, shape in listed.items():
+            assert np.shape(ckpt.load_variable(path, name)) == shape
+            assert ckpt.load(path, only=name)
+    report = ckpt.plan_restore(path, {})
+    assert {entry.path for entry in report.unexpected} <= listed.keys()
+
+
+def test_what_has_no_path_is_listed_under_its_key(tmp_path):
+    shard = ckpt.io.write_shard(tmp_path / "s", {"a": np.ones(2), "b/c": np.ones(3)})
+    merged = ckpt.io.merge_shards([shard], tmp_path / "m")
+    assert ckpt.list_variables(merged) == [("a", (2,)), ("b/c", (3,))]
+
+
 def test_every_value_is_read_by_its_path_as_by_its_key(path):
     with ckpt.load_checkpoint(path) as reader:
         for entry in reader.paths():

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from ckpt_jax.store.stack import MANIFEST
 from managers import numbers_in, run_in, save
 from places import PYTHONPATH
 
@@ -20,7 +21,6 @@ from ckpt_jax.api.latest import (
     remove_checkpoint,
 )
 from ckpt_jax.store.presence import is_directory, is_file, is_taken, names_in
-from ckpt_jax.store.stack import MANIFEST
 
 pytestmark = pytest.mark.usefixtures("no_flushing")
 
