@@ -16,7 +16,7 @@ from ckpt_jax.matching.trace import trace
 from ckpt_jax.objects.registry import saver_of
 from ckpt_jax.objects.views import view_of
 from ckpt_jax.options import Path
-from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.waiting import log_conflicts
 from ckpt_jax.store.directory import is_checkpoint
 from ckpt_jax.store.paths import as_path

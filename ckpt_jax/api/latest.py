@@ -19,8 +19,7 @@ from contextlib import suppress
 
 from ckpt_jax.errors import CheckpointError, UnsupportedFormatError
 from ckpt_jax.options import Path
-from ckpt_jax.restoring.reader import CheckpointReader
-from ckpt_jax.state_file import STATE_FILE, CheckpointState, get_checkpoint_state
+from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.store.directory import (
     checkpoints_in,
     is_checkpoint,
@@ -33,6 +32,7 @@ from ckpt_jax.store.notes import read_notes
 from ckpt_jax.store.paths import absolute, as_path, require_room
 from ckpt_jax.store.stack import MANIFEST
 from ckpt_jax.store.staging import held, staging_name
+from ckpt_jax.store.state_file import STATE_FILE, CheckpointState, get_checkpoint_state
 
 _log = logging.getLogger("ckpt_jax")
 

@@ -22,8 +22,8 @@ from ckpt_jax.processes.context import current_context
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Processes
 from ckpt_jax.report import ReportEntry, RestoreReport, near_miss, nearest
+from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.plain_slots import slots_as_children
-from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import rename as renamed
 from ckpt_jax.restoring.rules import Rule
 from ckpt_jax.restoring.run import Demand, PlannedRestore, opened, plan_whole, require_fit

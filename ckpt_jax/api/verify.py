@@ -10,7 +10,7 @@ from typing import NamedTuple
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY, object_key_of, path_of
 from ckpt_jax.options import Path
-from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.store.batches import batches
 from ckpt_jax.store.paths import as_path
 

@@ -38,13 +38,18 @@ def labels_of(name: str, separator: str = "/") -> tuple[str, ...]:
     return tuple([raw if readable(raw := unescape(part)) == part else part for part in parts])
 
 
-def graph_of(specs: Mapping[str, LeafSpec]) -> ObjectGraph:
+def graph_of(specs: Mapping[str, LeafSpec], separator: str | None = None) -> ObjectGraph:
     """The tree of a name-based checkpoint. The key of each value is its name.
+
+    Args:
+      specs: of the values, by name.
+      separator: between the parts of a name. By default it is "/", or "." if no name has a "/".
 
     Raises:
       ValueError: two names give the same path.
     """
-    separator = "/" if any("/" in name for name in specs) else "."
+    if separator is None:
+        separator = "/" if any("/" in name for name in specs) else "."
     nodes = [Node(container="dict")]
     edges: list[dict[Label, int]] = [{}]
     for name, spec in specs.items():

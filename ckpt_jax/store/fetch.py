@@ -109,6 +109,11 @@ class ShardedReader:
         self._checked: set[int] = set()  # numbers of shards whose files are large enough
         self._geometries: dict[tuple[int, tuple[Box, ...], bool], Geometry] = {}
 
+    @property
+    def path(self) -> str:
+        """The directory."""
+        return self.directory
+
     def __enter__(self) -> ShardedReader:
         return self
 

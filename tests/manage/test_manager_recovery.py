@@ -18,7 +18,7 @@ from managers import numbers_in, run_in, save
 
 import ckpt_jax as ckpt
 from ckpt_jax.api.latest import checkpoints_iterator
-from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
+from ckpt_jax.store.state_file import CheckpointState, update_checkpoint_state
 
 pytestmark = pytest.mark.usefixtures("no_flushing")
 
@@ -299,7 +299,7 @@ def test_a_state_file_that_could_not_be_written_leaves_no_checkpoint_for_ever(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ckpt_jax.state_file.replace_file", full)
+        patch.setattr("ckpt_jax.store.state_file.replace_file", full)
         with pytest.raises(OSError, match="No space"):
             save(manager, 2)
     assert manager.steps == (1,)

@@ -1,24 +1,41 @@
-"""Checkpoints in other formats.
+"""Checkpoints in other formats, and our own behind the same protocol, `readers.Reader`.
 
-A name-based format, a flat mapping from names to arrays, is a module here with a class that
-follows the protocol `named.NameBasedReader`, and a line in `FORMATS`. All else follows: the
-names become an object graph (`graph.names`), which is matched like any other.
+Each other format is a module with a `readers.Format`, which is listed in `FORMATS`.
 """
 
 from __future__ import annotations
 
-from ckpt_jax.restoring.formats.named import Format, NamedValues
-from ckpt_jax.restoring.formats.npz import NPZ
+import os
 
-FORMATS: tuple[Format, ...] = (NPZ,)
+from ckpt_jax.errors import CorruptCheckpointError
+from ckpt_jax.readers import Format, Reader, registered_formats
+from ckpt_jax.restoring.formats.npz import NPY, NPZ
+
+FORMATS: tuple[Format, ...] = (NPZ, NPY)
 
 
-def open_foreign(path: str) -> NamedValues | None:
-    """Opens what is at `path`, if a format takes it for its own."""
-    for format in FORMATS:
+def formats() -> tuple[Format, ...]:
+    """All formats besides our own, in the order in which they are asked."""
+    return (*registered_formats(), *FORMATS)
+
+
+def open_foreign(path: str) -> Reader | None:
+    """Opens what is at an absolute path, if a format recognises it.
+
+    Raises:
+      CorruptCheckpointError: it is damaged.
+    """
+    for format in formats():
         if format.recognises(path):
-            return NamedValues(format.open(path))
+            return format.open(path)
+    for format in formats():
+        if format.suffixes and path.lower().endswith(format.suffixes) and os.path.isfile(path):
+            raise CorruptCheckpointError(
+                f"{path}: damaged or incomplete: its name is that of a file of {format.name}, but "
+                "it does not begin like one",
+                file=path,
+            )
     return None
 
 
-__all__ = ["FORMATS", "Format", "NamedValues", "open_foreign"]
+__all__ = ["FORMATS", "formats", "open_foreign"]
