@@ -9,10 +9,11 @@ import os
 
 from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.readers import Format, Reader, registered_formats
+from ckpt_jax.restoring.formats.msgpack import MSGPACK
 from ckpt_jax.restoring.formats.npz import NPY, NPZ
 from ckpt_jax.restoring.formats.safetensors import SAFETENSORS
 
-FORMATS: tuple[Format, ...] = (SAFETENSORS, NPZ, NPY)
+FORMATS: tuple[Format, ...] = (SAFETENSORS, NPZ, NPY, MSGPACK)
 
 
 def formats() -> tuple[Format, ...]:
