@@ -9,7 +9,8 @@ The names leave two questions open. The first is whether a separator is part of 
 may have a dict with the key "mlp/linear_0". The tree assumes that it is not. `with_labels_of` cuts
 the names in the way that the objects of the program are named. The second question is whether `a/b`
 is the value of an object `b`, or a value called "b" that the object `a` owns. The tree assumes an
-object `b`. `own_values` corrects this for objects of the program that turn out to own values.
+object `b`. `own_values` corrects this for objects of the program that turn out to own values. It
+also opens boxes: nnx gives the value of a variable the name "value" below the variable.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from ckpt_jax.graph.labels import (
 )
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, object_keys
 from ckpt_jax.graph.specs import LeafSpec
+
+BOX = "value"  # what nnx calls the value of a variable
 
 
 def labels_of(name: str, separator: str = "/") -> tuple[str, ...]:
@@ -189,13 +192,15 @@ def own_values(saved: ObjectGraph, live: ObjectGraph, bound: Mapping[int, int]) 
     for source, target in bound.items():
         wanted = {a.name for a in live.nodes[target].attributes} if target >= 0 else ()
         edges: list[tuple[Label, int]] = []
+        has_box = wanted == {VARIABLE_VALUE} and not saved.nodes[source].attributes
         for label, child in nodes[source].children:
             entry = nodes[child]
-            if label not in wanted or entry.children or len(entry.attributes) != 1:
+            name = VARIABLE_VALUE if has_box and label == BOX else str(label)
+            if name not in wanted or entry.children or len(entry.attributes) != 1:
                 edges.append((label, child))
                 continue
             (value,) = entry.attributes
-            moved = _attribute(str(label), value.key, value.spec)
+            moved = _attribute(name, value.key, value.spec)
             own = (*nodes[source].attributes, moved)
             nodes[source] = replace(nodes[source], attributes=own)
             nodes[child] = replace(entry, attributes=())

@@ -35,6 +35,7 @@ from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.plain_slots import as_live
+from ckpt_jax.restoring.positions import slots_of_positions
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.values import host
 from ckpt_jax.values.leaves import struct_of
@@ -242,10 +243,7 @@ def adapt(
         saved = changed
         found = matcher(saved, live.graph)
     if saved.named:
-        changed = own_values(saved, live.graph, found.bound)
-        if changed is not saved:
-            saved = changed
-            found = matcher(saved, live.graph)
+        saved, found, renamed = _as_objects(saved, found, renamed, live, matcher, reader)
     paths = {**renamed.graph.other_paths(saved), **renamed.saved_paths}
     saved, resharded, problems = _with_resharded(saved, live, found, reader, known)
     as_wanted = replace(
@@ -260,6 +258,34 @@ def adapt(
         derived={**renamed.derived, **resharded},
     )
     return Adapted(as_wanted, found, known)
+
+
+def _as_objects(
+    saved: ObjectGraph,
+    found: Match,
+    renamed: Renamed,
+    live: LiveGraph,
+    matcher: Matcher,
+    reader: CheckpointReader,
+) -> tuple[ObjectGraph, Match, Renamed]:
+    """A graph of names in the form of the program's objects: values that objects own, and slots.
+
+    Returns:
+      The graph, its match, and `renamed` with the paths and derivations of new slots.
+    """
+
+    def owned() -> tuple[ObjectGraph, Match]:
+        changed = own_values(saved, live.graph, found.bound)
+        return (saved, found) if changed is saved else (changed, matcher(changed, live.graph))
+
+    saved, found = owned()
+    changed = slots_of_positions(
+        replace(renamed, graph=saved), live, found.bound, reader.object_graph
+    )
+    if changed.graph is saved:
+        return saved, found, renamed
+    saved, found = changed.graph, matcher(changed.graph, live.graph)
+    return (*owned(), replace(changed, graph=renamed.graph))
 
 
 def _adapter_of(obj: Any, path: str) -> CheckpointAdapter | None:
