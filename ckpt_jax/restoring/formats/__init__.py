@@ -12,8 +12,10 @@ from ckpt_jax.readers import Format, Reader, registered_formats
 from ckpt_jax.restoring.formats.msgpack import MSGPACK
 from ckpt_jax.restoring.formats.npz import NPY, NPZ
 from ckpt_jax.restoring.formats.safetensors import SAFETENSORS
+from ckpt_jax.restoring.formats.torch import TORCH
+from ckpt_jax.restoring.formats.torch_distributed import TORCH_DISTRIBUTED
 
-FORMATS: tuple[Format, ...] = (SAFETENSORS, NPZ, NPY, MSGPACK)
+FORMATS: tuple[Format, ...] = (SAFETENSORS, NPZ, NPY, TORCH, TORCH_DISTRIBUTED, MSGPACK)
 
 
 def formats() -> tuple[Format, ...]:
