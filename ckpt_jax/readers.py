@@ -98,6 +98,11 @@ class Reader(Protocol):
         """What is stored."""
         ...
 
+    @property
+    def unchecked(self) -> frozenset[str]:
+        """The keys of values that have no checksum, so that damage of them cannot be found."""
+        ...
+
     def graph(self) -> ObjectGraph | None:
         """The object graph; None if the checkpoint has none and its values are called by keys.
 

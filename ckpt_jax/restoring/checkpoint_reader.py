@@ -17,7 +17,7 @@ import numpy as np
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.as_tree import as_tree, is_tree
 from ckpt_jax.graph.boxes import Box
-from ckpt_jax.graph.dtypes import dtype_of
+from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, dtype_of
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
 from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.graph.saved_objects import SavedObject
@@ -128,6 +128,11 @@ class CheckpointReader:
         for key, what in self.disagreements():
             raise CorruptCheckpointError(f"{self.path}: {key}: {what}", file=self.path, key=key)
         return self._graph
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another library wrote the checkpoint."""
+        return self._own is None
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
         """(key, problem) for each value on which the object graph and the index disagree."""
@@ -308,6 +313,19 @@ class CheckpointReader:
     def stored_nbytes(self, key: str) -> int:
         """The size of a value in bytes."""
         return self._source.index.nbytes(key)
+
+    def refusals(self) -> dict[str, str]:
+        """Why a value is listed but cannot be read, by key; empty for most checkpoints."""
+        return {
+            attribute.key: attribute.spec.refusal
+            for _, attribute in (self._graph.attributes() if self._has_graph else ())
+            if attribute.spec.is_unreadable and attribute.spec.dtype != ANONYMOUS_BYTE
+        }
+
+    @property
+    def unchecked(self) -> frozenset[str]:
+        """The keys of values that have no checksum in the checkpoint."""
+        return self._source.unchecked
 
     def check_files(self) -> None:
         """Compares the sizes of all files with the sizes that they need; reads no value.

@@ -51,7 +51,6 @@ _PARTS = {DATA, SHARDS}  # of a checkpoint, besides its manifest
 _OTHERS = {
     "_CHECKPOINT_METADATA": "Orbax",
     "_METADATA": "Orbax",
-    ".metadata": "torch.distributed.checkpoint",
 }
 
 

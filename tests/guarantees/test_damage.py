@@ -117,7 +117,6 @@ def test_an_empty_directory_and_one_of_another_program_are_no_checkpoints(tmp_pa
     [
         ("a/_CHECKPOINT_METADATA", "Orbax"),
         ("a/_METADATA", "Orbax"),
-        ("a/.metadata", "torch.distributed.checkpoint"),
         ("a.index", "TensorFlow"),
     ],
 )

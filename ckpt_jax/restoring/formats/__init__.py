@@ -11,16 +11,31 @@ from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.readers import Format, Reader, registered_formats
 from ckpt_jax.restoring.formats.msgpack import MSGPACK
 from ckpt_jax.restoring.formats.npz import NPY, NPZ
+from ckpt_jax.restoring.formats.refused import REFUSED
 from ckpt_jax.restoring.formats.safetensors import SAFETENSORS
 from ckpt_jax.restoring.formats.torch import TORCH
 from ckpt_jax.restoring.formats.torch_distributed import TORCH_DISTRIBUTED
 
-FORMATS: tuple[Format, ...] = (SAFETENSORS, NPZ, NPY, TORCH, TORCH_DISTRIBUTED, MSGPACK)
+FORMATS: tuple[Format, ...] = (
+    *(SAFETENSORS, NPZ, NPY, TORCH, TORCH_DISTRIBUTED, MSGPACK),
+    *REFUSED,  # after all that can be read
+)
 
 
 def formats() -> tuple[Format, ...]:
     """All formats besides our own, in the order in which they are asked."""
     return (*registered_formats(), *FORMATS)
+
+
+def format_of(path: str) -> Format | None:
+    """The format that recognises what is at an absolute path; None if none does."""
+    return next((format for format in formats() if format.recognises(path)), None)
+
+
+def foreign_steps(directory: str) -> dict[int, str]:
+    """The checkpoints of other formats in a directory, by number; ascending."""
+    found = {number: path for each in formats() for number, path in each.steps(directory).items()}
+    return dict(sorted(found.items()))
 
 
 def open_foreign(path: str) -> Reader | None:
@@ -29,9 +44,9 @@ def open_foreign(path: str) -> Reader | None:
     Raises:
       CorruptCheckpointError: it is damaged.
     """
-    for format in formats():
-        if format.recognises(path):
-            return format.open(path)
+    format = format_of(path)
+    if format is not None:
+        return format.open(path)
     for format in formats():
         if format.suffixes and path.lower().endswith(format.suffixes) and os.path.isfile(path):
             raise CorruptCheckpointError(
@@ -42,4 +57,4 @@ def open_foreign(path: str) -> Reader | None:
     return None
 
 
-__all__ = ["FORMATS", "formats", "open_foreign"]
+__all__ = ["FORMATS", "foreign_steps", "format_of", "formats", "open_foreign"]
