@@ -87,7 +87,8 @@ class Node:
 class ObjectGraph:
     """Nodes, and the escaped path of each along its first breadth-first discovery.
 
-    `named` says that it was made of global names, for a file that has no object graph.
+    `named` says that it was made of global names, for a file that has no object graph, and
+    `ordered` that it was made of an order of values, for a file that does not even have names.
     `slot_aliases` has further (optimizer, variable, slot name) of slot variables, for variables
     that may as well be meant; see `matching.trace`.
     """
@@ -95,6 +96,7 @@ class ObjectGraph:
     nodes: tuple[Node, ...]
     object_keys: tuple[str, ...] = field(repr=False)
     named: bool = False
+    ordered: bool = False
     slot_aliases: Mapping[tuple[int, int, str], int] = field(default_factory=dict, repr=False)
 
     @cached_property

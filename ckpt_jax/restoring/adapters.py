@@ -34,6 +34,7 @@ from ckpt_jax.matching.match import Match
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
+from ckpt_jax.restoring.ordered import named_by_order
 from ckpt_jax.restoring.plain_slots import as_live
 from ckpt_jax.restoring.positions import slots_of_positions
 from ckpt_jax.restoring.rename import Renamed
@@ -218,7 +219,10 @@ def adapt(
     """
     saved, known = renamed.graph, dict(callbacks or {})
     ambiguous: list[tuple[str, str]] = []
-    if saved.named:
+    if saved.ordered:
+        saved, unlike = named_by_order(saved, live)
+        ambiguous = [("", what) for what in unlike]
+    elif saved.named:
         saved, ambiguous = with_labels_of(saved, live.graph)
     found = matcher(saved, live.graph)
     asked: set[int] = set()

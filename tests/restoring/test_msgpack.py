@@ -1,6 +1,5 @@
 """Flax's msgpack: what it holds, chunks, directories of steps, and hostile files."""
 
-import os
 import shutil
 
 import flax.linen as nn
@@ -144,8 +143,7 @@ def test_a_manager_goes_on_from_the_checkpoints_of_flax(runs):
     path = manager.save(101)
     fresh = ckpt.Checkpoint(step=0, w=jnp.zeros(2))
     assert ckpt.CheckpointManager(fresh, runs).restore_or_initialize() == path
-    assert fresh.step == 101 and sorted(os.listdir(runs))[:3] == sorted(os.listdir(runs))[:3]
-    assert (runs / "checkpoint_100").exists()
+    assert fresh.step == 101 and (runs / "checkpoint_100").exists()
 
 
 # --- damage --------------------------------------------------------------------------------

@@ -359,7 +359,7 @@ def test_hostile_files_are_refused_or_harmless(tmp_path, path, seed):
     assert found["refused"] > 10
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_hostile_pickles_are_refused_or_harmless(tmp_path, seed):
     with zipfile.ZipFile(NEW) as archive:
         data = {name: archive.read(name) for name in archive.namelist()}

@@ -9,6 +9,7 @@ import os
 
 from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.readers import Format, Reader, registered_formats
+from ckpt_jax.restoring.formats.equinox import EQUINOX
 from ckpt_jax.restoring.formats.msgpack import MSGPACK
 from ckpt_jax.restoring.formats.npz import NPY, NPZ
 from ckpt_jax.restoring.formats.refused import REFUSED
@@ -17,7 +18,7 @@ from ckpt_jax.restoring.formats.torch import TORCH
 from ckpt_jax.restoring.formats.torch_distributed import TORCH_DISTRIBUTED
 
 FORMATS: tuple[Format, ...] = (
-    *(SAFETENSORS, NPZ, NPY, TORCH, TORCH_DISTRIBUTED, MSGPACK),
+    *(SAFETENSORS, NPZ, EQUINOX, NPY, TORCH, TORCH_DISTRIBUTED, MSGPACK),
     *REFUSED,  # after all that can be read
 )
 
