@@ -103,6 +103,7 @@ def with_labels_of(
         for node, labels in _places(live, 0)
         for attribute in live.nodes[node].attributes
     ]
+    wanted += _places_of_slots(live)
     by_text: dict[str, list[Labels]] = {}
     for labels in stored:
         by_text.setdefault(_text(labels), []).append(labels)
@@ -144,6 +145,17 @@ def _places(graph: ObjectGraph, root: int) -> Iterator[tuple[int, Labels]]:
             if child not in labels:
                 labels[child] = (*labels[node], local_name(label))
                 queue.append(child)
+
+
+def _places_of_slots(graph: ObjectGraph) -> list[Labels]:
+    """Where slot variables lie if they are no slots: below their optimizer, under the name of the
+    slot and the labels of their variable."""
+    places: dict[int, Labels] = dict(_places(graph, 0))
+    return [
+        (*places[optimizer], slot.name, *places[slot.variable])
+        for optimizer, slot in graph.slots()
+        if optimizer in places and slot.variable in places
+    ]
 
 
 def _moved(

@@ -21,6 +21,7 @@ from ckpt_jax.graph.labels import (
     VARIABLE_VALUE,
     Label,
     escaped_names,
+    local_name,
     path_of,
     slot_key,
 )
@@ -226,6 +227,20 @@ def object_keys(nodes: Sequence[Node]) -> tuple[str, ...]:
             slots.append(slot.node)
     walk(slots)
     return tuple([keys.get(node, f".N{node}") for node in range(len(nodes))])
+
+
+def local_names(nodes: Sequence[Node], separator: str) -> list[str]:
+    """For each node of a tree, the local names on the way to it, joined with a separator. A node
+    comes before its children.
+
+    >>> local_names([Node(children=(("a", 1),)), Node(children=((0, 2),)), Node()], ".")
+    ['', 'a', 'a.0']
+    """
+    names = [""] * len(nodes)
+    for parent, node in enumerate(nodes):
+        for label, child in node.children:
+            names[child] = separator.join([*filter(None, [names[parent]]), local_name(label)])
+    return names
 
 
 def reachable(graph: ObjectGraph, roots: list[int]) -> set[int]:

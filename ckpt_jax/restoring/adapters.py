@@ -29,13 +29,13 @@ from ckpt_jax.graph.dtypes import converted
 from ckpt_jax.graph.global_names import own_values, with_labels_of
 from ckpt_jax.graph.labels import Label, local_name, object_key_of, path_of
 from ckpt_jax.graph.nodes import ObjectGraph, object_keys
+from ckpt_jax.graph.plain_slots import as_live
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.match import Match
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.ordered import named_by_order
-from ckpt_jax.restoring.plain_slots import as_live
 from ckpt_jax.restoring.positions import slots_of_positions
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.values import host

@@ -20,6 +20,7 @@ from ckpt_jax.graph.boxes import Box
 from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, dtype_of
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
 from ckpt_jax.graph.nodes import ObjectGraph
+from ckpt_jax.graph.plain_slots import slots_as_children
 from ckpt_jax.graph.saved_objects import SavedObject
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.io import read_values
@@ -28,7 +29,6 @@ from ckpt_jax.readers import Reader
 from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.restoring.formats import open_foreign
 from ckpt_jax.restoring.formats.own import OwnReader
-from ckpt_jax.restoring.plain_slots import slots_as_children
 from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.store.storage import POSIX, Storage
 from ckpt_jax.values.host import without_gc
@@ -68,15 +68,26 @@ class CheckpointReader:
         self._own: OwnReader | None = None
         foreign = open_foreign(absolute(self.path))
         if foreign is not None:
-            self.location = foreign.path
-            self.generation, self._identity = foreign.identity(), foreign.identity
-            self._source: Reader = foreign
+            self._read_from(foreign)
             return
         self.location = storage.located(self.path)
         self._identity = lambda: storage.generation(self.location)
         self.generation = self._identity()
         with self._unless_replaced():
             self._source = self._own = OwnReader(storage, self.location, self.path)
+
+    @classmethod
+    def over(cls, source: Reader) -> CheckpointReader:
+        """A reader of what another one has opened."""
+        reader = cls.__new__(cls)
+        reader.path, reader._own = source.path, None
+        reader._read_from(source)
+        return reader
+
+    def _read_from(self, source: Reader) -> None:
+        self.location = source.path
+        self.generation, self._identity = source.identity(), source.identity
+        self._source: Reader = source
 
     def __repr__(self) -> str:
         return f"CheckpointReader({self.path!r})"

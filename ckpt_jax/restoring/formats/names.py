@@ -8,8 +8,8 @@ from typing import Any
 
 from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.graph.global_names import graph_of
-from ckpt_jax.graph.labels import VARIABLE_VALUE, Label, canonical, local_name
-from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, object_keys
+from ckpt_jax.graph.labels import VARIABLE_VALUE, Label, canonical
+from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, local_names, object_keys
 from ckpt_jax.readers import Extent, Stored
 from ckpt_jax.values.leaves import describe, encode
 
@@ -79,7 +79,7 @@ def graph_of_tree(tree: Any, separator: str | None = None) -> tuple[dict[str, St
         for container, children in zip(containers, edges, strict=True)
     ]
     keys = object_keys(bare)
-    names = _names(bare, separator) if separator else keys
+    names = local_names(bare, separator) if separator else keys
     by_key: dict[str, Stored] = {}
     nodes = []
     for node, name, value in zip(bare, names, values, strict=True):
@@ -92,15 +92,6 @@ def graph_of_tree(tree: Any, separator: str | None = None) -> tuple[dict[str, St
             node = replace(node, attributes=(attribute,))
         nodes.append(node)
     return by_key, ObjectGraph(tuple(nodes), keys, named=True)
-
-
-def _names(nodes: list[Node], separator: str) -> list[str]:
-    """The local names on the way to each node of a tree, joined with a separator."""
-    names = [""] * len(nodes)
-    for parent, node in enumerate(nodes):  # parents come before their children
-        for label, child in node.children:
-            names[child] = separator.join([*filter(None, [names[parent]]), local_name(label)])
-    return names
 
 
 def stored_value(value: Any) -> Stored:
