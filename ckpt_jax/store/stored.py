@@ -164,6 +164,9 @@ class ExtentsReader:
         refused = [f"{key}: {spec.refusal}" for key, spec in specs.items() if not is_readable(spec)]
         if refused:
             raise UnsupportedFormatError("\n  ".join([f"{self.path}: {refused[0]}", *refused[1:]]))
+        for key, _ in requests:
+            if damage := self.index.values[key].damage:
+                raise self._files.damage(self.path, damage, key)
         for key, boxes in requests:
             spec = specs[key]
             for box in boxes:
@@ -211,7 +214,7 @@ class ExtentsReader:
 def _problem(stored: Stored, files: Files) -> str | None:
     """What is wrong with the extents of a value; None if nothing is."""
     spec, extents = stored.spec, stored.extents
-    if not is_readable(spec):
+    if not is_readable(spec) or stored.damage:
         return None
     if spec.is_bytes:
         itemsize, boxes = stored.nbytes, [()]
