@@ -10,8 +10,9 @@ Objects are saved as a graph, and a restore matches them by the names of the edg
 See `Checkpoint` for objects, `save`, `restore` and `load` for trees, and `io` to write savers.
 """
 
-from ckpt_jax import io, metrics
+from ckpt_jax import io, metrics, readers
 from ckpt_jax.api.checkpoint import Checkpoint
+from ckpt_jax.api.export import convert, export
 from ckpt_jax.api.frozen import FrozenSaver
 from ckpt_jax.api.inspect import (
     CheckpointView,
@@ -71,9 +72,10 @@ from ckpt_jax.options import (
     ShardByDevice,
     ShardByProcess,
 )
+from ckpt_jax.readers import register_format
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.adapters import CheckpointAdapter, ReshardCallback
-from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.transforms import Cast, Stack, Transpose, Unstack
 from ckpt_jax.retention import (
     CheckpointRecord,
@@ -83,7 +85,7 @@ from ckpt_jax.retention import (
     KeepLatest,
     RetentionPolicy,
 )
-from ckpt_jax.state_file import CheckpointState, get_checkpoint_state
+from ckpt_jax.store.state_file import CheckpointState, get_checkpoint_state
 from ckpt_jax.version import __version__ as __version__
 
 __all__ = [
@@ -140,6 +142,8 @@ __all__ = [
     "Variable",
     "VerifyReport",
     "checkpoints_iterator",
+    "convert",
+    "export",
     "get_checkpoint_state",
     "io",
     "latest_checkpoint",
@@ -155,7 +159,9 @@ __all__ = [
     "optax_state",
     "plan_restore",
     "preflight",
+    "readers",
     "register_checkpoint_saver",
+    "register_format",
     "register_serializable",
     "register_view",
     "registration_scope",

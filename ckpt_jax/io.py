@@ -20,13 +20,13 @@ import numpy as np
 from ckpt_jax.graph.boxes import Box, whole
 from ckpt_jax.graph.dtypes import LossyConversionError, converted
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
+from ckpt_jax.readers import Contents
 from ckpt_jax.store import merge as _merge
 from ckpt_jax.store import shard as _shard
 from ckpt_jax.store.fetch import ShardedReader
 from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.shard import Slice
 from ckpt_jax.store.storage import POSIX, Pinned
-from ckpt_jax.store.tiling import Layout
 from ckpt_jax.values import host
 from ckpt_jax.values.leaves import encode
 
@@ -193,40 +193,27 @@ def read_slices(
 
     Source: TensorFlow's RestoreV2.
     """
-    pinned = Pinned(as_path(prefix, "prefix"), POSIX)
+    path = as_path(prefix, "prefix")
+    pinned = Pinned.of(path, POSIX.located(path), POSIX)
     with pinned.unless_replaced(), ShardedReader(pinned.location) as reader:
         return read_values(reader, requests, options)
 
 
-class Contents(Protocol):
-    """The table of contents of a source; `store.index.Index` is one."""
+class Values(Protocol):
+    """What values are read from; a part of `readers.Reader`, which documents it."""
 
     @property
-    def keys(self) -> tuple[str, ...]: ...
-    def __contains__(self, key: object) -> bool: ...
-    def layout_of(self, key: str) -> Layout: ...
-    def nbytes(self, key: str) -> int: ...
-
-
-class Source(Protocol):
-    """Something that values are read from. `store.fetch.ShardedReader` is one and documents it."""
-
-    directory: str
-    bytes_read: int
-
+    def path(self) -> str: ...
     @property
     def index(self) -> Contents: ...
-    def extra(self, name: str) -> bytes | None: ...
     def read_bytes(self, key: str) -> bytes: ...
     def read(
         self, requests: Sequence[tuple[str, Sequence[Box]]], *, max_inflight_bytes: int
     ) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]: ...
-    def check_files(self) -> None: ...
-    def close(self) -> None: ...
 
 
 def read_values(
-    reader: Source,
+    reader: Values,
     requests: Mapping[str, jax.ShapeDtypeStruct | Box | None],
     options: CheckpointOptions = DEFAULT,
     arrived: Callable[[int], object] = lambda nbytes: None,
@@ -241,7 +228,7 @@ def read_values(
     unplaced: dict[str, np.ndarray] = {}
     for key, request in requests.items():
         if key not in reader.index:
-            raise KeyError(f"{reader.directory} has no value under the key {key!r}")
+            raise KeyError(f"{reader.path} has no value under the key {key!r}")
         wanted = _wanted(reader, key, request)
         if wanted is None:
             results[key] = reader.read_bytes(key)
@@ -275,7 +262,7 @@ def read_values(
 
 
 def _wanted(
-    reader: Source, key: str, request: jax.ShapeDtypeStruct | Box | None
+    reader: Values, key: str, request: jax.ShapeDtypeStruct | Box | None
 ) -> tuple[Box, ...] | None:
     """The boxes to read for a request; None for a byte string."""
     layout = reader.index.layout_of(key)

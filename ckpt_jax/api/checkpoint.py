@@ -32,15 +32,15 @@ from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import Context, current_context
 from ckpt_jax.processes.meeting import Meeting
 from ckpt_jax.report import near_miss, nearest
-from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.rename import rename as renamed
 from ckpt_jax.restoring.rules import Rule
 from ckpt_jax.restoring.run import broadcast_meeting
 from ckpt_jax.restoring.waiting import Restoration
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import Bookkeeping, SaveRuns, Unrecorded
-from ckpt_jax.state_file import record_latest
 from ckpt_jax.store.paths import as_path, resolved
+from ckpt_jax.store.state_file import record_latest
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -239,7 +239,7 @@ class Checkpoint(AutoTrackable):
         if path is None:
             return LoadStatus(None, self._trace_for_restore)
         with context.meter.restoring(lambda: CheckpointReader(path, context.storage)) as reader:
-            saved = renamed(reader.object_graph, rename)
+            saved = renamed(reader.graph_to_restore, rename)
             restoration = Restoration(reader.path, saved, options, self._trace_for_restore, context)
             root = restoration.run(reader, meeting)
         if self.__dict__["_self_rooted"] and root is not self._root_object():

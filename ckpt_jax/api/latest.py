@@ -22,8 +22,8 @@ from contextlib import suppress
 
 from ckpt_jax.errors import CheckpointError, UnsupportedFormatError
 from ckpt_jax.options import Path
-from ckpt_jax.restoring.reader import CheckpointReader
-from ckpt_jax.state_file import STATE_FILE, CheckpointState, get_checkpoint_state
+from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
+from ckpt_jax.restoring.formats import foreign_steps
 from ckpt_jax.store.directory import (
     checkpoints_in,
     is_checkpoint,
@@ -38,6 +38,7 @@ from ckpt_jax.store.notes import read_notes
 from ckpt_jax.store.paths import absolute, as_path, require_room
 from ckpt_jax.store.presence import is_taken
 from ckpt_jax.store.staging import held, staging_name
+from ckpt_jax.store.state_file import STATE_FILE, CheckpointState, get_checkpoint_state
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -48,10 +49,11 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
     The state file says which one that is. If that one is gone or damaged, the usable one with the
     next smaller number is taken, and a warning says so. Checkpoints on a branch that the program
     left by going back are not taken. If no state file can be read, the usable checkpoint with the
-    largest number in its name is taken, and a warning says so, too.
+    largest number in its name is taken, and a warning says so, too. If the directory has no
+    checkpoint of this library, the usable one of another library with the largest step is taken.
 
     Args:
-      directory: where `Checkpoint.save` or a manager saved.
+      directory: where `Checkpoint.save`, a manager, or a manager of Orbax saved.
       latest_filename: name of the state file; "checkpoint" by default. If it is given, and this
         file cannot be read, no checkpoint is found.
 
@@ -60,8 +62,8 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
 
     Raises:
       ValueError: the state file names no checkpoint, and the directory holds none with a number.
-      UnsupportedFormatError: the directory holds only checkpoints of another library, or the latest
-        one is of another library or of a newer format.
+      UnsupportedFormatError: the directory holds only checkpoints that cannot be read here, or the
+        latest one is of a newer format.
       OSError: something could not be looked at, so it is not known which one is the latest.
 
     Source: `tf.train.latest_checkpoint`, which returns None if the latest is gone, or if there is
@@ -94,6 +96,8 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
     _refuse_unsupported(latest)
     _warn_of_problem(latest, problem)
     path = _first_usable(older_checkpoints(directory, latest))
+    if path is None:
+        path = _first_usable(reversed(foreign_steps(directory).values()))
     if path is not None:
         _log.warning("falling back to %s, the newest usable checkpoint", path)
     return path
@@ -155,14 +159,17 @@ def _newest_by_name(directory: str) -> str | None:
     """The newest checkpoint of a directory without a state file, by the numbers in the names."""
     numbered = _numbered(directory)
     names = [] if numbered else visible_in(directory)
+    if not numbered and not names:
+        steps = foreign_steps(directory)
+        if not steps:
+            refuse_others(directory)
+        return _first_usable(reversed(steps.values()))
     if names:
         _log.warning(
             "%s: expected a state file or checkpoints with a number in their names, found %s. "
             "It is not known which one is the latest. Restore one of them by its path.",
             *(directory, ", ".join(names)),
         )
-    elif not numbered:
-        refuse_others(directory)
     path = _first_usable(os.path.join(directory, name) for name in reversed(numbered))
     if path is not None:
         _log.warning(

@@ -31,7 +31,7 @@ from ckpt_jax.objects.registry import IsExactly, register_checkpoint_saver
 from ckpt_jax.objects.views import View, add_view
 from ckpt_jax.options import DEFAULT
 from ckpt_jax.processes.current import current
-from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.run import EVERYTHING, plan_matched
 from ckpt_jax.saving.pipeline import encoded_values

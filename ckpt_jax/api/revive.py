@@ -56,7 +56,7 @@ from ckpt_jax.objects.views import View, view_of
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
 from ckpt_jax.report import ReportEntry
-from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.run import Demand, plan_matched
 from ckpt_jax.saving.pipeline import SaveRequest

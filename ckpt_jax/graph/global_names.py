@@ -9,7 +9,8 @@ The names leave two questions open. The first is whether a separator is part of 
 may have a dict with the key "mlp/linear_0". The tree assumes that it is not. `with_labels_of` cuts
 the names in the way that the objects of the program are named. The second question is whether `a/b`
 is the value of an object `b`, or a value called "b" that the object `a` owns. The tree assumes an
-object `b`. `own_values` corrects this for objects of the program that turn out to own values.
+object `b`. `own_values` corrects this for objects of the program that turn out to own values. It
+also opens boxes: nnx gives the value of a variable the name "value" below the variable.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from ckpt_jax.graph.labels import (
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, object_keys
 from ckpt_jax.graph.specs import LeafSpec
 
+BOX = "value"  # what nnx calls the value of a variable
+
 
 def labels_of(name: str, separator: str = "/") -> tuple[str, ...]:
     """The labels that a global name consists of.
@@ -38,13 +41,18 @@ def labels_of(name: str, separator: str = "/") -> tuple[str, ...]:
     return tuple([raw if readable(raw := unescape(part)) == part else part for part in parts])
 
 
-def graph_of(specs: Mapping[str, LeafSpec]) -> ObjectGraph:
+def graph_of(specs: Mapping[str, LeafSpec], separator: str | None = None) -> ObjectGraph:
     """The tree of a name-based checkpoint. The key of each value is its name.
+
+    Args:
+      specs: of the values, by name.
+      separator: between the parts of a name. By default it is "/", or "." if no name has a "/".
 
     Raises:
       ValueError: two names give the same path.
     """
-    separator = "/" if any("/" in name for name in specs) else "."
+    if separator is None:
+        separator = "/" if any("/" in name for name in specs) else "."
     nodes = [Node(container="dict")]
     edges: list[dict[Label, int]] = [{}]
     for name, spec in specs.items():
@@ -95,6 +103,7 @@ def with_labels_of(
         for node, labels in _places(live, 0)
         for attribute in live.nodes[node].attributes
     ]
+    wanted += _places_of_slots(live)
     by_text: dict[str, list[Labels]] = {}
     for labels in stored:
         by_text.setdefault(_text(labels), []).append(labels)
@@ -136,6 +145,17 @@ def _places(graph: ObjectGraph, root: int) -> Iterator[tuple[int, Labels]]:
             if child not in labels:
                 labels[child] = (*labels[node], local_name(label))
                 queue.append(child)
+
+
+def _places_of_slots(graph: ObjectGraph) -> list[Labels]:
+    """Where slot variables lie if they are no slots: below their optimizer, under the name of the
+    slot and the labels of their variable."""
+    places: dict[int, Labels] = dict(_places(graph, 0))
+    return [
+        (*places[optimizer], slot.name, *places[slot.variable])
+        for optimizer, slot in graph.slots()
+        if optimizer in places and slot.variable in places
+    ]
 
 
 def _moved(
@@ -184,13 +204,15 @@ def own_values(saved: ObjectGraph, live: ObjectGraph, bound: Mapping[int, int]) 
     for source, target in bound.items():
         wanted = {a.name for a in live.nodes[target].attributes} if target >= 0 else ()
         edges: list[tuple[Label, int]] = []
+        has_box = wanted == {VARIABLE_VALUE} and not saved.nodes[source].attributes
         for label, child in nodes[source].children:
             entry = nodes[child]
-            if label not in wanted or entry.children or len(entry.attributes) != 1:
+            name = VARIABLE_VALUE if has_box and label == BOX else str(label)
+            if name not in wanted or entry.children or len(entry.attributes) != 1:
                 edges.append((label, child))
                 continue
             (value,) = entry.attributes
-            moved = _attribute(str(label), value.key, value.spec)
+            moved = _attribute(name, value.key, value.spec)
             own = (*nodes[source].attributes, moved)
             nodes[source] = replace(nodes[source], attributes=own)
             nodes[child] = replace(entry, attributes=())

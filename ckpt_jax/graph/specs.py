@@ -44,6 +44,7 @@ class LeafSpec:
       shape: shape of the whole array; () for everything that is no array.
       weak_type: whether JAX took the dtype from a Python scalar.
       prng_impl: of a PRNG key, the name of its implementation.
+      note: of an unreadable value, why it cannot be read and what to do about it.
 
     >>> spec = LeafSpec("array", "float32", (4, 3))
     >>> str(spec), spec.is_array, spec.is_placed, spec.is_number
@@ -55,6 +56,7 @@ class LeafSpec:
     shape: tuple[int, ...] = ()
     weak_type: bool = False
     prng_impl: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
         if self.is_key:
@@ -100,6 +102,15 @@ class LeafSpec:
     @property
     def is_unreadable(self) -> bool:
         return self.kind == "unreadable"
+
+    @property
+    def refusal(self) -> str:
+        """Of an unreadable value: why it cannot be read, and what to do."""
+        note = self.note or (
+            f"the dtype {self.dtype} does not say what the array holds. Restore it with a target "
+            "that says it"
+        )
+        return f"{note}, or leave it out (only=...)"
 
 
 @dataclass(frozen=True, slots=True)

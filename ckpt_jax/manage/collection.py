@@ -35,12 +35,12 @@ from ckpt_jax.manage.ledger import (
     write_ledger,
 )
 from ckpt_jax.retention import CheckpointRecord, RetentionPolicy, Sweep, plan_sweep
-from ckpt_jax.state_file import state_text
 from ckpt_jax.store.directory import number_of
 from ckpt_jax.store.guard import guarded
 from ckpt_jax.store.notes import NOTES_FILE
 from ckpt_jax.store.presence import is_taken, names_in
 from ckpt_jax.store.staging import STAGING, remove_abandoned, why_kept
+from ckpt_jax.store.state_file import state_text
 from ckpt_jax.store.storage import POSIX
 
 _log = logging.getLogger("ckpt_jax")

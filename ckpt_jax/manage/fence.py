@@ -22,7 +22,7 @@ import socket
 from collections.abc import Mapping
 
 from ckpt_jax.errors import SupersededError
-from ckpt_jax.state_file import Writer, replace_writers, writers_of
+from ckpt_jax.store.state_file import Writer, replace_writers, writers_of
 
 
 class Fence:

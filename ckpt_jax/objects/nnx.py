@@ -16,13 +16,21 @@ from flax import nnx
 from flax.nnx.training.optimizer import OptVariable
 
 from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
-from ckpt_jax.objects.optax_states import StateLeaf, flatten, is_leaf, is_masked, layout_of
+from ckpt_jax.objects.optax_states import (
+    StateLeaf,
+    flatten,
+    is_leaf,
+    is_masked,
+    layout_of,
+    places_in,
+)
 from ckpt_jax.objects.pytrees import DictView
 from ckpt_jax.objects.state import NoDependency
 from ckpt_jax.objects.views import (
     OptimizerView,
     ParameterPath,
     SlotEntry,
+    StatePlace,
     View,
     add_view,
     view_of,
@@ -91,6 +99,9 @@ class NnxOptimizerView(NnxObjectView, OptimizerView):
             for leaf in layout
             if leaf.parameter is not None
         ]
+
+    def places(self, obj: Any) -> Iterable[StatePlace]:
+        return places_in(obj.opt_state, _state_of(obj)[0], ("opt_state",))
 
     def parameters(self, obj: Any) -> Any | None:
         return vars(obj).get("model")

@@ -30,6 +30,7 @@ from ckpt_jax.objects.views import (
     OptimizerView,
     ParameterPath,
     SlotEntry,
+    StatePlace,
     View,
     add_view,
     view_of,
@@ -119,6 +120,16 @@ def _numbered(leaves: Iterable[StateLeaf]) -> tuple[StateLeaf, ...]:
         count[leaf.name, leaf.parameter] += 1
         numbered.append(leaf._replace(name=f"{leaf.name}#{number}") if number else leaf)
     return tuple(numbered)
+
+
+def places_in(
+    state: Any, layout: Iterable[StateLeaf], above: tuple[Label, ...] = ()
+) -> list[StatePlace]:
+    """Where the described leaves lie in a state; `above` are the labels that lead to it."""
+    paths = [path.steps for path, _ in flatten(state)[0]]
+    return [
+        StatePlace(leaf.name, leaf.parameter, (*above, *paths[leaf.position])) for leaf in layout
+    ]
 
 
 class Parameters:
@@ -311,6 +322,9 @@ class OptaxStateView(OptimizerView):
             for leaf in obj.layout
             if leaf.parameter is not None
         ]
+
+    def places(self, obj: OptaxState) -> Iterable[StatePlace]:
+        return places_in(obj.opt_state, obj.layout)
 
     def parameters(self, obj: OptaxState) -> Any | None:
         return obj._params

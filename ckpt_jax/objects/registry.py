@@ -153,14 +153,25 @@ def unregister_checkpoint_saver(name: str) -> None:
     del _savers[get_saver(name).name]
 
 
+_other_registries: list[list[Any]] = []
+
+
+def undone_with_registrations(registry: list[Any]) -> None:
+    """Lets `registration_scope` undo what is added to a list as well."""
+    _other_registries.append(registry)
+
+
 @contextlib.contextmanager
 def registration_scope() -> Iterator[None]:
-    """Undoes, on leaving, the registrations of savers, classes and views that were made inside."""
+    """Undoes, on leaving, the registrations of savers, classes, views and formats made inside."""
     savers, classes = dict(_savers), dict(_classes)
+    others = [list(registry) for registry in _other_registries]
     try:
         with view_registration_scope():
             yield
     finally:
+        for registry, before in zip(_other_registries, others, strict=True):
+            registry[:] = before
         _savers.clear()
         _savers.update(savers)
         _classes.clear()

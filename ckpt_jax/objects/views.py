@@ -94,8 +94,27 @@ class SlotEntry(NamedTuple):
     value: Any
 
 
+class StatePlace(NamedTuple):
+    """The place of a value in the state that an optimizer keeps, as its library nests it.
+
+    Attributes:
+      name: of the slot or of the child.
+      variable: the variable that a slot belongs to; None for a child.
+      steps: the labels on the way from the optimizer.
+    """
+
+    name: str
+    variable: ParameterPath | None
+    steps: tuple[Label, ...]
+
+
 class OptimizerView(View):
     """A view of objects that may have slot variables."""
+
+    def places(self, obj: Any) -> Iterable[StatePlace]:
+        """Where slots and children lie in files that hold the state by position; none if the
+        state has no other form than this view."""
+        return ()
 
     def slots(self, obj: Any) -> Iterable[SlotEntry]:
         """The slot variables.
@@ -164,6 +183,10 @@ class ForwardingView(OptimizerView):
     def slots(self, obj: Any) -> Iterable[SlotEntry]:
         view, inner = self.shown(obj)
         return slots_of(view, inner)
+
+    def places(self, obj: Any) -> Iterable[StatePlace]:
+        view, inner = self.shown(obj)
+        return view.places(inner) if isinstance(view, OptimizerView) else ()
 
     def parameters(self, obj: Any) -> Any | None:
         view, inner = self.shown(obj)

@@ -1,6 +1,6 @@
 """The way in: from a checkpoint to restored objects.
 
-reader      a checkpoint by its keys, of this library's format or of another (`formats`)
+checkpoint_reader  a checkpoint by its keys, of this format or of another (`formats`)
 rename      the saved graph under other names and in other shapes (`transforms`)
 adapters    the saved graph as a class says that its older checkpoints are read
 derived     values that are made of stored ones

@@ -22,7 +22,7 @@ from ckpt_jax.graph.boxes import Box, whole
 from ckpt_jax.graph.dtypes import LossyConversionError, converted, dtype_of
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.restoring.adapters import Resharded
-from ckpt_jax.restoring.reader import CheckpointReader
+from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.transforms import Derivation, Derived
 from ckpt_jax.store.batches import batches
 from ckpt_jax.values import host

@@ -26,12 +26,12 @@ from ckpt_jax.processes.context import Context
 from ckpt_jax.processes.meeting import Meeting, Processes
 from ckpt_jax.report import ReportEntry, RestoreReport, describe_problems
 from ckpt_jax.restoring.adapters import adapt
+from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.derived import DerivedReader
 from ckpt_jax.restoring.execute import execute, is_abstract, nbytes_to_read
 from ckpt_jax.restoring.identity import Places
 from ckpt_jax.restoring.moved import suggested_rename
 from ckpt_jax.restoring.precedence import Rank
-from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.shardings import placed
 from ckpt_jax.store.paths import as_path
@@ -281,6 +281,8 @@ def plan_values(
         saved_paths=saved.saved_paths,
         only=only,
         skip_slots=options.skip_slot_variables,
+        consumed=saved.consumed,
+        notes=saved.notes,
     )
     problems = (*saved.problems, *[ReportEntry(where, what=what) for where, what in wrong])
     report = _with_changes(reads, saved, live)

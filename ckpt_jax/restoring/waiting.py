@@ -8,7 +8,6 @@ alive.
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
@@ -27,9 +26,9 @@ from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.processes.context import Context
 from ckpt_jax.processes.meeting import Meeting
 from ckpt_jax.restoring.adapters import Matcher, ReshardCallback, adapt
+from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.identity import Bindings, Place, Places
 from ckpt_jax.restoring.precedence import Rank
-from ckpt_jax.restoring.reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.run import Demand, broadcast_meeting, plan_matched
 from ckpt_jax.values import host
@@ -71,10 +70,10 @@ class _LeftOver:
     this object must not refer to the restoration.
     """
 
-    def __init__(self, path: str, saved: ObjectGraph):
+    def __init__(self, path: str, renamed: Renamed):
         self.path = path
-        self.saved = saved
-        self.nodes = {node for node, _ in saved.attributes()}
+        self.saved = renamed.graph
+        self.nodes = {node for node, _ in self.saved.attributes()} - renamed.consumed
         self.is_expected = False
 
     def log(self) -> None:
@@ -117,7 +116,7 @@ class Restoration:
         self.options = options
         self._context = context
         self.nbytes = 0
-        self.left_over = _LeftOver(path, renamed.graph)
+        self.left_over = _LeftOver(path, renamed)
         weakref.finalize(self, self.left_over.log)  # at the interpreter's exit, too
         self._rank = Rank()
         self._bindings = Bindings()
@@ -200,27 +199,25 @@ class Restoration:
 
     @contextmanager
     def _unchanged_reader(self) -> Iterator[CheckpointReader]:
-        """A reader of the checkpoint. For a directory it holds no open files, and is used again."""
-        storage = self._context.storage
-        if storage.generation(self._location) != self._generation:
+        """A reader of the checkpoint, which holds no open files between reads."""
+        try:
+            reader = self._reader or CheckpointReader(self._location, self._context.storage)
+            reader.check_not_replaced()
+            if reader.generation != self._generation:
+                raise CheckpointNotFoundError(f"there is another checkpoint at {self._location}")
+        except CheckpointNotFoundError as error:
             self._reader = None
             raise CheckpointNotFoundError(
                 f"{self.path} was replaced or removed since it was restored; values of it that "
                 "still wait are lost. Restore a checkpoint that is there, or keep this one until "
                 "all objects exist."
-            )
-        reader = self._reader or CheckpointReader(self._location, storage)
+            ) from error
+        self._reader = reader
         try:
             yield reader
         except CorruptCheckpointError as error:
             reader.check_not_replaced(error)
             raise
-        finally:
-            if os.path.isdir(self._location):
-                self._reader = reader
-            else:
-                self._reader = None
-                reader.close()
 
     def _create_slots(self, live: LiveGraph) -> bool:
         """Asks optimizers that can make slot variables for those that they lack."""

@@ -30,7 +30,7 @@ from ckpt_jax.store.durable import fsync_directory, make_directories
 from ckpt_jax.store.manifest import MANIFEST, META
 from ckpt_jax.store.merge import SHARDS
 from ckpt_jax.store.paths import require_addressable, require_room, resolved
-from ckpt_jax.store.presence import is_directory, is_file, is_taken, names_in, status_of
+from ckpt_jax.store.presence import is_directory, is_file, is_taken, names_in
 from ckpt_jax.store.staging import (
     STAGING,
     Held,
@@ -53,7 +53,6 @@ _PARTS = {META, SHARDS}  # of a checkpoint, besides its manifest
 _OTHERS = {
     "_CHECKPOINT_METADATA": "Orbax",
     "_METADATA": "Orbax",
-    ".metadata": "torch.distributed.checkpoint",
 }
 
 
@@ -150,7 +149,7 @@ def _other_library(path: str) -> str | None:
     for name, library in _OTHERS.items():
         if is_file(os.path.join(path, name)):
             return library
-    return "TensorFlow" if status_of(path) is None and is_file(f"{path}.index") else None
+    return None
 
 
 def others_in(directory: str) -> dict[str, str]:

@@ -130,6 +130,11 @@ class ShardedReader:
         self._streams: dict[int, _StreamReader] = {}
         self._geometries: dict[tuple[int, tuple[Box, ...], bool], Geometry] = {}
 
+    @property
+    def path(self) -> str:
+        """The directory."""
+        return self.directory
+
     def __enter__(self) -> ShardedReader:
         return self
 

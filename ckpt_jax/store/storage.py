@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -96,21 +96,36 @@ class Pinned:
 
     Args:
       path: of the checkpoint.
-      storage: where it lies.
+      location: where the path leads. Readers go on reading there, even if a link is moved on, or if
+        the program changes its working directory.
+      identity: gives a value that changes if another checkpoint takes the place.
+      entries: gives a value that changes if something is added or removed there.
 
     Attributes:
-      path: the same.
-      location: where the path led. Readers go on reading there, even if a link is moved on, or if
-        the program changes its working directory.
+      path, location: the same.
       generation: distinguishes the checkpoint from others that may take its place.
     """
 
-    def __init__(self, path: str, storage: Storage):
-        self.path = path
-        self.location = storage.located(path)
-        self.generation = storage.generation(self.location)
-        self._entries = storage.entries(self.location)
-        self._storage = storage
+    def __init__(
+        self,
+        path: str,
+        location: str,
+        identity: Callable[[], Hashable | None],
+        entries: Callable[[], Hashable] = lambda: None,
+    ):
+        self.path, self.location = path, location
+        self._identity, self._entries = identity, entries
+        self.generation, self._entries_before = identity(), entries()
+
+    @classmethod
+    def of(cls, path: str, location: str, storage: Storage) -> Pinned:
+        """A checkpoint of this library."""
+        return cls(
+            path,
+            location,
+            lambda: storage.generation(location),
+            lambda: storage.entries(location),
+        )
 
     def check(self, error: Exception | None = None) -> None:
         """Checks that the checkpoint is still the one that was opened.
@@ -123,9 +138,9 @@ class Pinned:
           CheckpointNotFoundError: it was replaced or removed; `error` is the cause.
           OSError: this is not known.
         """
-        is_same = self._storage.generation(self.location) == self.generation
+        is_same = self._identity() == self.generation
         if is_same and error is not None:
-            is_same = self._storage.entries(self.location) == self._entries
+            is_same = self._entries() == self._entries_before
         if not is_same:
             led = "" if self.location == absolute(self.path) else f" (which led to {self.location})"
             raise CheckpointNotFoundError(

@@ -248,7 +248,8 @@ def _why_unreadable(saved: LeafSpec, target: LeafSpec) -> str | None:
     it: anonymous values of one byte are taken for the target's dtype of one byte."""
     found = f"{saved.dtype}{list(saved.shape)}"
     if saved.dtype != ANONYMOUS_BYTE or not target.is_array or target.is_bytes:
-        return f"expected {_kind(target)}, got {found}, which is unreadable"
+        note = f": {saved.note}" if saved.note else ""
+        return f"expected {_kind(target)}, got {found}, which is unreadable{note}"
     if saved.shape != target.shape:
         return f"expected shape {target.shape}, got {saved.shape}"
     if target.dtype == "bool" or dtype_of(target.dtype).itemsize != 1:

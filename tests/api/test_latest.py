@@ -20,8 +20,8 @@ from ckpt_jax.api.latest import (
     problem_with,
     remove_checkpoint,
 )
-from ckpt_jax.state_file import CheckpointState, update_checkpoint_state
 from ckpt_jax.store.manifest import MANIFEST
+from ckpt_jax.store.state_file import CheckpointState, update_checkpoint_state
 
 pytestmark = pytest.mark.usefixtures("no_flushing")
 

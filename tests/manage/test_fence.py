@@ -14,7 +14,7 @@ from places import PYTHONPATH
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph._proto import checkpoint_state_pb2
-from ckpt_jax.state_file import CheckpointState, update_checkpoint_state, writers_of
+from ckpt_jax.store.state_file import CheckpointState, update_checkpoint_state, writers_of
 from ckpt_jax.testing import run_processes
 
 pytestmark = pytest.mark.usefixtures("no_flushing")

@@ -28,7 +28,7 @@ from ckpt_jax.retention import (
     KeepEveryNSteps,
     KeepLatest,
 )
-from ckpt_jax.state_file import get_checkpoint_state
+from ckpt_jax.store.state_file import get_checkpoint_state
 
 HOUR = 3600.0
 ENDED = digits_of(ended_process())  # tells a process that is gone, in the name of staging

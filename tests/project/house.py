@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "metrics", "progress", "report", "retention", "version"),
     ("graph",),
     ("objects", "store"),
-    ("options", "state_file", "values"),
+    ("options", "readers", "values"),
     ("io", "matching", "processes"),
     ("saving", "restoring"),
     ("api",),

@@ -39,9 +39,10 @@ DOORS: dict[str, tuple[str, ...]] = {
     "ckpt_jax.graph._proto": (
         "ckpt_jax.graph.codec",
         "ckpt_jax.graph.saved_objects",
+        "ckpt_jax.restoring.formats.tensorflow",
         "ckpt_jax.store.index",
         "ckpt_jax.store.manifest",
-        "ckpt_jax.state_file",
+        "ckpt_jax.store.state_file",
         "ckpt_jax.graph._proto",
     ),
     "flax": ("ckpt_jax.objects.nnx", "ckpt_jax.objects.linen"),

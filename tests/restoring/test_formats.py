@@ -1,5 +1,6 @@
 """Name-based checkpoints: `.npz` files, matched by the global names of objects."""
 
+import pathlib
 import zipfile
 
 import jax
@@ -18,7 +19,6 @@ import ckpt_jax as ckpt
 from ckpt_jax.graph.global_names import graph_of, labels_of
 from ckpt_jax.graph.labels import readable
 from ckpt_jax.graph.specs import LeafSpec
-from ckpt_jax.restoring.formats import NPZ, NamedValues
 
 
 class Pair(ckpt.Trackable):
@@ -148,7 +148,7 @@ def test_looking_into_one_works_as_into_any_checkpoint(tmp_path):
         assert reader.has_tensor("m/w") and not reader.has_tensor("m")
         assert reader.get_variable_to_dtype_map()["m/w"] == np.float32
         np.testing.assert_array_equal(reader.get_tensor("m/w", ((0, 1), (1, 3))), W[:1, 1:])
-        assert reader.bytes_read == W.nbytes
+        assert reader.bytes_read == 8  # of the box alone
         with pytest.raises(KeyError, match="nothing"):
             reader.get_tensor("nothing")
     assert set(ckpt.object_metadata(path).paths) == {"", "m", "m/w", "m/b"}
@@ -231,7 +231,7 @@ def test_a_header_that_does_not_fit_the_size_is_damage_found_on_opening(tmp_path
     with zipfile.ZipFile(path, "w") as file:
         header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (99999999999,)}\n"
         file.writestr("x.npy", b"\x93NUMPY\x01\x00" + bytes([len(header), 0]) + header + b"1234")
-    with pytest.raises(ckpt.CorruptCheckpointError, match="x: damaged"):
+    with pytest.raises(ckpt.CorruptCheckpointError, match="x: .*damaged"):
         ckpt.load_checkpoint(path)
 
 
@@ -358,44 +358,13 @@ def test_what_stays_unused_is_logged_unless_it_is_expected(tmp_path, caplog):
 # --- the protocol ----------------------------------------------------------------------
 
 
-def test_the_registry_knows_a_file_by_its_name_and_leaves_directories_alone(tmp_path):
-    assert NPZ.recognises(npz(tmp_path, w=W))
+def test_a_format_is_recognised_by_its_content_and_not_by_its_name(tmp_path):
     path = ckpt.save(tmp_path / "own.npz", {"w": W})
-    assert not NPZ.recognises(str(path))
     np.testing.assert_array_equal(ckpt.load(path)["w"], W)
-
-
-def test_three_methods_make_a_format():
-    """The protocol is all that the rest of the library sees."""
-
-    class Memory:
-        path = "memory"
-
-        def __init__(self):
-            self.asked = []
-
-        def specs(self):
-            return {"a/w": LeafSpec("numpy", "float32", (2, 3)), "t": LeafSpec("str", "bytes")}
-
-        def read(self, name):
-            self.asked.append(name)
-            return W.copy() if name == "a/w" else b"text"
-
-        def close(self):
-            self.asked.append("closed")
-
-    values = NamedValues(memory := Memory())
-    requests = [("a/w", [((0, 2), (0, 3)), ((1, 2), (0, 1))])]
-    ((number, (everything, corner)),) = values.read(requests)
-    assert number == 0
-    np.testing.assert_array_equal(everything, W)
-    np.testing.assert_array_equal(corner, W[1:2, :1])
-    assert values.read_bytes("t") == b"text"
-    assert values.bytes_read == W.nbytes + 4
-    with pytest.raises(ValueError, match="outside"):
-        list(values.read([("a/w", [((0, 3), (0, 3))])]))
-    values.close()
-    assert memory.asked == ["a/w", "t", "closed"]
+    renamed = tmp_path / "weights.bin"
+    (tmp_path / "elsewhere").mkdir()
+    pathlib.Path(npz(tmp_path / "elsewhere", w=W)).rename(renamed)
+    np.testing.assert_array_equal(ckpt.load(renamed)["w"], W)
 
 
 def test_values_without_an_object_graph_can_be_read_by_key(tmp_path):

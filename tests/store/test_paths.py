@@ -19,9 +19,9 @@ from ckpt_jax import io
 from ckpt_jax.api.frozen import FrozenSaver
 from ckpt_jax.api.latest import checkpoint_exists, get_checkpoint_mtimes, remove_checkpoint
 from ckpt_jax.api.restore_nodes import restore_nodes
-from ckpt_jax.state_file import update_checkpoint_state
 from ckpt_jax.store.manifest import MANIFEST
 from ckpt_jax.store.paths import as_path
+from ckpt_jax.store.state_file import update_checkpoint_state
 from ckpt_jax.testing import run_processes
 
 ROOT = Path(__file__).parent.parent

@@ -11,7 +11,7 @@ from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_jax.state_file import (
+from ckpt_jax.store.state_file import (
     CheckpointState,
     get_checkpoint_state,
     parse,

@@ -9,32 +9,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
-from ckpt_jax.graph import codec
-from ckpt_jax.graph import saved_objects as objects
 from ckpt_jax.graph.as_tree import as_tree, is_tree
 from ckpt_jax.graph.boxes import Box
-from ckpt_jax.graph.dtypes import dtype_of
-from ckpt_jax.graph.global_names import graph_of
-from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
+from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, dtype_of
+from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
 from ckpt_jax.graph.nodes import ObjectGraph
+from ckpt_jax.graph.plain_slots import slots_as_children
+from ckpt_jax.graph.saved_objects import SavedObject
 from ckpt_jax.graph.specs import LeafSpec
-from ckpt_jax.io import Source, read_values
+from ckpt_jax.io import read_values
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
+from ckpt_jax.readers import Reader
 from ckpt_jax.report import near_miss, nearest
-from ckpt_jax.restoring.formats import NamedValues, open_foreign
-from ckpt_jax.restoring.plain_slots import slots_as_children
-from ckpt_jax.store.paths import as_path
-from ckpt_jax.store.seal import unseal
+from ckpt_jax.restoring.formats import open_foreign
+from ckpt_jax.restoring.formats.own import OwnReader
+from ckpt_jax.restoring.formats.tensorflow.optimizers import with_slots
+from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.store.storage import POSIX, Pinned, Storage
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import as_saved
-
-T = TypeVar("T")
 
 
 class CheckpointReader:
@@ -46,7 +44,7 @@ class CheckpointReader:
     Use it as a context manager, or `close` it, so that its files are closed.
 
     Args:
-      path: of a checkpoint directory, or of a file in a format that `restoring.formats` knows.
+      path: of a checkpoint: a directory of ours, or what another format recognises as its own.
       storage: where the path lies.
 
     Attributes:
@@ -67,11 +65,31 @@ class CheckpointReader:
 
     def __init__(self, path: Path, storage: Storage = POSIX):
         self.path = as_path(path)
-        self._pinned = Pinned(self.path, storage)
-        self.location, self.generation = self._pinned.location, self._pinned.generation
+        self._own: OwnReader | None = None
+        foreign = open_foreign(absolute(self.path))
+        if foreign is not None:
+            self._read_from(foreign)
+            return
+        location = storage.located(self.path)
+        self._pin(Pinned.of(self.path, location, storage))
         with self._pinned.unless_replaced():
-            foreign = open_foreign(self.path)
-            self._source: Source = foreign or storage.open(self.location, self.path)
+            self._source = self._own = OwnReader(storage, location, self.path)
+
+    @classmethod
+    def over(cls, source: Reader) -> CheckpointReader:
+        """A reader of what another one has opened."""
+        reader = cls.__new__(cls)
+        reader.path, reader._own = source.path, None
+        reader._read_from(source)
+        return reader
+
+    def _read_from(self, source: Reader) -> None:
+        self._pin(Pinned(self.path, source.path, source.identity))
+        self._source: Reader = source
+
+    def _pin(self, pinned: Pinned) -> None:
+        self._pinned = pinned
+        self.location, self.generation = pinned.location, pinned.generation
 
     def __repr__(self) -> str:
         return f"CheckpointReader({self.path!r})"
@@ -104,6 +122,15 @@ class CheckpointReader:
                 raise CorruptCheckpointError(f"{self.path}: {key}: {what}", file=self.path, key=key)
             return self._graph
 
+    @cached_property
+    def graph_to_restore(self) -> ObjectGraph:
+        """The object graph, in which optimizers of TensorFlow and Keras have slots.
+
+        Raises:
+          CorruptCheckpointError: as for `object_graph`.
+        """
+        return with_slots(self.object_graph)
+
     def disagreements(self) -> Iterator[tuple[str, str]]:
         """(key, problem) for each value on which the object graph and the index disagree."""
         layout_of = self._source.index.layout_of
@@ -120,54 +147,36 @@ class CheckpointReader:
                     f"the object graph says {spec.dtype}{list(spec.shape)}, the index {found}",
                 )
 
-    @cached_property
-    @without_gc()
+    @property
     def _graph(self) -> ObjectGraph:
-        if isinstance(self._source, NamedValues):
-            return self._graph_of_names(self._source)
-        data = self._extra(OBJECT_GRAPH_KEY)
-        if data is None:
+        if self._graph_or_none is None:
             raise CorruptCheckpointError(
                 f"{self.path} has no object graph", file=self.path, key=OBJECT_GRAPH_KEY
             )
-        return self._decoded(OBJECT_GRAPH_KEY, data, codec.decode)
+        return self._graph_or_none
 
     @cached_property
-    def saved_objects(self) -> tuple[objects.SavedObject, ...] | None:
+    @without_gc()
+    def _graph_or_none(self) -> ObjectGraph | None:
+        """The graph; None if there is none. One that was merged by hand, from shards, has none."""
+        with self._pinned.unless_replaced():
+            graph = self._source.graph()
+        self.check_not_replaced()  # another checkpoint has values of these names, too
+        return graph
+
+    @cached_property
+    def saved_objects(self) -> tuple[SavedObject, ...] | None:
         """How each object of the graph is recreated; None if the checkpoint does not say.
 
         Raises:
           CorruptCheckpointError: it is damaged, or disagrees with the object graph.
         """
-        if isinstance(self._source, NamedValues):
+        if self._own is None:
             return None
-        data = self._extra(SAVED_OBJECTS_KEY)
-        if data is None:
-            return None
-        graph = self._graph
-        return self._decoded(SAVED_OBJECTS_KEY, data, lambda data: objects.decode(data, graph))
-
-    def _extra(self, name: str) -> bytes | None:
         with self._pinned.unless_replaced():
-            found = self._source.extra(name)
-        self.check_not_replaced()  # another checkpoint has values of these names, too
+            found = self._own.saved_objects(self._graph)
+        self.check_not_replaced()
         return found
-
-    def _decoded(self, key: str, data: bytes, decode: Callable[[bytes], T]) -> T:
-        """Decodes a sealed message. Errors name the checkpoint and the key."""
-        with self._pinned.unless_replaced():
-            try:
-                return decode(unseal(data))
-            except CorruptCheckpointError as error:
-                raise CorruptCheckpointError(
-                    f"{self.path}: {key}: {error}", file=self.path, key=key
-                ) from error
-
-    def _graph_of_names(self, source: NamedValues) -> ObjectGraph:
-        try:
-            return graph_of(source.index.specs)
-        except ValueError as error:
-            raise CorruptCheckpointError(f"{self.path}: {error}", file=self.path) from error
 
     def keys(self) -> list[str]:
         """All checkpoint keys, sorted."""
@@ -292,10 +301,7 @@ class CheckpointReader:
 
     def _check_readable(self, key: str, spec: LeafSpec | None) -> None:
         if spec is not None and spec.is_unreadable:
-            raise UnsupportedFormatError(
-                f"{self.path}: {key}: the dtype {spec.dtype} does not say what the array holds. "
-                "Restore it with a target that says it, or leave it out (only=...)"
-            )
+            raise UnsupportedFormatError(f"{self.path}: {key}: {spec.refusal}")
 
     def stored_spec(self, key: str) -> LeafSpec:
         """The dtype and shape that a value is stored with."""
@@ -305,6 +311,19 @@ class CheckpointReader:
     def stored_nbytes(self, key: str) -> int:
         """The size of a value in bytes."""
         return self._source.index.nbytes(key)
+
+    def refusals(self) -> dict[str, str]:
+        """Why a value is listed but cannot be read, by key; empty for most checkpoints."""
+        return {
+            attribute.key: attribute.spec.refusal
+            for _, attribute in (self._graph.attributes() if self._has_graph else ())
+            if attribute.spec.is_unreadable and attribute.spec.dtype != ANONYMOUS_BYTE
+        }
+
+    @property
+    def unchecked(self) -> frozenset[str]:
+        """The keys of values that have no checksum in the checkpoint."""
+        return self._source.unchecked
 
     def check_files(self) -> None:
         """Compares the sizes of all files with the sizes that they need; reads no value.
@@ -320,11 +339,9 @@ class CheckpointReader:
     def _specs(self) -> dict[str, LeafSpec]:
         return self.object_graph.by_key if self._has_graph else {}
 
-    @cached_property
+    @property
     def _has_graph(self) -> bool:
-        """Whether there is an object graph. One that was merged by hand, from shards, has none."""
-        is_named = isinstance(self._source, NamedValues)
-        return is_named or self._extra(OBJECT_GRAPH_KEY) is not None
+        return self._graph_or_none is not None
 
     @property
     def bytes_read(self) -> int:

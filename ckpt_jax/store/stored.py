@@ -1,0 +1,477 @@
+"""The reader of values that lie as plain bytes in files, with several threads.
+
+A request becomes *pieces* (see there), and pieces become *jobs* of about 1 MiB. Requests are worked
+on in their order; one is begun if its arrays and those that the caller has not taken yet fit into
+the given memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
+from ckpt_jax.graph.boxes import (
+    Box,
+    inside,
+    intersect,
+    relative,
+    shape_of,
+    size_of,
+    slices,
+    tiling_problem,
+    whole,
+)
+from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, dtype_of
+from ckpt_jax.graph.global_names import graph_of
+from ckpt_jax.graph.nodes import ObjectGraph
+from ckpt_jax.graph.specs import LeafSpec
+from ckpt_jax.store.extents import Extent, Stored, in_c_order
+from ckpt_jax.store.pieces import Part, Piece, pieces_of
+from ckpt_jax.store.watched import Files, OpenFile
+from ckpt_jax.store.workers import Workers, cores
+
+_SCRATCH_NBYTES = 4 << 20
+_JOB_NBYTES = 1 << 20  # small reads are done together
+_BLOCK_NBYTES = 16 << 20
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class StoredValues:
+    """The index of a checkpoint: its values by key. See `readers.Contents`."""
+
+    values: Mapping[str, Stored]
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        return tuple(sorted(self.values))
+
+    @property
+    def specs(self) -> dict[str, LeafSpec]:
+        return {key: stored.spec for key, stored in self.values.items()}
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.values
+
+    def layout_of(self, key: str) -> LeafSpec:
+        return self.values[key].spec
+
+    def nbytes(self, key: str) -> int:
+        stored = self.values[key]
+        if stored.spec.is_bytes:
+            return stored.nbytes
+        if not is_readable(stored.spec):
+            return 0
+        return math.prod(stored.spec.shape) * _dtype_of(stored.spec).itemsize
+
+
+def is_readable(spec: LeafSpec) -> bool:
+    return not spec.is_unreadable or spec.dtype == ANONYMOUS_BYTE
+
+
+def _dtype_of(spec: LeafSpec) -> np.dtype:
+    return np.dtype(ANONYMOUS_BYTE) if spec.dtype == ANONYMOUS_BYTE else dtype_of(spec.dtype)
+
+
+class ExtentsReader:
+    """Reads values that are `Stored`. See `readers.Reader`.
+
+    Args:
+      path: of the checkpoint.
+      values: by key.
+      graph: makes the object graph when it is asked for. By default the keys are names, with "/"
+        between their parts.
+      files: the files that the headers were read from.
+
+    Raises:
+      CorruptCheckpointError: a value does not lie inside its file, or its extents do not tile it.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        values: Mapping[str, Stored],
+        graph: Callable[[], ObjectGraph | None] | None = None,
+        files: Files | None = None,
+    ):
+        files = files or Files(path)
+        self.path = path
+        self.index = StoredValues(values)
+        self.bytes_read = 0
+        self._graph = graph
+        self._files = files
+        self._closed = False
+        for key, stored in values.items():
+            problem = _problem(stored, files)
+            if problem is not None:
+                what, file = problem
+                raise files.damage(file or path, what, key)
+
+    def graph(self) -> ObjectGraph | None:
+        """The object graph.
+
+        Raises:
+          CorruptCheckpointError: two names mean one value.
+        """
+        if self._graph is not None:
+            return self._graph()
+        try:
+            return graph_of(self.index.specs)
+        except ValueError as error:
+            raise CorruptCheckpointError(f"{self.path}: {error}", file=self.path) from error
+
+    @property
+    def unchecked(self) -> frozenset[str]:
+        """The keys of values that have no checksum."""
+        return frozenset(
+            [
+                key
+                for key, stored in self.index.values.items()
+                if any([extent.checksum is None for extent in stored.extents])
+            ]
+        )
+
+    def identity(self) -> Hashable | None:
+        """A value that changes if a file of the checkpoint does; None if one is gone."""
+        return self._files.identity()
+
+    def check_files(self) -> None:
+        """Nothing to do: opening has compared the sizes of the files."""
+
+    def close(self) -> None:
+        """Refuses further reads."""
+        self._closed = True
+
+    def read_bytes(self, key: str) -> bytes:
+        """A byte string."""
+        ((_, (array,)),) = self.read([(key, [()])])
+        return array.tobytes()
+
+    def read(
+        self, requests: Sequence[tuple[str, Sequence[Box]]], *, max_inflight_bytes: int = 64 << 20
+    ) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+        """Reads boxes of arrays; see `readers.Reader`."""
+        if self._closed:
+            raise RuntimeError(f"{self.path}: the reader is closed")
+        specs = {key: self.index.values[key].spec for key, _ in requests}
+        refused = [f"{key}: {spec.refusal}" for key, spec in specs.items() if not is_readable(spec)]
+        if refused:
+            raise UnsupportedFormatError("\n  ".join([f"{self.path}: {refused[0]}", *refused[1:]]))
+        for key, _ in requests:
+            if damage := self.index.values[key].damage:
+                raise self._files.damage(self.path, damage, key)
+        for key, boxes in requests:
+            spec = specs[key]
+            for box in boxes:
+                if not inside(box, spec.shape):
+                    raise ValueError(f"{key}: the box {box} lies outside of shape {spec.shape}")
+        return self._results(requests, max_inflight_bytes)
+
+    def _results(
+        self, requests: Sequence[tuple[str, Sequence[Box]]], max_inflight_bytes: int
+    ) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
+        waiting = deque(enumerate(requests))
+        jobs = _Jobs(self._files)
+        values = self.index.values
+        memory = _Memory(sum([_nbytes_of(values[key], boxes) for key, boxes in requests]))
+        in_flight: deque[tuple[int, _Work]] = deque()
+        held = 0
+        try:
+            while waiting or in_flight:
+                while waiting:
+                    number, (key, boxes) = waiting[0]
+                    stored = values[key]
+                    nbytes = _nbytes_of(stored, boxes)
+                    if in_flight and held + nbytes > max_inflight_bytes:
+                        break
+                    waiting.popleft()
+                    work = _Work.of(key, stored, boxes, memory)
+                    in_flight.append((number, work))
+                    held += nbytes
+                    jobs.start(work)
+                number, work = in_flight.popleft()
+                if not work.done.is_set():
+                    jobs.flush()
+                    work.done.wait()
+                if work.error is not None:
+                    raise work.error
+                held -= work.nbytes
+                self.bytes_read += work.nbytes
+                yield number, work.results
+        finally:
+            jobs.cancel()
+            for _, work in in_flight:  # threads may still write into its buffers
+                work.done.wait()
+
+
+def _problem(stored: Stored, files: Files) -> tuple[str, str] | None:
+    """What is wrong with the extents of a value, and the file of one; None if nothing is."""
+    spec, extents = stored.spec, stored.extents
+    if not is_readable(spec) or stored.damage:
+        return None
+    if spec.is_bytes:
+        itemsize, boxes = stored.nbytes, [()]
+    else:
+        itemsize, boxes = _dtype_of(spec).itemsize, [extent.box for extent in extents]
+    if boxes != [whole(spec.shape)] and (problem := tiling_problem(boxes, spec.shape)):
+        return problem, extents[0].file if extents else ""
+    for extent in extents:
+        size = files.size(extent.file) if stored.contents is None else stored.nbytes
+        end = extent.offset + extent.span * itemsize
+        if extent.offset < 0 or min(extent.steps, default=0) < 0 or end > size:
+            what = f"it has {size} bytes, the value lies at {extent.offset} to {end}"
+            return what, extent.file
+    return None
+
+
+def _nbytes_of(stored: Stored, boxes: Sequence[Box]) -> int:
+    if stored.spec.is_bytes:
+        return stored.nbytes * len(boxes)
+    return sum(map(size_of, boxes)) * _dtype_of(stored.spec).itemsize
+
+
+class _Memory:
+    """Memory for results. Small arrays are cut from blocks that are large enough for huge pages."""
+
+    def __init__(self, expected_nbytes: int):
+        self._block_nbytes = min(_BLOCK_NBYTES, expected_nbytes + _ALIGNMENT)
+        self._block = np.empty(0, np.uint8)
+
+    def take(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        """An uninitialized array whose memory begins at a multiple of 64 bytes."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        room = nbytes + -nbytes % _ALIGNMENT
+        if room > self._block_nbytes // 2:
+            return np.ndarray(shape, dtype, _aligned(nbytes))
+        if room > self._block.size:
+            self._block = _aligned(self._block_nbytes)
+        taken, self._block = self._block[:nbytes], self._block[room:]
+        return np.ndarray(shape, dtype, taken)
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    skip = -buffer.__array_interface__["data"][0] % _ALIGNMENT
+    return buffer[skip : skip + nbytes]
+
+
+@dataclass(eq=False)
+class _Work:
+    """One request: the arrays that are filled for it."""
+
+    key: str
+    stored: Stored
+    boxes: Sequence[Box]
+    nbytes: int
+    results: tuple[np.ndarray, ...]
+    done: threading.Event = field(default_factory=threading.Event)
+    error: Exception | None = None
+    open_jobs: int = 1  # the planning is one
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def of(cls, key: str, stored: Stored, boxes: Sequence[Box], memory: _Memory) -> _Work:
+        if stored.spec.is_bytes:
+            shapes, dtype = [(stored.nbytes,)] * len(boxes), np.dtype(np.uint8)
+        else:
+            shapes, dtype = [*map(shape_of, boxes)], _dtype_of(stored.spec)
+        results = tuple([memory.take(shape, dtype) for shape in shapes])
+        return cls(key, stored, boxes, _nbytes_of(stored, boxes), results)
+
+    def parts(self, extent: Extent) -> list[Part]:
+        """The arrays to fill from an extent, and the part of the extent that each has."""
+        if self.stored.spec.is_bytes:
+            return [(result, whole(result.shape)) for result in self.results]
+        found = []
+        for result, box in zip(self.results, self.boxes, strict=True):
+            common = intersect(box, extent.box)
+            if common is not None:
+                found.append((result[(*slices(common, box), ...)], relative(common, extent.box)))
+        return found
+
+    def close_job(self) -> None:
+        """One of its jobs is done. The last one finishes the arrays."""
+        with self.lock:
+            self.open_jobs -= 1
+            if self.open_jobs:
+                return
+        if self.error is None and self.stored.finish is not None:
+            try:
+                for result in self.results:
+                    self.stored.finish(result)
+            except Exception as error:  # raised where the result is asked for
+                self.error = error
+        self.done.set()
+
+
+class _Jobs:
+    """Hands reads to threads, small ones together."""
+
+    def __init__(self, files: Files):
+        self._files = files
+        self._small: list[tuple[_Work, Extent, Sequence[Piece]]] = []
+        self._small_nbytes = 0
+        self._cancelled = False
+
+    def cancel(self) -> None:
+        """Lets everything that has not been read yet end at once."""
+        self._cancelled = True
+        self.flush()
+
+    def start(self, work: _Work) -> None:
+        """Starts all reads for a request."""
+        try:
+            for extent in work.stored.extents:
+                parts = work.parts(extent)
+                if parts:
+                    self._start(work, extent, parts)
+        except Exception as error:  # raised where the result is asked for
+            work.error = error
+        work.close_job()
+
+    def _start(self, work: _Work, extent: Extent, parts: list[Part]) -> None:
+        if work.stored.contents is not None:
+            self._add(work, extent, (), _nbytes_of(work.stored, work.boxes))
+            return
+        pieces = [*pieces_of(extent, parts)]
+        if extent.checksum is not None:  # in order, on one thread
+            self._add(work, extent, pieces, sum([piece.nbytes for piece in pieces]))
+            return
+        batch: list[Piece] = []
+        nbytes = 0
+        for piece in pieces:
+            batch.append(piece)
+            nbytes += piece.nbytes
+            if nbytes >= _JOB_NBYTES:
+                self._add(work, extent, batch, nbytes)
+                batch, nbytes = [], 0
+        if batch:
+            self._add(work, extent, batch, nbytes)
+
+    def _add(self, work: _Work, extent: Extent, pieces: Sequence[Piece], nbytes: int) -> None:
+        with work.lock:
+            work.open_jobs += 1
+        self._small.append((work, extent, pieces))
+        self._small_nbytes += nbytes
+        if self._small_nbytes >= _JOB_NBYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        """Starts what has been held back."""
+        jobs, self._small, self._small_nbytes = self._small, [], 0
+        if jobs:
+            _pool().submit(self._run, jobs)
+
+    def _run(self, jobs: Sequence[tuple[_Work, Extent, Sequence[Piece]]]) -> None:
+        for file, group in itertools.groupby(jobs, lambda job: job[1].file):
+            source: OpenFile | None = None
+            for work, extent, pieces in group:
+                try:
+                    if self._cancelled or work.error is not None:
+                        continue
+                    if work.stored.contents is not None:
+                        _take_contents(work, extent, work.stored.contents)
+                        continue
+                    source = source or self._files.opened(file)
+                    _read(source, work, extent, pieces)
+                except CorruptCheckpointError as error:
+                    work.error = CorruptCheckpointError(
+                        f"{work.key}: {error}", file=error.file, key=work.key
+                    )
+                except Exception as error:  # raised where the result is asked for
+                    work.error = error
+                finally:
+                    work.close_job()
+            if source is not None:
+                source.close()
+
+
+def _take_contents(
+    work: _Work, extent: Extent, contents: bytes | Callable[[memoryview], object]
+) -> None:
+    """Fills arrays from bytes that do not lie in a file as they are."""
+    parts = work.parts(extent)
+    itemsize = parts[0][0].dtype.itemsize
+    if isinstance(contents, bytes):
+        buffer = np.frombuffer(contents, np.uint8)
+    elif len(parts) == 1 and _fills(parts[0][0], extent, itemsize, work.stored.nbytes):
+        contents(_memory(parts[0][0]))
+        return
+    else:
+        buffer = np.empty(work.stored.nbytes, np.uint8)
+        contents(buffer.data)
+    for piece in pieces_of(extent, parts):
+        _distribute(buffer[piece.offset : piece.offset + piece.nbytes], piece)
+
+
+def _fills(target: np.ndarray, extent: Extent, itemsize: int, nbytes: int) -> bool:
+    """Whether an array takes all bytes of a value's contents, in their order."""
+    in_order = in_c_order(shape_of(extent.box), extent.steps)
+    return extent.offset == 0 and in_order and target.nbytes == nbytes
+
+
+def _memory(target: np.ndarray) -> memoryview:
+    return target.reshape(-1).view(np.uint8).data
+
+
+def _read(source: OpenFile, work: _Work, extent: Extent, pieces: Sequence[Piece]) -> None:
+    """Reads pieces of an extent, and checks it if these are all of it."""
+    spec = work.stored.spec
+    itemsize = work.stored.nbytes if spec.is_bytes else _dtype_of(spec).itemsize
+    checksum, end, crc = extent.checksum, extent.offset, 0
+    if checksum is not None:
+        crc = checksum.start
+    for piece in pieces:
+        buffer = _memory(piece.direct) if piece.direct is not None else _scratch(piece.nbytes).data
+        source.read_into(buffer, piece.offset)
+        if checksum is not None and end == piece.offset:
+            crc = checksum.extended(crc, buffer)
+            end += piece.nbytes
+        if piece.direct is None:
+            _distribute(np.frombuffer(buffer, np.uint8), piece)
+    if checksum is None or crc == checksum.value or not pieces:
+        return
+    if end == extent.offset + extent.span * itemsize:
+        what = f"its {checksum.kind} is {crc:#010x}, expected {checksum.value:#010x}"
+        raise source.damage(what)
+
+
+def _distribute(buffer: np.ndarray, piece: Piece) -> None:
+    """Copies parts of what was read to where they belong."""
+    if piece.direct is not None:
+        _memory(piece.direct)[:] = buffer.data
+    for cut in piece.cuts:
+        target = cut.target
+        target[...] = np.ndarray(target.shape, target.dtype, buffer, cut.offset, cut.strides)
+
+
+_local = threading.local()
+
+
+def _scratch(nbytes: int) -> np.ndarray:
+    """Memory of this thread, whose pages are already there."""
+    buffer = getattr(_local, "buffer", None)
+    if buffer is None or buffer.size < nbytes:
+        buffer = _local.buffer = np.empty(max(nbytes, _SCRATCH_NBYTES), np.uint8)
+    return buffer[:nbytes]
+
+
+_workers: tuple[int, Workers] | None = None
+_workers_lock = threading.Lock()
+
+
+def _pool() -> Workers:
+    """Threads that stay, because new ones have no memory yet. A forked child has its own."""
+    global _workers
+    with _workers_lock:
+        if _workers is None or _workers[0] != os.getpid():
+            _workers = os.getpid(), Workers(max(2, min(cores(), 16)), "ckpt-extents")
+        return _workers[1]
