@@ -167,4 +167,4 @@ def read_file(path: str, max_nbytes: int = _MAX_PART_NBYTES) -> bytes:
         if status.st_size > max_nbytes:
             what = f"{path}: the file has {status.st_size} bytes, at most {max_nbytes} are expected"
             raise CorruptCheckpointError(what, file=path)
-        return file.read(max_nbytes)
+        return file.read(status.st_size)
