@@ -7,7 +7,7 @@ one from the names in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -324,6 +324,24 @@ class CheckpointReader:
     def unchecked(self) -> frozenset[str]:
         """The keys of values that have no checksum in the checkpoint."""
         return self._source.unchecked
+
+    def damage(
+        self,
+        keys: Collection[str] | None = None,
+        sample: float = 1.0,
+        read: Callable[[int], object] = lambda nbytes: None,
+    ) -> Iterator[tuple[str, list[str], str]] | None:
+        """The damage to values, in bounded memory; None if the format has no blocks with checksums.
+
+        Args:
+          keys: of the values; all by default.
+          sample: the part of their blocks that is read, chosen by chance.
+          read: called with numbers of bytes while blocks are read.
+
+        Returns:
+          (file, keys in it that are concerned, what is wrong) for each damaged block.
+        """
+        return None if self._own is None else self._own.damage(keys, sample, read)
 
     def check_files(self) -> None:
         """Compares the sizes of all files with the sizes that they need; reads no value.

@@ -56,6 +56,7 @@ from ckpt_jax.store.stream import (
     files_nbytes,
     new_context,
     open_stream,
+    places,
     round_up,
     storage_error,
 )
@@ -307,6 +308,8 @@ class ShardedReader:
                     workers.submit(stream.damage, start, stop)
                     for start, stop in _ranges(blocks, shard)
                 ]
+                if len(blocks) == shard.blocks:
+                    checks += [workers.submit(stream.ends, file) for file in range(shard.files)]
                 for check in checks:
                     nbytes, found = check.result()
                     self.bytes_read += nbytes
@@ -433,6 +436,21 @@ class _StreamReader:
             except _Damaged as damage:
                 found.append(damage)
         return stop - start, found
+
+    def ends(self, number: int) -> tuple[int, list[_Damaged]]:
+        """Reads what follows the chunks in a file; returns like `damage`. Readers of this library
+        do not need it, but others may."""
+        path = file_path(self._directory, number)
+        expected = b"" if self._shard.compression else places(self._shard, number)
+        try:
+            with open(path, "rb") as file:
+                file.seek(file_size(self._shard, number) - len(expected))
+                if not expected or file.read() == expected:
+                    return 0, []
+        except FileNotFoundError:
+            return 0, []  # which the chunks in it have said
+        begin = number * self._shard.file_nbytes
+        return 0, [_Damaged(path, begin, begin, "the places of its chunks are damaged")]
 
     def _read_file(self, number: int, offset: int, target: np.ndarray) -> None:
         path = file_path(self._directory, number)

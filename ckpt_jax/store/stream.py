@@ -94,6 +94,17 @@ def file_size(shard: Shard, number: int) -> int:
     return round_up(held, shard.chunk_nbytes) + places
 
 
+def places(shard: Shard, number: int) -> bytes:
+    """What follows the chunks in a file of a stream that is not compressed: the place of each."""
+    held = min(shard.file_nbytes, shard.nbytes - number * shard.file_nbytes)
+    table = np.full((shard.file_nbytes // shard.chunk_nbytes, 2), -1, "<i8")
+    there = -(-held // shard.chunk_nbytes)
+    table[:there, 0] = np.arange(there) * shard.chunk_nbytes
+    table[:there, 1] = shard.chunk_nbytes
+    data = table.tobytes()
+    return data + crc32c(data).to_bytes(_PLACES_CHECKSUM_NBYTES, "little")
+
+
 def files_nbytes(directory: str) -> int:
     """The size of all files of the stream of the shard in `directory`; 0 if there are none."""
     try:
