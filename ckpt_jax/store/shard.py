@@ -151,7 +151,12 @@ def write_shards(
         except BaseException:
             given_up.set()
             raise
-    return [stream.finish(durable=durable) for stream in streams]
+        ends = [workers.submit(stream.finish, durable=durable) for stream in streams]
+        finished = [end.result() for end in ends]
+    if durable:
+        for parent in {os.path.dirname(os.path.abspath(stream.directory)) for stream in streams}:
+            fsync_directory(parent)
+    return finished
 
 
 class _Room:
@@ -381,7 +386,6 @@ class _Stream:
             if shard.files:
                 fsync_directory(os.path.join(self.directory, DATA))
             fsync_directory(self.directory)
-            fsync_directory(os.path.dirname(os.path.abspath(self.directory)))
         digest = hashlib.sha256(data).digest()
         return replace(shard, directory=self.directory, checksums=b"", digest=digest), self._table
 
