@@ -14,7 +14,7 @@ itself is never followed.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from ckpt_jax.graph.labels import Label, escaped_names
 from ckpt_jax.graph.nodes import ObjectGraph, PathLengths
@@ -44,28 +44,46 @@ def as_tree(graph: ObjectGraph) -> ObjectGraph:
     >>> as_tree(graph).paths
     ('', 'a', 'b')
     """
+    tree = _walk(graph)
+    nodes = [
+        replace(graph.nodes[origin], children=own, slots=())
+        for origin, own in zip(tree.origins, tree.children, strict=True)
+    ]
+    return ObjectGraph(tuple(nodes), tuple(tree.keys), graph.named)
+
+
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """The nodes of a tree: for each, the node that it stands for, its key and its edges."""
+
+    origins: list[int]
+    keys: list[str]
+    children: list[tuple[tuple[Label, int], ...]]
+
+
+def _walk(graph: ObjectGraph) -> _Tree:
     edges_into = _edges_into(graph)
     found = (_with_detours(graph, edges_into, most) for most in _DETOURS)
     return next(tree for tree in found if tree is not None)
 
 
-def _with_detours(graph: ObjectGraph, edges_into: Counter[int], most: int) -> ObjectGraph | None:
+def _with_detours(graph: ObjectGraph, edges_into: Counter[int], most: int) -> _Tree | None:
     """The tree of the paths with at most `most` detours; None if it is too large."""
-    limit = max(_MAX_NODES, _MAX_GROWTH * len(graph.nodes)) if most else len(graph.nodes)
+    limit = max(_MAX_NODES, _MAX_GROWTH * len(graph.nodes))
     lengths = PathLengths()
     seen: set[int] = set()
     # For each node of the tree: the node that it stands for, its parent, its key, its detours.
     origins, parents, keys, detours = [0], [-1], [""], [0]
     children: list[tuple[tuple[Label, int], ...]] = []
     while (at := len(children)) < len(origins):  # breadth first: shortest paths come first
-        if len(origins) > limit:
-            return None
-        origin = graph.nodes[origins[at]]
-        try:
-            lengths.add(keys[at], len(origin.children) + len(origin.attributes))
-        except ValueError:
-            return None
-        edges = origin.children
+        edges = graph.nodes[origins[at]].children
+        if most:
+            try:
+                lengths.add(keys[at], len(edges) + 1)
+            except ValueError:
+                return None
+            if len(origins) > limit:
+                return None
         names = escaped_names([label for label, _ in edges])
         prefix = f"{keys[at]}/" if keys[at] else ""
         found: list[tuple[Label, int]] = []
@@ -82,11 +100,7 @@ def _with_detours(graph: ObjectGraph, edges_into: Counter[int], most: int) -> Ob
             keys.append(prefix + name)
             detours.append(count)
         children.append(tuple(found))
-    nodes = [
-        replace(graph.nodes[origin], children=own, slots=())
-        for origin, own in zip(origins, children, strict=True)
-    ]
-    return ObjectGraph(tuple(nodes), tuple(keys), graph.named)
+    return _Tree(origins, keys, children)
 
 
 def _edges_into(graph: ObjectGraph) -> Counter[int]:
