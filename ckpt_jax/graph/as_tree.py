@@ -78,21 +78,21 @@ def _walk(graph: ObjectGraph) -> _Tree:
 
 def _with_detours(graph: ObjectGraph, edges_into: Counter[int], most: int) -> _Tree | None:
     """The tree of the paths with at most `most` detours; None if it is too large."""
-    limit = max(_MAX_NODES, _MAX_GROWTH * len(graph.nodes)) if most else len(graph.nodes)
+    limit = max(_MAX_NODES, _MAX_GROWTH * len(graph.nodes))
     lengths = PathLengths()
     seen: set[int] = set()
     # For each node of the tree: the node that it stands for, its parent, its key, its detours.
     origins, parents, keys, detours = [0], [-1], [""], [0]
     children: list[tuple[tuple[Label, int], ...]] = []
     while (at := len(children)) < len(origins):  # breadth first: shortest paths come first
-        if len(origins) > limit:
-            return None
-        origin = graph.nodes[origins[at]]
-        try:
-            lengths.add(keys[at], len(origin.children) + len(origin.attributes))
-        except ValueError:
-            return None
-        edges = origin.children
+        edges = graph.nodes[origins[at]].children
+        if most:
+            try:
+                lengths.add(keys[at], len(edges) + 1)
+            except ValueError:
+                return None
+            if len(origins) > limit:
+                return None
         names = escaped_names([label for label, _ in edges])
         prefix = f"{keys[at]}/" if keys[at] else ""
         found: list[tuple[Label, int]] = []

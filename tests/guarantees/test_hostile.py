@@ -22,6 +22,7 @@ from ckpt_jax.graph.global_names import graph_of
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.report import ReportEntry, RestoreReport
+from ckpt_jax.restoring.plain_slots import slots_as_children
 from ckpt_jax.store.index import INDEX_KEY
 
 PROGRAM = """
@@ -155,6 +156,27 @@ def test_shared_objects_in_shared_objects_do_not_make_a_tree_without_end():
     graph = codec.decode(encoded(ladder))
     assert peak_nbytes(lambda: as_tree(graph)) < 256 << 20
     assert len(as_tree(graph).nodes) >= len(graph.nodes)
+
+
+def test_slots_of_a_deep_variable_do_not_make_a_tree_without_end():
+    def deep_slots(message):
+        for number in range(2000):
+            node = message.nodes.add()
+            if number < 1999:
+                node.children.add(node_id=number + 1, local_name="a")
+        message.nodes[0].children.add(node_id=2000, local_name="o")
+        optimizer = message.nodes.add()
+        for number in range(1000):
+            optimizer.slot_variables.add(
+                original_variable_node_id=1999,
+                slot_name=str(number),
+                slot_variable_node_id=2001 + number,
+            )
+            message.nodes.add()
+
+    graph = codec.decode(encoded(deep_slots))
+    with pytest.raises(ckpt.CorruptCheckpointError, match="the slots of o lie too deep"):
+        slots_as_children(graph)
 
 
 def test_a_table_with_one_long_path_has_no_long_rows_for_the_others():
