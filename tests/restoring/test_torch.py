@@ -287,6 +287,25 @@ def test_nesting_and_sharing_are_bounded(tmp_path):
         ckpt.load(torch_file(tmp_path / "d", deep_tuple))
 
 
+def test_keys_that_are_nested_deeply_are_not_hashed(tmp_path):
+    key = b")" + b"\x85" * 300_000
+    pairs = b"](]" + key + b"aK\x01ae"  # [[key, 1]]
+    data = b"\x80\x02ccollections\nOrderedDict\n" + pairs + b"\x85R."
+    with pytest.raises(ckpt.CorruptCheckpointError, match="a tuple is no key"):
+        ckpt.load(torch_file(tmp_path / "a", data))
+
+
+def test_ordered_dicts_of_older_pickles(tmp_path):
+    value = Made("collections.OrderedDict", [["b", 1], ["a", 2]])
+    assert list(ckpt.load(torch_file(tmp_path / "a", {"x": value}))["x"]) == ["b", "a"]
+
+
+def test_a_view_without_elements_may_begin_anywhere(tmp_path):
+    value = {"x": tensor(numel=0, offset=5, size=(0, 3)), "y": tensor()}
+    path = torch_file(tmp_path / "a", value, {"0": X.tobytes()})
+    assert ckpt.load(path)["x"].shape == (0, 3)
+
+
 @pytest.mark.parametrize("path", [NEW, OLD, ODD], ids=["zip", "old", "odd"])
 @pytest.mark.parametrize("seed", range(2))
 def test_hostile_files_are_refused_or_harmless(tmp_path, path, seed):
