@@ -17,6 +17,7 @@ from ckpt_jax.graph.boxes import shape_of, slices, whole
 from ckpt_jax.graph.dtypes import dtype_name
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.store import pieces
+from ckpt_jax.store import stored as stored_values
 from ckpt_jax.store.extents import Checksum, Extent, Stored, c_strides
 from ckpt_jax.store.stored import ExtentsReader
 
@@ -75,6 +76,7 @@ def test_any_boxes_of_any_view_are_read(tmp_path_factory, data, band, waste):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "_BAND_NBYTES", band)
         patch.setattr(pieces, "_WASTE_NBYTES", waste)
+        pieces.pieces_of.cache_clear()
         reader = ExtentsReader("here", {"x": stored_as(path, base, view)})
         parts = read(reader, "x", *boxes)
     for box, part in zip(boxes, parts, strict=True):
@@ -103,10 +105,27 @@ def test_arrays_may_be_spread_over_several_files(tmp_path_factory, data):
         ExtentsReader("here", {"x": Stored(array_spec(array), tuple(extents[1:]))})
 
 
+@pytest.fixture(autouse=True)
+def fresh_plans():
+    pieces.pieces_of.cache_clear()
+    yield
+    pieces.pieces_of.cache_clear()
+
+
+def test_few_files_are_open_at_a_time_and_none_afterwards(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored_values, "_MAX_OPEN", 2)
+    arrays = {str(n): np.full(1000, n, "i4") for n in range(20)}
+    values = {key: stored_as(tmp_path / key, array, array) for key, array in arrays.items()}
+    reader = ExtentsReader("here", values)
+    requests = [(key, [((0, 1000),)]) for key in arrays]
+    for number, (part,) in reader.read(requests, max_inflight_bytes=1 << 20):
+        np.testing.assert_array_equal(part, arrays[requests[number][0]])
+        assert len(open_files(str(tmp_path), deadline_seconds=0)) <= 2 + 16
+    assert not open_files(str(tmp_path))
+
+
 def pieces_for(shape, boxes):
-    extent = Extent(whole(shape), "file", 0)
-    parts = [(np.zeros(shape_of(box), "f4"), box) for box in boxes]
-    return list(pieces.pieces_of(extent, parts))
+    return pieces.pieces_of(whole(shape), c_strides(shape), tuple(boxes), 4)
 
 
 def test_each_row_is_read_once_whatever_boxes_share_it():

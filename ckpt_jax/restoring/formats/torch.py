@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,9 @@ from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
 from ckpt_jax.restoring.formats.cursor import Cursor
+from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.names import graph_of_tree
-from ckpt_jax.restoring.formats.pickled import Call, Global, Persistent, read_pickle
+from ckpt_jax.restoring.formats.pickled import Call, Global, Persistent, key_of, read_pickle
 from ckpt_jax.restoring.formats.pickled_arrays import array_of, scalar_of
 from ckpt_jax.restoring.formats.zips import Archive, first_member
 
@@ -251,7 +251,7 @@ def _dict_of(value: Call) -> dict[Any, Any]:
         case (dict(items),):
             return {**items, **value.items}
         case (list(pairs),):
-            return {**dict(pairs), **value.items}
+            return {**{key_of(key): part for key, part in pairs}, **value.items}
     return value.items
 
 
@@ -357,16 +357,16 @@ def _view(
         file, start, nbytes = storages.place_of(key)
     except KeyError:
         raise ValueError(f"the storage {key} of a tensor is missing") from None
-    extent = Extent(whole(shape), file, start + offset * dtype_of(dtype).itemsize, steps)
-    itemsize = dtype_of(dtype).itemsize
+    spec, itemsize = LeafSpec("numpy", dtype, shape), dtype_of(dtype).itemsize
+    if not math.prod(shape):
+        return Stored(spec, (Extent(whole(shape), file, 0),))
+    extent = Extent(whole(shape), file, start + offset * itemsize, steps)
     if (offset + extent.span) * itemsize > nbytes:
         raise ValueError(f"a tensor of shape {shape} exceeds its storage {key} of {nbytes} bytes")
     if math.prod(shape) * itemsize > max(nbytes * _MAX_EXPANSION, _LEAST_LIMIT_NBYTES):
         what = f"a tensor that repeats {nbytes} bytes. Call contiguous() before it is saved"
         return _refused("torch.Tensor", what, shape)
-    spec = LeafSpec("numpy", dtype, shape)
-    stored = Stored(spec, (extent,), finish=_finish(marks, storages.finish))
-    return stored if math.prod(shape) else replace(stored, extents=(Extent(whole(shape), file, 0),))
+    return Stored(spec, (extent,), finish=_finish(marks, storages.finish))
 
 
 def _finish(
@@ -403,11 +403,7 @@ def _recognises(path: str) -> bool:
     name = first_member(path)
     if name is not None:
         return name.rpartition("/")[2] == _PICKLE
-    try:
-        with open(path, "rb") as file:
-            return _MAGIC_BYTES in file.read(32)
-    except OSError:
-        return False
+    return _MAGIC_BYTES in head_of(path, 32)
 
 
 TORCH = Format("torch", _recognises, open_torch, suffixes=(".pt", ".pth"))

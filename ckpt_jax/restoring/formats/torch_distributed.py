@@ -17,6 +17,7 @@ from ckpt_jax.graph.boxes import Box, shape_of, whole
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
 from ckpt_jax.restoring.formats.cursor import Cursor
+from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.names import graph_of_tree
 from ckpt_jax.restoring.formats.pickled import Call, Global, read_pickle
 from ckpt_jax.restoring.formats.torch import read_archive, sizes_of, tensor_of, tree_of
@@ -68,6 +69,8 @@ def _places(entries: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Pla
     for index, info in entries.items():
         name, offset = index.state["fqn"], index.state.get("offset")
         file, start, nbytes = (info.state[key] for key in ("relative_path", "offset", "length"))
+        if not isinstance(name, str):
+            raise ValueError(f"a {type(name).__name__} is the name of a value")
         if info.state.get("transform_descriptors"):
             raise UnsupportedFormatError(
                 f"{name}: its bytes were transformed, for example compressed. Save it without "
@@ -99,8 +102,8 @@ def _value(
             raise files.damage(file, f"it has {files.size(file)} bytes", name)
         return Archive(files, file, start, nbytes)
 
-    if not isinstance(entry, Call):
-        raise ValueError(f"{name}: it is not described")
+    if not isinstance(name, str) or not isinstance(entry, Call):
+        raise ValueError(f"a value is described by a {type(entry).__name__}")
     if entry.name == f"{_MODULE}.BytesStorageMetadata":
         return tree_of(*read_archive(archive(())))
     if entry.name != f"{_MODULE}.TensorStorageMetadata":
@@ -138,11 +141,7 @@ def _check_chunk(name: str, spec: LeafSpec, box: Box, properties: Any) -> None:
 
 
 def _recognises(path: str) -> bool:
-    try:
-        with open(os.path.join(path, _METADATA), "rb") as file:
-            return _MODULE.encode() in file.read(256)
-    except OSError:
-        return False
+    return _MODULE.encode() in head_of(os.path.join(path, _METADATA), 256)
 
 
 TORCH_DISTRIBUTED = Format("torch.distributed", _recognises, open_distributed)
