@@ -177,6 +177,8 @@ class ExtentsReader:
                         raise ValueError(f"{key}: the box {box} lies outside of shape {spec.shape}")
                 checked.add((spec.shape, boxes))
             stored = self.index.values[key]
+            if stored.damage:
+                raise self._files.damage(self.path, stored.damage, key)
             wanted.append(_Request(key, stored, boxes, _nbytes_of(stored, boxes)))
         return self._results(wanted, max_inflight_bytes)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ckpt_jax.restoring.plain_slots import slots_as_children
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph import codec
@@ -22,7 +23,6 @@ from ckpt_jax.graph.global_names import graph_of
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.report import ReportEntry, RestoreReport
-from ckpt_jax.restoring.plain_slots import slots_as_children
 from ckpt_jax.store.index import INDEX_KEY
 
 PROGRAM = """
