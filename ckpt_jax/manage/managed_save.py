@@ -23,6 +23,7 @@ class ManagedSave:
       meeting: of the processes that save.
       options: how to save.
       step: the present step; None if there is no interval.
+      now: the present step, on which all processes have to agree; None if it is not known.
       new_record: returns the record of the checkpoint, given the save counter.
     """
 
@@ -34,11 +35,12 @@ class ManagedSave:
         meeting: Meeting,
         options: CheckpointOptions,
         step: int | None,
+        now: int | None,
         new_record: Callable[[int], CheckpointRecord],
     ):
         self._checkpoint, self._schedule, self._collection = checkpoint, schedule, collection
         self._meeting, self._options, self._new_record = meeting, options, new_record
-        self._step, self._before = step, schedule.position
+        self._step, self._now, self._before = step, now, schedule.position
         self._count = checkpoint.save_counter + 1
         self._record: CheckpointRecord | None = None
         self.series = collection.series
@@ -50,7 +52,14 @@ class ManagedSave:
         self._record = record
         if self._meeting.leads:
             self._collection.begin(record)
-        return request_for(self._checkpoint, record.path, self._options, record.number)
+        return request_for(
+            self._checkpoint,
+            record.path,
+            self._options,
+            "CheckpointManager.save",
+            record.number,
+            self._now,
+        )
 
     def record(self, is_overtaken: bool = False) -> None:
         assert self._record is not None
@@ -58,6 +67,9 @@ class ManagedSave:
             self._collection.record(self._record, is_overtaken)
         else:
             self._collection.follow()
+
+    def follow(self, count: int) -> None:
+        set_save_counter(self._checkpoint, count)
 
     def undo(self) -> None:
         record = self._record
