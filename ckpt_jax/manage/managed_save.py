@@ -24,6 +24,7 @@ class ManagedSave:
       meeting: of the processes that save.
       options: how to save.
       step: the present step; None if there is no interval.
+      now: the present step, on which all processes have to agree; None if it is not known.
       new_record: returns the record of the checkpoint, given the save counter.
     """
 
@@ -35,11 +36,12 @@ class ManagedSave:
         meeting: Meeting,
         options: CheckpointOptions,
         step: int | None,
+        now: int | None,
         new_record: Callable[[int], CheckpointRecord],
     ):
         self._checkpoint, self._schedule, self._collection = checkpoint, schedule, collection
         self._meeting, self._options, self._new_record = meeting, options, new_record
-        self._step, self._before = step, schedule.position
+        self._step, self._now, self._before = step, now, schedule.position
         self._count = checkpoint.save_counter + 1
         self._record: CheckpointRecord | None = None
         self.series = collection.series
@@ -49,7 +51,14 @@ class ManagedSave:
         record = self._new_record(self._count)
         self._schedule.began(self._step, record.path)
         self._record = record
-        request = request_for(self._checkpoint, record.path, self._options, record.number)
+        request = request_for(
+            self._checkpoint,
+            record.path,
+            self._options,
+            "CheckpointManager.save",
+            record.number,
+            self._now,
+        )
         if not self._meeting.leads:
             return request
         self._collection.begin(record)
@@ -61,6 +70,9 @@ class ManagedSave:
             self._collection.record(self._record, is_overtaken)
         else:
             self._collection.follow()
+
+    def follow(self, count: int) -> None:
+        set_save_counter(self._checkpoint, count)
 
     def undo(self) -> None:
         record = self._record

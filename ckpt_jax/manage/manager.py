@@ -177,6 +177,7 @@ class CheckpointManager:
         self._name = checkpoint_name
         self._interval = checkpoint_interval
         self._init_fn = init_fn
+        self._step_counter = step_counter
         self._schedule = Schedule(
             lambda: as_integer(step_counter), checkpoint_interval, last_checkpoint_step
         )
@@ -249,15 +250,19 @@ class CheckpointManager:
         Source: `tf.train.CheckpointManager.save`, where a failed save advances the counter.
         """
         options = given(options)
-        check_values(self._checkpoint, values)
-        for name, value in {"check_interval": check_interval, "force": force}.items():
-            if not isinstance(value, bool | np.bool_):
-                raise TypeError(f"{name}: expected True or False, got {value!r}")
         schedule, step = self._schedule, self._schedule.step()
         runs = save_runs_of(self._checkpoint)
+
+        def check() -> None:
+            check_values(self._checkpoint, values)
+            for name, value in {"check_interval": check_interval, "force": force}.items():
+                if not isinstance(value, bool | np.bool_):
+                    raise TypeError(f"{name}: expected True or False, got {value!r}")
+
         if step is not None:
             runs.settle_doubts(options.timeout_seconds)  # their outcome may change what is due
             if not (force or schedule.is_due(step, check_interval)):
+                check()
                 replace_values(self._checkpoint, values)
                 return None
 
@@ -265,16 +270,27 @@ class CheckpointManager:
             if not (force or schedule.is_due(step, check_interval)):
                 return None  # another thread has saved this step meanwhile
             replace_values(self._checkpoint, values)
+            now = step
+            if meeting.count > 1 and now is None:
+                counter = checkpoint_number if self._step_counter is None else self._step_counter
+                now = None if counter is None else as_integer(counter)
 
             def new_record(count: int) -> CheckpointRecord:
                 return self._new_record(count, checkpoint_number, metrics, meeting.leads)
 
             return ManagedSave(
-                self._checkpoint, schedule, self._collection, meeting, options, step, new_record
+                self._checkpoint,
+                schedule,
+                self._collection,
+                meeting,
+                options,
+                step,
+                now,
+                new_record,
             )
 
         prefix = os.path.join(self._directory, self._name)
-        path = runs.save(prefix, options, current_context(), open_books)
+        path = runs.save(prefix, options, current_context(), check, open_books)
         if path is None:  # a preemption handler may save next, without values
             replace_values(self._checkpoint, values)
             return None

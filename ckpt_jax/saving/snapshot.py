@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ckpt_jax.errors import UnsaveableError
@@ -21,6 +22,7 @@ from ckpt_jax.graph.labels import object_key_of, path_of
 from ckpt_jax.options import PlannedSlice
 from ckpt_jax.saving.spread import Holding, own_slices
 from ckpt_jax.values import host
+from ckpt_jax.values.jax_internals import held_shards
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +121,34 @@ class _Part:
     shard: jax.Array
     where: tuple[slice, ...] | None = None
     is_shared: bool = False
+
+
+@host.transfers_allowed()
+def counts(
+    values: Mapping[str, jax.Array | np.ndarray | bytes], count: int
+) -> dict[str, np.ndarray]:
+    """The signed integers without dimensions that lie on devices, if each of `count` processes has
+    a copy: steps and counts.
+
+    Unsigned ones belong to generators of random numbers, which may differ between processes.
+    """
+    found = {
+        key: held_shards(value)[0]
+        for key, value in values.items()
+        if isinstance(value, jax.Array)
+        and value.ndim == 0
+        and jnp.issubdtype(value.dtype, jnp.signedinteger)
+        and _is_everywhere(value.sharding, count)
+    }
+    return {key: np.asarray(shard) for key, shard in found.items()}
+
+
+@lru_cache(maxsize=4096)
+def _is_everywhere(sharding: jax.sharding.Sharding, count: int) -> bool:
+    """Whether each process has a value of its own, or a copy of one that all of them have."""
+    if isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        return sharding.is_fully_addressable
+    return len({device.process_index for device in sharding.device_set}) == count
 
 
 def _assigned(
