@@ -224,7 +224,7 @@ def _plan(
     table = Table(keys, tuple(layouts), *columns)
     chunk = chunk_nbytes(end)
     # Files are small enough that several fit into the memory for copies.
-    file = file_nbytes(chunk, max_inflight_bytes // 2)
+    file = file_nbytes(end, chunk, max_inflight_bytes // 2)
     flat = tuple([start for box in starts for start in box])
     return Shard(".", flat, end, chunk, file, compression), table, offsets, sources
 

@@ -76,9 +76,10 @@ def chunk_nbytes(nbytes: int) -> int:
     return max(ALIGNMENT, round_up(-(-nbytes // count)))
 
 
-def file_nbytes(chunk: int, limit: int = FILE_NBYTES) -> int:
-    """How many bytes of a stream are in a file: about `limit`, in whole chunks."""
-    return max(1, min(FILE_NBYTES, limit) // chunk) * chunk
+def file_nbytes(nbytes: int, chunk: int, limit: int = FILE_NBYTES) -> int:
+    """How many bytes of a stream are in a file: about `limit`, in whole chunks. The places of all
+    chunks that a file could hold are stored in it, so it is no larger than its stream."""
+    return max(1, min(round_up(nbytes, chunk), FILE_NBYTES, limit) // chunk) * chunk
 
 
 def file_path(directory: str, number: int) -> str:
