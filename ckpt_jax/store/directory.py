@@ -108,7 +108,7 @@ def require_checkpoint(path: str) -> None:
     Raises:
       CheckpointNotFoundError: there is none. The error says what is there instead, and which
         checkpoints are nearby.
-      UnsupportedFormatError: another library's checkpoint is there.
+      UnsupportedFormatError: a checkpoint of another library, or of format 1, is there.
       OSError: it is not known what is there.
     """
     if (library := _other_library(path)) is not None:
@@ -145,11 +145,18 @@ def require_checkpoint(path: str) -> None:
 
 
 def _other_library(path: str) -> str | None:
-    """The name of the other library that wrote the checkpoint at `path`; None if none did."""
+    """The other library, or version of this one, that wrote the checkpoint at `path`; None if none
+    did."""
     for name, library in _OTHERS.items():
         if is_file(os.path.join(path, name)):
             return library
-    return None
+    return "ckpt_jax before its first release (format 1)" if _has_format_1(path) else None
+
+
+def _has_format_1(path: str) -> bool:
+    old, new = (os.path.join(path, name) for name in ("manifest.ocdbt", MANIFEST))
+    is_old = os.path.isfile(old) and os.path.isdir(os.path.join(path, SHARDS))
+    return is_old and not os.path.exists(new) and not is_staging(path)
 
 
 def others_in(directory: str) -> dict[str, str]:

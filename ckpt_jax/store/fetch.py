@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import os
 import random
+import stat
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Future, wait
@@ -23,7 +24,11 @@ from typing import Any
 import numpy as np
 import tensorstore as ts
 
-from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckpt_jax.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnsupportedFormatError,
+)
 from ckpt_jax.graph.boxes import Box
 from ckpt_jax.store.durable import naming
 from ckpt_jax.store.forks import require_not_forked, use_tensorstore
@@ -42,6 +47,7 @@ from ckpt_jax.store.manifest import (
     INDEX,
     INDEX_KEY,
     Part,
+    part_path,
     read_digested,
     read_file,
     read_manifest,
@@ -49,14 +55,12 @@ from ckpt_jax.store.manifest import (
 )
 from ckpt_jax.store.stream import (
     ALIGNMENT,
-    MAX_EXPANSION,
     checksum_of,
+    file_end,
     file_path,
     file_size,
-    files_nbytes,
     new_context,
     open_stream,
-    places,
     round_up,
     storage_error,
 )
@@ -86,26 +90,32 @@ def read_index(directory: str) -> Index:
 
 
 def _parts_and_index(directory: str) -> tuple[dict[str, Part], Index]:
-    path = os.path.join(directory, INDEX)
     try:
         parts = read_manifest(directory)
     except CheckpointNotFoundError:
+        path = os.path.join(directory, INDEX)
         try:
-            return {}, _index(read_file(path), directory)  # a shard has no manifest
+            return {}, _index(read_file(path), path)  # a shard has no manifest
         except (FileNotFoundError, NotADirectoryError):
             pass
         raise
     if INDEX_KEY not in parts:
         raise CorruptCheckpointError(f"{directory}: has no index", file=directory)
-    return parts, _index(read_part(directory, parts[INDEX_KEY]), directory)
+    part = parts[INDEX_KEY]
+    path = part_path(directory, part)
+    index = _index(read_part(directory, part), path)
+    if index.is_shard:
+        raise CorruptCheckpointError(f"{path}: this is the index of a shard", file=path)
+    return parts, index
 
 
-def _index(data: bytes, directory: str) -> Index:
+def _index(data: bytes, path: str) -> Index:
     try:
         return Index.from_bytes(data)
     except CorruptCheckpointError as error:
-        path = os.path.join(directory, INDEX)
-        raise CorruptCheckpointError(f"{directory}: {error}", file=path) from error
+        raise CorruptCheckpointError(f"{path}: {error}", file=path) from error
+    except UnsupportedFormatError as error:
+        raise UnsupportedFormatError(f"{path}: {error}") from error
 
 
 class ShardedReader:
@@ -129,6 +139,7 @@ class ShardedReader:
         self.bytes_read = 0
         self._is_open = True
         self._streams: dict[int, _StreamReader] = {}
+        self._checked: set[int] = set()  # the shards whose files have the right sizes
         self._geometries: dict[tuple[int, tuple[Box, ...], bool], Geometry] = {}
 
     @property
@@ -185,8 +196,7 @@ class ShardedReader:
             raise RuntimeError(f"{self.directory}: the reader is closed")
         require_not_forked()
         geometries = self._geometries_of(requests)
-        pieces = Pieces.of(self.index, requests, geometries)
-        return self._results(requests, geometries, pieces, max_inflight_bytes)
+        return self._results(requests, geometries, max_inflight_bytes)
 
     def _geometries_of(self, requests: Sequence[Request]) -> list[Geometry]:
         index, cached = self.index, self._geometries
@@ -213,9 +223,10 @@ class ShardedReader:
         self,
         requests: Sequence[Request],
         geometries: list[Geometry],
-        pieces: Pieces,
         max_inflight_bytes: int,
     ) -> Iterator[tuple[int, Arrays]]:
+        self._check_files(requests, geometries)
+        pieces = Pieces.of(self.index, requests, geometries)
         assembly = _Assembly(geometries, pieces)
         runs = runs_of(pieces, self.index)
         memory = _Memory(sum(run.nbytes for run in runs))
@@ -231,20 +242,49 @@ class ShardedReader:
                     while waiting is not None and (
                         not in_flight or held + waiting.nbytes <= max_inflight_bytes
                     ):
-                        in_flight.append((waiting, self._start(waiting, memory, workers)))
+                        try:
+                            future = self._start(waiting, memory, workers)
+                        except CorruptCheckpointError as error:
+                            raise _corrupt(error, waiting, pieces, requests) from error
+                        in_flight.append((waiting, future))
                         held += waiting.nbytes
                         waiting = next(reads, None)
                     read, future = in_flight.popleft()
                     try:
                         future.result()
                     except _Damaged as damage:
-                        raise self._corrupt(damage, read, pieces, requests) from damage
+                        raise _corrupt(damage, read, pieces, requests) from damage
                     held -= read.nbytes
                     if read.last:
                         assembly.arrived(read.run, memory)
                         yield from assembly.finished()
             finally:
                 wait([future for _, future in in_flight])  # they still write into our buffers
+
+    def _check_files(self, requests: Sequence[Request], geometries: list[Geometry]) -> None:
+        """Checks the sizes of the files that are needed, once for each shard."""
+        index = self.index
+        for number in self._shards_of(requests, geometries) - self._checked:
+            try:
+                check_files(self._path(number), index.shards[number])
+            except CorruptCheckpointError as error:
+                here = [
+                    request[0]
+                    for request, geometry in zip(requests, geometries, strict=True)
+                    if number in self._shards_of([request], [geometry])
+                ]
+                raise _concerning(here, str(error), error.file) from error
+            self._checked.add(number)
+
+    def _shards_of(self, requests: Sequence[Request], geometries: list[Geometry]) -> set[int]:
+        """The numbers of the shards that are needed."""
+        index = self.index
+        alike = {
+            (index.tiling_number(key), id(geometry)): geometry
+            for (key, _), geometry in zip(requests, geometries, strict=True)
+        }
+        found = [index.tiling(tiling).shard[each.slices] for (tiling, _), each in alike.items()]
+        return {*np.unique(np.concatenate(found)).tolist()} if found else set()
 
     def _start(self, read: RangeRead, memory: _Memory, workers: Workers) -> Future[None]:
         run = read.run
@@ -297,7 +337,7 @@ class ShardedReader:
             for number, shard in enumerate(self.index.shards):
                 path = self._path(number)
                 try:
-                    stream = _StreamReader(path, shard, check=False)
+                    stream = _StreamReader(path, shard)
                 except CorruptCheckpointError as error:
                     yield error.file or path, self._keys_in(number, 0, shard.nbytes), str(error)
                     continue
@@ -308,8 +348,6 @@ class ShardedReader:
                     workers.submit(stream.damage, start, stop)
                     for start, stop in _ranges(blocks, shard)
                 ]
-                if len(blocks) == shard.blocks:
-                    checks += [workers.submit(stream.ends, file) for file in range(shard.files)]
                 for check in checks:
                     nbytes, found = check.result()
                     self.bytes_read += nbytes
@@ -339,21 +377,30 @@ class ShardedReader:
         directory = self.index.shards[number].directory
         return os.path.normpath(os.path.join(self.directory, directory))
 
-    def _corrupt(
-        self, damage: _Damaged, read: RangeRead, pieces: Pieces, requests: Sequence[Request]
-    ) -> Exception:
-        here = slice(read.run.first, read.run.last)
+
+def _corrupt(
+    damage: _Damaged | CorruptCheckpointError,
+    read: RangeRead,
+    pieces: Pieces,
+    requests: Sequence[Request],
+) -> CorruptCheckpointError:
+    """The error for damage that a read has met; it names the keys that are concerned."""
+    here = slice(read.run.first, read.run.last)
+    request = pieces.request[here]
+    what = str(damage)
+    if isinstance(damage, _Damaged):
         touched = (pieces.start[here] < damage.stop) & (pieces.stop[here] > damage.start)
-        request = pieces.request[here][touched].tolist()
-        keys = sorted({requests[i][0] for i in request})
-        what = ", ".join(keys[:8])
-        if len(keys) > 8:
-            what += f" and {len(keys) - 8} more keys"
-        return CorruptCheckpointError(
-            f"{what}: {damage.file} is damaged or incomplete: {damage}",
-            file=damage.file,
-            key=keys[0] if keys else None,
-        )
+        request = request[touched]
+        what = f"{damage.file} is damaged or incomplete: {damage}"
+    return _concerning([requests[i][0] for i in request.tolist()], what, damage.file)
+
+
+def _concerning(keys: Sequence[str], what: str, file: str | None) -> CorruptCheckpointError:
+    keys = sorted({*keys})
+    names = ", ".join(keys[:8])
+    if len(keys) > 8:
+        names += f" and {len(keys) - 8} more keys"
+    return CorruptCheckpointError(f"{names}: {what}", file=file, key=keys[0] if keys else None)
 
 
 def _ranges(blocks: Sequence[int], shard: Shard) -> Iterator[tuple[int, int]]:
@@ -376,34 +423,33 @@ def check_files(directory: str, shard: Shard) -> None:
     Raises:
       CorruptCheckpointError: a file is truncated or missing.
     """
-    if shard.compression:
-        found, least = files_nbytes(directory), shard.nbytes // MAX_EXPANSION
-        if found != shard.stored_nbytes or found < least:
-            raise CorruptCheckpointError(
-                f"{directory}: its files have {found} bytes, the index lists "
-                f"{max(shard.stored_nbytes, least)}: a file is truncated or missing",
-                file=directory,
-            )
-        return
+    total = 0
     for number in range(shard.files):
         path, expected = file_path(directory, number), file_size(shard, number)
         try:
-            found = os.stat(path).st_size
+            status = os.stat(path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise CorruptCheckpointError(f"{path}: the file is missing", file=path) from error
-        if found != expected:
-            what = f"{path}: the file has {found} bytes, expected {expected}: it is truncated"
-            raise CorruptCheckpointError(what, file=path)
+        found = status.st_size
+        total += found
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptCheckpointError(f"{path}: this is not a regular file", file=path)
+        if found < expected or (found > expected and not shard.compression):
+            what = f"the file has {found} bytes, expected {expected}: it is truncated or replaced"
+            raise CorruptCheckpointError(f"{path}: {what}", file=path)
+    if total != shard.stored_nbytes:
+        what = f"its files have {total} bytes, expected {shard.stored_nbytes}"
+        raise CorruptCheckpointError(
+            f"{directory}: {what}: one is truncated or replaced", file=directory
+        )
 
 
 class _StreamReader:
     """Reads ranges of whole blocks of a stream, and verifies them; on any thread."""
 
-    def __init__(self, directory: str, shard: Shard, *, check: bool = True):
+    def __init__(self, directory: str, shard: Shard):
         self._directory = directory
         self._shard = shard
-        if check:
-            check_files(directory, shard)
         self._checksums = _checksums(directory, shard)
         self._store = open_stream(directory, shard, new_context()) if shard.compression else None
 
@@ -437,24 +483,10 @@ class _StreamReader:
                 found.append(damage)
         return stop - start, found
 
-    def ends(self, number: int) -> tuple[int, list[_Damaged]]:
-        """Reads what follows the chunks in a file; returns like `damage`. Readers of this library
-        do not need it, but others may."""
-        path = file_path(self._directory, number)
-        expected = b"" if self._shard.compression else places(self._shard, number)
-        try:
-            with open(path, "rb") as file:
-                file.seek(file_size(self._shard, number) - len(expected))
-                if not expected or file.read() == expected:
-                    return 0, []
-        except FileNotFoundError:
-            return 0, []  # which the chunks in it have said
-        begin = number * self._shard.file_nbytes
-        return 0, [_Damaged(path, begin, begin, "the places of its chunks are damaged")]
-
     def _read_file(self, number: int, offset: int, target: np.ndarray) -> None:
         path = file_path(self._directory, number)
-        begin = number * self._shard.file_nbytes + offset
+        size = self._shard.file_nbytes
+        begin = number * size + offset
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -467,8 +499,20 @@ class _StreamReader:
                     part = target[start : start + block]
                     self._fill(descriptor, offset + start, part, path, begin + start)
                     self._verify(path, begin + start, part)
+                if begin + target.size in (size * (number + 1), self._shard.nbytes):
+                    self._verify_end(descriptor, number, path, offset + target.size)
         finally:
             os.close(descriptor)
+
+    def _verify_end(self, descriptor: int, number: int, path: str, offset: int) -> None:
+        """Verifies the bytes that follow the last block of a file."""
+        expected = file_end(self._shard, number)
+        found = np.empty(len(expected), np.uint8)
+        stop = min((number + 1) * self._shard.file_nbytes, self._shard.nbytes)
+        self._fill(descriptor, offset, found, path, stop - 1)
+        if found.tobytes() != expected:
+            what = "its end, after the last block, is not as it was written"
+            raise _Damaged(path, stop - 1, stop, what)
 
     def _fill(
         self, descriptor: int, offset: int, target: np.ndarray, path: str, begin: int
@@ -514,7 +558,11 @@ def _checksums(directory: str, shard: Shard) -> np.ndarray:
     checksums = shard.checksums
     if shard.directory != ".":
         path = os.path.join(directory, INDEX)
-        checksums = own_checksums(read_digested(path, shard.digest))
+        data = read_digested(path, shard.digest)
+        try:
+            checksums = own_checksums(data)
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{path}: {error}", file=path) from error
         if len(checksums) != shard.blocks * CHECKSUM.itemsize:
             what = f"{path}: has {len(checksums)} bytes of checksums for {shard.blocks} blocks"
             raise CorruptCheckpointError(what, file=path)

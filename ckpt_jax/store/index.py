@@ -41,6 +41,9 @@ CHECKSUM = np.dtype("<u4")
 _LIMIT = 1 << 62  # sums of two numbers below it fit into an int64
 _MAX_RANK = 64
 _MAX_CHUNKS = 1 << 20  # in a file: the place of each takes memory
+_MAX_BLOCK_NBYTES = 64 << 20  # a block has to be read as a whole, into memory
+_MAX_BOUNDS_PER_BYTE = 16
+_MIN_BOUNDS = 1 << 20
 _COLUMNS = {"key": "<u4", "layout": "<u4", "offset": "<u8"}
 _UNSAFE = re.compile(r"[\\\0]|(^|/)\.{0,2}(/|$)")  # in the directory of a shard
 
@@ -308,6 +311,20 @@ class Index:
         layout = self.tables[table].layouts[pattern[0]]
         return layout.extent == layout.shape
 
+    def is_readable(self, nbytes: int) -> bool:
+        """Whether all tilings together are small enough for the size of the message.
+
+        So neither time nor memory is spent on slices that a small message has by the million.
+        """
+        counts: list[int] = []  # of the bounds of slices, by tiling
+        for before, table, pattern in self._alike[1]:
+            members = self.tables[table]
+            ranks = [len(members.layouts[i].extent) or 1 for i in members.patterns[0][pattern]]
+            known = counts[before] if before >= 0 else 0
+            counts.append(known + sum(ranks) * len(self.shards_of[table]))
+        total = sum([counts[number] for number in set(self._alike[0])])
+        return total <= max(_MAX_BOUNDS_PER_BYTE * nbytes, _MIN_BOUNDS)
+
     def to_bytes(self) -> bytes:
         """This index as a sealed message."""
         message = index_pb2.Index(format_version=FORMAT_VERSION)
@@ -328,22 +345,20 @@ class Index:
           CorruptCheckpointError: some part of it contradicts another, or is impossible.
           UnsupportedFormatError: another version of this library wrote it.
         """
-        try:
-            message = index_pb2.Index.FromString(unseal(data))
-        except DecodeError as error:
-            raise CorruptCheckpointError(f"index cannot be parsed: {error}") from error
-        check_version(message.format_version, "index")
+        message = _parse(data)
+        table = tuple([m.table for m in message.shards])
+        count = len(message.tables)
+        _check(count <= len(table) and {*table} == {*range(count)}, "not each table has a shard")
+        shards = tuple([_shard(m) for m in message.shards])
         tables = tuple([_table(m) for m in message.tables])
         _check(len({t.digest for t in tables}) == len(tables), "two tables are the same")
-        shards = tuple([_shard(m) for m in message.shards])
-        table = tuple([m.table for m in message.shards])
-        _check({*table} == {*range(len(tables))}, "not each table has a shard")
         directories = {shard.directory for shard in shards}
         _check(len(directories) == len(shards), "two shards have the same directory")
         alone = len(shards) == 1 or "." not in directories
         _check(alone, "a shard in directory '.' is not the only one")
         index = cls(tables, shards, table)
         _check_shards(index)
+        _check(index.is_readable(len(data)), "arrays are cut in too many different ways")
         for problem in index.problems():
             raise CorruptCheckpointError(f"index is inconsistent: {problem}")
         return index
@@ -384,8 +399,23 @@ def decode_entry(data: bytes) -> tuple[Shard, bytes]:
 
 
 def own_checksums(data: bytes) -> bytes:
-    """The checksums of the blocks of a shard, from its own index, which has been checked."""
-    return index_pb2.Index.FromString(unseal(data)).shards[0].checksums
+    """The checksums of the blocks of a shard, from its own index.
+
+    Raises:
+      CorruptCheckpointError: it is no index of a shard.
+    """
+    shards = _parse(data).shards
+    _check(len(shards) == 1, "this is not the index of a shard")
+    return shards[0].checksums
+
+
+def _parse(data: bytes) -> index_pb2.Index:
+    try:
+        message = index_pb2.Index.FromString(unseal(data))
+    except DecodeError as error:
+        raise CorruptCheckpointError(f"index cannot be parsed: {error}") from error
+    check_version(message.format_version, "index")
+    return message
 
 
 def _check(condition: bool | np.bool_, message: str) -> None:
@@ -450,6 +480,7 @@ def _shard(message: index_pb2.Shard) -> Shard:
     _check(max(shard.nbytes, shard.stored_nbytes, *sizes) < _LIMIT, "size of a stream")
     for small, large in itertools.pairwise(sizes):
         _check(0 < small <= large and large % small == 0, f"parts of a stream of {sizes} bytes")
+    _check(shard.block_nbytes <= _MAX_BLOCK_NBYTES, "size of blocks")
     _check(shard.file_nbytes // shard.chunk_nbytes <= _MAX_CHUNKS, "chunks of a file")
     _check(shard.compression in COMPRESSIONS, f"compression {shard.compression[:40]!r}")
     if directory == ".":

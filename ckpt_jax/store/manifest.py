@@ -8,16 +8,22 @@ one. No part is ever changed.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckpt_jax.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnsupportedFormatError,
+)
 from ckpt_jax.graph._proto import manifest_pb2
 from ckpt_jax.store.durable import fsync_directory, naming
 from ckpt_jax.store.index import DIGEST_NBYTES, FORMAT_VERSION, check_version
@@ -31,6 +37,7 @@ META = "meta"  # the directory of the parts
 _MAX_MANIFEST_NBYTES = 1 << 20
 _MAX_PART_NBYTES = 1 << 30
 _FILE = re.compile(r"[a-z0-9_-]+")
+_NOT_REGULAR = "this is not a regular file"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +50,23 @@ class Part:
 
 
 def write_parts(directory: str, values: Mapping[str, bytes], *, durable: bool) -> dict[str, Part]:
-    """Writes values into files of their own below `directory`; returns the parts by name."""
+    """Writes values into files of their own below `directory`, which has no manifest yet.
+
+    Files that an interrupted merge has left there are replaced.
+
+    Returns:
+      The parts by name.
+    """
     parts: dict[str, Part] = {}
     meta = os.path.join(directory, META)
-    os.mkdir(meta)
+    os.makedirs(meta, exist_ok=True)
     for name, value in values.items():
         file = _file_name(name, {part.file for part in parts.values()})
         parts[name] = Part(file, len(value), hashlib.sha256(value).digest())
-        write_file(os.path.join(meta, file), value, durable=durable)
+        path = os.path.join(meta, file)
+        with suppress(FileNotFoundError):
+            os.unlink(path)
+        write_file(path, value, durable=durable)
     if durable:
         fsync_directory(meta)
     return parts
@@ -64,6 +80,8 @@ def write_manifest(directory: str, parts: Mapping[str, Part], *, durable: bool) 
     data = seal(message.SerializeToString(deterministic=True))
     path = os.path.join(directory, MANIFEST)
     new = f"{path}.new"
+    with suppress(FileNotFoundError):
+        os.unlink(new)
     write_file(new, data, durable=durable)
     os.rename(new, path)
     if durable:
@@ -121,6 +139,8 @@ def read_manifest(directory: str) -> dict[str, Part]:
                 raise CorruptCheckpointError(f"manifest is inconsistent: part {name[:80]!r}")
     except (CorruptCheckpointError, DecodeError) as error:
         raise CorruptCheckpointError(f"{path}: {error}", file=path) from error
+    except UnsupportedFormatError as error:
+        raise UnsupportedFormatError(f"{path}: {error}") from error
     return parts
 
 
@@ -130,7 +150,12 @@ def read_part(directory: str, part: Part) -> bytes:
     Raises:
       CorruptCheckpointError: they are not the ones that were committed.
     """
-    return read_digested(os.path.join(directory, META, part.file), part.digest, part.nbytes)
+    return read_digested(part_path(directory, part), part.digest, part.nbytes)
+
+
+def part_path(directory: str, part: Part) -> str:
+    """The path of the file of a part of the checkpoint in `directory`."""
+    return os.path.join(directory, META, part.file)
 
 
 def read_digested(path: str, digest: bytes, nbytes: int | None = None) -> bytes:
@@ -159,11 +184,17 @@ def read_file(path: str, max_nbytes: int = _MAX_PART_NBYTES) -> bytes:
       CorruptCheckpointError: it is no regular file, or is too large.
       OSError: it cannot be read.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with open(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptCheckpointError(f"{path}: this is not a regular file", file=path)
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ENXIO, errno.ENODEV, errno.ELOOP):
+            raise CorruptCheckpointError(f"{path}: {_NOT_REGULAR}", file=path) from error
+        raise
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise CorruptCheckpointError(f"{path}: {_NOT_REGULAR}", file=path)
+    with naming(path), open(descriptor, "rb") as file:
         if status.st_size > max_nbytes:
             what = f"{path}: the file has {status.st_size} bytes, at most {max_nbytes} are expected"
             raise CorruptCheckpointError(what, file=path)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from ckpt_jax.errors import CheckpointError, CorruptCheckpointError
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, ShardError
 from ckpt_jax.store.durable import fsync_directory
 from ckpt_jax.store.index import Index, Shard, Table, merge_indexes
 from ckpt_jax.store.manifest import (
@@ -48,7 +48,8 @@ def merge_shards(
       `destination`.
 
     Raises:
-      ShardError: the shards do not make up whole arrays; nothing was changed.
+      ShardError: the shards do not make up whole arrays, or cut them in so many different ways
+        that a reader would refuse the index; nothing was changed.
       FileExistsError: `destination` already is a checkpoint.
       CorruptCheckpointError: a shard is damaged or its write was interrupted.
     """
@@ -120,12 +121,18 @@ def commit(
             for (shard, digest), target in zip(shards, targets, strict=True)
         ]
     )
+    index = merged.to_bytes()
+    if not merged.is_readable(len(index)):
+        raise ShardError(
+            f"{destination}: {len(merged.keys)} arrays are cut in too many different ways over "
+            f"{len(shards)} shards. Cut arrays of one shape alike; nothing was changed."
+        )
     os.makedirs(os.path.join(destination, SHARDS), exist_ok=True)
     for source, target in zip(sources, targets, strict=True):
         path = os.path.join(destination, target)
         if os.path.abspath(source) != os.path.abspath(path):
             os.rename(source, path)
-    values = {INDEX_KEY: merged.to_bytes(), **extra}
+    values = {INDEX_KEY: index, **extra}
     parts = write_parts(destination, values, durable=durable)
     if durable:
         parents = {os.path.dirname(os.path.join(destination, target)) for target in targets}

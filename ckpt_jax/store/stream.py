@@ -29,10 +29,10 @@ CHUNKS = 4  # in a block: chunks that lie within one slice are written without a
 FILE_NBYTES = 64 << 20  # about the size of files: large enough to be written and read quickly
 ALIGNMENT = 64  # of slices in streams and of results in memory; JAX uses such memory without a copy
 DATA = "c"  # the directory of a stream's files in the directory of its shard
-MAX_EXPANSION = 1 << 15  # by zstd: a block of 128 KiB takes at least 4 bytes
 
 _PLACE_NBYTES = 16  # of a chunk, at the end of a file: offset and size
 _PLACES_CHECKSUM_NBYTES = 4
+_MAX_EXPANSION = 1 << 15  # by zstd: a block of 128 KiB takes at least 4 bytes
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
@@ -77,9 +77,10 @@ def block_nbytes(nbytes: int) -> int:
     return max(CHUNKS * ALIGNMENT, round_up(-(-nbytes // count), CHUNKS * ALIGNMENT))
 
 
-def file_nbytes(block: int, limit: int = FILE_NBYTES) -> int:
-    """How many bytes of a stream are in a file: about `limit`, in whole blocks."""
-    return max(1, min(FILE_NBYTES, limit) // block) * block
+def file_nbytes(nbytes: int, block: int, limit: int = FILE_NBYTES) -> int:
+    """How many bytes of a stream are in a file: about `limit`, in whole blocks. The places of all
+    chunks that a file could hold are stored in it, so it is no larger than its stream."""
+    return max(1, min(round_up(nbytes, block), FILE_NBYTES, limit) // block) * block
 
 
 def file_path(directory: str, number: int) -> str:
@@ -88,21 +89,28 @@ def file_path(directory: str, number: int) -> str:
 
 
 def file_size(shard: Shard, number: int) -> int:
-    """The size of a file of a stream that is not compressed."""
+    """The size of a file of a stream. If it is compressed, the size that it has at least."""
     held = min(shard.file_nbytes, shard.nbytes - number * shard.file_nbytes)
     places = shard.file_nbytes // shard.chunk_nbytes * _PLACE_NBYTES + _PLACES_CHECKSUM_NBYTES
+    if shard.compression:
+        return held // _MAX_EXPANSION + places
     return round_up(held, shard.chunk_nbytes) + places
 
 
-def places(shard: Shard, number: int) -> bytes:
-    """What follows the chunks in a file of a stream that is not compressed: the place of each."""
+def file_end(shard: Shard, number: int) -> bytes:
+    """The end of a file of a stream that is not compressed: what follows the bytes of the stream.
+
+    These are zeros up to the end of the last chunk, and the places of the chunks for other readers
+    of zarr3: offset and size of each, all bits set if there is no such chunk; then a CRC-32C.
+    """
     held = min(shard.file_nbytes, shard.nbytes - number * shard.file_nbytes)
-    table = np.full((shard.file_nbytes // shard.chunk_nbytes, 2), -1, "<i8")
-    there = -(-held // shard.chunk_nbytes)
-    table[:there, 0] = np.arange(there) * shard.chunk_nbytes
-    table[:there, 1] = shard.chunk_nbytes
-    data = table.tobytes()
-    return data + crc32c(data).to_bytes(_PLACES_CHECKSUM_NBYTES, "little")
+    chunk = shard.chunk_nbytes
+    places = np.full((shard.file_nbytes // chunk, 2), -1, "<i8")
+    count = -(-held // chunk)
+    places[:count, 0] = np.arange(count) * chunk
+    places[:count, 1] = chunk
+    data = places.tobytes()
+    return bytes(count * chunk - held) + data + crc32c(data).to_bytes(4, "little")
 
 
 def files_nbytes(directory: str) -> int:

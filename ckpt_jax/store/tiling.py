@@ -7,14 +7,16 @@ few operations on whole columns, even if it has thousands of boxes. Other tiling
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from ckpt_jax.graph.boxes import Box, Shape, overlap, size_of
+from ckpt_jax.graph.boxes import Box, Shape, overlap
 from ckpt_jax.graph.dtypes import BYTES
+
+_MAX_CORNERS = 64  # for each slice, while a tiling is checked: enough for six axes in any case
+_LEAST_CORNERS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -118,7 +120,9 @@ def clashes(tiling: Tiling, *, whole: bool) -> Iterator[Clash]:
             yield Clash(f"{found} disagrees with {first.dtype}{list(first.shape)}", (0, i))
     if not agree or _is_grid(tiling, first.shape):
         return
-    yield from _uneven(tiling.boxes(), first.shape, whole=whole)
+    clash = _repeated_empty(tiling) or (_first_gap(tiling) if whole else _first_overlap(tiling))
+    if clash is not None:
+        yield clash
 
 
 def _is_grid(tiling: Tiling, shape: Shape) -> bool:
@@ -137,21 +141,77 @@ def _is_grid(tiling: Tiling, shape: Shape) -> bool:
     return count == tiling.count and len(np.unique(cells)) == count
 
 
-def _uneven(boxes: Sequence[Box], shape: Shape, *, whole: bool) -> Iterator[Clash]:
+def _repeated_empty(tiling: Tiling) -> Clash | None:
+    """An empty slice that is stored twice; it overlaps with no other."""
+    seen: dict[Box, int] = {}
+    for i in np.flatnonzero((tiling.starts == tiling.stops).any(axis=1)).tolist():
+        before = seen.setdefault(tiling.box(i), i)
+        if before != i:
+            return Clash(f"slice {tiling.box(i)} is stored twice", (before, i))
+    return None
+
+
+def _first_overlap(tiling: Tiling) -> Clash | None:
+    boxes = tiling.boxes()
     pair = overlap(boxes)
-    if pair is None and len(set(boxes)) < len(boxes):  # empty slices overlap with no other
-        seen: set[Box] = set()
-        twice = next(box for box in boxes if box in seen or seen.add(box))
-        pair = (twice, twice)
-    if pair is not None:
-        a = boxes.index(pair[0])
-        b = boxes.index(pair[1], a + 1) if pair[0] == pair[1] else boxes.index(pair[1])
-        what = "is stored twice" if pair[0] == pair[1] else f"overlaps slice {pair[1]}"
-        yield Clash(f"slice {pair[0]} {what}", (a, b))
-        return
-    held, total = sum(map(size_of, boxes)), math.prod(shape)
-    if whole and held != total:
-        yield Clash(
-            f"{len(boxes)} slices hold {held} of {total} elements, so there is a hole",
-            tuple(range(len(boxes))),
-        )
+    if pair is None:
+        return None
+    a = boxes.index(pair[0])
+    return _overlap(tiling, a, boxes.index(pair[1], a + 1 if pair[0] == pair[1] else 0))
+
+
+def _overlap(tiling: Tiling, a: int, b: int) -> Clash:
+    one, other = tiling.box(a), tiling.box(b)
+    what = "is stored twice" if one == other else f"overlaps slice {other}"
+    return Clash(f"slice {one} {what}", (a, b))
+
+
+def _first_gap(tiling: Tiling) -> Clash | None:
+    """The first place where an array is not held exactly once; None if its slices make it up.
+
+    Let g(p) be the number of slices with the element p, minus one. g is zero everywhere exactly if
+    its differences along all axes are, one axis after the other. A box has such a difference at
+    its corners only, and at the corners that slices share, the differences cancel out. So the work
+    grows with the number of slices, not with the number of pairs of them. If differences are left,
+    there is none before the first of them, so g is there equal to the difference.
+    """
+    shape = tiling.first.shape
+    if 0 in shape:
+        return None
+    filled = (tiling.starts < tiling.stops).all(axis=1)
+    starts, stops = tiling.starts[filled], tiling.stops[filled]
+    axes = np.flatnonzero(((starts != 0) | (stops != np.array(shape, np.int64))).any(axis=0))
+    whole = np.array([[0] * len(axes) + [shape[axis] for axis in axes]], np.int64)
+    boxes = np.concatenate([whole, np.hstack([starts[:, axes], stops[:, axes]])])
+    weights = np.array([-1] + [1] * len(starts), np.int64)
+    boxes, weights = _summed(boxes, weights)
+    most = max(_MAX_CORNERS * len(boxes), _LEAST_CORNERS)
+    for axis in range(len(axes)):
+        low, high = boxes.copy(), boxes.copy()
+        low[:, len(axes) + axis] = low[:, axis]
+        high[:, axis] = high[:, len(axes) + axis]
+        corners = np.concatenate([low, high])
+        boxes, weights = _summed(corners, np.concatenate([weights, -weights]))
+        if len(boxes) > most:
+            what = f"{tiling.count} slices are too many for an array that is cut as irregularly"
+            return Clash(what, tuple(range(tiling.count)))
+    if not len(boxes):
+        return None
+    place = boxes[0, : len(axes)]
+    here = ((tiling.starts[:, axes] <= place) & (place < tiling.stops[:, axes])).all(axis=1)
+    holders = np.flatnonzero(here & filled).tolist()
+    if len(holders) > 1:
+        return _overlap(tiling, holders[0], holders[1])
+    element = np.zeros(len(shape), np.int64)
+    element[axes] = place
+    what = f"{tiling.count} slices leave a hole at element {tuple(element.tolist())}"
+    return Clash(what, tuple(range(tiling.count)))
+
+
+def _summed(rows: np.ndarray, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct rows, sorted, with the sums of their weights if these are not zero."""
+    order = np.lexsort(rows.T[::-1]) if rows.shape[1] else np.arange(len(rows))
+    rows, weights = rows[order], weights[order]
+    begins = np.append(True, (rows[1:] != rows[:-1]).any(axis=1))
+    sums = np.add.reduceat(weights, np.flatnonzero(begins))
+    return rows[begins][sums != 0], sums[sums != 0]
