@@ -121,7 +121,7 @@ def _other_library(path: str) -> str | None:
     for name, library in _OTHERS.items():
         if os.path.isfile(os.path.join(path, name)):
             return library
-    return "TensorFlow" if not os.path.exists(path) and os.path.isfile(f"{path}.index") else None
+    return None
 
 
 def others_in(directory: str) -> dict[str, str]:

@@ -173,6 +173,8 @@ class ExtentsReader:
                         raise ValueError(f"{key}: the box {box} lies outside of shape {spec.shape}")
                 checked.add((spec.shape, boxes))
             stored = self.index.values[key]
+            if stored.damage:
+                raise self._files.damage(self.path, stored.damage, key)
             wanted.append(_Request(key, stored, boxes, _nbytes_of(stored, boxes)))
         return self._results(wanted, max_inflight_bytes)
 
@@ -224,7 +226,7 @@ class _Request:
 def _problem(stored: Stored, files: Files) -> str | None:
     """What is wrong with the extents of a value; None if nothing is."""
     spec, extents = stored.spec, stored.extents
-    if not is_readable(spec):
+    if not is_readable(spec) or stored.damage:
         return None
     if spec.is_bytes:
         itemsize, boxes = stored.nbytes, [()]

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from trackables import value, var
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
@@ -117,7 +116,6 @@ def test_an_empty_directory_and_one_of_another_program_are_no_checkpoints(tmp_pa
     [
         ("a/_CHECKPOINT_METADATA", "Orbax"),
         ("a/_METADATA", "Orbax"),
-        ("a.index", "TensorFlow"),
     ],
 )
 def test_the_checkpoint_of_another_library_is_called_by_its_name(tmp_path, file, library):
@@ -328,17 +326,3 @@ def test_a_parent_that_is_a_file_is_an_error(tmp_path):
     with pytest.raises(OSError, match="file"):
         ckpt.save(tmp_path / "file" / "a", tree())
     assert files_below(tmp_path) == {"file": b"text"}
-
-
-# --- nothing there ----------------------------------------------------------------------
-
-
-@pytest.mark.behaviour(73, 74, 75)
-def test_a_saved_model_of_tensorflow_is_no_checkpoint(tmp_path):
-    (tmp_path / "exported" / "variables").mkdir(parents=True)
-    (tmp_path / "exported" / "saved_model.pb").touch()
-    (tmp_path / "exported" / "variables" / "variables.index").touch()
-    checkpoint = ckpt.Checkpoint(v=var(0.0))
-    with pytest.raises(ckpt.CheckpointNotFoundError, match="exported"):
-        checkpoint.restore(tmp_path / "exported")
-    assert value(checkpoint.v) == 0.0

@@ -15,6 +15,7 @@ from ckpt_jax.graph._proto import (
     checkpoint_state_pb2,
     index_pb2,
     saved_object_graph_pb2,
+    tensor_bundle_pb2,
     trackable_object_graph_pb2,
 )
 
@@ -24,6 +25,7 @@ MODULES = {
         checkpoint_state_pb2,
         index_pb2,
         saved_object_graph_pb2,
+        tensor_bundle_pb2,
         trackable_object_graph_pb2,
     )
 }
@@ -98,6 +100,23 @@ TensorShapeProto
 TensorShapeProto.Dim
   1 size int64
   2 name string
+BundleHeaderProto
+  1 num_shards int32
+  2 endianness Endianness
+  3 version VersionDef
+BundleEntryProto
+  1 dtype DataType
+  2 shape TensorShapeProto
+  3 shard_id int32
+  4 offset int64
+  5 size int64
+  6 crc32c fixed32
+  7 slices TensorSliceProto*
+TensorSliceProto
+  1 extent Extent*
+TensorSliceProto.Extent
+  1 start int64
+  2 length int64
 """
 
 ADDITIONS = """
@@ -367,16 +386,19 @@ def tensorflow_class(name: str) -> type[Message]:
         "tensorflow", reason="TensorFlow is not installed. scripts/interop runs this test with it."
     )
     from tensorflow.core.protobuf import saved_object_graph_pb2 as saved
+    from tensorflow.core.protobuf import tensor_bundle_pb2 as bundle
     from tensorflow.core.protobuf import trackable_object_graph_pb2 as trackable
     from tensorflow.python.training import checkpoint_state_pb2 as state
 
-    return next(getattr(m, name) for m in (saved, trackable, state) if hasattr(m, name))
+    return next(getattr(m, name) for m in (saved, trackable, bundle, state) if hasattr(m, name))
 
 
 OURS = [
     trackable_object_graph_pb2.TrackableObjectGraph,
     saved_object_graph_pb2.SavedObjectGraph,
     checkpoint_state_pb2.CheckpointState,
+    tensor_bundle_pb2.BundleHeaderProto,
+    tensor_bundle_pb2.BundleEntryProto,
 ]
 
 
