@@ -13,9 +13,10 @@ edge back to an object on the path itself is never followed.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
-from ckpt_jax.graph.labels import Label, escaped_names
+from ckpt_jax.graph.labels import Label, escaped_names, path_of
 from ckpt_jax.graph.nodes import ObjectGraph
 
 _MAX_DETOURS = 3
@@ -41,6 +42,32 @@ def as_tree(graph: ObjectGraph) -> ObjectGraph:
     >>> as_tree(graph).paths
     ('', 'a', 'b')
     """
+    tree = _walk(graph)
+    nodes = [
+        replace(graph.nodes[origin], children=own, slots=())
+        for origin, own in zip(tree.origins, tree.children, strict=True)
+    ]
+    return ObjectGraph(tuple(nodes), tuple(tree.keys), graph.named)
+
+
+def edges_by_path(graph: ObjectGraph) -> Iterator[tuple[str, int, Label]]:
+    """Each path that leads to a node of a graph, with the last edge on it: its node and label."""
+    tree = _walk(graph)
+    for origin, edges in zip(tree.origins, tree.children, strict=True):
+        for label, there in edges:
+            yield path_of(tree.keys[there]), origin, label
+
+
+@dataclass(frozen=True, slots=True)
+class _Tree:
+    """The nodes of a tree: for each, the node that it stands for, its key and its edges."""
+
+    origins: list[int]
+    keys: list[str]
+    children: list[tuple[tuple[Label, int], ...]]
+
+
+def _walk(graph: ObjectGraph) -> _Tree:
     edges_into = _edges_into(graph)
     seen: set[int] = set()
     # For each node of the tree: the node that it stands for, its parent, its key, its detours.
@@ -64,11 +91,7 @@ def as_tree(graph: ObjectGraph) -> ObjectGraph:
             keys.append(prefix + name)
             detours.append(count)
         children.append(tuple(found))
-    nodes = [
-        replace(graph.nodes[origin], children=own, slots=())
-        for origin, own in zip(origins, children, strict=True)
-    ]
-    return ObjectGraph(tuple(nodes), tuple(keys), graph.named)
+    return _Tree(origins, keys, children)
 
 
 def _edges_into(graph: ObjectGraph) -> Counter[int]:
