@@ -239,7 +239,7 @@ class Checkpoint(AutoTrackable):
         if path is None:
             return LoadStatus(None, self._trace_for_restore)
         with context.meter.restoring(lambda: CheckpointReader(path, context.storage)) as reader:
-            saved = renamed(reader.object_graph, rename)
+            saved = renamed(reader.graph_to_restore, rename)
             restoration = Restoration(reader.path, saved, options, self._trace_for_restore, context)
             root = restoration.run(reader, meeting)
         if self.__dict__["_self_rooted"] and root is not self._root_object():

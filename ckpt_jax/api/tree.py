@@ -255,7 +255,7 @@ def plan_restore(
 def _plan(
     reader: CheckpointReader, target: Any, rules: Iterable[Rule], options: CheckpointOptions
 ) -> PlannedRestore:
-    graph = reader.object_graph
+    graph = reader.graph_to_restore
     planned = plan_whole(reader, renamed(graph, rules), live_graph(target), options)
     return planned.without_deferral(lambda entry: _is_bookkeeping(graph, entry))
 

@@ -29,6 +29,7 @@ from ckpt_jax.readers import Reader
 from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.restoring.formats import open_foreign
 from ckpt_jax.restoring.formats.own import OwnReader
+from ckpt_jax.restoring.formats.tensorflow.optimizers import with_slots
 from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.store.storage import POSIX, Storage
 from ckpt_jax.values.host import without_gc
@@ -139,6 +140,15 @@ class CheckpointReader:
         for key, what in self.disagreements():
             raise CorruptCheckpointError(f"{self.path}: {key}: {what}", file=self.path, key=key)
         return self._graph
+
+    @cached_property
+    def graph_to_restore(self) -> ObjectGraph:
+        """The object graph, in which optimizers of TensorFlow and Keras have slots.
+
+        Raises:
+          CorruptCheckpointError: as for `object_graph`.
+        """
+        return with_slots(self.object_graph) if self.is_foreign else self.object_graph
 
     @property
     def is_foreign(self) -> bool:
