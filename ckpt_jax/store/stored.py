@@ -111,7 +111,8 @@ class ExtentsReader:
         for key, stored in values.items():
             problem = _problem(stored, files)
             if problem is not None:
-                raise files.damage(stored.extents[0].file if stored.extents else path, problem, key)
+                what, file = problem
+                raise files.damage(file or path, what, key)
 
     def graph(self) -> ObjectGraph | None:
         """The object graph.
@@ -223,8 +224,8 @@ class _Request:
     nbytes: int
 
 
-def _problem(stored: Stored, files: Files) -> str | None:
-    """What is wrong with the extents of a value; None if nothing is."""
+def _problem(stored: Stored, files: Files) -> tuple[str, str] | None:
+    """What is wrong with the extents of a value, and the file of one; None if nothing is."""
     spec, extents = stored.spec, stored.extents
     if not is_readable(spec) or stored.damage:
         return None
@@ -233,12 +234,13 @@ def _problem(stored: Stored, files: Files) -> str | None:
     else:
         itemsize, boxes = _dtype_of(spec).itemsize, [extent.box for extent in extents]
     if boxes != [whole(spec.shape)] and (problem := tiling_problem(boxes, spec.shape)):
-        return problem
+        return problem, extents[0].file if extents else ""
     for extent in extents:
         size = files.size(extent.file) if stored.contents is None else stored.nbytes
         end = extent.offset + extent.span * itemsize
         if extent.offset < 0 or min(extent.steps, default=0) < 0 or end > size:
-            return f"it has {size} bytes, the value lies at {extent.offset} to {end}"
+            what = f"it has {size} bytes, the value lies at {extent.offset} to {end}"
+            return what, extent.file
     return None
 
 

@@ -28,6 +28,7 @@ STRING = 7
 _MAX_RANK = 64
 _LIMIT = 1 << 62
 _MAX_UNEVEN = 512  # parts of one variable that lie in no grid
+_MAX_PARTS = 16 << 10
 
 DTYPES: Mapping[int, str] = {
     1: "float32",
@@ -277,6 +278,8 @@ def _signed(number: int) -> bytes:
 
 def _tiling_problem(boxes: list[Box], shape: Shape) -> str | None:
     """Why boxes do not tile a shape; None if they do. Takes time in proportion to their number."""
+    if len(boxes) > _MAX_PARTS:
+        return f"it has {len(boxes)} parts, which is more than {_MAX_PARTS}"
     held = sum(map(size_of, boxes))
     if held != math.prod(shape):
         return f"its {len(boxes)} parts hold {held} of {math.prod(shape)} elements"

@@ -14,7 +14,7 @@ def mask(crc: int) -> int:
     """A CRC-32C as it is stored.
 
     >>> hex(mask(crc_of(b"123456789")))
-    '0xc78f5c0d'
+    '0xc78ab0e5'
     """
     return (((crc >> 15) | (crc << 17)) + _DELTA) & _ALL
 

@@ -26,7 +26,7 @@ from ckpt_jax.graph.specs import LeafSpec
 
 Entry = pb.TrackableObjectGraph.TrackableObject
 Specs = Mapping[str, LeafSpec]
-Keys = Sequence[str]
+Keys = list[str]
 
 
 def decode(data: bytes, specs: Mapping[str, LeafSpec]) -> ObjectGraph:
@@ -50,9 +50,8 @@ def decode(data: bytes, specs: Mapping[str, LeafSpec]) -> ObjectGraph:
     }
     spare = sorted(unnamed)
     nodes = [_node(number, message.nodes, specs, spare) for number in range(len(message.nodes))]
-    placed = {attribute.key for node in nodes for attribute in node.attributes}
     if not any(node.saver for node in nodes):  # a saver's values belong to it alone
-        lost = [_attribute(key, key, specs) for key in spare if key not in placed]
+        lost = [_attribute(key, key, specs) for key in spare]
         nodes[0] = replace(nodes[0], attributes=(*nodes[0].attributes, *lost))
     return ObjectGraph(tuple(nodes), object_keys(nodes))
 
@@ -103,16 +102,20 @@ def _container(edges: Sequence[tuple[str, int]]) -> tuple[str, tuple[tuple[Label
 
 
 def _stored(value: Entry.SerializedTensor, specs: Specs, spare: Keys) -> list[Attribute]:
-    """The stored values of an attribute: one, or none, or several whose keys begin with its key."""
+    """The stored values of an attribute: one, or none, or several whose keys begin with its key.
+
+    The latter are taken out of the spare keys.
+    """
     key = value.checkpoint_key
     if key in specs:
         return [_attribute(value.name, key, specs, value.full_name)]
-    found: list[Attribute] = []
-    for other in spare[bisect_left(spare, key) :]:
-        if not key or not other.startswith(key):
-            break
-        found.append(_attribute(value.name + other.removeprefix(key), other, specs))
-    return found
+    first = last = bisect_left(spare, key)
+    while key and last < len(spare) and spare[last].startswith(key):
+        last += 1
+    taken = spare[first:last]
+    if taken:
+        del spare[first:last]
+    return [_attribute(value.name + other.removeprefix(key), other, specs) for other in taken]
 
 
 def _attribute(name: str, key: str, specs: Specs, full_name: str = "") -> Attribute:

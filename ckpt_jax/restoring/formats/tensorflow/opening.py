@@ -31,6 +31,7 @@ from ckpt_jax.restoring.formats.tensorflow.bundle import Bundle, Bytes, Tensor, 
 from ckpt_jax.restoring.formats.tensorflow.checksums import unmask
 from ckpt_jax.restoring.formats.tensorflow.table import MAGIC
 from ckpt_jax.store.directory import is_checkpoint
+from ckpt_jax.values.host import without_gc
 
 INDEX = ".index"
 
@@ -93,6 +94,7 @@ def steps(directory: str) -> Mapping[int, str]:
     return found
 
 
+@without_gc()
 def open_checkpoint(path: str) -> ExtentsReader:
     """Opens a checkpoint by its prefix, or a SavedModel by its directory.
 
@@ -137,8 +139,9 @@ def _graph(files: Files, index: str, reader: ExtentsReader, graph: Stored | None
     try:
         if graph is None:
             return graph_of(specs, "/")
+        if not callable(graph.contents):
+            raise ValueError(f"expected a byte string, got {graph.spec}")
         buffer = bytearray(graph.nbytes)
-        assert callable(graph.contents)
         graph.contents(memoryview(buffer))
         return object_graph.decode(bytes(buffer), specs)
     except ValueError as error:

@@ -32,6 +32,7 @@ _VARIABLES = "_trainable_variables"
 _ALL_STATE = "_variables"  # of an optimizer, once more
 _COUNTERS = ("_iterations", "iter")
 _LEARNING_RATES = ("_learning_rate", "learning_rate")
+_MAX_SCOPES = 32  # names of optimizers and slots before the name of a variable
 _DECAY = "decay"  # of the learning rate, in the oldest generation
 
 
@@ -97,7 +98,7 @@ def _variables_by_name(graph: ObjectGraph) -> dict[str, int | None]:
 def _variable_of(graph: ObjectGraph, element: int, by_name: Mapping[str, int | None]) -> int | None:
     """The variable that an element belongs to by its name: "Adam/m/dense/kernel"."""
     name = graph.nodes[element].attributes[0].full_name
-    while "/" in name:
+    for _ in range(min(name.count("/"), _MAX_SCOPES)):
         name = name.partition("/")[2]
         if name in by_name:
             return by_name[name]

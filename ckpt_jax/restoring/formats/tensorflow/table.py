@@ -61,14 +61,15 @@ def read_table(read: Read, size: int) -> Entries:
     footer = read(end, FOOTER_NBYTES)
     if not footer.endswith(MAGIC):
         raise ValueError("it is no index, or is cut off: it does not end as one")
-    at = 0
-    for _ in range(2):  # of a block that no table has anything in
-        _, at = read_varint(footer, at)
+    offset, length, at = _handle(footer, 0, end)
     budget = _Budget(_FREE_NBYTES + _MAX_EXPANSION * size)
+    for _ in _block(read, offset, length, budget):
+        pass  # a block of which no table makes use
+    offset, length, _ = _handle(footer, at, end)
     first = 0
     last: bytes | None = None
-    for _, handle in _block(read, *_handle(footer, at, end), budget):
-        offset, length = _handle(handle, 0, end)
+    for _, handle in _block(read, offset, length, budget):
+        offset, length, _ = _handle(handle, 0, end)
         if offset < first:
             raise ValueError(f"the block at {offset} begins before the one before it ends")
         first = offset + length + _TRAILER_NBYTES
@@ -91,15 +92,15 @@ class _Budget:
             raise ValueError("its keys are longer than those of any real index")
 
 
-def _handle(data: bytes, at: int, end: int) -> tuple[int, int]:
-    """The offset and size of a block that has to lie before `end`."""
+def _handle(data: bytes, at: int, end: int) -> tuple[int, int, int]:
+    """The offset and size of a block that has to lie before `end`, and the position after these."""
     offset, at = read_varint(data, at)
-    size, _ = read_varint(data, at)
+    size, at = read_varint(data, at)
     if offset + size + _TRAILER_NBYTES > end:
         raise ValueError(f"a block of {size} bytes at {offset} lies outside of the file")
     if size > _MAX_BLOCK_NBYTES:
         raise ValueError(f"a block of {size} bytes is larger than that of any real index")
-    return offset, size
+    return offset, size, at
 
 
 def _block(read: Read, offset: int, size: int, budget: _Budget) -> Entries:
