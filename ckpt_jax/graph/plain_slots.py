@@ -102,6 +102,8 @@ def _leaves(graph: ObjectGraph, root: int) -> list[tuple[str, int]]:
 def slots_as_children(saved: ObjectGraph, optimizers: Set[int] | None = None) -> ObjectGraph:
     """The graph with optimizers' slots as children: by slot name, then as the variables lie.
 
+    If an optimizer has a child of the name of a slot, its slots of that name lie below that child.
+
     Args:
       optimizers: the nodes to change; all by default.
     """
@@ -123,13 +125,15 @@ def slots_as_children(saved: ObjectGraph, optimizers: Set[int] | None = None) ->
         for step in places.get(slot.variable, ()):
             edges.setdefault(here, {})
             if label not in edges[here]:
-                edges[here][label] = len(nodes)
-                nodes.append(Node("dict"))
+                known = dict(nodes[here].children).get(label)
+                edges[here][label] = len(nodes) if known is None else known
+                if known is None:
+                    nodes.append(Node("dict"))
             here, label = edges[here][label], step
         edges.setdefault(here, {})[label] = slot.node
     for node, more in edges.items():
-        children = (*nodes[node].children, *more.items())
-        nodes[node] = replace(nodes[node], children=children)
+        children = {**dict(nodes[node].children), **more}
+        nodes[node] = replace(nodes[node], children=tuple(children.items()))
     if optimizers is None:
         return ObjectGraph(tuple(nodes), saved.object_keys)
     for node in optimizers:

@@ -249,7 +249,7 @@ def adapt(
         found = matcher(saved, live.graph)
     if saved.named:
         saved, found, renamed = _as_objects(saved, found, renamed, live, matcher, reader)
-    elif reader.is_foreign:
+    else:
         saved, found, renamed = _as_optax(saved, found, renamed, live, matcher, reader)
     paths = {**renamed.graph.other_paths(saved), **renamed.saved_paths}
     saved, resharded, problems = _with_resharded(saved, live, found, reader, known)
@@ -303,7 +303,7 @@ def _as_optax(
     matcher: Matcher,
     reader: CheckpointReader,
 ) -> tuple[ObjectGraph, Match, Renamed]:
-    """A graph of another library, with optimizers in the form of the program's optax states.
+    """A graph with optimizers of other libraries in the form of the program's optax states.
 
     Returns:
       The graph, its match, and `renamed` with the derivations of values that were converted.

@@ -148,12 +148,7 @@ class CheckpointReader:
         Raises:
           CorruptCheckpointError: as for `object_graph`.
         """
-        return with_slots(self.object_graph) if self.is_foreign else self.object_graph
-
-    @property
-    def is_foreign(self) -> bool:
-        """Whether another library wrote the checkpoint."""
-        return self._own is None
+        return with_slots(self.object_graph)
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
         """(key, problem) for each value on which the object graph and the index disagree."""

@@ -219,3 +219,12 @@ def test_slots_wait_for_an_optimizer_that_appears_later():
     checkpoint.optimizer = nnx.Optimizer(model, SAME["momentum"], wrt=nnx.Param)
     distance = distance_after_two_more_steps("keras3_momentum", model, checkpoint.optimizer)
     assert distance < 1e-6
+
+
+def test_a_slot_and_a_hyperparameter_may_have_one_name():
+    """The momentum of the oldest SGD is a number, and a slot of each variable."""
+    found = ckpt.load(FILES / "optimizers" / "legacy_momentum")["optimizer"]["momentum"]
+    np.testing.assert_allclose(found["VARIABLE_VALUE"], 0.9)
+    assert found["model"]["kernel"].shape == (3, 2)
+    with ckpt.load_checkpoint(FILES / "optimizers" / "legacy_momentum") as reader:
+        assert {"optimizer/momentum", "optimizer/momentum/model/kernel"} <= {*reader.paths()}

@@ -6,12 +6,15 @@ Keras up to 2.10) have *slots*: edges of the optimizer that are labelled with a 
 `_velocities`, with one element for each variable. Keras 3 also saves which variables these are
 (`_trainable_variables`). In Keras 2 only the names of the elements say so: "Adam/m/dense/kernel".
 
-`with_slots` adds slots for the elements of such lists, so that they follow their variables: if a
-rename rule moves or transposes a variable, its moments come along. Nothing is taken away.
+`with_slots` adds slots for the elements of such lists, by the names that the oldest generation has
+for them. So they follow their variables: if a rename rule moves or transposes a variable, its
+moments come along. Nothing is taken away.
 
 `as_optax` gives slots and counters the names that they have in the optax state of the program, for
 the optimizers that have a counterpart in optax. Most numbers are the same. A momentum is not:
 Keras's contains the learning rate and the sign of the step, and optax's does not.
+
+Only optimizers of unknown class are looked at. Those of this library's checkpoints have one.
 """
 
 from __future__ import annotations
@@ -29,7 +32,6 @@ from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.transforms import Cast, Derivation, Derived, Span, Step, derive
 
 _VARIABLES = "_trainable_variables"
-_ALL_STATE = "_variables"  # of an optimizer, once more
 _COUNTERS = ("_iterations", "iter")
 _LEARNING_RATES = ("_learning_rate", "learning_rate")
 _MAX_SCOPES = 32  # names of optimizers and slots before the name of a variable
@@ -38,28 +40,52 @@ _DECAY = "decay"  # of the learning rate, in the oldest generation
 
 # --- slots -----------------------------------------------------------------------------
 
+# A list that tells the kind of optimizer, and the names of the slots for the lists of this kind.
+_KINDS: tuple[tuple[str, Mapping[str, str]], ...] = (
+    (
+        "_average_gradients",
+        {"_velocities": "rms", "_momentums": "momentum", "_average_gradients": "mg"},
+    ),
+    ("_linears", {"_accumulators": "accumulator", "_linears": "linear"}),
+    ("_u", {"_m": "m", "_u": "v"}),
+    ("_velocities", {"_momentums": "m", "_velocities": "v", "_velocity_hats": "vhat"}),
+    ("_accumulators", {"_accumulators": "accumulator"}),
+    (
+        "_accumulated_grads",
+        {"_accumulated_grads": "accum_grad", "_accumulated_delta_vars": "accum_var"},
+    ),
+    ("_momentums", {"_momentums": "m"}),  # Lion
+    ("momentums", {"momentums": "momentum"}),
+)
+_LION = "Lion/"  # its list has the name of that of SGD in Keras 2
+
 
 def with_slots(graph: ObjectGraph) -> ObjectGraph:
     """The graph, with slots for optimizers that keep the state of their variables in lists."""
     found: dict[int, list[Slot]] = {}
     by_name: dict[str, int | None] | None = None
     for number, node in enumerate(graph.nodes):
-        children = dict(node.children)
-        if _COUNTERS[0] not in children or node.slots:
+        if node.type_name or node.slots or not node.children:
+            continue
+        children = {str(label): child for label, child in node.children}
+        names = next((names for kind, names in _KINDS if kind in children), {})
+        if _COUNTERS[0] not in children or not names:
             continue
         variables = _elements(graph, children.get(_VARIABLES))
         if variables is None and by_name is None:
             by_name = _variables_by_name(graph)
-        for label, child in node.children:
-            elements = _elements(graph, child)
-            if not elements or label in (_VARIABLES, _ALL_STATE):
+        for label, name in names.items():
+            elements = _elements(graph, children.get(label))
+            if not elements:
                 continue
+            if graph.nodes[elements[0]].attributes[0].full_name.startswith(_LION):
+                name = "m"
             if variables is None:
                 owners = [_variable_of(graph, element, by_name or {}) for element in elements]
             else:
                 owners = variables if len(variables) == len(elements) else []
             found.setdefault(number, []).extend(
-                Slot(owner, str(label), element)
+                Slot(owner, name, element)
                 for owner, element in zip(owners, elements, strict=False)
                 if owner is not None and _shape(graph, owner) == _shape(graph, element)
             )
@@ -141,14 +167,20 @@ def as_optax(
       notes say of what looks as if it had a counterpart why it has none.
     """
     saved = renamed.graph
+    optimizers = [
+        (source, target)
+        for source, target in bound.items()
+        if target >= 0 and _is_optimizer(saved.nodes[source])
+    ]
+    if not optimizers:
+        return renamed
     work = _Translation([*saved.nodes], dict(renamed.derived), number)
     owners = _train_states(live)
     by_live = {target: source for source, target in bound.items()}
-    for source, target in bound.items():
-        if target >= 0 and _is_optimizer(saved.nodes[source]):
-            work.translate(source, live.nodes[target])
-            if (owner := by_live.get(owners.get(target, -1))) is not None:
-                work.add_numbers(owner, source, ["step"])
+    for source, target in optimizers:
+        work.translate(source, live.nodes[target])
+        if (owner := by_live.get(owners.get(target, -1))) is not None:
+            work.add_numbers(owner, source, ["step"])
     notes = {**renamed.notes, **work.notes}
     if not work.changed:
         return replace(renamed, notes=notes)
@@ -166,6 +198,8 @@ def _train_states(live: ObjectGraph) -> dict[int, int]:
 
 
 def _is_optimizer(node: Node) -> bool:
+    if node.type_name:
+        return False
     return bool(node.slots) or any(label in _COUNTERS for label, _ in node.children)
 
 
@@ -199,7 +233,7 @@ class _Translation:
         self.add_numbers(source, source, labels)
         theirs = self.nodes[source]
         names: dict[str, str] = {}
-        for name, (fields, change) in _counterparts(theirs, self.nodes).items():
+        for name, (fields, change) in _counterparts(theirs).items():
             field = next((field for field in fields if field in known), None)
             if field is not None and name not in known:
                 nodes = [slot.node for slot in theirs.slots if slot.name == name]
@@ -287,7 +321,6 @@ _SCHEDULE = "Nadam of Keras has a schedule for its momentum, that of optax has n
 _POWER = "TensorFlow 1 saves powers of decay rates instead of the count; set the count yourself"
 _NOTES = {
     "vhat": _MAXIMUM,
-    "_velocity_hats": _MAXIMUM,
     "_u_product": _SCHEDULE,
     "momentum_cache": _SCHEDULE,
     "beta1_power": _POWER,
@@ -300,41 +333,31 @@ _NO_RATE = (
 )
 
 
-def _counterparts(node: Node, nodes: Sequence[Node]) -> dict[str, tuple[tuple[str, ...], str]]:
+def _counterparts(node: Node) -> dict[str, tuple[tuple[str, ...], str]]:
     """For each slot of an optimizer: fields of optax states that it corresponds to, and how."""
     names = {slot.name for slot in node.slots}
-    labels = {label for label, _ in node.children}
-    if names & {"linear", "_linears"}:  # FTRL
-        return {}
     found: dict[str, tuple[tuple[str, ...], str]] = {}
 
     def pair(own: Iterable[str], fields: tuple[str, ...], change: str = _SAME) -> None:
         found.update({name: (fields, change) for name in own if name in names})
 
-    if "rms" in names or "_average_gradients" in labels:
-        pair(("rms", "_velocities"), _SQUARES)
-        pair(("mg", "_average_gradients"), _MEANS)
-        pair(("momentum", "_momentums"), _TRACE, _NEGATIVE)
-    elif names & {"v", "_velocities", "_u"}:
-        pair(("m", "_momentums", "_m"), _FIRST)
-        pair(("v", "_velocities", "_u"), _SECOND)
-    elif "_momentums" in names or _is_lion(node, nodes):
-        pair(("_momentums", "momentums"), ("ScaleByLionState.mu",))
+    if "linear" in names:  # FTRL
+        return {}
+    if "rms" in names:
+        pair(["rms"], _SQUARES)
+        pair(["mg"], _MEANS)
+        pair(["momentum"], _TRACE, _NEGATIVE)
+    elif "v" in names:
+        pair(["m"], _FIRST)
+        pair(["v"], _SECOND)
     else:
-        by_keras = any(label in _COUNTERS for label in labels)
-        pair(("momentum", "momentums"), _TRACE, _BY_RATE if by_keras else _SAME)
-        pair(("accumulator", "_accumulators"), ("ScaleByRssState.sum_of_squares",))
-        pair(("accum_grad", "accum", "_accumulated_grads"), ("ScaleByAdaDeltaState.e_g",))
-        pair(
-            ("accum_var", "accum_update", "_accumulated_delta_vars"), ("ScaleByAdaDeltaState.e_x",)
-        )
+        is_keras = any(label in _COUNTERS for label, _ in node.children)
+        pair(["m"], ("ScaleByLionState.mu",))
+        pair(["momentum"], _TRACE, _BY_RATE if is_keras else _SAME)
+        pair(["accumulator"], ("ScaleByRssState.sum_of_squares",))
+        pair(["accum_grad", "accum"], ("ScaleByAdaDeltaState.e_g",))
+        pair(["accum_var", "accum_update"], ("ScaleByAdaDeltaState.e_x",))
     return found
-
-
-def _is_lion(node: Node, nodes: Sequence[Node]) -> bool:
-    """Whether it is the Lion of Keras 2, whose list is called as that of SGD."""
-    slots = [slot.node for slot in node.slots if slot.name == "momentums"]
-    return any(nodes[slot].attributes[0].full_name.startswith("Lion/") for slot in slots[:1])
 
 
 @dataclass(frozen=True, slots=True)
