@@ -69,7 +69,8 @@ def export(
       destination: the path to create.
       format: "safetensors" writes one file if the destination ends in ".safetensors", and
         otherwise a directory as transformers has it. "npz" writes one file. Names are the local
-        names joined with "." and "/".
+        names joined with "." and "/". "tensorflow" writes a checkpoint with its object graph, for
+        `tf.train.Checkpoint.restore`; the destination is its prefix.
       rename: rules as for `ckpt.restore`, from the names in the source to those in the outcome.
       only: which values of the source are written: a pattern, a list of patterns or a function
         of paths.
@@ -181,7 +182,7 @@ def _chosen(reader: CheckpointReader, only: Selection | None) -> ObjectGraph:
       KeyError: there are none.
       UnsupportedFormatError: registered saver wrote some, which only they can read.
     """
-    graph = reader.object_graph
+    graph = reader.graph_to_restore
     tree = as_tree(slots_as_children(graph))
     chosen = selects(only)
     keys = {a.key for node, a in tree.attributes() if chosen(tree.value_path(node, a.name))}

@@ -16,6 +16,7 @@ from ckpt_jax.restoring.formats.npz import NPY, NPZ
 from ckpt_jax.restoring.formats.refused import REFUSED
 from ckpt_jax.restoring.formats.safetensors import SAFETENSORS
 from ckpt_jax.restoring.formats.tensorflow import TENSORFLOW
+from ckpt_jax.restoring.formats.tensorflow.writing_tensorflow import write_tensorflow
 from ckpt_jax.restoring.formats.torch import TORCH
 from ckpt_jax.restoring.formats.torch_distributed import TORCH_DISTRIBUTED
 from ckpt_jax.restoring.formats.writing_npz import write_npz
@@ -24,7 +25,8 @@ from ckpt_jax.restoring.formats.writing_safetensors import write_safetensors
 FORMATS: tuple[Format, ...] = (
     replace(SAFETENSORS, write=write_safetensors),
     replace(NPZ, write=write_npz),
-    *(EQUINOX, NPY, TORCH, TORCH_DISTRIBUTED, TENSORFLOW, MSGPACK),
+    replace(TENSORFLOW, write=write_tensorflow),
+    *(EQUINOX, NPY, TORCH, TORCH_DISTRIBUTED, MSGPACK),
     *REFUSED,  # after all that can be read
 )
 

@@ -6,6 +6,7 @@ strings              byte strings in a data file
 bundle               what an index says: tensors, and the bytes that hold them
 object_graph         TensorFlow's object graph as one of ours
 opening              all of it as a `readers.Reader`
+writing_tensorflow   the way back, for `ckpt.export`
 """
 
 from __future__ import annotations

@@ -374,3 +374,70 @@ class Divided(Step):
 
     def apply(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
         return [np.asarray(part / np.asarray(self.by, part.dtype)) for part in parts]
+
+
+# --- the way back ----------------------------------------------------------------------
+
+_SLOTS: Mapping[str, Mapping[str, str]] = {
+    "ScaleByAdamState": {"mu": "m", "nu": "v"},
+    "ScaleByAmsgradState": {"mu": "m", "nu": "v"},
+    "ScaleByRmsState": {"nu": "rms"},
+    "ScaleByRStdDevState": {"mu": "mg", "nu": "rms"},
+    "ScaleByRssState": {"sum_of_squares": "accumulator"},
+    "ScaleByAdaDeltaState": {"e_g": "accum_grad", "e_x": "accum_var"},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ForTensorFlow:
+    """A graph with the names that TensorFlow has for the state of optimizers.
+
+    Attributes:
+      graph: node ids and keys are as before.
+      negated: keys of values whose sign differs in TensorFlow.
+    """
+
+    graph: ObjectGraph
+    negated: frozenset[str]
+
+
+def as_tensorflow(graph: ObjectGraph) -> ForTensorFlow:
+    """The inverse of `as_optax`, as far as the oldest generation has a place for what optax has.
+
+    The momentum of SGD keeps its name. It would have to be multiplied by the learning rate, which
+    optax does not save.
+    """
+    nodes = list(graph.nodes)
+    negated: set[str] = set()
+    for number, node in enumerate(graph.nodes):
+        states = {slot.name.partition(".")[0] for slot in node.slots} & _SLOTS.keys()
+        if len(states) != 1:
+            continue
+        (state,) = states
+        names = {f"{state}.{field}": name for field, name in _SLOTS[state].items()}
+        if "rms" in names.values():
+            names["TraceState.trace"] = "momentum"
+            traces = [slot.node for slot in node.slots if slot.name == "TraceState.trace"]
+            negated.update(a.key for trace in traces for a in nodes[trace].attributes)
+        slots = [replace(slot, name=names.get(slot.name, slot.name)) for slot in node.slots]
+        nodes[number] = replace(node, slots=tuple(slots))
+        _rename_numbers(nodes, number, f"{state}.count")
+    return ForTensorFlow(
+        ObjectGraph(tuple(nodes), object_keys(nodes), graph.named), frozenset(negated)
+    )
+
+
+def _rename_numbers(nodes: list[Node], optimizer: int, count: str) -> None:
+    """Gives counter and learning rate of an optimizer TensorFlow's names; the counter is int64."""
+    node = nodes[optimizer]
+    children = {str(label): child for label, child in node.children}
+    counter = next((name for name in (count, "step") if name in children), None)
+    labels = {name: "learning_rate" for name in children if _HYPERPARAMETER.fullmatch(name)}
+    if counter is not None:
+        labels[counter] = "iter"
+        child = nodes[children[counter]]
+        wide = [replace(a, spec=replace(a.spec, dtype="int64")) for a in child.attributes]
+        nodes[children[counter]] = replace(child, attributes=tuple(wide))
+    edges = [(labels.get(str(label), label), child) for label, child in node.children]
+    if len({label for label, _ in edges}) == len(edges):
+        nodes[optimizer] = replace(node, children=tuple(edges))
