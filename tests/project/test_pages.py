@@ -154,13 +154,14 @@ def test_the_page_on_several_processes_runs_on_one(tmp_path):
 
 # What has to hold after the code of docs/migrating.md.
 CHECKS = """
+import numpy as np
 whole = train("runs/b", 40)
 np.testing.assert_array_equal(resumed.kernel[...], whole.kernel[...])
 np.testing.assert_array_equal(checkpoint.model.kernel[...], whole.kernel[...])
 assert checkpoint.step == 40
 assert [entry.path for entry in status.report.missing] == ["model/bias"]
 assert ckpt.load("converted")["step"] == 7
-assert params["kernel"].sum() == 32
+assert any("/_kernel/.OPTIMIZER_SLOT/" in key for key, _ in ckpt.list_variables("keras-1"))
 try:
     ckpt.load("orbax")
 except ckpt.UnsupportedFormatError as error:
