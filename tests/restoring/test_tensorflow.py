@@ -8,6 +8,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
@@ -384,3 +385,83 @@ def test_a_directory_of_tensorflow_has_a_latest_checkpoint(tmp_path):
     assert ckpt.latest_checkpoint(run) == str(run / "ckpt-1")
     assert dict(ckpt.list_variables(run))["save_counter/.ATTRIBUTES/VARIABLE_VALUE"] == ()
     assert [*ckpt.checkpoints_iterator(run, timeout=0)] == [str(run / "ckpt-1")]
+
+
+def run_of_tensorflow(tmp_path, numbers):
+    """A directory as `tf.train.CheckpointManager` leaves it."""
+    run = tmp_path / "run"
+    run.mkdir()
+    lines = [f'model_checkpoint_path: "ckpt-{numbers[-1]}"']
+    for number in numbers:
+        for file in (FILES / "object_graph").glob("ckpt-1.*"):
+            shutil.copy(file, run / file.name.replace("ckpt-1", f"ckpt-{number}"))
+        lines.append(f'all_model_checkpoint_paths: "ckpt-{number}"')
+    lines += [f"all_model_checkpoint_timestamps: {number}.5" for number in numbers]
+    (run / "checkpoint").write_text("\n".join([*lines, "last_preserved_timestamp: 0.5", ""]))
+    return run
+
+
+def test_a_manager_goes_on_in_a_directory_of_tensorflow(tmp_path):
+    run = run_of_tensorflow(tmp_path, [8, 9, 10])
+    mine = Model(w=var(jnp.zeros((3, 4))), b=var(jnp.zeros(4)))
+    checkpoint = ckpt.Checkpoint(model=mine, step=0)
+    manager = ckpt.CheckpointManager(checkpoint, run, max_to_keep=2)
+    assert manager.restore_or_initialize() == str(run / "ckpt-10")
+    np.testing.assert_allclose(value(mine.w), W, rtol=1e-6)
+    assert checkpoint.step == 7
+    theirs = {file.name for file in run.iterdir()} - {"checkpoint"}
+    for number in (11, 12, 13):
+        assert manager.save() == str(run / f"ckpt-{number}")
+    assert [pathlib.Path(path).name for path in manager.checkpoints] == ["ckpt-12", "ckpt-13"]
+    assert theirs <= {file.name for file in run.iterdir()}  # they are never removed
+    assert ckpt.latest_checkpoint(run) == str(run / "ckpt-13")
+    again = ckpt.CheckpointManager(ckpt.Checkpoint(model=Model(w=var(jnp.zeros((3, 4))))), run)
+    assert again.restore_or_initialize() == str(run / "ckpt-13")
+
+
+def test_a_manager_restores_a_step_of_tensorflow_by_its_number(tmp_path):
+    run = run_of_tensorflow(tmp_path, [2, 10])
+    net = Model(kernel=var(jnp.zeros((3, 4))))
+    manager = ckpt.CheckpointManager(ckpt.Checkpoint(net=net), run)
+    status = manager.restore(2, rename=[("model/w", "net/kernel")])
+    status.expect_partial()
+    np.testing.assert_allclose(value(net.kernel), W, rtol=1e-6)
+    with pytest.raises(ckpt.CheckpointNotFoundError):
+        manager.restore(3)
+
+
+def test_if_the_latest_is_damaged_the_one_before_is_taken(tmp_path, caplog):
+    run = run_of_tensorflow(tmp_path, [8, 9, 10])
+    (run / "ckpt-10.data-00000-of-00001").unlink()
+    index = (run / "ckpt-9.index").read_bytes()
+    (run / "ckpt-9.index").write_bytes(index[:-10])
+    assert ckpt.latest_checkpoint(run) == str(run / "ckpt-8")
+    assert "ckpt-10 is not usable" in caplog.text
+    mine = Model(w=var(jnp.zeros((3, 4))))
+    manager = ckpt.CheckpointManager(ckpt.Checkpoint(model=mine), run)
+    assert manager.restore_or_initialize() == str(run / "ckpt-8")
+    (run / "checkpoint").unlink()
+    assert ckpt.latest_checkpoint(run) == str(run / "ckpt-8")
+
+
+def test_a_checkpoint_of_tensorflow_becomes_ours(tmp_path):
+    source = FILES / "keras3" / "ckpt-1"
+    path = ckpt.convert(source, tmp_path / "own")
+    assert ckpt.verify(path).ok
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.enc = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+
+    rules = [
+        ("model/_operations/1/_kernel", "model/enc/kernel"),
+        ("model/_operations/1/bias", "model/enc/bias"),
+    ]
+    found = []
+    for where in (source, path):
+        net = Net()
+        optimizer = nnx.Optimizer(net, optax.adam(0.1), wrt=nnx.Param)
+        status = ckpt.Checkpoint(model=net, optimizer=optimizer).restore(where, rename=rules)
+        status.assert_existing_objects_matched().expect_partial()
+        found.append(jax.tree.leaves(nnx.state((net, optimizer))))
+    jax.tree.map(np.testing.assert_array_equal, *found)
