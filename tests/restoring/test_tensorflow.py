@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec
 from places import TESTS
 from trackables import Model, value, var
@@ -348,6 +349,29 @@ def test_name_based_checkpoints_are_restored_by_name(mesh42):
         np.testing.assert_array_equal(found["emb"], reader.get_tensor("emb"))
 
 
+def test_moments_of_name_based_checkpoints_are_restored_by_two_rules():
+    path = FILES / "tf1" / "model.ckpt-1"
+    dense = {"kernel": jnp.zeros((2, 3)), "bias": jnp.zeros(3)}
+    params = {"net": {"dense": dense}, "emb": jnp.zeros((10, 4))}
+    state = TrainState.create(apply_fn=None, params=params, tx=optax.adam(0.1))
+    rules = [
+        ("**/Adam", "opt_state/ScaleByAdamState.mu/params/**"),
+        ("**/Adam_1", "opt_state/ScaleByAdamState.nu/params/**"),
+        ("global_step", "step"),
+        ("net/**", "params/net/**"),
+        ("emb", "params/emb"),
+    ]
+    found = ckpt.restore(
+        path, state, rename=rules, allow_unexpected="beta*", allow_missing="**/*.count"
+    )
+    assert found.step == 1
+    with ckpt.load_checkpoint(path) as reader:
+        for moments, name in ((found.opt_state[0].mu, "Adam"), (found.opt_state[0].nu, "Adam_1")):
+            np.testing.assert_array_equal(moments["emb"], reader.get_tensor(f"emb/{name}"))
+            kernel = reader.get_tensor(f"net/dense/kernel/{name}")
+            np.testing.assert_array_equal(moments["net"]["dense"]["kernel"], kernel)
+
+
 # --- paths -------------------------------------------------------------------------------
 
 
@@ -356,9 +380,10 @@ def test_files_of_the_first_format_are_refused_by_name():
         ckpt.load(FILES / "tf1" / "old.ckpt")
 
 
-def test_the_path_of_an_index_leads_to_the_prefix():
-    with pytest.raises(ckpt.UnsupportedFormatError, match=r"without the ending: '.*ckpt-1'"):
-        ckpt.load(f"{OBJECTS}.index")
+@pytest.mark.parametrize("ending", [".index", ".data-00000-of-00001"])
+def test_the_path_of_a_file_leads_to_the_prefix(ending):
+    with pytest.raises(ckpt.UnsupportedFormatError, match=r"Pass its prefix: '.*ckpt-1'"):
+        ckpt.load(f"{OBJECTS}{ending}")
 
 
 def test_content_counts_and_not_the_name(tmp_path):

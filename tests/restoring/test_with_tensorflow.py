@@ -10,6 +10,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import optax
 import pytest
@@ -18,6 +19,7 @@ from places import TESTS
 from trackables import Model, var
 
 import ckpt_jax as ckpt
+from ckpt_jax.restoring.formats.tensorflow.bundle import DTYPES
 
 FILES = TESTS / "foreign" / "tensorflow"
 
@@ -92,6 +94,19 @@ def test_tensorflow_reads_every_value(tf, tmp_path):
     shapes = reader.get_variable_to_shape_map()
     assert shapes["f/.ATTRIBUTES/VARIABLE_VALUE"] == [3, 4]
     assert len(tf.train.list_variables(path)) == len(flat) + 1
+
+
+def test_every_dtype_is_that_of_tensorflow(tf, tmp_path):
+    tree = {}
+    for number, name in DTYPES.items():
+        dtype = np.dtype(name) if name in np.sctypeDict else np.dtype(getattr(ml_dtypes, name))
+        tree[str(number)] = np.array([[0, 1], [1, 0]]).astype(dtype)
+    reader = tf.train.load_checkpoint(ckpt.export(tree, tmp_path / "a", format="tensorflow"))
+    dtypes = reader.get_variable_to_dtype_map()
+    for number, array in tree.items():
+        key = f"{number}/.ATTRIBUTES/VARIABLE_VALUE"
+        assert dtypes[key].as_datatype_enum == int(number)
+        assert reader.get_tensor(key).tobytes() == array.tobytes()
 
 
 def test_tensorflow_restores_objects(tf, tmp_path):

@@ -18,12 +18,12 @@ from google.protobuf.message import DecodeError
 
 from ckpt_jax.errors import UnsupportedFormatError
 from ckpt_jax.graph._proto import tensor_bundle_pb2 as pb
+from ckpt_jax.graph._proto.saved_object_graph_pb2 import DT_STRING
 from ckpt_jax.graph.boxes import Box, Shape, inside, shape_of, size_of, tiling_problem, whole
 from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.restoring.formats.tensorflow.table import Read, read_table
 
 VERSION = 1  # of bundles; there has been no other
-STRING = 7
 
 _MAX_RANK = 64
 _LIMIT = 1 << 62
@@ -40,12 +40,7 @@ DTYPES: Mapping[int, str] = {
     8: "complex64",
     9: "int64",
     10: "bool",
-    11: "int8",  # 11 to 13, 15 and 16 are quantised: integers, and what they mean is not stored
-    12: "uint8",
-    13: "int32",
     14: "bfloat16",
-    15: "int16",
-    16: "uint16",
     17: "uint16",
     18: "complex128",
     19: "float16",
@@ -62,8 +57,15 @@ DTYPES: Mapping[int, str] = {
     32: "uint2",
     33: "float4_e2m1fn",
 }
-_UNREADABLE = {
-    STRING: "strings",
+_QUANTISED: Mapping[int, str] = {  # integers; what they stand for is not stored
+    11: "int8",
+    12: "uint8",
+    13: "int32",
+    15: "int16",
+    16: "uint16",
+}
+_UNREADABLE: Mapping[int, str] = {
+    DT_STRING: "strings",
     20: "a handle of a resource",
     21: "a variant",
 }
@@ -100,7 +102,7 @@ class Tensor:
     @property
     def is_string(self) -> bool:
         """Whether it is one byte string."""
-        return self.what == _UNREADABLE[STRING] and not self.shape
+        return self.what == _UNREADABLE[DT_STRING] and not self.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +182,7 @@ def _tensor(
 ) -> Tensor:
     shape = _shape(entry)
     number = entry.dtype
-    dtype = DTYPES.get(number, "")
+    dtype = DTYPES.get(number) or _QUANTISED.get(number, "")
     if not dtype:
         what = _UNREADABLE.get(number, f"elements of TensorFlow's type {number}")
         return Tensor("", shape, ((whole(shape), _bytes(entry, shards)),), what)

@@ -35,7 +35,7 @@ from ckpt_jax.values.host import without_gc
 
 INDEX = ".index"
 
-_DATA = re.compile(r"\.data-\d{5,}-of-\d{5,}")
+_DATA = re.compile(r"\.data-\d{5,}-of-\d{5,}\Z")
 _NUMBERED = re.compile(r".*-(\d+)\.index", re.DOTALL)
 _SAVED_MODEL = ("saved_model.pb", "saved_model.pbtxt")
 _VARIABLES = os.path.join("variables", "variables")
@@ -49,7 +49,7 @@ def recognises(path: str) -> bool:
     if os.path.isdir(path):
         return not is_checkpoint(path) and (is_saved_model(path) or _is_table(path + INDEX))
     if os.path.isfile(path):
-        return _is_table(path)
+        return _is_table(path) or bool(_DATA.search(path) and _is_table(_DATA.sub(INDEX, path)))
     return _is_table(path + INDEX) or (os.path.isfile(path + INDEX) and _has_data(path))
 
 
@@ -123,11 +123,9 @@ def _why_not(path: str) -> str:
     """Why something that looks like a checkpoint of TensorFlow is none that can be opened."""
     if is_saved_model(path):
         return f"expected a SavedModel with {_VARIABLES}{INDEX}, found none. It holds no values"
-    if path.endswith(INDEX):
-        return (
-            "this is the index of a checkpoint of TensorFlow. Pass the path without the ending: "
-            f"{path.removesuffix(INDEX)!r}"
-        )
+    prefix = _DATA.sub("", path.removesuffix(INDEX))
+    if prefix != path:
+        return f"this is a part of a checkpoint of TensorFlow. Pass its prefix: {prefix!r}"
     return (
         "this is a checkpoint of TensorFlow in its first format (V1), which cannot be read here. "
         "Restore it with TensorFlow, and save it with tf.compat.v1.train.Saver(), which writes V2"

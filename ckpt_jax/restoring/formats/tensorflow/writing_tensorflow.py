@@ -21,6 +21,7 @@ import numpy as np
 from ckpt_jax.errors import UnsaveableError
 from ckpt_jax.graph._proto import tensor_bundle_pb2 as pb
 from ckpt_jax.graph._proto import trackable_object_graph_pb2 as graph_pb
+from ckpt_jax.graph._proto.saved_object_graph_pb2 import DT_STRING, DataType
 from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, attribute_key, local_name
 from ckpt_jax.graph.nodes import (
@@ -33,13 +34,13 @@ from ckpt_jax.graph.nodes import (
 )
 from ckpt_jax.readers import Export
 from ckpt_jax.restoring.formats.tensorflow import strings
-from ckpt_jax.restoring.formats.tensorflow.bundle import DTYPES, STRING, VERSION
+from ckpt_jax.restoring.formats.tensorflow.bundle import DTYPES, VERSION
 from ckpt_jax.restoring.formats.tensorflow.checksums import crc_of, mask
 from ckpt_jax.restoring.formats.tensorflow.opening import INDEX, data_file
 from ckpt_jax.restoring.formats.tensorflow.optimizers import as_tensorflow
 from ckpt_jax.restoring.formats.tensorflow.table import table
 
-_NUMBERS = {name: number for number, name in reversed(DTYPES.items())}
+_TYPES = {name: DataType.Name(number) for number, name in DTYPES.items()}
 
 
 def write_tensorflow(export: Export, path: str) -> Sequence[str]:
@@ -68,7 +69,7 @@ def write_tensorflow(export: Export, path: str) -> Sequence[str]:
             if part is files[-1]:
                 data, crc = strings.encode(_message(graph))
                 entries[OBJECT_GRAPH_KEY.encode()] = pb.BundleEntryProto(
-                    dtype=STRING, shape={}, shard_id=shard, offset=at, size=len(data), crc32c=crc
+                    dtype=DT_STRING, shape={}, shard_id=shard, offset=at, size=len(data), crc32c=crc
                 )
                 file.write(data)
     header = pb.BundleHeaderProto(num_shards=len(files), version={"producer": VERSION})
@@ -104,7 +105,7 @@ def _check(graph: ObjectGraph) -> None:
     problems = [
         (graph.value_path(node, a.name), f"TensorFlow cannot hold {a.spec}")
         for node, a in graph.attributes()
-        if not a.spec.is_bytes and a.spec.dtype not in _NUMBERS
+        if not a.spec.is_bytes and a.spec.dtype not in _TYPES
     ]
     for node, entry in enumerate(graph.nodes):
         count = Counter([local_name(label) for label, _ in entry.children])
@@ -163,14 +164,15 @@ def _stored(
     """The entry of a value, without its place, and its bytes in a data file."""
     if isinstance(content, bytes):
         data, crc = strings.encode(content)
-        return pb.BundleEntryProto(dtype=STRING, shape={}, size=len(data), crc32c=crc), data
+        return pb.BundleEntryProto(dtype=DT_STRING, shape={}, size=len(data), crc32c=crc), data
     spec = attribute.spec
     array = np.ascontiguousarray(content, dtype_of(spec.dtype))
     data = array.reshape(-1).view(np.uint8).data
     dims = [{"size": n} for n in spec.shape]
-    number = _NUMBERS[spec.dtype]
     crc = mask(crc_of(data))
-    return pb.BundleEntryProto(dtype=number, shape={"dim": dims}, size=len(data), crc32c=crc), data
+    return pb.BundleEntryProto(
+        dtype=_TYPES[spec.dtype], shape={"dim": dims}, size=len(data), crc32c=crc
+    ), data
 
 
 def _message(graph: ObjectGraph) -> bytes:
