@@ -4,11 +4,11 @@ A rule is (saved pattern, target pattern, *transforms). A plain rule moves an ed
 value or a whole container gets another name and stays the same node. A rule with transforms makes
 new nodes, with values that are *derived* from stored ones (see `transforms`). The *slots* of a
 variable, which an optimizer holds for it, follow the variable: they stay as they are if it moves,
-and are derived in the same way if it is derived. A rule for `optimizer/m` gives all slots of that
-name another name.
+and are derived in the same way if it is derived.
 
-A rule is for edges, and the path of an edge is made of the first, shortest path to its node. If a
-rule matches none of these paths, it may mean another path to the same place.
+A rule is for edges, and the path of an edge is made of the first, shortest path to its node. A rule
+that matches none of these paths may mean all slots of one name: `optimizer/m`. Or it may mean
+another path to a shared object.
 
 The outcome is an ordinary graph. Match, plan and assign know nothing of rules; only reading does
 (see `derived`).
@@ -206,9 +206,8 @@ class _Renaming:
                 number, match = self.rule_for(path, child)
                 if match is None or not self.apply(number, match, child, path):
                     kept.append((label, child))
-            for name in dict.fromkeys([slot.name for slot in node.slots]):
-                paths.append(self.slot_path(node_id, name))
-                self.apply_to_slots(node_id, name)
+        if len(self.matched) < len(self.rules):
+            paths += self.apply_to_slots()
         if len(self.matched) < len(self.rules) and not is_tree(self.graph):
             self.apply_to_other_paths()
         for number, rule in enumerate(self.rules):
@@ -242,22 +241,24 @@ class _Renaming:
                     del kept[node][label]
         self.edges = {node: [*edges.items()] for node, edges in kept.items()}
 
+    def apply_to_slots(self) -> list[str]:
+        """Applies rules that have matched nothing to the slots of optimizers, all of one name at
+        once. Returns the paths of these."""
+        waiting = [rule for number, rule in enumerate(self.rules) if number not in self.matched]
+        paths: list[str] = []
+        for optimizer, node in enumerate(self.graph.nodes):
+            for name in dict.fromkeys([slot.name for slot in node.slots]):
+                paths.append(self.slot_path(optimizer, name))
+                for rule in waiting:
+                    if (target := rule.of_all_below(paths[-1])) is not None:
+                        self.matched.add(self.rules.index(rule))
+                        self.slot_rules[optimizer, name] = _SlotRule(rule, target)
+                        break
+        return paths
+
     def slot_path(self, optimizer: int, name: str) -> str:
         """The path that the slots of a name have in common."""
         return "/".join(filter(None, (self.graph.paths[optimizer], readable(name))))
-
-    def apply_to_slots(self, optimizer: int, name: str) -> None:
-        """Applies the first rule that names a slot to the slots of that name."""
-        path = self.slot_path(optimizer, name)
-        for number, rule in enumerate(self.rules):
-            if not isinstance(rule.source, str) or _last(rule.source) != readable(name):
-                continue
-            for part in (rule, rule.of_containers):
-                if part is not None and (match := part.pattern.fullmatch(path)):
-                    self.matched.add(number)
-                    target = part.target(match)
-                    self.slot_rules[optimizer, name] = _SlotRule(rule, target)
-                    return
 
     def rule_for(
         self, path: str, child: int, among: Sequence[int] | None = None
@@ -495,11 +496,6 @@ def slot_groups(
 def _unescaped(name: str) -> str:
     """A part of a target path as a local name."""
     return unescape(name) if ".S" in name or ".." in name else name
-
-
-def _last(pattern: str) -> str:
-    """The last name in a pattern."""
-    return pattern.removesuffix("/**").rpartition("/")[2]
 
 
 def _unreachable(nodes: Sequence[Node]) -> set[int]:

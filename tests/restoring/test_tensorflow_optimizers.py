@@ -117,6 +117,18 @@ def test_a_momentum_of_unknown_learning_rates_is_not_guessed(name):
     assert "divides it by -learning_rate" in notes[0]
 
 
+@pytest.mark.parametrize("name", ["keras3_schedule", "legacy_decay"])
+def test_a_rule_takes_the_numbers_as_they_are(name):
+    """In the oldest generation there is a hyperparameter of the name of the slot, too."""
+    rule = ("optimizer/momentum/**", "optimizer/TraceState.trace/**")
+    _, optimizer, report = restored(name, optax.sgd(0.1, 0.9), [rule])
+    assert not missing(report)
+    with ckpt.load_checkpoint(FILES / "optimizers" / name) as reader:
+        path = {"keras3_schedule": "momentums/0", "legacy_decay": "momentum/model/kernel"}[name]
+        raw = reader.get_tensor(f"optimizer/{path}")
+    np.testing.assert_array_equal(optimizer.opt_state[0].trace["kernel"][...], raw)
+
+
 @pytest.mark.parametrize("name", [name for name in ARRIVED if kind_of(name) == "nadam"])
 def test_moments_of_nadam_come_along_and_its_schedule_is_reported(name):
     _, optimizer, report = restored(name, optax.nadam(0.1))
