@@ -7,7 +7,9 @@ import struct
 import tracemalloc
 
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from places import TESTS
@@ -240,12 +242,20 @@ def mutated(data, rng):
     return bytes(out)
 
 
+TRANSFORMS = [optax.adam(0.1), optax.sgd(0.1, 0.9)]
+RULES = [("model/layer-*/kernel", "model/kernel"), ("model/layer-*/bias", "model/bias")]
+
+
 def outcome_of(prefix):
     """Opens, lists, verifies and loads; only errors of this library may come of it."""
     try:
         ckpt.list_variables(prefix)
         ckpt.verify(prefix)
         ckpt.plan_restore(prefix, {"model": {"w": np.zeros((3, 4), np.float32)}})
+        for tx in TRANSFORMS:
+            model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+            target = {"model": model, "optimizer": nnx.Optimizer(model, tx, wrt=nnx.Param)}
+            ckpt.plan_restore(prefix, target, rename=RULES)
         ckpt.load(prefix)
     except EXPECTED_ERRORS:
         return "refused"

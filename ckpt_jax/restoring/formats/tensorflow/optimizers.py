@@ -258,8 +258,8 @@ class _Translation:
           labels: what the program calls its numbers.
         """
         own = {str(label): child for label, child in self.nodes[optimizer].children}
-        counter = next((own[name] for name in _COUNTERS if name in own), None)
-        rate = next((own[name] for name in _LEARNING_RATES if name in own), None)
+        counter = next((own[n] for n in _COUNTERS if n in own and self.is_number(own[n])), None)
+        rate = next((own[n] for n in _LEARNING_RATES if n in own and self.is_number(own[n])), None)
         taken = {str(label) for label, _ in self.nodes[node].children}
         counts, rates = [], []
         if counter is not None:
@@ -295,13 +295,20 @@ class _Translation:
         return -found[0]
 
     def value(self, node: int) -> float | None:
-        attributes = self.nodes[node].attributes
-        if len(attributes) != 1 or attributes[0].spec.shape or attributes[0].key in self.derived:
+        if not self.is_number(node) or self.nodes[node].attributes[0].spec.shape:
             return None
-        return self._number(attributes[0].key)
+        key = self.nodes[node].attributes[0].key
+        return None if key in self.derived else self._number(key)
+
+    def is_number(self, node: int) -> bool:
+        """Whether a node has one value, which is a number or an array of numbers."""
+        specs = [attribute.spec for attribute in self.nodes[node].attributes]
+        return len(specs) == 1 and specs[0].is_array and not specs[0].is_bytes
 
     def derive(self, node: int, step: Step) -> None:
         """Lets a step change the value of a node."""
+        if not self.is_number(node):
+            return  # it will not fit what it is read for
         (attribute,) = self.nodes[node].attributes
         known = self.derived.get(attribute.key)
         if known is None:
