@@ -56,12 +56,7 @@ def decode(data: bytes, specs: Mapping[str, LeafSpec]) -> ObjectGraph:
     return ObjectGraph(tuple(nodes), object_keys(nodes))
 
 
-def _node(
-    number: int,
-    entries: Sequence[pb.TrackableObjectGraph.TrackableObject],
-    specs: Specs,
-    spare: Keys,
-) -> Node:
+def _node(number: int, entries: Sequence[Entry], specs: Specs, spare: Keys) -> Node:
     entry = entries[number]
     slots = tuple(
         [
