@@ -32,7 +32,7 @@ from ckpt_jax.graph.boxes import Box
 from ckpt_jax.manage.manager import CheckpointManager
 from ckpt_jax.progress import Advance, progress
 from ckpt_jax.report import ReportEntry, RestoreReport
-from ckpt_jax.restoring.formats import format_of, formats
+from ckpt_jax.restoring.formats import formats
 from ckpt_jax.showing import findings, pages, rows
 from ckpt_jax.showing.completion import SHELLS, script
 from ckpt_jax.showing.contents import contents_of
@@ -148,7 +148,7 @@ def _ls(args: argparse.Namespace) -> Result:
         "unfinished": [each.as_json() for each in found.unfinished],
         "note": found.note or None,
     }
-    is_damaged = any([each.problem for each in found.checkpoints])
+    is_damaged = any([each.is_damaged for each in found.checkpoints])
     return Result(data, findings.listing_parts(found), FOUND if is_damaged else FINE)
 
 
@@ -313,10 +313,9 @@ def _verify(args: argparse.Namespace) -> Result:
 
 def _checkpoints_at(path: str) -> list[str]:
     """The checkpoint at a path, or those in a directory."""
-    is_one = is_checkpoint(path) or format_of(absolute(path)) is not None
-    if is_one or not is_directory(path):
+    if is_checkpoint(path) or not is_directory(path):
         return [path]
-    found = [each.path for each in listing(path).checkpoints]
+    found = [os.path.normpath(each.path) for each in listing(path).checkpoints]
     if not found:
         require_checkpoint(path)  # says what is there instead
     return found
@@ -355,19 +354,27 @@ def _entry(entry: ReportEntry) -> dict[str, Any]:
 
 
 def _export(args: argparse.Namespace) -> Result:
+    source = _opened_by(args.source)
     path = export(
-        args.source,
+        source,
         args.destination,
         format=args.format,
         rename=_rules(args.rename),
         only=args.only,
         cast=args.cast and np.dtype(args.cast),
     )
-    return _written(args.source, path)
+    return _written(source, path)
 
 
 def _convert(args: argparse.Namespace) -> Result:
-    return _written(args.source, convert(args.source, args.destination, rename=_rules(args.rename)))
+    source = _opened_by(args.source)
+    return _written(source, convert(source, args.destination, rename=_rules(args.rename)))
+
+
+def _opened_by(path: str) -> str:
+    """The checkpoint that a path means: itself, or the latest of a directory."""
+    with load_checkpoint(path) as reader:
+        return reader.path
 
 
 def _rules(given: Sequence[str]) -> list[tuple[str, str]]:

@@ -26,7 +26,8 @@ def listing_parts(found: Listing) -> list[Part]:
     parts: list[Part] = [head, *([table] if rows else [])]
     for each in found.checkpoints:
         if each.problem:
-            parts.append(f"{printable(each.name)} is damaged: {printable(each.problem)}")
+            what = "is damaged" if each.is_damaged else "cannot be read"
+            parts.append(f"{printable(each.name)} {what}: {printable(each.problem)}")
     for left in found.unfinished:
         why = f" ({left.why_kept})" if left.why_kept else " (abandoned; `ckpt_jax gc` removes it)"
         parts.append(f"unfinished: {printable(left.path)}{why}")
@@ -36,7 +37,7 @@ def listing_parts(found: Listing) -> list[Part]:
 
 
 def _listed(each: Listed, metrics: Sequence[str], maximized: Collection[str]) -> tuple[str, ...]:
-    marks = ["latest"] * each.is_latest + ["DAMAGED"] * bool(each.problem)
+    marks = ["latest"] * each.is_latest + ["DAMAGED"] * each.is_damaged
     marks += ["abandoned branch"] * each.is_abandoned
     marks += [
         f"{'highest' if metric in maximized else 'lowest'} {printable(metric)}"

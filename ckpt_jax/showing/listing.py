@@ -13,12 +13,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ckpt_jax.api.latest import latest_checkpoint
-from ckpt_jax.errors import CheckpointError, CheckpointNotFoundError, UnsupportedFormatError
+from ckpt_jax.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnsupportedFormatError,
+)
 from ckpt_jax.manage.retention import CheckpointRecord, KeepBest
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.formats import foreign_steps, format_of
 from ckpt_jax.showing.contents import OWN_FORMAT
-from ckpt_jax.store.directory import is_checkpoint, number_of
+from ckpt_jax.store.directory import is_checkpoint, number_of, others_in
 from ckpt_jax.store.glance import glance
 from ckpt_jax.store.manifest import MANIFEST
 from ckpt_jax.store.notes import Notes, read_notes
@@ -40,6 +45,7 @@ class Listed:
       nbytes: the size of its values; None if it is damaged.
       metrics: that it was saved with.
       problem: why it is damaged or cannot be read; "" if nothing is known to be wrong.
+      is_damaged: whether it is damaged, and not only of another version of the format.
       is_latest: whether it is what `latest_checkpoint` returns.
       is_abandoned: whether the program went back to an earlier step, and saved from there.
       best: the metrics of which it has the best value.
@@ -53,6 +59,7 @@ class Listed:
     nbytes: int | None
     metrics: Mapping[str, float]
     problem: str = ""
+    is_damaged: bool = False
     is_latest: bool = False
     is_abandoned: bool = False
     best: tuple[str, ...] = ()
@@ -68,6 +75,7 @@ class Listed:
             "nbytes": self.nbytes,
             "metrics": dict(self.metrics),
             "ok": not self.problem,
+            "damaged": self.is_damaged,
             "problem": self.problem or None,
             "latest": self.is_latest,
             "abandoned": self.is_abandoned,
@@ -125,19 +133,10 @@ def listing(directory: str, maximized: Collection[str] = ()) -> Listing:
         what = "is a file, no directory" if is_taken(directory) else "does not exist"
         raise CheckpointNotFoundError(f"{directory} {what}; ls takes a directory of checkpoints")
     notes, note = _notes(directory)
-    found = [
-        listed
-        for name in names_in(directory)
-        if STAGING.match(name) is None
-        and (listed := _listed(os.path.join(directory, name), name, notes)) is not None
-    ]
-    names = {each.name for each in found}
-    for step, path in foreign_steps(absolute(directory)).items():
-        name = os.path.relpath(path, absolute(directory))
-        if name not in names:
-            found.append(replace(_foreign(path, name), step=step))
-    if not found and (itself := _listed(directory, ".", notes)) is not None:
-        found = [itself]
+    found = _at(directory, notes)
+    if not found and (others := others_in(directory)):
+        libraries = ", ".join(sorted({*others.values()}))
+        note = note or f"there are checkpoints of {libraries}, which cannot be read here"
     latest = None
     if is_taken(os.path.join(directory, STATE_FILE)) or any([e.step is not None for e in found]):
         try:
@@ -158,6 +157,35 @@ def listing(directory: str, maximized: Collection[str] = ()) -> Listing:
     return Listing(directory, tuple(found), left, frozenset(maximized), note)
 
 
+def _at(directory: str, notes: Notes) -> list[Listed]:
+    """The directory itself if it is a checkpoint, or else those in it.
+
+    To some formats, a directory that holds a file of theirs is a checkpoint. It is none if it holds
+    checkpoints of this library, too.
+    """
+    inside = [] if is_checkpoint(directory) else _inside(directory, notes)
+    if not any([each.format == OWN_FORMAT for each in inside]):
+        itself = _listed(directory, ".", notes)
+        if itself is not None:
+            return [itself]
+    return inside
+
+
+def _inside(directory: str, notes: Notes) -> list[Listed]:
+    found = {
+        name: listed
+        for name in names_in(directory)
+        if STAGING.match(name) is None
+        and (listed := _listed(os.path.join(directory, name), name, notes)) is not None
+    }
+    for step, path in foreign_steps(absolute(directory)).items():
+        name = os.path.relpath(path, absolute(directory))
+        listed = found.get(name) or _foreign(os.path.join(directory, name), name)
+        if listed is not None:
+            found[name] = replace(listed, step=step)
+    return [*found.values()]
+
+
 def unfinished(directory: str) -> tuple[Unfinished, ...]:
     """The staging directories and files in a directory."""
     paths = [os.path.join(directory, name) for name in names_in(directory) if STAGING.match(name)]
@@ -175,11 +203,11 @@ def _listed(path: str, name: str, notes: Notes) -> Listed | None:
     """What is at a path; None if it is no checkpoint."""
     if not is_checkpoint(path):
         return _foreign(path, name) if format_of(absolute(path)) is not None else None
-    problem, nbytes = "", None
+    problem, nbytes, is_damaged = "", None, False
     try:
         nbytes = glance(path)
     except (CheckpointError, OSError) as error:
-        problem = str(error)
+        problem, is_damaged = str(error), isinstance(error, CorruptCheckpointError)
     return Listed(
         name,
         path,
@@ -189,21 +217,24 @@ def _listed(path: str, name: str, notes: Notes) -> Listed | None:
         nbytes,
         notes.metrics.get(name, {}),
         problem,
+        is_damaged,
         is_abandoned=name in notes.abandoned,
     )
 
 
-def _foreign(path: str, name: str) -> Listed:
-    """A checkpoint of another library."""
+def _foreign(path: str, name: str) -> Listed | None:
+    """A checkpoint of another library; None if it is none that can be read here."""
     found = format_of(absolute(path))
-    problem, nbytes = "", None
+    problem, nbytes, is_damaged = "", None, False
     try:
         with CheckpointReader(path) as reader:
             nbytes = sum([reader.stored_nbytes(key) for key in reader.keys()])  # noqa: SIM118
+    except UnsupportedFormatError:
+        return None
     except (CheckpointError, OSError) as error:
-        problem = str(error)
-    kind = "?" if found is None else found.name
-    return Listed(name, path, kind, number_of(path), _time(path), nbytes, {}, problem)
+        problem, is_damaged = str(error), isinstance(error, CorruptCheckpointError)
+    kind, time = "?" if found is None else found.name, _time(path)
+    return Listed(name, path, kind, number_of(path), time, nbytes, {}, problem, is_damaged)
 
 
 def _time(path: str) -> float:

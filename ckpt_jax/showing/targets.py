@@ -45,6 +45,11 @@ def planned(path: str, target: str) -> RestoreReport:
       ValueError: the file does not describe values.
     """
     with load_checkpoint(path) as reader:
+        if reader.object_graph.ordered:
+            raise ValueError(
+                f"{reader.path} holds values in an order and no names, so only a program can say "
+                "what they are: ckpt.plan_restore(path, target)"
+            )
         graph = _target(target, reader)
         plan = plan_whole(reader, Renamed(reader.graph_to_restore), _live(graph), DEFAULT)
         plan = plan.without_deferral(lambda entry: False)
