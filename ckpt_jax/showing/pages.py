@@ -14,19 +14,17 @@ from ckpt_jax.showing.contents import Contents, Entry
 from ckpt_jax.showing.differences import WHATS, Differences
 from ckpt_jax.showing.findings import detail
 
+# The colours of texts are those of the page around, which may be dark on a light system.
 _STYLE = """
-.ckpt{font:14px/1.5 system-ui,sans-serif;color:#1d2330}
-.ckpt code{font:12.5px ui-monospace,monospace}
+.ckpt{font:14px/1.5 system-ui,sans-serif}
+.ckpt table{font:inherit;color:inherit;border-collapse:collapse}
+.ckpt code{font:12.5px ui-monospace,monospace;color:inherit;background:none}
 .ckpt summary{cursor:pointer}
-.ckpt .in{margin-left:18px;border-left:1px solid #c9d0dc;padding-left:8px}
-.ckpt .dim{color:#667085}
+.ckpt .in{margin-left:18px;border-left:1px solid #98a2b380;padding-left:8px}
+.ckpt .dim{opacity:.7}
 .ckpt td,.ckpt th{text-align:left;padding:1px 14px 1px 0;vertical-align:top}
-.ckpt b.added{color:#1a7f4b}.ckpt b.removed{color:#c4314b}
-.ckpt b.reshaped,.ckpt b.retyped{color:#8450c7}.ckpt b.changed{color:#b06000}
-@media (prefers-color-scheme:dark){
-.ckpt{color:#e4e7ee}.ckpt .in{border-color:#475065}.ckpt .dim{color:#98a2b3}
-.ckpt b.added{color:#5fd39a}.ckpt b.removed{color:#ff8296}
-.ckpt b.reshaped,.ckpt b.retyped{color:#c3a0f5}.ckpt b.changed{color:#f0a94b}}
+.ckpt b.added{color:#2f9e62}.ckpt b.removed{color:#d9485f}
+.ckpt b.reshaped,.ckpt b.retyped{color:#9a6bd6}.ckpt b.changed{color:#c97a12}
 """
 _OPEN = 60  # values in a tree that is unfolded at once
 _MAX_ROWS = 5000  # of a tree or a table in a notebook
@@ -137,7 +135,11 @@ def page(contents: Contents) -> str:
     data = json.dumps(table).replace("<", "\\u003c")
     title = html.escape(rows.heading(contents))
     return _PAGE.format(
-        title=title, style=_STYLE, treemap=_treemap(contents), data=data, script=_SCRIPT
+        title=title,
+        style=_STYLE,
+        treemap=_treemap(contents) + _legend(contents),
+        data=data,
+        script=_SCRIPT,
     )
 
 
@@ -172,7 +174,7 @@ def _treemap(contents: Contents) -> str:
         name = html.escape(entry.path)
         about = html.escape(f"{entry.path}: {entry.kind}, {rows.size(entry.nbytes)}")
         fits = width > 60 and height > 16
-        short = html.escape(entry.path[-int(width / 6.5) :]) if fits else ""
+        short = html.escape(_ending(entry.path, int(width / 6.8))) if fits else ""
         label = f'<text x="{x + 4:.1f}" y="{y + 13:.1f}">{short}</text>' if fits else ""
         drawn.append(
             f'<g data-path="{name}"><title>{about}</title><rect x="{x:.2f}" y="{y:.2f}" '
@@ -180,6 +182,20 @@ def _treemap(contents: Contents) -> str:
             f'fill="{_color(entry.spec.dtype)}"/>{label}</g>'
         )
     return f'<svg viewBox="0 0 {_WIDTH:.0f} {_HEIGHT:.0f}" id="map">{"".join(drawn)}</svg>'
+
+
+def _ending(path: str, length: int) -> str:
+    """The end of a path that is too long."""
+    return path if len(path) <= length else f"\u2026{path[1 - length :]}"
+
+
+def _legend(contents: Contents) -> str:
+    """The colours of the treemap."""
+    dtypes = sorted({entry.spec.dtype for entry in contents.entries if entry.nbytes})
+    marks = [
+        f'<b style="color:{_color(dtype)}">\u25a0</b> {html.escape(dtype)}' for dtype in dtypes
+    ]
+    return f'<div class="dim">{" &nbsp; ".join(marks)}</div>'
 
 
 def squarified(
@@ -303,8 +319,8 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">
 <style>{style}
-body{{margin:24px;max-width:1200px;background:#fff}}
-@media (prefers-color-scheme:dark){{body{{background:#14171d}}}}
+body{{margin:24px;max-width:1200px;background:#fff;color:#1d2330}}
+@media (prefers-color-scheme:dark){{body{{background:#14171d;color:#e4e7ee}}}}
 svg{{width:100%;height:auto}}svg text{{font:11px system-ui;fill:#fff;pointer-events:none}}
 svg g:hover rect{{stroke:#d22;stroke-width:2}}svg g,tbody tr{{cursor:pointer}}
 table.mesh td{{border:1px solid #98a2b3;padding:6px 10px}}
