@@ -286,12 +286,12 @@ def _diff(args: argparse.Namespace) -> Result:
 
 
 def _verify(args: argparse.Namespace) -> Result:
-    paths = _checkpoints_at(args.path)
+    sizes = _checkpoints_at(args.path)
     found: list[VerifyReport] = []
-    with _bar(args, len(paths)) as advance:
-        for path in paths:
+    with _bar(args, sum(sizes.values())) as advance:
+        for path, nbytes in sizes.items():
             found.append(verify(path))
-            advance(1)
+            advance(nbytes)
     data = {
         "ok": all([report.ok for report in found]),
         "checkpoints": [
@@ -311,11 +311,11 @@ def _verify(args: argparse.Namespace) -> Result:
     return Result(data, parts, FINE if data["ok"] else FOUND)
 
 
-def _checkpoints_at(path: str) -> list[str]:
-    """The checkpoint at a path, or those in a directory."""
+def _checkpoints_at(path: str) -> dict[str, int]:
+    """The checkpoint at a path, or those in a directory, with their sizes as far as known."""
     if is_checkpoint(path) or not is_directory(path):
-        return [path]
-    found = [os.path.normpath(each.path) for each in listing(path).checkpoints]
+        return {path: 0}
+    found = {os.path.normpath(each.path): each.nbytes or 0 for each in listing(path).checkpoints}
     if not found:
         require_checkpoint(path)  # says what is there instead
     return found

@@ -58,7 +58,7 @@ def statistics_parts(found: Iterable[tuple[Entry, Statistics]], left_out: int) -
     """The output of `stats`."""
     rows = [
         (
-            printable(entry.path),
+            printable(entry.path) or "(root)",
             entry.kind,
             number(each.least),
             number(each.greatest),

@@ -69,7 +69,7 @@ def _branch(
 
 def _leaf(name: str, path: str, entry: Entry) -> str:
     about = [rows.size(entry.nbytes)] if path == entry.path else []
-    about += [rows.sharding_text(entry.sharding), rows.remark(entry, path)]
+    about += [rows.sharding_text(entry.sharding, len(entry.spec.shape)), rows.remark(entry, path)]
     return (
         f"<div><code>{html.escape(name or '(root)')}</code> {html.escape(entry.kind)} "
         f'<span class="dim">{html.escape(", ".join(filter(None, about)))}</span></div>'
@@ -125,7 +125,7 @@ def page(contents: Contents) -> str:
             "type": entry.kind,
             "size": rows.size(entry.nbytes) if path == entry.path else "",
             "nbytes": entry.nbytes,
-            "sharding": rows.sharding_text(entry.sharding),
+            "sharding": rows.sharding_text(entry.sharding, len(entry.spec.shape)),
             "note": rows.remark(entry, path),
             "boxes": _layout(entry),
         }

@@ -96,11 +96,11 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s'[: number != 1]}"
 
 
-def sharding_text(sharding: ShardingSpec | None) -> str:
-    """How an array lay on several devices, in a few words; "" if it lay on one.
+def sharding_text(sharding: ShardingSpec | None, rank: int) -> str:
+    """How an array with some axes lay on several devices, in a few words; "" if it lay on one.
 
-    >>> mesh = ShardingSpec("NamedSharding", ("data", "model"), (4, 2), (("data",), ()), 8)
-    >>> sharding_text(mesh)
+    >>> mesh = ShardingSpec("NamedSharding", ("data", "model"), (4, 2), (("data",),), 8)
+    >>> sharding_text(mesh, 2)
     '(data, -) of data=4, model=2'
     """
     if sharding is None or sharding.num_devices < 2:
@@ -108,6 +108,7 @@ def sharding_text(sharding: ShardingSpec | None) -> str:
     if not sharding.axis_names:
         return sharding.text or f"{sharding.kind} on {sharding.num_devices} devices"
     axes = [" x ".join(names) or "-" for names in sharding.partitions]
+    axes += ["-"] * (rank - len(axes))
     mesh = [f"{n}={s}" for n, s in zip(sharding.axis_names, sharding.mesh_shape, strict=False)]
     spread = f"({', '.join(axes)})" if any(sharding.partitions) else "replicated"
     return f"{spread} {'on' if spread == 'replicated' else 'of'} {', '.join(mesh)}"
@@ -178,7 +179,7 @@ def _indented(path: str, level: int) -> str:
 def _row(name: str, entry: Entry, path: str) -> tuple[str, ...]:
     is_first = path == entry.path
     nbytes = size(entry.nbytes) if is_first else ""
-    sharding = sharding_text(entry.sharding) if is_first else ""
+    sharding = sharding_text(entry.sharding, len(entry.spec.shape)) if is_first else ""
     return name, entry.kind, nbytes, sharding, remark(entry, path)
 
 
