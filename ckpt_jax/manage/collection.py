@@ -34,7 +34,7 @@ from ckpt_jax.manage.ledger import (
     restorable,
     write_ledger,
 )
-from ckpt_jax.retention import CheckpointRecord, RetentionPolicy, Sweep, plan_sweep
+from ckpt_jax.manage.retention import CheckpointRecord, RetentionPolicy, Sweep, plan_sweep
 from ckpt_jax.store.directory import number_of
 from ckpt_jax.store.guard import guarded
 from ckpt_jax.store.notes import NOTES_FILE

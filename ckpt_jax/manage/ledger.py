@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 
 from ckpt_jax.api.latest import beside, checkpoint_exists, state_in, warn_of_move
 from ckpt_jax.manage.fence import Fence
-from ckpt_jax.retention import CheckpointRecord
+from ckpt_jax.manage.retention import CheckpointRecord
 from ckpt_jax.store.directory import checkpoints_in, number_of
 from ckpt_jax.store.guard import guarded
 from ckpt_jax.store.notes import NOTES_FILE, Notes, read_notes, write_notes

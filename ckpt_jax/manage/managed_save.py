@@ -7,10 +7,10 @@ from dataclasses import replace
 
 from ckpt_jax.api.checkpoint import Checkpoint, request_for, set_save_counter, take_back_count
 from ckpt_jax.manage.collection import Collection
+from ckpt_jax.manage.retention import CheckpointRecord
 from ckpt_jax.manage.schedule import Schedule
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.processes.meeting import Meeting
-from ckpt_jax.retention import CheckpointRecord
 from ckpt_jax.saving.pipeline import SaveRequest
 
 

@@ -41,15 +41,7 @@ from ckpt_jax.graph.labels import VARIABLE_VALUE
 from ckpt_jax.manage.collection import Collection
 from ckpt_jax.manage.ledger import known_metrics, own_number
 from ckpt_jax.manage.managed_save import ManagedSave
-from ckpt_jax.manage.schedule import Schedule
-from ckpt_jax.objects.views import view_of
-from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
-from ckpt_jax.processes.context import current_context
-from ckpt_jax.processes.current import current
-from ckpt_jax.processes.meeting import Meeting, Processes
-from ckpt_jax.restoring.formats import foreign_steps
-from ckpt_jax.restoring.rename import Rule
-from ckpt_jax.retention import (
+from ckpt_jax.manage.retention import (
     CheckpointRecord,
     KeepAny,
     KeepBest,
@@ -59,6 +51,14 @@ from ckpt_jax.retention import (
     counts_steps,
     metrics_of,
 )
+from ckpt_jax.manage.schedule import Schedule
+from ckpt_jax.objects.views import view_of
+from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
+from ckpt_jax.processes.context import current_context
+from ckpt_jax.processes.current import current
+from ckpt_jax.processes.meeting import Meeting, Processes
+from ckpt_jax.restoring.formats import foreign_steps
+from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.store.directory import visible_in
 from ckpt_jax.store.paths import absolute, as_path
 
@@ -122,7 +122,7 @@ class CheckpointManager:
 
     Example:
       >>> import os, tempfile
-      >>> from ckpt_jax.retention import KeepBest
+      >>> from ckpt_jax.manage.retention import KeepBest
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     manager = CheckpointManager(Checkpoint(step=7), directory, max_to_keep=2,
       ...                                 policies=[KeepBest("accuracy")])

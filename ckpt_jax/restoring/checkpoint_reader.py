@@ -202,12 +202,12 @@ class CheckpointReader:
 
     @cached_property
     def _key_of_path(self) -> dict[str, str]:
-        return _keys_by_path(self.object_graph) if self._has_graph else {}
+        return _keys_by_path(self.object_graph) if self.has_graph else {}
 
     @cached_property
     def _key_of_other_path(self) -> dict[str, str]:
         """Values by each of their paths, if they are shared."""
-        if not self._has_graph or is_tree(self.object_graph):
+        if not self.has_graph or is_tree(self.object_graph):
             return {}
         return _keys_by_path(as_tree(slots_as_children(self.object_graph)))
 
@@ -316,7 +316,7 @@ class CheckpointReader:
         """Why a value is listed but cannot be read, by key; empty for most checkpoints."""
         return {
             attribute.key: attribute.spec.refusal
-            for _, attribute in (self._graph.attributes() if self._has_graph else ())
+            for _, attribute in (self._graph.attributes() if self.has_graph else ())
             if attribute.spec.is_unreadable and attribute.spec.dtype != ANONYMOUS_BYTE
         }
 
@@ -355,10 +355,11 @@ class CheckpointReader:
 
     @cached_property
     def _specs(self) -> dict[str, LeafSpec]:
-        return self.object_graph.by_key if self._has_graph else {}
+        return self.object_graph.by_key if self.has_graph else {}
 
     @property
-    def _has_graph(self) -> bool:
+    def has_graph(self) -> bool:
+        """Whether there is an object graph. What was merged by hand from shards has none."""
         return self._graph_or_none is not None
 
     @property

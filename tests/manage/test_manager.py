@@ -23,7 +23,7 @@ from ckpt_jax.api.latest import (
     remove_checkpoint,
 )
 from ckpt_jax.manage.manager import CheckpointManager, as_integer
-from ckpt_jax.retention import (
+from ckpt_jax.manage.retention import (
     KeepBest,
     KeepEveryNSteps,
     KeepLatest,

@@ -40,6 +40,7 @@ DOORS: dict[str, tuple[str, ...]] = {
         "ckpt_jax.graph.codec",
         "ckpt_jax.graph.saved_objects",
         "ckpt_jax.restoring.formats.tensorflow",
+        "ckpt_jax.store.glance",
         "ckpt_jax.store.index",
         "ckpt_jax.store.manifest",
         "ckpt_jax.store.state_file",

@@ -48,6 +48,7 @@ PUBLIC = (
     "list_objects",
     "TrackableView",
     "CheckpointView",
+    "show",
     "verify",
     "VerifyReport",
     "Damage",
