@@ -32,7 +32,7 @@ from ckpt_jax.store.manifest import INDEX_KEY
 from ckpt_jax.store.merge import merge_shards
 from ckpt_jax.store.seal import seal
 from ckpt_jax.store.shard import Slice, write_shards
-from ckpt_jax.store.stream import CHUNK_NBYTES
+from ckpt_jax.store.stream import BLOCK_NBYTES
 
 DTYPES = [*sorted(_DTYPES), "datetime64[ns]", "timedelta64[D]"]
 
@@ -85,7 +85,7 @@ def write_checkpoint(root, stored, n_shards, compression=None):
     return merge_shards(list(shards), root, durable=False)
 
 
-# Of chunks and files; small ones cut every slice.
+# Of blocks and files; small ones cut every slice.
 SIZES = [(64, 64), (64, 128), (200, 1000), (256 << 10, 64 << 20)]
 
 
@@ -106,7 +106,7 @@ def test_what_is_read_is_what_was_written(
     requests += requests[:1]
     with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather_module, "RUN_NBYTES", run_nbytes)
-        patch.setattr(stream_module, "CHUNK_NBYTES", sizes[0])
+        patch.setattr(stream_module, "BLOCK_NBYTES", sizes[0])
         patch.setattr(stream_module, "FILE_NBYTES", sizes[1])
         write_checkpoint(root, stored, n_shards, compression)
         with ShardedReader(root) as reader:
@@ -185,8 +185,8 @@ def test_byte_strings_are_read_like_arrays(tmp_path):
             reader.read([("step7", [((0, 1),)])])
 
 
-def nbytes_of_chunks(reader, key, wanted):
-    """The size of the chunks that a box touches, from its first byte to its last in each slice."""
+def nbytes_of_blocks(reader, key, wanted):
+    """The size of the blocks that a box touches, from its first byte to its last in each slice."""
     found = reader.index
     tiling = found.tiling(found.tiling_number(key))
     total = 0
@@ -201,27 +201,27 @@ def nbytes_of_chunks(reader, key, wanted):
         itemsize = dtype_of(tiling.first.dtype).itemsize
         start = int(table.offset[row]) + int(inner[0]) * itemsize
         stop = int(table.offset[row]) + int(inner[-1] + 1) * itemsize
-        chunk = shard.chunk_nbytes
-        total += min(-(-stop // chunk) * chunk, shard.nbytes) - start // chunk * chunk
+        block = shard.block_nbytes
+        total += min(-(-stop // block) * block, shard.nbytes) - start // block * block
     return total
 
 
 @settings(max_examples=40)
 @given(stored_arrays(), st.sampled_from(SIZES))
-def test_of_a_box_only_the_chunks_are_read_that_it_touches(stored, sizes):
+def test_of_a_box_only_the_blocks_are_read_that_it_touches(stored, sizes):
     array, tiles, wanted = stored
     with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream_module, "CHUNK_NBYTES", sizes[0])
+        patch.setattr(stream_module, "BLOCK_NBYTES", sizes[0])
         patch.setattr(stream_module, "FILE_NBYTES", sizes[1])
-        # In shards of their own, so that no two slices share a chunk.
+        # In shards of their own, so that no two slices share a block.
         write_checkpoint(root, {"x": (array, tiles)}, len(tiles))
         for box in wanted:
             with ShardedReader(root) as reader:
                 list(reader.read([("x", [box])]))
-                assert reader.bytes_read == nbytes_of_chunks(reader, "x", box)
+                assert reader.bytes_read == nbytes_of_blocks(reader, "x", box)
 
 
-def test_a_small_box_of_a_big_array_costs_the_chunks_that_it_touches(tmp_path):
+def test_a_small_box_of_a_big_array_costs_the_blocks_that_it_touches(tmp_path):
     big = np.arange(8 << 20, dtype=np.float32).reshape(1024, -1)  # 32 MiB, one slice
     write_shard(tmp_path / "shard", {"big": big, "small": np.ones(4)})
     with ShardedReader(str(tmp_path / "shard")) as reader:
@@ -229,8 +229,8 @@ def test_a_small_box_of_a_big_array_costs_the_chunks_that_it_touches(tmp_path):
             before = reader.bytes_read
             ((_, (array,)),) = reader.read([(key, [box])])
             check_result(array, box, big if key == "big" else np.ones(4))
-            assert reader.bytes_read - before == nbytes_of_chunks(reader, key, box)
-            assert reader.bytes_read - before < 2 * CHUNK_NBYTES
+            assert reader.bytes_read - before == nbytes_of_blocks(reader, key, box)
+            assert reader.bytes_read - before < 2 * BLOCK_NBYTES
 
 
 def test_stored_bytes_are_read_once_however_many_boxes_need_them(tmp_path):
@@ -339,7 +339,7 @@ def test_a_flipped_byte_anywhere_is_an_error(small):
 @pytest.mark.parametrize("sizes", SIZES)
 def test_every_flipped_bit_of_a_data_file_is_an_error(tmp_path, monkeypatch, sizes):
     """In values, between them, and in the end that only other readers need."""
-    monkeypatch.setattr(stream_module, "CHUNK_NBYTES", sizes[0])
+    monkeypatch.setattr(stream_module, "BLOCK_NBYTES", sizes[0])
     monkeypatch.setattr(stream_module, "FILE_NBYTES", sizes[1])
     value = np.random.default_rng(5).integers(0, 256, 150, np.uint8)
     path = write_shard(tmp_path / "shard", {"x": value, "y": value[:3]})
@@ -396,12 +396,12 @@ def test_truncated_and_missing_files_are_errors(tmp_path, small, compression):
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_a_missing_file_is_never_read_as_zeros(tmp_path, monkeypatch, compression):
-    """zarr says that a chunk which is not there holds zeros. Here it is damage, even of zeros."""
-    monkeypatch.setattr(stream_module, "CHUNK_NBYTES", 64)
+    """zarr says that a block which is not there holds zeros. Here it is damage, even of zeros."""
+    monkeypatch.setattr(stream_module, "BLOCK_NBYTES", 64)
     monkeypatch.setattr(stream_module, "FILE_NBYTES", 128)
     path = write_shard(tmp_path / "shard", {"x": np.zeros(1000)}, compression=compression)
     files = data_files(path)
-    assert len(files) > 50
+    assert len(files) > 30
     for change in (Path.unlink, lambda file: file.write_bytes(b"")):
         for file in (files[0], files[20], files[-1]):
             data = file.read_bytes()
@@ -433,7 +433,7 @@ def test_of_a_checkpoint_a_missing_byte_is_noticed_before_anything_is_read(small
             reader.check_files()
 
 
-def test_damage_is_blamed_on_the_arrays_in_the_damaged_chunk(tmp_path):
+def test_damage_is_blamed_on_the_arrays_in_the_damaged_block(tmp_path):
     chance = np.random.default_rng(0)
     values = {f"x{i}": chance.integers(0, 256, 1 << 20, np.uint8) for i in range(8)}
     path = write_shard(tmp_path / "shard", values)
@@ -454,7 +454,7 @@ def test_damage_is_blamed_on_the_arrays_in_the_damaged_chunk(tmp_path):
 @pytest.fixture
 def twins(tmp_path, monkeypatch):
     """Two checkpoints that differ in their values alone."""
-    monkeypatch.setattr(stream_module, "CHUNK_NBYTES", 256)
+    monkeypatch.setattr(stream_module, "BLOCK_NBYTES", 256)
     monkeypatch.setattr(stream_module, "FILE_NBYTES", 1024)
     chance = np.random.default_rng(7)
     arrays = {f"x{i}": chance.integers(0, 256, (8, 100), np.uint8) for i in range(3)}
@@ -498,26 +498,26 @@ def test_a_file_that_is_swapped_with_another_of_the_same_shard_is_an_error(twins
     assert not outcomes(root, arrays)[1]
 
 
-def test_a_chunk_of_a_twin_is_an_error(twins):
+def test_a_block_of_a_twin_is_an_error(twins):
     root, other, arrays = twins
-    (shard, *_), chunk = index(root).shards, 64
-    chunk = shard.chunk_nbytes
+    (shard, *_), block = index(root).shards, 64
+    block = shard.block_nbytes
     for file in data_files(root):
         data = file.read_bytes()
         theirs = Path(other, file.relative_to(root)).read_bytes()
-        for start in range(0, min(shard.file_nbytes, len(data) - chunk), chunk):
-            file.write_bytes(data[:start] + theirs[start : start + chunk] + data[start + chunk :])
+        for start in range(0, min(shard.file_nbytes, len(data) - block), block):
+            file.write_bytes(data[:start] + theirs[start : start + block] + data[start + block :])
             assert outcomes(root, arrays)[1]
         file.write_bytes(data)
 
 
-def test_chunks_that_change_places_are_an_error(twins):
+def test_blocks_that_change_places_are_an_error(twins):
     root, _, arrays = twins
     (shard, *_) = index(root).shards
-    chunk = shard.chunk_nbytes
+    block = shard.block_nbytes
     file = data_files(root)[0]
     data = file.read_bytes()
-    file.write_bytes(data[chunk : 2 * chunk] + data[:chunk] + data[2 * chunk :])
+    file.write_bytes(data[block : 2 * block] + data[:block] + data[2 * block :])
     assert outcomes(root, arrays)[1]
 
 
@@ -535,7 +535,7 @@ def test_a_shard_of_a_twin_is_an_error(twins, with_index):
                 file.write(data)
     right, errors = outcomes(root, arrays)
     assert not right and len(errors) == len(arrays)
-    what = "not the bytes of this checkpoint" if with_index else "the checksum of chunk"
+    what = "not the bytes of this checkpoint" if with_index else "the checksum of block"
     assert all(what in str(error) for error in errors)
 
 
@@ -558,7 +558,7 @@ def test_an_index_that_declares_more_than_the_files_hold_allocates_nothing(tmp_p
     (table,), (shard,) = message.tables, message.shards
     table.layouts[0].shape[0] = table.layouts[0].extent[0] = 1 << 36
     table.layouts[0].nbytes = shard.nbytes = 1 << 39
-    shard.chunk_nbytes = shard.file_nbytes = 1 << 26
+    shard.chunk_nbytes = shard.block_nbytes = shard.file_nbytes = 1 << 26
     shard.checksums = bytes(4 << 13)
     replace_shard_index(path, message)
     with ShardedReader(path) as reader, pytest.raises(CorruptCheckpointError, match="truncated"):
@@ -577,7 +577,8 @@ def test_slices_of_which_there_are_too_many_for_the_files_are_not_listed(small):
     table.layout = bytes(4 * count)
     table.offset = np.arange(0, 64 * count, 64, dtype="<u8").tobytes()
     for number in range(count):
-        sizes = {"nbytes": 64 * count, "chunk_nbytes": 64 * count, "file_nbytes": 64 * count}
+        names = ("nbytes", "chunk_nbytes", "block_nbytes", "file_nbytes")
+        sizes = dict.fromkeys(names, 64 * count)
         name = f"shards/x{number}"
         message.shards.add(directory=name, starts=[number], digest=b"d" * 32, **sizes)
     replace_index(root, message)
@@ -637,8 +638,8 @@ def test_what_is_no_regular_file_is_damage_and_not_waited_for(small):
         assert outcomes(path, arrays)[1]
 
 
-def test_a_compressed_chunk_that_says_it_is_elsewhere_is_damage(tmp_path):
-    """The places of chunks at the end of a file, with the checksum made anew."""
+def test_a_compressed_block_that_says_it_is_elsewhere_is_damage(tmp_path):
+    """The places of blocks at the end of a file, with the checksum made anew."""
     from crc32c import crc32c
 
     value = np.arange(1000.0)
