@@ -296,10 +296,13 @@ class _Stream:
 
     def held_nbytes(self, number: int) -> int:
         """About the memory that writing a file takes, besides the arrays."""
+        held = [(stop - start, each.is_copied) for _, start, stop, each in self._within(number)]
+        copied = sum([nbytes for nbytes, is_copied in held if is_copied])
         if self.shard.compression:
-            return 2 * self.shard.file_nbytes
+            return copied + 2 * self.shard.file_nbytes
+        # Chunks at the ends of a slice are copied together with those of its neighbours.
         chunk = self.shard.chunk_nbytes
-        return sum(min(stop - start, 2 * chunk) for _, start, stop, _ in self._within(number))
+        return copied + sum([min(nbytes, 2 * chunk) for nbytes, _ in held])
 
     def write(self, number: int) -> None:
         """Writes a file, in one piece."""
@@ -330,8 +333,7 @@ class _Stream:
             for offset, start, stop, contents in self._within(number):
                 if offset + start > position:
                     gathered.append(_PADDING[: offset + start - position])
-                data = contents.bytes()[start:stop]
-                contents.used(stop - start)
+                data = contents.bytes(start, stop)
                 position = offset + start
                 # The chunks that lie wholly within this slice need no copy.
                 head = round_up(position, chunk) - position
@@ -379,35 +381,67 @@ class _Stream:
 
 
 class _Contents:
-    """The bytes of a slice, for several threads. What had to be copied is dropped after its use."""
+    """The bytes of a slice, for several threads."""
 
     def __init__(self, source: Source):
         self.nbytes = len(source) if isinstance(source, bytes) else source.nbytes
-        self._source = source
+        self._source: Source | None = source
         self._left = self.nbytes
-        self._bytes: np.ndarray | None = None
         self._lock = threading.Lock()
 
-    def bytes(self) -> np.ndarray:
-        """The bytes as they are stored."""
-        with self._lock:
-            if self._bytes is None:
-                self._bytes = _as_bytes(self._source)
-            return self._bytes
+    @property
+    def is_copied(self) -> bool:
+        """Whether its bytes do not lie in memory as they are stored."""
+        return isinstance(self._source, np.ndarray) and not _is_as_stored(self._source)
 
-    def used(self, nbytes: int) -> None:
-        """Says that so many bytes are not asked for again."""
+    def bytes(self, start: int, stop: int) -> np.ndarray:
+        """A range of the bytes as they are stored. No range is asked for twice."""
         with self._lock:
-            self._left -= nbytes
+            source = self._source
+            assert source is not None
+            if isinstance(source, bytes):
+                source = np.frombuffer(source, np.uint8)
+            elif not isinstance(source, np.ndarray):
+                source = self._source = source.wait()
+            self._left -= stop - start
             if not self._left:
-                self._bytes, self._source = None, b""
+                self._source = None
+        if _is_as_stored(source):
+            return source.reshape(-1).view(np.uint8)[start:stop]
+        copy = np.empty(stop - start, np.uint8)
+        _copy(source, start, copy)
+        return copy
 
 
-def _as_bytes(source: Source) -> np.ndarray:
-    if isinstance(source, bytes):
-        return np.frombuffer(source, np.uint8)
-    if not isinstance(source, np.ndarray):
-        source = source.wait()
-    if source.dtype.byteorder == ">":
-        source = source.astype(source.dtype.newbyteorder("<"))
-    return np.ascontiguousarray(source).reshape(-1).view(np.uint8)
+def _is_as_stored(array: np.ndarray) -> bool:
+    return array.flags.c_contiguous and array.dtype.byteorder != ">"
+
+
+def _copy(array: np.ndarray, start: int, target: np.ndarray) -> None:
+    """Fills `target` with the bytes of an array, as they are stored, from byte `start` on."""
+    row = array.nbytes // len(array)
+    stop = start + target.size
+    first, last = -(-start // row), stop // row  # the rows that are copied as a whole
+    if first > last:
+        _copy_row(array, last, start - last * row, target)
+        return
+    head, tail = first * row - start, stop - last * row
+    if head:
+        _copy_row(array, first - 1, row - head, target[:head])
+    if first < last:
+        rows = target[head : target.size - tail].view(_stored_dtype(array))
+        rows.reshape(last - first, *array.shape[1:])[...] = array[first:last]
+    if tail:
+        _copy_row(array, last, 0, target[target.size - tail :])
+
+
+def _copy_row(array: np.ndarray, number: int, start: int, target: np.ndarray) -> None:
+    if array.ndim > 1:
+        _copy(array[number], start, target)
+    else:  # a part of an element
+        element = array[number : number + 1].astype(_stored_dtype(array)).view(np.uint8)
+        target[:] = element[start : start + target.size]
+
+
+def _stored_dtype(array: np.ndarray) -> np.dtype:
+    return array.dtype.newbyteorder("<") if array.dtype.byteorder == ">" else array.dtype
