@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from parts import data_files
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph import codec
@@ -89,7 +90,7 @@ def test_object_metadata_gives_the_protobuf(path):
 
 
 def damaged(path):
-    file = max(Path(path).rglob("d/*"), key=lambda file: file.stat().st_size)
+    (file,) = data_files(path)
     data = bytearray(file.read_bytes())
     for position in range(len(data) // 4, len(data) // 2, 100):
         data[position] ^= 1
@@ -112,6 +113,6 @@ def test_the_text_of_a_verification_has_one_short_line_for_each_file(tmp_path):
 
 def test_damage_without_values_is_named_by_file(tmp_path):
     path = ckpt.save(tmp_path / "a", {"w": np.arange(10)})
-    (Path(path) / "manifest.ocdbt").write_bytes(b"x")
+    (Path(path) / "manifest.ckpt").write_bytes(b"x")
     head, line, _ = str(ckpt.verify(path)).splitlines()
     assert "1 problem in 1 file" in head and len(line) < 250

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parts import data_files
 
 import ckpt_jax as ckpt
 
@@ -13,10 +14,6 @@ import ckpt_jax as ckpt
 def path(tmp_path: Path) -> str:
     tree = {"a": np.arange(400_000), "b": jnp.ones((512, 512)), "small": 7, "text": "abc"}
     return ckpt.save(tmp_path / "c", tree)
-
-
-def data_files(path: str) -> list[Path]:
-    return sorted(file for file in Path(path).rglob("d/*") if file.is_file())
 
 
 def flip(file: Path, position: int) -> None:
@@ -56,7 +53,7 @@ def test_a_missing_data_file_is_a_problem_of_the_values_in_it(path: str):
 
 
 def test_a_damaged_root_is_one_problem_and_no_exception(path: str):
-    flip(Path(path) / "manifest.ocdbt", 40)
+    flip(Path(path) / "manifest.ckpt", 40)
     report = ckpt.verify(path)
     assert not report.ok
     assert len(report.problems) == 1

@@ -71,7 +71,7 @@ def save_all(manager, numbers, **arguments):
 
 
 def truncate(path):
-    (data,) = glob.glob(f"{path}/shards/*/d/*")
+    (data,) = glob.glob(f"{path}/shards/*/c/*")
     os.truncate(data, 0)
 
 
@@ -434,7 +434,7 @@ def test_a_half_deleted_checkpoint_is_no_checkpoint(tmp_path, checkpoint, monkey
     def cut_short(path, *arguments, **options):
         if not os.path.exists(path):
             return
-        os.unlink(glob.glob(f"{path}/shards/*/d/*")[0])
+        os.unlink(glob.glob(f"{path}/shards/*/c/*")[0])
         raise OSError(5, "Input/output error", path)
 
     with monkeypatch.context() as patch:

@@ -76,7 +76,7 @@ def test_a_step_that_is_saved_again_belongs_to_the_live_branch(tmp_path):
 def test_after_a_restart_that_fell_back_the_damaged_one_is_abandoned(tmp_path):
     manager = run_in(tmp_path)
     path = save(manager, 1, 2, 3)
-    os.unlink(os.path.join(path, "manifest.ocdbt"))
+    os.unlink(os.path.join(path, "manifest.ckpt"))
     again = run_in(tmp_path, max_to_keep=2)
     again.restore_or_initialize()
     save(again, 4)

@@ -91,7 +91,7 @@ def test_a_program_that_restores_nothing_does_not_overwrite_in_silence(tmp_path,
 def test_a_damaged_newest_falls_back_by_name_without_a_state_file(tmp_path):
     path = save(run_in(tmp_path), 1, 2, 3)
     (tmp_path / "checkpoint").unlink()
-    os.unlink(os.path.join(path, "manifest.ocdbt"))
+    os.unlink(os.path.join(path, "manifest.ckpt"))
     assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-2")
     assert run_in(tmp_path).restore_or_initialize() == str(tmp_path / "ckpt-2")
 

@@ -14,6 +14,7 @@ from places import PROTOS
 from ckpt_jax.graph._proto import (
     checkpoint_state_pb2,
     index_pb2,
+    manifest_pb2,
     saved_object_graph_pb2,
     trackable_object_graph_pb2,
 )
@@ -23,6 +24,7 @@ MODULES = {
     for module in (
         checkpoint_state_pb2,
         index_pb2,
+        manifest_pb2,
         saved_object_graph_pb2,
         trackable_object_graph_pb2,
     )
@@ -122,6 +124,46 @@ SavedObjectGraph
   1000 checksum fixed32
 """
 
+# The messages that TensorFlow does not have, and that checkpoints are opened with.
+OWN = """
+Manifest
+  1 format_version uint32
+  2 parts Part*
+  1000 checksum fixed32
+Part
+  1 name string
+  2 file string
+  3 nbytes uint64
+  4 digest bytes
+Index
+  1 format_version uint32
+  2 tables Table*
+  3 shards Shard*
+  1000 checksum fixed32
+Table
+  1 keys string*
+  2 layouts Layout*
+  3 key bytes
+  4 layout bytes
+  5 offset bytes
+Layout
+  1 dtype string
+  2 shape uint64*
+  3 extent uint64*
+  4 nbytes uint64
+Shard
+  1 directory string
+  2 table uint32
+  3 starts uint64*
+  4 nbytes uint64
+  5 chunk_nbytes uint64
+  6 file_nbytes uint64
+  7 compression string
+  8 stored_nbytes uint64
+  9 checksums bytes
+  10 digest bytes
+"""
+
 # tf.train.Checkpoint(v=tf.Variable(1.0)) after one save, as TensorFlow 2.21 wrote it.
 TENSORFLOW_GRAPH = bytes.fromhex(
     "0a1d0a0508011201760a100802120c736176655f636f756e7465722a0208010a3e12380a0e5641524941424c"
@@ -177,6 +219,11 @@ def test_fields_from_100_up_are_the_documented_additions(name):
     assert added == table(ADDITIONS).get(name, set())
 
 
+@pytest.mark.parametrize("name", table(OWN))
+def test_fields_of_manifest_and_index_keep_their_numbers(name):
+    assert set(fields_of(ALL_MESSAGES[name]).values()) == table(OWN)[name]
+
+
 def test_key_kinds_keep_their_numbers():
     reference = ALL_MESSAGES["TrackableObjectGraph.TrackableObject.ObjectReference"]
     assert {v.name: v.number for v in reference.enum_types_by_name["KeyKind"].values} == {
@@ -199,7 +246,7 @@ def test_presence_of_has_checkpoint_values_is_kept():
     assert node.FromString(b"\x2a\x00").HasField("has_checkpoint_values")
 
 
-@pytest.mark.parametrize("name", ["TrackableObjectGraph", "SavedObjectGraph", "Index"])
+@pytest.mark.parametrize("name", ["TrackableObjectGraph", "SavedObjectGraph", "Index", "Manifest"])
 def test_the_checksum_is_written_last_with_its_four_bytes_bare(name):
     module = next(m for m in MODULES.values() if hasattr(m, name))
     message = getattr(module, name)(format_version=1, checksum=0x04030201)
