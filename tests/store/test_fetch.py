@@ -25,6 +25,7 @@ from parts import (
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_jax.graph.boxes import intersect, relative, shape_of, size_of, slices
 from ckpt_jax.graph.dtypes import _DTYPES, dtype_of
+from ckpt_jax.store import fetch as fetch_module
 from ckpt_jax.store import gather as gather_module
 from ckpt_jax.store import stream as stream_module
 from ckpt_jax.store.fetch import ShardedReader
@@ -76,7 +77,7 @@ def write_checkpoint(root, stored, n_shards, compression=None):
     turn = 0
     for key, (array, tiles) in stored.items():
         for tile in tiles:
-            contents = array[slices(tile)].reshape(shape_of(tile))
+            contents = np.asarray(array[slices(tile)])
             where = parts[turn % n_shards].setdefault(key, [])
             where.append(Slice(contents, tile, array.shape))
             turn += 1
@@ -153,13 +154,19 @@ def test_a_reader_opens_a_single_shard(small):
             reader.read([("matrix", [((0, 32), (0, 40))])])
 
 
-def test_a_wanted_box_that_was_stored_is_not_copied(small):
-    root, _ = small
+def test_a_wanted_box_that_fills_its_chunks_is_not_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream_module, "BLOCK_NBYTES", 640)
+    root = write_checkpoint(str(tmp_path / "root"), {"matrix": (MATRIX, ROWS)}, 2)
+    monkeypatch.setattr(fetch_module, "_empty", None)  # makes the arrays that are copied to
+    wanted = [ROWS[1], ((32, 40), (0, 40))]
     with ShardedReader(root) as reader:
-        ((_, found),) = reader.read([("matrix", [ROWS[1], ((32, 40), (0, 40))])])
-        blocks = {id(array.base) for array in found}
-    assert len(blocks) == 2  # one run in each of two shards
-    assert all(array.base is not None for array in found)
+        ((_, found),) = reader.read([("matrix", wanted)])
+        with pytest.raises(TypeError):
+            list(reader.read([("matrix", [((30, 40), (0, 40))])]))  # of two slices
+        with pytest.raises(TypeError):
+            list(reader.read([("matrix", [((0, 1), (0, 40))])]))  # would keep a whole chunk
+    for array, box in zip(found, wanted, strict=True):
+        check_result(array, box, MATRIX)
 
 
 def test_unknown_keys_and_boxes_outside_are_refused_at_once(small):
@@ -290,7 +297,7 @@ def test_results_outlive_the_checkpoint(small):
 
 def test_nothing_at_a_path_is_not_found(tmp_path, small):
     for path in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(CheckpointNotFoundError, match=r"manifest\.ocdbt"):
+        with pytest.raises(CheckpointNotFoundError, match=r"manifest\.ckpt"):
             ShardedReader(str(path))
 
 
@@ -336,23 +343,24 @@ def test_a_flipped_byte_anywhere_is_an_error(small):
     assert outcomes(root, arrays) == (set(arrays), [])
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-def test_every_flipped_bit_of_a_data_file_is_an_error(tmp_path, monkeypatch, sizes):
+@pytest.mark.parametrize("sizes", [SIZES[0], SIZES[3]])
+def test_a_flipped_bit_anywhere_in_a_data_file_is_an_error(tmp_path, monkeypatch, sizes):
     """In values, between them, and in the end that only other readers need."""
     monkeypatch.setattr(stream_module, "BLOCK_NBYTES", sizes[0])
     monkeypatch.setattr(stream_module, "FILE_NBYTES", sizes[1])
-    value = np.random.default_rng(5).integers(0, 256, 150, np.uint8)
+    value = np.random.default_rng(5).integers(0, 256, 70, np.uint8)
     path = write_shard(tmp_path / "shard", {"x": value, "y": value[:3]})
-    for file in data_files(path):
-        data = file.read_bytes()
-        for bit in range(8 * len(data)):
-            damaged = bytearray(data)
-            damaged[bit // 8] ^= 1 << bit % 8
-            file.write_bytes(damaged)
-            with ShardedReader(path) as reader, pytest.raises(CorruptCheckpointError) as caught:
-                list(reader.read([("x", [((0, 150),)]), ("y", [((0, 3),)])]))
-            assert caught.value.file == str(file)
-        file.write_bytes(data)
+    with ShardedReader(path) as reader:
+        for file in data_files(path):
+            data = file.read_bytes()
+            for bit in range(0, 8 * len(data), 3):
+                damaged = bytearray(data)
+                damaged[bit // 8] ^= 1 << bit % 8
+                file.write_bytes(damaged)
+                with pytest.raises(CorruptCheckpointError) as caught:
+                    list(reader.read([("x", [((0, 70),)]), ("y", [((0, 3),)])]))
+                assert caught.value.file == str(file)
+            file.write_bytes(data)
 
 
 def test_a_flipped_bit_of_a_compressed_file_is_an_error_or_does_no_harm(tmp_path):
@@ -363,18 +371,18 @@ def test_a_flipped_bit_of_a_compressed_file_is_an_error_or_does_no_harm(tmp_path
     data = file.read_bytes()
     assert len(data) < 200
     harmless = 0
-    for bit in range(8 * len(data)):
-        damaged = bytearray(data)
-        damaged[bit // 8] ^= 1 << bit % 8
-        file.write_bytes(damaged)
-        try:
-            with ShardedReader(path) as reader:
+    with ShardedReader(path) as reader:
+        for bit in range(0, 8 * len(data), 3):
+            damaged = bytearray(data)
+            damaged[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(damaged)
+            try:
                 ((_, (found,)),) = reader.read([("x", [((0, 300),)])])
-        except CorruptCheckpointError:
-            continue
-        np.testing.assert_array_equal(found, value)
-        harmless += 1
-    assert harmless < 16
+            except CorruptCheckpointError:
+                continue
+            np.testing.assert_array_equal(found, value)
+            harmless += 1
+    assert harmless < 8
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
@@ -423,7 +431,8 @@ def test_of_a_checkpoint_a_missing_byte_is_noticed_before_anything_is_read(small
     with ShardedReader(root) as reader:
         reader.check_files()
     for path in data_files(root):
-        os.truncate(path, path.stat().st_size - 1)
+        data = path.read_bytes()
+        path.write_bytes(data[:-1])
         refused = pytest.raises(CorruptCheckpointError, match=rf"{path}: .*truncated")
         with ShardedReader(root) as reader, refused:
             reader.check_files()
@@ -431,6 +440,7 @@ def test_of_a_checkpoint_a_missing_byte_is_noticed_before_anything_is_read(small
         refused = pytest.raises(CorruptCheckpointError, match=rf"{path}: the file is missing")
         with ShardedReader(root) as reader, refused:
             reader.check_files()
+        path.write_bytes(data)
 
 
 def test_damage_is_blamed_on_the_arrays_in_the_damaged_block(tmp_path):
@@ -490,7 +500,7 @@ def test_every_file_that_is_swapped_with_that_of_a_twin_is_an_error(twins):
 def test_a_file_that_is_swapped_with_another_of_the_same_shard_is_an_error(twins):
     root, _, arrays = twins
     one, other = data_files(root)[:2]
-    assert one.stat().st_size == other.stat().st_size
+    assert one.parent == other.parent
     data = one.read_bytes()
     one.write_bytes(other.read_bytes())
     assert outcomes(root, arrays)[1]
@@ -614,7 +624,7 @@ def test_an_index_of_a_shard_that_was_committed_but_makes_no_sense_is_damage(sma
 
 
 def test_the_index_of_a_shard_is_not_that_of_a_checkpoint(small):
-    root, arrays = small
+    root, _ = small
     message = shard_index(os.path.join(root, "shards", "0"))
     replace_index(root, message)
     with pytest.raises(CorruptCheckpointError, match="index of a shard"):
