@@ -30,6 +30,9 @@ class Arriving:
         self._array = array
         self.dtype, self.shape, self.nbytes = array.dtype, array.shape, array.nbytes
 
+    def __getitem__(self, where):
+        return Arriving(self._array[where])
+
     def wait(self):
         return self._array
 
@@ -54,7 +57,8 @@ def part_of(piece, box):
 
 
 def read_back(written, root):
-    path = commit(written, root, {}, durable=False)
+    tables = {table.digest: table for _, table in written}
+    path = commit([(shard, table.digest) for shard, table in written], tables, root, durable=False)
     with ckpt.load_checkpoint(path) as reader:
         return reader.read(dict.fromkeys(reader.keys()))
 

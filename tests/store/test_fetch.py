@@ -369,7 +369,7 @@ def test_a_flipped_bit_of_a_compressed_file_is_an_error_or_does_no_harm(tmp_path
     path = write_shard(tmp_path / "shard", {"x": value}, compression="zstd")
     (file,) = data_files(path)
     data = file.read_bytes()
-    assert len(data) < 200
+    assert len(data) < 250
     harmless = 0
     with ShardedReader(path) as reader:
         for bit in range(0, 8 * len(data), 3):

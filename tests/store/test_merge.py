@@ -149,7 +149,9 @@ def test_entries_that_are_known_are_not_read_again(tmp_path, monkeypatch):
     paths = write_halves(tmp_path)
     known = [read_shard(path) for path in paths]
     monkeypatch.setattr(merge_module, "read_file", None)
-    assert commit(known, str(tmp_path / "root"), {}, durable=True) == str(tmp_path / "root")
+    tables = {table.digest: table for _, table in known}
+    entries = [(shard, table.digest) for shard, table in known]
+    assert commit(entries, tables, str(tmp_path / "root")) == str(tmp_path / "root")
     check(tmp_path / "root")
 
 

@@ -16,6 +16,7 @@ from places import ROOT
 import ckpt_jax as ckpt
 from ckpt_jax import io
 from ckpt_jax.api.latest import remove_checkpoint
+from ckpt_jax.saving import pipeline
 from ckpt_jax.store import directory as store_directory
 from ckpt_jax.store import staging as store
 from ckpt_jax.store.directory import checkpoints_in
@@ -130,13 +131,13 @@ def test_staging_is_held_as_long_as_one_of_several_is_at_work_on_it(tmp_path):
 
 
 def test_a_save_in_the_background_holds_its_staging_until_it_is_committed(tmp_path, monkeypatch):
-    merge_shards, seen = io.merge_shards, []
+    commit, seen = pipeline.commit, []
 
-    def look(prefixes, destination, **options):
+    def look(shards, tables, destination, *arguments, **options):
         seen.append((threading.current_thread().name, is_abandoned(destination)))
-        return merge_shards(prefixes, destination, **options)
+        return commit(shards, tables, destination, *arguments, **options)
 
-    monkeypatch.setattr(io, "merge_shards", look)
+    monkeypatch.setattr(pipeline, "commit", look)
     checkpoint = ckpt.Checkpoint(x=1)
     checkpoint.save(tmp_path / "ckpt", ckpt.CheckpointOptions(enable_async=True))
     checkpoint.sync()
@@ -260,16 +261,16 @@ def test_process_0_leaves_what_others_of_its_run_have_made_where_their_locks_are
 def test_a_save_whose_staging_was_taken_away_fails_and_publishes_nothing(
     tmp_path, monkeypatch, is_made_again
 ):
-    merge_shards = io.merge_shards
+    commit = pipeline.commit
 
-    def take_away(shards, destination, **options):
-        merge_shards(shards, destination, **options)
+    def take_away(shards, tables, destination, *arguments, **options):
+        commit(shards, tables, destination, *arguments, **options)
         os.rename(destination, tmp_path / "taken")
         if is_made_again:  # as TensorStore does with directories that are missing
             os.mkdir(destination)
 
     with monkeypatch.context() as patch:
-        patch.setattr(io, "merge_shards", take_away)
+        patch.setattr(pipeline, "commit", take_away)
         with pytest.raises(ckpt.CheckpointError, match="renamed or removed.*Save again"):
             ckpt.save(tmp_path / "a", {"x": 1})
     assert os.listdir(tmp_path) == ["taken"]
