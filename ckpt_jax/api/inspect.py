@@ -17,9 +17,10 @@ from ckpt_jax.objects.registry import saver_of
 from ckpt_jax.objects.views import view_of
 from ckpt_jax.options import Path
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
+from ckpt_jax.restoring.formats import format_of
 from ckpt_jax.restoring.waiting import log_conflicts
 from ckpt_jax.store.directory import is_checkpoint
-from ckpt_jax.store.paths import as_path
+from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.values.leaves import describe
 
 
@@ -43,7 +44,8 @@ def load_checkpoint(path: Path) -> CheckpointReader:
       (['w'], ['w/.ATTRIBUTES/VARIABLE_VALUE'], array([0, 1, 2]))
     """
     path = as_path(path)
-    if not is_checkpoint(path) and os.path.isdir(path):
+    is_one = is_checkpoint(path) or format_of(absolute(path)) is not None
+    if not is_one and os.path.isdir(path):
         path = latest_checkpoint(path) or path
     return CheckpointReader(path)
 

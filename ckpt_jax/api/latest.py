@@ -20,6 +20,7 @@ from contextlib import suppress
 from ckpt_jax.errors import CheckpointError, UnsupportedFormatError
 from ckpt_jax.options import Path
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
+from ckpt_jax.restoring.formats import foreign_steps
 from ckpt_jax.store.directory import (
     checkpoints_in,
     is_checkpoint,
@@ -43,10 +44,11 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
     The state file says which one that is. If that one is gone or damaged, the usable one with the
     next smaller number is taken, and a warning says so. Checkpoints on a branch that the program
     left by going back are not taken. If no state file can be read, the usable checkpoint with the
-    largest number in its name is taken, and a warning says so, too.
+    largest number in its name is taken, and a warning says so, too. If the directory has no
+    checkpoint of this library, the usable one of another library with the largest step is taken.
 
     Args:
-      directory: where `Checkpoint.save` or a manager saved.
+      directory: where `Checkpoint.save`, a manager, or a manager of Orbax saved.
       latest_filename: name of the state file; "checkpoint" by default. If it is given, and this
         file cannot be read, no checkpoint is found.
 
@@ -55,8 +57,8 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
 
     Raises:
       ValueError: the state file names no checkpoint, and the directory holds none with a number.
-      UnsupportedFormatError: the directory holds only checkpoints of another library, or the latest
-        one is of another library or of a newer format.
+      UnsupportedFormatError: the directory holds only checkpoints that cannot be read here, or the
+        latest one is of a newer format.
 
     Source: `tf.train.latest_checkpoint`, which returns None if the latest is gone, or if there is
     no state file.
@@ -88,6 +90,8 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
     _refuse_unsupported(latest)
     _warn_of_problem(latest, problem)
     path = _first_usable(older_checkpoints(directory, latest))
+    if path is None:
+        path = _first_usable(reversed(foreign_steps(directory).values()))
     if path is not None:
         _log.warning("falling back to %s, the newest usable checkpoint", path)
     return path
@@ -150,8 +154,11 @@ def _newest_by_name(directory: str) -> str | None:
     names = checkpoints_in(directory)
     numbered = [name for name in names if number_of(name) is not None]
     if not names:
-        refuse_others(directory)
-    elif not numbered:
+        steps = foreign_steps(directory)
+        if not steps:
+            refuse_others(directory)
+        return _first_usable(reversed(steps.values()))
+    if not numbered:
         _log.warning(
             "%s: expected a state file or checkpoints with a number in their names, found %s. "
             "It is not known which one is the latest. Restore one of them by its path.",

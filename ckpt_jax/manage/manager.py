@@ -47,6 +47,7 @@ from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Meeting, Processes
+from ckpt_jax.restoring.formats import foreign_steps
 from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.retention import (
     CheckpointRecord,
@@ -319,6 +320,10 @@ class CheckpointManager:
         is taken instead, and a warning says so. If there are several processes, `preflight` comes
         first, and all restore the same checkpoint: if one process cannot use it, none does.
 
+        If the directory holds steps of a manager of Orbax, and no checkpoint of this manager, the
+        latest step is restored, and the save counter goes on from its number. Such steps are never
+        removed.
+
         If something was not restored, a warning says what. `status` can then be asserted on.
 
         Returns:
@@ -330,7 +335,7 @@ class CheckpointManager:
           RestoreMismatchError: as in `Checkpoint.restore`, or nothing of the checkpoint was
             restored, because the program has other names.
           UnsupportedFormatError: as in `Checkpoint.restore`, or the directory holds only
-            checkpoints of another library.
+            checkpoints of another library that cannot be read here.
           PreflightError, ProcessError, BarrierTimeoutError: only if there are several processes.
 
         Source: `tf.train.CheckpointManager.restore_or_initialize`, without the older ones.
@@ -346,7 +351,7 @@ class CheckpointManager:
         """
         if current().count > 1:
             preflight(self._directory)
-        paths = self._agreed_paths(self._collection.candidates)
+        paths = self._agreed_paths(self._candidates)
         if not paths:
             self._warn_of_others()
             if self._init_fn is not None:
@@ -413,9 +418,9 @@ class CheckpointManager:
                 found = self._best(best, mode)
                 paths = [found] if found is not None else []
             elif number is not None:
-                return [self._collection.path_of(number)]
+                return [self._path_of(number)]
             else:
-                paths = self._collection.candidates()
+                paths = self._candidates()
             if not paths:
                 refuse_others(self._directory)
                 raise CheckpointNotFoundError(
@@ -426,6 +431,21 @@ class CheckpointManager:
             return paths
 
         return self._restore_newest(self._agreed_paths(chosen), rename, options)[1]
+
+    def _candidates(self) -> list[str]:
+        """The checkpoints that can be restored, best first; those of other libraries come last."""
+        foreign = foreign_steps(self._directory)
+        return [*self._collection.candidates(), *reversed(foreign.values())]
+
+    def _path_of(self, number: int) -> str:
+        """The path of the checkpoint with a number, or else of the step of another library."""
+        try:
+            return self._collection.path_of(number)
+        except CheckpointNotFoundError:
+            foreign = foreign_steps(self._directory)
+            if number not in foreign:
+                raise
+            return foreign[number]
 
     def _warn_of_replacing(self, path: str) -> None:
         """Warns if a save will replace a checkpoint of an earlier run."""
@@ -485,11 +505,18 @@ class CheckpointManager:
                     _log.warning("fell back to %s, the newest usable checkpoint", path)
                 self._status = status
                 self._schedule.restored(path)
+                self._count_on(path)
                 return path, status, left
             _log.warning("the checkpoint %s is not usable: %s", path, problem)
             first = first or error or CorruptCheckpointError(problem)
         assert first is not None
         raise first
+
+    def _count_on(self, path: str) -> None:
+        """Lets the save counter go on from the step of another library, which does not know it."""
+        for step, foreign in foreign_steps(self._directory).items():
+            if foreign == path:
+                set_save_counter(self._checkpoint, step)
 
     def _check_match(self, path: str, status: LoadStatus, counter: int) -> str | None:
         """Checks that a restore has restored something; says what it has left out."""
@@ -519,7 +546,7 @@ class CheckpointManager:
         """Warns if there are only checkpoints with other names.
 
         Raises:
-          UnsupportedFormatError: there are checkpoints of another library.
+          UnsupportedFormatError: there are checkpoints of another library that cannot be read.
         """
         refuse_others(self._directory)
         if others := self._others():

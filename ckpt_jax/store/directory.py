@@ -49,8 +49,6 @@ _PARTS = {DATA, SHARDS}  # of a checkpoint, besides its manifest
 
 # The files by which checkpoints of other libraries are recognised, to name the library in an error.
 _OTHERS = {
-    "_CHECKPOINT_METADATA": "Orbax",
-    "_METADATA": "Orbax",
     ".metadata": "torch.distributed.checkpoint",
 }
 

@@ -10,13 +10,25 @@ import os
 from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.readers import Format, Reader, registered_formats
 from ckpt_jax.restoring.formats.npz import NPY, NPZ
+from ckpt_jax.restoring.formats.orbax import ORBAX
 
-FORMATS: tuple[Format, ...] = (NPZ, NPY)
+FORMATS: tuple[Format, ...] = (NPZ, NPY, ORBAX)
 
 
 def formats() -> tuple[Format, ...]:
     """All formats besides our own, in the order in which they are asked."""
     return (*registered_formats(), *FORMATS)
+
+
+def format_of(path: str) -> Format | None:
+    """The format that recognises what is at an absolute path; None if none does."""
+    return next((format for format in formats() if format.recognises(path)), None)
+
+
+def foreign_steps(directory: str) -> dict[int, str]:
+    """The checkpoints of other formats in a directory, by number; ascending."""
+    found = {number: path for each in formats() for number, path in each.steps(directory).items()}
+    return dict(sorted(found.items()))
 
 
 def open_foreign(path: str) -> Reader | None:
@@ -25,9 +37,9 @@ def open_foreign(path: str) -> Reader | None:
     Raises:
       CorruptCheckpointError: it is damaged.
     """
-    for format in formats():
-        if format.recognises(path):
-            return format.open(path)
+    format = format_of(path)
+    if format is not None:
+        return format.open(path)
     for format in formats():
         if format.suffixes and path.lower().endswith(format.suffixes) and os.path.isfile(path):
             raise CorruptCheckpointError(
@@ -38,4 +50,4 @@ def open_foreign(path: str) -> Reader | None:
     return None
 
 
-__all__ = ["FORMATS", "formats", "open_foreign"]
+__all__ = ["FORMATS", "foreign_steps", "format_of", "formats", "open_foreign"]

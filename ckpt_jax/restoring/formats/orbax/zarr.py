@@ -1,0 +1,328 @@
+"""Arrays in zarr's format, read through TensorStore.
+
+An array is a grid of *chunks*. A chunk is read and decoded as a whole, however little of it is
+wanted. So all boxes that are wanted of one array are read together, and TensorStore decodes each
+chunk for all of them. A small array is read as a whole and cut here, because each read has a price
+that does not depend on its size.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from ckpt_jax.errors import CorruptCheckpointError
+from ckpt_jax.graph.boxes import Box, inside, shape_of, size_of, slices, whole
+from ckpt_jax.restoring.formats.orbax.ocdbt import Database, database_in
+from ckpt_jax.store.stack import MAX_EXPANSION, new_context, round_up, storage_error
+
+_SMALL_NBYTES = 1 << 20  # of an array that is cut here
+_BLOCK_NBYTES = 4 << 20  # from this size on numpy asks for huge pages, which fill 4x faster
+_BELIEVED_NBYTES = 64 << 20  # of an array whose size is not compared with that of its files
+_ALIGNMENT = 64  # JAX uses such memory without a copy
+_TREE_NBYTES = 64 << 20  # of the keys of a database that are kept in memory
+
+Arrays = tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ZarrPlace:
+    """Where an array lies.
+
+    Attributes:
+      directory: the one that the name is in.
+      name: of the array: a folder, or the beginning of its keys in a database.
+      is_database: whether `directory` is an OCDBT database.
+      is_zarr3: whether the array is in version 3 of the format, else in version 2.
+      omits_zeros: whether chunks in which all is zero may be missing. Else a missing chunk is lost.
+    """
+
+    directory: str
+    name: str
+    is_database: bool
+    is_zarr3: bool
+    omits_zeros: bool
+
+    @property
+    def folder(self) -> str:
+        """Its own folder, if it does not lie in a database."""
+        return os.path.join(self.directory, self.name)
+
+    @property
+    def spec(self) -> dict[str, Any]:
+        """The array as TensorStore specifies it."""
+        # Paths, not URLs: directories may be called "a?b" or "a%20b".
+        kvstore: dict[str, Any] = {"driver": "file", "path": f"{self.directory}/"}
+        if self.is_database:
+            kvstore = {"driver": "ocdbt", "base": kvstore, "cache_pool": "cache_pool#tree"}
+            kvstore["path"] = f"{self.name}/"
+        else:
+            kvstore["path"] += f"{self.name}/"
+        return {
+            "driver": "zarr3" if self.is_zarr3 else "zarr",
+            "kvstore": kvstore,
+            "recheck_cached_data": False,
+            "recheck_cached_metadata": False,
+            "fill_missing_data_reads": self.omits_zeros,
+        }
+
+
+class ZarrArrays:
+    """Opened arrays, by key.
+
+    Args:
+      places: where the arrays lie, by key.
+
+    Attributes:
+      bytes_read: decoded size of all chunks that were requested so far.
+
+    Raises:
+      CorruptCheckpointError: the description of an array is damaged or missing.
+    """
+
+    def __init__(self, places: Mapping[str, ZarrPlace]):
+        self.bytes_read = 0
+        self._places = places
+        self._folders: dict[str, int] = {}  # their sizes
+        # A cache of its own, because another checkpoint may take the place of this one.
+        cache = {"cache_pool#tree": {"total_bytes_limit": _TREE_NBYTES}}
+        context = ts.Context(cache, new_context())
+        opening: dict[str, ts.Future[ts.TensorStore]] = {}
+        opened: dict[str, ts.TensorStore] = {}
+        for key, place in places.items():
+            with self._damage(key):
+                opening[key] = ts.open(place.spec, open=True, read=True, context=context)
+        for key, future in opening.items():
+            with self._damage(key):
+                opened[key] = future.result()
+        self._stores: dict[str, ts.TensorStore] | None = opened
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._places
+
+    def close(self) -> None:
+        """Refuses further reads."""
+        self._stores = None
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._store(key).shape)
+
+    def dtype(self, key: str) -> np.dtype | None:
+        """The dtype of an array; None if numpy has no such."""
+        return self._store(key).dtype.numpy_dtype
+
+    def read(
+        self, requests: Sequence[tuple[str, Sequence[Box]]], *, max_inflight_bytes: int
+    ) -> Iterator[tuple[int, Arrays]]:
+        """Reads boxes of arrays; see `readers.Reader`."""
+        reads = [_Read.of(key, self._store(key), boxes) for key, boxes in requests]
+        return self._results(reads, max_inflight_bytes)
+
+    def _results(
+        self, reads: Sequence[_Read], max_inflight_bytes: int
+    ) -> Iterator[tuple[int, Arrays]]:
+        memory = _Memory(sum([read.nbytes for read in reads]))
+        in_flight: deque[tuple[int, Arrays, list[ts.WriteFutures]]] = deque()
+        held = 0
+        waiting = deque(enumerate(reads))
+        try:
+            while waiting or in_flight:
+                while waiting:
+                    number, read = waiting[0]
+                    if in_flight and held + read.nbytes_held > max_inflight_bytes:
+                        break
+                    waiting.popleft()
+                    with self._damage(read.key):
+                        self._check_size(read.key)
+                        in_flight.append((number, *read.start(memory)))
+                    held += read.nbytes_held
+                    self.bytes_read += read.nbytes_decoded
+                number, arrays, futures = in_flight[0]
+                with self._damage(reads[number].key):
+                    for future in futures:
+                        future.result()
+                in_flight.popleft()
+                held -= reads[number].nbytes_held
+                yield number, reads[number].boxes_of(arrays, memory)
+        finally:
+            for _, _, futures in in_flight:  # reads that still write into our buffers
+                for future in futures:
+                    future.commit.exception()
+
+    def _store(self, key: str) -> ts.TensorStore:
+        if self._stores is None:
+            raise RuntimeError(f"{self._places[key].directory}: the reader is closed")
+        return self._stores[key]
+
+    def check_files(self) -> None:
+        """Checks that all chunks are there, and that all files are long enough; reads no value.
+
+        Raises:
+          CorruptCheckpointError: a file is truncated, or a chunk or a file is missing.
+        """
+        databases: dict[str, Database] = {}
+        for key, place in self._places.items():
+            with self._damage(key):
+                if not place.is_database:
+                    found = len(_files_below(place.folder))
+                else:
+                    if place.directory not in databases:
+                        databases[place.directory] = database_in(place.directory)
+                    found = databases[place.directory].count_below(f"{place.name}/")
+                wanted = _count_of_chunks(self._store(key))
+                if found - 1 < wanted and not place.omits_zeros:  # one is the description
+                    raise ValueError(f"{found - 1} of {wanted} chunks are there")
+        for database in databases.values():
+            for file, nbytes in database.files.items():
+                size = os.path.getsize(file) if os.path.exists(file) else 0
+                if size < nbytes:
+                    raise CorruptCheckpointError(
+                        f"{file}: expected {nbytes} bytes, got {size}", file=file
+                    )
+
+    def _check_size(self, key: str) -> None:
+        """Raises if an array cannot be that large, so that no memory is allocated for nothing."""
+        place, store = self._places[key], self._store(key)
+        nbytes = math.prod(store.shape) * store.dtype.numpy_dtype.itemsize
+        if nbytes <= _BELIEVED_NBYTES or place.omits_zeros:
+            return
+        folder = place.directory if place.is_database else place.folder
+        if folder not in self._folders:
+            self._folders[folder] = sum(map(os.path.getsize, _files_below(folder)))
+        found = self._folders[folder]
+        if nbytes > found * MAX_EXPANSION:
+            raise ValueError(f"{nbytes} bytes cannot lie in files of {found} bytes")
+
+    @contextmanager
+    def _damage(self, key: str) -> Iterator[None]:
+        """Raises an error of TensorStore as one that names the array and its directory."""
+        try:
+            yield
+        except ValueError as error:
+            directory = self._places[key].directory
+            cause = storage_error(error, directory)
+            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                raise cause from error
+            text = str(error).partition(" [tensorstore_spec=")[0]
+            raise CorruptCheckpointError(
+                f"{key}: {directory} is damaged or incomplete: {text}", file=directory, key=key
+            ) from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Read:
+    """How boxes of one array are read.
+
+    Attributes:
+      key, store: the array.
+      boxes: the ones that are wanted.
+      is_cut: whether the array is read as a whole, and the boxes are cut from it.
+      nbytes: size of the boxes.
+      nbytes_decoded: size of the chunks that are decoded for them.
+    """
+
+    key: str
+    store: ts.TensorStore
+    boxes: tuple[Box, ...]
+    is_cut: bool
+    nbytes: int
+    nbytes_decoded: int
+
+    @property
+    def nbytes_held(self) -> int:
+        """The memory that it takes until it is finished."""
+        return self.nbytes + self.nbytes_decoded
+
+    @classmethod
+    def of(cls, key: str, store: ts.TensorStore, boxes: Sequence[Box]) -> _Read:
+        shape, itemsize = tuple(store.shape), store.dtype.numpy_dtype.itemsize
+        for box in boxes:
+            if not inside(box, shape):
+                raise ValueError(f"{key}: the box {box} lies outside of shape {shape}")
+        chunk = store.chunk_layout.read_chunk.shape or ()
+        everything = _size_in_chunks(whole(shape), chunk) * itemsize
+        is_cut = len(boxes) > 1 and math.prod(shape) * itemsize <= _SMALL_NBYTES
+        touched = sum([_size_in_chunks(box, chunk) for box in boxes]) * itemsize
+        nbytes = sum(map(size_of, boxes)) * itemsize
+        decoded = everything if is_cut else min(touched, everything)
+        return cls(key, store, tuple(boxes), is_cut, nbytes, decoded)
+
+    def start(self, memory: _Memory) -> tuple[Arrays, list[ts.WriteFutures]]:
+        """Starts to fill arrays: one for each box, or one with the whole array."""
+        dtype = self.store.dtype.numpy_dtype
+        if self.is_cut:
+            array = _empty(tuple(self.store.shape), dtype)
+            return (array,), [ts.array(array).write(self.store)]
+        arrays = tuple([memory.take(shape_of(box), dtype) for box in self.boxes])
+        futures = [
+            ts.array(array).write(self.store[slices(box)].translate_to[0] if box else self.store)
+            for array, box in zip(arrays, self.boxes, strict=True)
+            if array.size
+        ]
+        return arrays, futures
+
+    def boxes_of(self, arrays: Arrays, memory: _Memory) -> Arrays:
+        """The wanted boxes, once the arrays are filled."""
+        if not self.is_cut:
+            return arrays
+        parts = tuple([memory.take(shape_of(box), arrays[0].dtype) for box in self.boxes])
+        for part, box in zip(parts, self.boxes, strict=True):
+            part[...] = arrays[0][slices(box)]
+        return parts
+
+
+def _size_in_chunks(box: Box, chunk: Sequence[int]) -> int:
+    """The number of elements of the chunks that a box touches.
+
+    >>> _size_in_chunks(((3, 5), (0, 1)), (4, 2))
+    16
+    """
+    return math.prod(
+        [
+            (-(-stop // n) - start // n) * n if stop > start else 0
+            for (start, stop), n in zip(box, chunk, strict=True)
+        ]
+    )
+
+
+def _count_of_chunks(store: ts.TensorStore) -> int:
+    chunk = store.chunk_layout.write_chunk.shape or ()
+    return math.prod([-(-n // of_chunk) for n, of_chunk in zip(store.shape, chunk, strict=True)])
+
+
+def _files_below(folder: str) -> list[str]:
+    return [os.path.join(above, name) for above, _, names in os.walk(folder) for name in names]
+
+
+class _Memory:
+    """Aligned arrays for results. Small ones are cut from blocks, large enough for huge pages."""
+
+    def __init__(self, expected_nbytes: int):
+        self._block_nbytes = min(_BLOCK_NBYTES, expected_nbytes + _ALIGNMENT)
+        self._block = np.empty(0, np.uint8)
+
+    def take(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        """An uninitialized array."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > self._block_nbytes // 2:
+            return _empty(shape, dtype)
+        if nbytes > self._block.size:
+            self._block = _empty((self._block_nbytes,), np.dtype(np.uint8))
+        buffer, self._block = self._block[:nbytes], self._block[round_up(nbytes) :]
+        return buffer.view(dtype).reshape(shape)
+
+
+def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+    """An aligned uninitialized array."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
+    skip = -buffer.__array_interface__["data"][0] % _ALIGNMENT
+    return buffer[skip : skip + nbytes].view(dtype).reshape(shape)
