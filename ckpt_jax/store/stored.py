@@ -67,12 +67,12 @@ class StoredValues:
         stored = self.values[key]
         if stored.spec.is_bytes:
             return stored.nbytes
-        if not _is_readable(stored.spec):
+        if not is_readable(stored.spec):
             return 0
         return math.prod(stored.spec.shape) * _dtype_of(stored.spec).itemsize
 
 
-def _is_readable(spec: LeafSpec) -> bool:
+def is_readable(spec: LeafSpec) -> bool:
     return not spec.is_unreadable or spec.dtype == ANONYMOUS_BYTE
 
 
@@ -148,10 +148,12 @@ class ExtentsReader:
         """Reads boxes of arrays; see `readers.Reader`."""
         if self._closed:
             raise RuntimeError(f"{self.path}: the reader is closed")
+        specs = {key: self.index.values[key].spec for key, _ in requests}
+        refused = [f"{key}: {spec.refusal}" for key, spec in specs.items() if not is_readable(spec)]
+        if refused:
+            raise UnsupportedFormatError("\n  ".join([f"{self.path}: {refused[0]}", *refused[1:]]))
         for key, boxes in requests:
-            spec = self.index.values[key].spec
-            if not _is_readable(spec):
-                raise UnsupportedFormatError(f"{self.path}: {key}: {spec.refusal}")
+            spec = specs[key]
             for box in boxes:
                 if not inside(box, spec.shape):
                     raise ValueError(f"{key}: the box {box} lies outside of shape {spec.shape}")
@@ -195,7 +197,7 @@ class ExtentsReader:
 def _problem(stored: Stored, files: Files) -> str | None:
     """What is wrong with the extents of a value; None if nothing is."""
     spec, extents = stored.spec, stored.extents
-    if not _is_readable(spec):
+    if not is_readable(spec):
         return None
     if spec.is_bytes:
         itemsize, boxes = stored.nbytes, [()]

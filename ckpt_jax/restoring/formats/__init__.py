@@ -9,10 +9,12 @@ import os
 
 from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.readers import Format, Reader, registered_formats
+from ckpt_jax.restoring.formats.msgpack import MSGPACK
 from ckpt_jax.restoring.formats.npz import NPY, NPZ
 from ckpt_jax.restoring.formats.orbax import ORBAX
+from ckpt_jax.restoring.formats.safetensors import SAFETENSORS
 
-FORMATS: tuple[Format, ...] = (NPZ, NPY, ORBAX)
+FORMATS: tuple[Format, ...] = (SAFETENSORS, NPZ, NPY, MSGPACK, ORBAX)
 
 
 def formats() -> tuple[Format, ...]:

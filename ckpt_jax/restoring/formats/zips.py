@@ -19,7 +19,7 @@ from ckpt_jax.store.watched import Files
 _MAGIC = b"PK\x03\x04"
 _EMPTY = b"PK\x05\x06"
 _LOCAL_HEADER_NBYTES = 30
-_MAX_EXPANSION = 1032  # deflate's limit; no memory is allocated for more
+_MAX_EXPANSION = {zipfile.ZIP_DEFLATED: 1032}  # no memory is allocated for more
 _COPY_NBYTES = 1 << 20
 
 
@@ -100,7 +100,7 @@ class Archive:
         if info.flag_bits & 1:
             raise UnsupportedFormatError(f"{self.file}: {name}: it is encrypted. Decrypt it first")
         if info.compress_type != zipfile.ZIP_STORED:
-            if size > info.compress_size * _MAX_EXPANSION:
+            if size > info.compress_size * _MAX_EXPANSION.get(info.compress_type, 1 << 16):
                 what = f"{info.compress_size} compressed bytes cannot be {size} bytes"
                 raise self._files.damage(self.file, what, name)
             return Member(name, size, info.CRC, None)

@@ -9,28 +9,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.graph.boxes import Box
 from ckpt_jax.graph.dtypes import dtype_name
 from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.graph.specs import LeafSpec
-from ckpt_jax.graph.typed_paths import described, graph_of_paths
 from ckpt_jax.readers import ExtentsReader, Format, Stored
-from ckpt_jax.restoring.formats.orbax.tree import (
-    Empty,
-    Place,
-    Refused,
-    is_orbax,
-    leaves_of,
-    steps_in,
-)
-from ckpt_jax.restoring.formats.orbax.zarr import ZarrArrays, ZarrPlace
+from ckpt_jax.restoring.formats.names import graph_of_tree, stored_value
+from ckpt_jax.restoring.formats.orbax.tree import Place, is_orbax, steps_in, tree_in
+from ckpt_jax.restoring.formats.orbax.zarr import ZarrArray, ZarrReader, open_arrays
 from ckpt_jax.store.stored import StoredValues
-from ckpt_jax.values.leaves import describe, encode
 
 _NUMBERS = {"int64": "int", "float64": "float", "bool": "bool", "complex128": "complex"}
 
@@ -48,42 +39,25 @@ class OrbaxReader:
 
     def __init__(self, path: str):
         self.path = path
-        self._before = _identity(path)
-        leaves = [*leaves_of(path)]
-        try:
-            graph, keys = graph_of_paths(
-                (leaf.path, leaf.value.container if isinstance(leaf.value, Empty) else "leaf")
-                for leaf in leaves
-            )
-        except ValueError as error:
-            raise CorruptCheckpointError(f"{path}: {error}", file=path) from error
-        places: dict[str, Place] = {}
-        values: dict[str, Stored] = {}
-        for key, leaf in zip(keys, leaves, strict=True):
-            if isinstance(leaf.value, Place):
-                places[key] = leaf.value
-            elif not isinstance(leaf.value, Empty):
-                values[key] = _stored(leaf.value)
-        self._arrays = ZarrArrays({key: _zarr_place(place) for key, place in places.items()})
-        arrays = {key: Stored(self._spec(key, place)) for key, place in places.items()}
-        unreadable = {key: stored for key, stored in arrays.items() if stored.spec.is_unreadable}
-        self._values = ExtentsReader(path, {**values, **unreadable})
-        self.index = StoredValues({**values, **arrays})
-        self._graph = described(graph, self.index.specs)
+        tree, places = tree_in(path)
+        arrays = dict(zip(places, open_arrays(places), strict=True))
+        described = {place: Stored(_spec(array)) for place, array in arrays.items()}
 
-    def _spec(self, key: str, place: Place) -> LeafSpec:
-        shape, dtype = self._arrays.shape(key), self._arrays.dtype(key)
-        try:
-            name = dtype_name(dtype) if dtype is not None else ""
-        except ValueError:
-            name = ""
-        if not name:
-            return LeafSpec("unreadable", str(dtype), shape, note="the dtype is not known here")
-        if place.prng_impl:
-            return LeafSpec("prng_key", name, shape, prng_impl=place.prng_impl)
-        if place.kind == "scalar" and shape == ():
-            return LeafSpec(_NUMBERS.get(name, "numpy_scalar"), name)
-        return LeafSpec("array" if place.kind == "jax.Array" else "numpy", name, shape)
+        def stored_of(value: Any) -> Stored:
+            return described[value] if isinstance(value, Place) else stored_value(value)
+
+        values, self._graph = graph_of_tree(tree, stored_of)
+        array_of = {id(described[place]): array for place, array in arrays.items()}
+        readable = {
+            key: array_of[id(stored)]
+            for key, stored in values.items()
+            if id(stored) in array_of and not stored.spec.is_unreadable
+        }
+        self.index = StoredValues(values)
+        self._arrays = ZarrReader(readable)
+        self._values = ExtentsReader(
+            path, {key: stored for key, stored in values.items() if key not in readable}
+        )
 
     @property
     def bytes_read(self) -> int:
@@ -123,26 +97,17 @@ class OrbaxReader:
         self._arrays.close()
 
 
-def _stored(value: object) -> Stored:
-    """A value that the description of a tree holds."""
-    if isinstance(value, Refused):
-        return Stored(LeafSpec("unreadable", value.what, note=value.reason))
-    if isinstance(value, Stored):
-        return value
-    encoded = encode(value)
-    assert isinstance(encoded, np.ndarray | bytes)
-    return replace(Stored.of(encoded), spec=describe(value)[0])
-
-
-def _zarr_place(place: Place) -> ZarrPlace:
-    item = place.item
-    return ZarrPlace(
-        item.database or item.directory,
-        place.name,
-        is_database=item.database is not None,
-        is_zarr3=item.is_zarr3,
-        omits_zeros=item.omits_zeros,
-    )
+def _spec(array: ZarrArray) -> LeafSpec:
+    place, shape = array.place, array.shape
+    try:
+        dtype = dtype_name(array.dtype)
+    except ValueError:
+        return LeafSpec("unreadable", str(array.dtype), shape, note="its dtype is not known here")
+    if place.prng_impl:
+        return LeafSpec("prng_key", dtype, shape, prng_impl=place.prng_impl)
+    if place.kind == "scalar" and shape == ():
+        return LeafSpec(_NUMBERS.get(dtype, "numpy_scalar"), dtype)
+    return LeafSpec("array" if place.kind == "jax.Array" else "numpy", dtype, shape)
 
 
 def _identity(path: str) -> Hashable | None:

@@ -1,4 +1,4 @@
-"""What Orbax's directories say of themselves: which trees they hold, and where the leaves lie.
+"""What Orbax's directories say of themselves: which trees they hold, and where the arrays lie.
 
 An *item* is a directory with one tree, or with one JSON document. A *step directory* has a folder
 for each of its items; the tree of a step has the names of the items at its top. If a step has only
@@ -15,18 +15,18 @@ Nothing here opens an array.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
-from ckpt_jax.graph.labels import Label
-from ckpt_jax.readers import Files
-from ckpt_jax.restoring.formats.msgpack import tree_in
+from ckpt_jax.graph.specs import LeafSpec
+from ckpt_jax.readers import Files, Stored
+from ckpt_jax.restoring.formats.msgpack import tree_of
+from ckpt_jax.restoring.formats.plain_json import parsed
 from ckpt_jax.store.files import read_file
 
 METADATA = "_METADATA"
@@ -42,75 +42,38 @@ _METRICS = "metrics"  # folder and file of a manager's metrics, which belong to 
 _UNNAMED = {False: ("default",), True: ("pytree", "state")}  # by whether it is version 1
 _PLACEHOLDER = "PLACEHOLDER://"
 
-_MAX_DEPTH = 200  # of a tree
+_MAX_DEPTH = 128  # of a tree
 _ARRAYS = ("jax.Array", "np.ndarray", "scalar")
-_EMPTY = {
-    "None": "none",
-    "NamedTuple": "none",  # Orbax restores it as None, too
-    "Dict": "dict",
-    "List": "list",
-    "Tuple": "tuple",
+_EMPTY: dict[str, Any] = {
+    "None": None,
+    "NamedTuple": None,  # Orbax restores it as None, too
+    "Dict": {},
+    "List": [],
+    "Tuple": (),
 }
 
-Path = tuple[Label, ...]  # of a leaf: positions are integers, everything else is text
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Place:
-    """Where an array lies.
+    """Where an array lies; it stands for the array in a tree.
 
     Attributes:
-      item: its item.
-      name: in the item.
+      directory: the one that the name is in.
+      name: of the array: a folder, or the beginning of its keys in a database.
+      is_database: whether `directory` is an OCDBT database.
+      is_zarr3: whether the array is in version 3 of zarr's format, else in version 2.
+      omits_zeros: whether chunks in which all is zero may be missing. Else a missing chunk is lost.
       kind: what it was: "jax.Array", "np.ndarray" or "scalar".
       prng_impl: the implementation of the PRNG keys of which it is the data; "" if of none.
     """
 
-    item: Item
-    name: str
-    kind: str
-    prng_impl: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Empty:
-    """A leaf without a value: None or an empty container; see `graph.nodes.Node.container`."""
-
-    container: str
-
-
-@dataclass(frozen=True, slots=True)
-class Refused:
-    """A leaf that is not read, and why."""
-
-    what: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Leaf:
-    """A leaf of a tree: a place, an empty or refused one, or a Python value."""
-
-    path: Path
-    value: Any
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Item:
-    """A directory with a tree.
-
-    Attributes:
-      directory: its path.
-      database: the directory of the OCDBT database that has the arrays; None if each array has a
-        folder of its own.
-      is_zarr3: whether the arrays are in version 3 of zarr's format, else in version 2.
-      omits_zeros: whether chunks in which all is zero may be missing.
-    """
-
     directory: str
-    database: str | None
+    name: str
+    is_database: bool
     is_zarr3: bool
     omits_zeros: bool
+    kind: str
+    prng_impl: str = ""
 
 
 # --- recognising -----------------------------------------------------------------------
@@ -190,11 +153,11 @@ def _is_folder(path: str, name: str) -> bool:
     return os.path.isdir(os.path.join(path, name))
 
 
-# --- items -----------------------------------------------------------------------------
+# --- trees -----------------------------------------------------------------------------
 
 
-def leaves_of(path: str) -> Iterator[Leaf]:
-    """The leaves of what is at a path.
+def tree_in(path: str) -> tuple[Any, list[Place]]:
+    """The tree at a path: dicts and lists of plain values, `Stored` ones and places; all places.
 
     Raises:
       CorruptCheckpointError: it is damaged, or its save has not finished.
@@ -209,108 +172,135 @@ def leaves_of(path: str) -> Iterator[Leaf]:
                 file=path,
             )
     if _is_item(path, names):
-        yield from _leaves_of_item(path, names)
-        return
-    items = [name for name in names if _is_folder(path, name)]
-    kinds = {name: _kind(os.path.join(path, name)) for name in items}
-    items = [name for name in items if kinds[name] != "metrics"]
-    if not items:
+        return _tree_of_item(path, names)
+    kinds = {name: _kind(os.path.join(path, name)) for name in names if _is_folder(path, name)}
+    trees: dict[str, Any] = {}
+    places: list[Place] = []
+    for name, kind in kinds.items():
+        if kind != "metrics":
+            trees[name], more = _tree_of_folder(os.path.join(path, name), kind)
+            places += more
+    if not trees:
         raise CorruptCheckpointError(
             f"{path}: expected a checkpoint of Orbax with a folder for each item, found none",
             file=path,
         )
-    is_unnamed = len(items) == 1 and items[0] in _UNNAMED["orbax.checkpoint" in names]
-    for name in items:
-        for leaf in _leaves_of_folder(os.path.join(path, name), kinds[name]):
-            yield leaf if is_unnamed else Leaf((name, *leaf.path), leaf.value)
+    (first, *others) = trees
+    is_unnamed = not others and first in _UNNAMED["orbax.checkpoint" in names]
+    return (trees[first] if is_unnamed else trees), places
 
 
-def _leaves_of_folder(folder: str, kind: str) -> Iterator[Leaf]:
-    """The leaves of an item of a step."""
+def _tree_of_folder(folder: str, kind: str) -> tuple[Any, list[Place]]:
+    """The tree of an item of a step."""
     names = _names_in(folder)
     if kind == "tree":
-        yield from _leaves_of_item(folder, names)
-    elif kind == "json":
-        file = os.path.join(folder, _JSON)
-        yield from [Leaf(path, value) for path, value in _flat(_json(file), (), file)]
-    else:
-        listed = ", ".join(names[:3]) or "nothing"
-        reason = (
-            f"only the handler that wrote this item (with {listed}) reads it. Restore it with Orbax"
-        )
-        yield Leaf((), Refused("an item", reason))
+        return _tree_of_item(folder, names)
+    if kind == "json":
+        return _json(os.path.join(folder, _JSON)), []
+    listed = ", ".join(names[:3]) or "nothing"
+    note = f"only the handler that wrote this item (with {listed}) reads it. Restore it with Orbax"
+    return _refused("an item", note), []
 
 
-def _flat(tree: Any, path: Path, file: str) -> Iterator[tuple[Path, Any]]:
-    """The leaves of a tree of plain containers. Keys of dicts become text, as in `_METADATA`."""
-    if len(path) > _MAX_DEPTH:
-        raise _damaged(file, f"its tree is more than {_MAX_DEPTH} levels deep")
-    if tree is None:
-        yield path, Empty("none")
-    elif not isinstance(tree, dict | list | tuple):
-        yield path, tree
-    elif not tree:
-        yield path, Empty(type(tree).__name__)
-    elif isinstance(tree, dict):
-        for label, child in tree.items():
-            yield from _flat(child, (*path, str(label)), file)
-    else:
-        for at, child in enumerate(tree):
-            yield from _flat(child, (*path, at), file)
+def _refused(what: str, note: str) -> Stored:
+    return Stored(LeafSpec("unreadable", what, note=note))
 
 
-def _leaves_of_item(directory: str, names: Sequence[str]) -> Iterator[Leaf]:
-    """The leaves of a directory with a tree."""
-    file = os.path.join(directory, METADATA)
-    aggregate: Mapping[Path, Any] = {}
-    if os.path.isfile(os.path.join(directory, AGGREGATE)):
-        aggregate_file = os.path.join(directory, AGGREGATE)
-        aggregate = dict(_flat(tree_in(Files(aggregate_file), aggregate_file), (), aggregate_file))
+def _tree_of_item(directory: str, names: Sequence[str]) -> tuple[Any, list[Place]]:
+    """The tree of a directory that has one."""
+    file, aggregate_file = (os.path.join(directory, name) for name in (METADATA, AGGREGATE))
+    aggregate: Any = None
+    if os.path.isfile(aggregate_file):
+        aggregate = tree_of(Files(aggregate_file), aggregate_file)
     elif METADATA not in names:
         raise _damaged(file, "it is missing, or the save has not finished")
     metadata = _json(file) if METADATA in names else {}
     if not isinstance(metadata, dict):
         raise _damaged(file, "expected an object")
-    is_zarr3 = metadata.get("use_zarr3") is True
-    stores_all = metadata.get("store_array_data_equal_to_fill_value") is True
-    # In version 2 of the format, Orbax has always stored all chunks: there is no fill value.
-    database = _database_in(directory, names) if metadata.get("use_ocdbt") is not False else None
-    item = Item(directory, database, is_zarr3, omits_zeros=is_zarr3 and not stores_all)
-    entries = _entries(metadata, file) if METADATA in names else _implied(aggregate)
-    count = Counter([".".join(map(str, entry.path)) for entry in entries if not entry.is_skipped])
-    impls = _impls_in(directory)
-    strings: Any = None
-    for entry in entries:
-        name = ".".join(map(str, entry.path))
-        value = aggregate.get(entry.path)
-        if _is_placeholder(value):
-            name = value.removeprefix(_PLACEHOLDER)
-        elif value is not None:
-            yield Leaf(entry.path, value)
-            continue
-        if entry.kind in _EMPTY:
-            yield Leaf(entry.path, Empty(_EMPTY[entry.kind]))
+    item = _Item(directory, names, metadata)
+    if METADATA not in names:
+        return item.with_places(aggregate), item.places
+    entries = _entries(metadata, file)
+    count = Counter([entry.name for entry in entries if not entry.is_skipped])
+    root = _Branch()  # with the tree under the label ""
+    for entry in _without_placeholders(entries):
+        value = _at(aggregate, entry.path)
+        if value is not None and not _is_placeholder(value):
+            leaf = value
+        elif entry.kind in _EMPTY:
+            leaf = _EMPTY[entry.kind]
         elif entry.is_skipped:
-            raise _damaged(file, f"{name}: expected its value in the file {AGGREGATE}, found none")
-        elif count[name] > 1:
-            reason = f"{count[name]} values have the name {name!r}, and Orbax has kept one of them"
-            yield Leaf(entry.path, Refused(entry.kind, reason))
-        elif entry.kind == "string":
-            strings = _json(os.path.join(directory, _STRINGS)) if strings is None else strings
-            yield Leaf(entry.path, _string(strings, name, os.path.join(directory, _STRINGS)))
-        elif entry.kind in _ARRAYS:
-            yield Leaf(entry.path, Place(item, name, entry.kind, impls.get(name, "")))
+            raise _damaged(file, f"{entry.name}: expected its value in {AGGREGATE}, found none")
+        elif count[entry.name] > 1:
+            note = f"{count[entry.name]} values have the name {entry.name!r}, and Orbax keeps one"
+            leaf = _refused(entry.kind, note)
         else:
-            reason = f"a type handler of the program wrote this value of type {entry.kind!r}"
-            yield Leaf(entry.path, Refused(entry.kind, reason))
+            leaf = item.leaf(entry.name, entry.kind)
+        try:
+            _put(root, ("", *entry.path), leaf)
+        except ValueError as error:
+            raise _damaged(file, f"{entry.name}: {error}") from error
+    return _grown(root.get("", {})), item.places
+
+
+class _Item:
+    """A directory with a tree, and the places of the arrays in it that were asked for."""
+
+    def __init__(self, directory: str, names: Sequence[str], metadata: dict[str, Any]):
+        self.places: list[Place] = []
+        self._directory = directory
+        is_database = metadata.get("use_ocdbt") is not False
+        self._database = _database_in(directory, names) if is_database else None
+        self._is_zarr3 = metadata.get("use_zarr3") is True
+        # In version 2 of the format, Orbax stores all chunks: there is no fill value.
+        stores_all = metadata.get("store_array_data_equal_to_fill_value") is True
+        self._omits_zeros = self._is_zarr3 and not stores_all
+        self._impls = _impls_in(directory)
+        self._strings: Any = None
+
+    def leaf(self, name: str, kind: str) -> Any:
+        """The value of this name and type."""
+        if kind in _ARRAYS:
+            self.places.append(
+                Place(
+                    self._database or self._directory,
+                    name,
+                    is_database=self._database is not None,
+                    is_zarr3=self._is_zarr3,
+                    omits_zeros=self._omits_zeros,
+                    kind=kind,
+                    prng_impl=self._impls.get(name, ""),
+                )
+            )
+            return self.places[-1]
+        if kind == "string":
+            file = os.path.join(self._directory, _STRINGS)
+            if self._strings is None:
+                self._strings = _json(file)
+            return _string(self._strings, name, file)
+        return _refused(kind, f"a type handler of the program wrote this value of type {kind!r}")
+
+    def with_places(self, tree: Any) -> Any:
+        """A tree in msgpack, with places instead of the texts that stand for them."""
+        if isinstance(tree, dict):
+            return {str(label): self.with_places(child) for label, child in tree.items()}
+        if isinstance(tree, list | tuple):
+            return type(tree)([self.with_places(child) for child in tree])
+        if _is_placeholder(tree):
+            return self.leaf(tree.removeprefix(_PLACEHOLDER), "jax.Array")
+        return tree
 
 
 class _Entry(NamedTuple):
-    """A leaf as `_METADATA` lists it."""
+    """A leaf as `_METADATA` lists it. Positions are integers, and all other keys are text."""
 
-    path: Path
+    path: tuple[str | int, ...]
     kind: str
     is_skipped: bool  # whether it is empty, or its value is in the file `checkpoint`
+
+    @property
+    def name(self) -> str:
+        return ".".join(map(str, self.path))
 
 
 def _entries(metadata: dict[str, Any], file: str) -> list[_Entry]:
@@ -330,7 +320,7 @@ def _entry(text: str, entry: Any, file: str) -> _Entry:
     raise _damaged(file, f"{text}: expected the types of a path and of its value")
 
 
-def _label(text: str, key: Any, file: str) -> Label:
+def _label(text: str, key: Any, file: str) -> str | int:
     match key:
         case {"key": str() as name, "key_type": 1} if re.fullmatch(r"[0-9]{1,9}", name):
             return int(name)
@@ -344,9 +334,52 @@ def _label(text: str, key: Any, file: str) -> Label:
     raise _damaged(file, f"{text}: expected a key and its type")
 
 
-def _implied(aggregate: Mapping[Path, Any]) -> list[_Entry]:
-    """The entries of a tree that only the file `checkpoint` describes."""
-    return [_Entry(path, "jax.Array", False) for path in aggregate]
+def _without_placeholders(entries: Sequence[_Entry]) -> list[_Entry]:
+    """The entries without empty containers in which others lie, as partial saves leave them."""
+    filled = {entry.path[:stop] for entry in entries for stop in range(len(entry.path))}
+    return [e for e in entries if e.kind not in _EMPTY or e.path not in filled]
+
+
+class _Branch(dict[str | int, Any]):
+    """A container of a tree that is growing."""
+
+
+def _put(tree: _Branch, path: Sequence[str | int], leaf: Any) -> None:
+    """Puts a leaf into a growing tree.
+
+    Raises:
+      ValueError: there is something else.
+    """
+    *above, last = path
+    for label in above:
+        tree = tree.setdefault(label, _Branch())
+        if type(tree) is not _Branch:
+            raise ValueError("there is a value above it")
+    if tree.setdefault(last, leaf) is not leaf:
+        raise ValueError("there are two values, or there is another one below it")
+
+
+def _grown(tree: Any) -> Any:
+    """A tree of dicts, and of lists where all labels are positions."""
+    if type(tree) is not _Branch:
+        return tree
+    children = {label: _grown(child) for label, child in tree.items()}
+    positions = sorted([label for label in children if isinstance(label, int)])
+    if positions == [*range(len(children))]:
+        return [children[at] for at in positions]
+    return children
+
+
+def _at(tree: Any, path: Sequence[str | int]) -> Any:
+    """What lies at a path in nested containers; None if nothing does."""
+    for label in path:
+        if isinstance(tree, dict):
+            tree = tree.get(str(label))
+        elif isinstance(tree, list | tuple) and isinstance(label, int) and label < len(tree):
+            tree = tree[label]
+        else:
+            return None
+    return tree
 
 
 def _is_placeholder(value: Any) -> TypeGuard[str]:
@@ -404,8 +437,8 @@ def _json(file: str) -> Any:
         text = read_file(file)
         if text is None:
             raise ValueError("there is no such file")
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parsed(text.encode())
+    except ValueError as error:
         raise _damaged(file, str(error)) from error
 
 

@@ -22,108 +22,129 @@ import tensorstore as ts
 from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.graph.boxes import Box, inside, shape_of, size_of, slices, whole
 from ckpt_jax.restoring.formats.orbax.ocdbt import Database, database_in
+from ckpt_jax.restoring.formats.orbax.tree import Place
 from ckpt_jax.store.stack import MAX_EXPANSION, new_context, round_up, storage_error
+from ckpt_jax.store.stored import aligned
 
 _SMALL_NBYTES = 1 << 20  # of an array that is cut here
 _BLOCK_NBYTES = 4 << 20  # from this size on numpy asks for huge pages, which fill 4x faster
 _BELIEVED_NBYTES = 64 << 20  # of an array whose size is not compared with that of its files
-_ALIGNMENT = 64  # JAX uses such memory without a copy
 _TREE_NBYTES = 64 << 20  # of the keys of a database that are kept in memory
 
 Arrays = tuple[np.ndarray, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class ZarrPlace:
-    """Where an array lies.
+@dataclass(frozen=True, slots=True, eq=False)
+class ZarrArray:
+    """An open array: its place, and TensorStore's view of it."""
 
-    Attributes:
-      directory: the one that the name is in.
-      name: of the array: a folder, or the beginning of its keys in a database.
-      is_database: whether `directory` is an OCDBT database.
-      is_zarr3: whether the array is in version 3 of the format, else in version 2.
-      omits_zeros: whether chunks in which all is zero may be missing. Else a missing chunk is lost.
-    """
+    place: Place
+    store: ts.TensorStore
 
-    directory: str
-    name: str
-    is_database: bool
-    is_zarr3: bool
-    omits_zeros: bool
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.store.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.store.dtype.numpy_dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.store.shape) * self.dtype.itemsize
 
     @property
     def folder(self) -> str:
-        """Its own folder, if it does not lie in a database."""
-        return os.path.join(self.directory, self.name)
-
-    @property
-    def spec(self) -> dict[str, Any]:
-        """The array as TensorStore specifies it."""
-        # Paths, not URLs: directories may be called "a?b" or "a%20b".
-        kvstore: dict[str, Any] = {"driver": "file", "path": f"{self.directory}/"}
-        if self.is_database:
-            kvstore = {"driver": "ocdbt", "base": kvstore, "cache_pool": "cache_pool#tree"}
-            kvstore["path"] = f"{self.name}/"
-        else:
-            kvstore["path"] += f"{self.name}/"
-        return {
-            "driver": "zarr3" if self.is_zarr3 else "zarr",
-            "kvstore": kvstore,
-            "recheck_cached_data": False,
-            "recheck_cached_metadata": False,
-            "fill_missing_data_reads": self.omits_zeros,
-        }
+        """The directory that has its bytes, and perhaps those of others."""
+        place = self.place
+        return place.directory if place.is_database else os.path.join(place.directory, place.name)
 
 
-class ZarrArrays:
-    """Opened arrays, by key.
-
-    Args:
-      places: where the arrays lie, by key.
-
-    Attributes:
-      bytes_read: decoded size of all chunks that were requested so far.
+def open_arrays(places: Sequence[Place]) -> list[ZarrArray]:
+    """Opens arrays all at once: reads their descriptions.
 
     Raises:
       CorruptCheckpointError: the description of an array is damaged or missing.
     """
+    # A cache of its own, because another checkpoint may take the place of this one.
+    cache = {"cache_pool#tree": {"total_bytes_limit": _TREE_NBYTES}}
+    context = ts.Context(cache, new_context())
+    opening: list[ts.Future[ts.TensorStore]] = []
+    for place in places:
+        with _damage(place, place.name):
+            opening.append(ts.open(_spec(place), open=True, read=True, context=context))
+    arrays: list[ZarrArray] = []
+    for place, future in zip(places, opening, strict=True):
+        with _damage(place, place.name):
+            arrays.append(ZarrArray(place, future.result()))
+    return arrays
 
-    def __init__(self, places: Mapping[str, ZarrPlace]):
+
+def _spec(place: Place) -> dict[str, Any]:
+    """An array as TensorStore specifies it."""
+    # Paths, not URLs: directories may be called "a?b" or "a%20b".
+    kvstore: dict[str, Any] = {"driver": "file", "path": f"{place.directory}/"}
+    if place.is_database:
+        kvstore = {"driver": "ocdbt", "base": kvstore, "cache_pool": "cache_pool#tree"}
+        kvstore["path"] = f"{place.name}/"
+    else:
+        kvstore["path"] += f"{place.name}/"
+    return {
+        "driver": "zarr3" if place.is_zarr3 else "zarr",
+        "kvstore": kvstore,
+        "recheck_cached_data": False,
+        "recheck_cached_metadata": False,
+        "fill_missing_data_reads": place.omits_zeros,
+    }
+
+
+@contextmanager
+def _damage(place: Place, key: str) -> Iterator[None]:
+    """Raises an error of TensorStore as one that names an array and its directory."""
+    try:
+        yield
+    except ValueError as error:
+        cause = storage_error(error, place.directory)
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise cause from error
+        what = str(error).partition(" [tensorstore_spec=")[0]
+        raise CorruptCheckpointError(
+            f"{key}: {place.directory} is damaged or incomplete: {what}",
+            file=place.directory,
+            key=key,
+        ) from error
+
+
+class ZarrReader:
+    """Reads open arrays.
+
+    Args:
+      arrays: by key.
+
+    Attributes:
+      bytes_read: decoded size of all chunks that were requested so far.
+    """
+
+    def __init__(self, arrays: Mapping[str, ZarrArray]):
         self.bytes_read = 0
-        self._places = places
-        self._folders: dict[str, int] = {}  # their sizes
-        # A cache of its own, because another checkpoint may take the place of this one.
-        cache = {"cache_pool#tree": {"total_bytes_limit": _TREE_NBYTES}}
-        context = ts.Context(cache, new_context())
-        opening: dict[str, ts.Future[ts.TensorStore]] = {}
-        opened: dict[str, ts.TensorStore] = {}
-        for key, place in places.items():
-            with self._damage(key):
-                opening[key] = ts.open(place.spec, open=True, read=True, context=context)
-        for key, future in opening.items():
-            with self._damage(key):
-                opened[key] = future.result()
-        self._stores: dict[str, ts.TensorStore] | None = opened
+        self._arrays = arrays
+        self._sizes: dict[str, int] = {}  # of files in folders
+        self._closed = False
 
     def __contains__(self, key: object) -> bool:
-        return key in self._places
+        return key in self._arrays
 
     def close(self) -> None:
         """Refuses further reads."""
-        self._stores = None
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return tuple(self._store(key).shape)
-
-    def dtype(self, key: str) -> np.dtype | None:
-        """The dtype of an array; None if numpy has no such."""
-        return self._store(key).dtype.numpy_dtype
+        self._closed = True
 
     def read(
         self, requests: Sequence[tuple[str, Sequence[Box]]], *, max_inflight_bytes: int
     ) -> Iterator[tuple[int, Arrays]]:
         """Reads boxes of arrays; see `readers.Reader`."""
-        reads = [_Read.of(key, self._store(key), boxes) for key, boxes in requests]
+        if self._closed:
+            raise RuntimeError("the reader is closed")
+        reads = [_Read.of(key, self._arrays[key], boxes) for key, boxes in requests]
         return self._results(reads, max_inflight_bytes)
 
     def _results(
@@ -140,13 +161,13 @@ class ZarrArrays:
                     if in_flight and held + read.nbytes_held > max_inflight_bytes:
                         break
                     waiting.popleft()
-                    with self._damage(read.key):
-                        self._check_size(read.key)
+                    with _damage(read.array.place, read.key):
+                        self._check_size(read.array)
                         in_flight.append((number, *read.start(memory)))
                     held += read.nbytes_held
                     self.bytes_read += read.nbytes_decoded
                 number, arrays, futures = in_flight[0]
-                with self._damage(reads[number].key):
+                with _damage(reads[number].array.place, reads[number].key):
                     for future in futures:
                         future.result()
                 in_flight.popleft()
@@ -157,11 +178,6 @@ class ZarrArrays:
                 for future in futures:
                     future.commit.exception()
 
-    def _store(self, key: str) -> ts.TensorStore:
-        if self._stores is None:
-            raise RuntimeError(f"{self._places[key].directory}: the reader is closed")
-        return self._stores[key]
-
     def check_files(self) -> None:
         """Checks that all chunks are there, and that all files are long enough; reads no value.
 
@@ -169,52 +185,34 @@ class ZarrArrays:
           CorruptCheckpointError: a file is truncated, or a chunk or a file is missing.
         """
         databases: dict[str, Database] = {}
-        for key, place in self._places.items():
-            with self._damage(key):
+        for key, array in self._arrays.items():
+            place = array.place
+            with _damage(place, key):
                 if not place.is_database:
-                    found = len(_files_below(place.folder))
+                    found = len(_files_below(array.folder))
                 else:
                     if place.directory not in databases:
                         databases[place.directory] = database_in(place.directory)
                     found = databases[place.directory].count_below(f"{place.name}/")
-                wanted = _count_of_chunks(self._store(key))
+                wanted = _count_of_chunks(array.store)
                 if found - 1 < wanted and not place.omits_zeros:  # one is the description
-                    raise ValueError(f"{found - 1} of {wanted} chunks are there")
+                    raise ValueError(f"{max(found - 1, 0)} of {wanted} chunks are there")
         for database in databases.values():
             for file, nbytes in database.files.items():
                 size = os.path.getsize(file) if os.path.exists(file) else 0
                 if size < nbytes:
-                    raise CorruptCheckpointError(
-                        f"{file}: expected {nbytes} bytes, got {size}", file=file
-                    )
+                    what = f"{nbytes} bytes were expected, and it has {size}"
+                    raise CorruptCheckpointError(f"{file}: {what}", file=file)
 
-    def _check_size(self, key: str) -> None:
+    def _check_size(self, array: ZarrArray) -> None:
         """Raises if an array cannot be that large, so that no memory is allocated for nothing."""
-        place, store = self._places[key], self._store(key)
-        nbytes = math.prod(store.shape) * store.dtype.numpy_dtype.itemsize
-        if nbytes <= _BELIEVED_NBYTES or place.omits_zeros:
+        if array.nbytes <= _BELIEVED_NBYTES or array.place.omits_zeros:
             return
-        folder = place.directory if place.is_database else place.folder
-        if folder not in self._folders:
-            self._folders[folder] = sum(map(os.path.getsize, _files_below(folder)))
-        found = self._folders[folder]
-        if nbytes > found * MAX_EXPANSION:
-            raise ValueError(f"{nbytes} bytes cannot lie in files of {found} bytes")
-
-    @contextmanager
-    def _damage(self, key: str) -> Iterator[None]:
-        """Raises an error of TensorStore as one that names the array and its directory."""
-        try:
-            yield
-        except ValueError as error:
-            directory = self._places[key].directory
-            cause = storage_error(error, directory)
-            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
-                raise cause from error
-            text = str(error).partition(" [tensorstore_spec=")[0]
-            raise CorruptCheckpointError(
-                f"{key}: {directory} is damaged or incomplete: {text}", file=directory, key=key
-            ) from error
+        if array.folder not in self._sizes:
+            self._sizes[array.folder] = sum(map(os.path.getsize, _files_below(array.folder)))
+        found = self._sizes[array.folder]
+        if array.nbytes > found * MAX_EXPANSION:
+            raise ValueError(f"{array.nbytes} bytes cannot lie in files of {found} bytes")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -222,7 +220,7 @@ class _Read:
     """How boxes of one array are read.
 
     Attributes:
-      key, store: the array.
+      key, array: the array.
       boxes: the ones that are wanted.
       is_cut: whether the array is read as a whole, and the boxes are cut from it.
       nbytes: size of the boxes.
@@ -230,7 +228,7 @@ class _Read:
     """
 
     key: str
-    store: ts.TensorStore
+    array: ZarrArray
     boxes: tuple[Box, ...]
     is_cut: bool
     nbytes: int
@@ -242,28 +240,28 @@ class _Read:
         return self.nbytes + self.nbytes_decoded
 
     @classmethod
-    def of(cls, key: str, store: ts.TensorStore, boxes: Sequence[Box]) -> _Read:
-        shape, itemsize = tuple(store.shape), store.dtype.numpy_dtype.itemsize
+    def of(cls, key: str, array: ZarrArray, boxes: Sequence[Box]) -> _Read:
+        shape, itemsize = array.shape, array.dtype.itemsize
         for box in boxes:
             if not inside(box, shape):
                 raise ValueError(f"{key}: the box {box} lies outside of shape {shape}")
-        chunk = store.chunk_layout.read_chunk.shape or ()
+        chunk = array.store.chunk_layout.read_chunk.shape or ()
         everything = _size_in_chunks(whole(shape), chunk) * itemsize
-        is_cut = len(boxes) > 1 and math.prod(shape) * itemsize <= _SMALL_NBYTES
+        is_cut = len(boxes) > 1 and array.nbytes <= _SMALL_NBYTES
         touched = sum([_size_in_chunks(box, chunk) for box in boxes]) * itemsize
         nbytes = sum(map(size_of, boxes)) * itemsize
         decoded = everything if is_cut else min(touched, everything)
-        return cls(key, store, tuple(boxes), is_cut, nbytes, decoded)
+        return cls(key, array, tuple(boxes), is_cut, nbytes, decoded)
 
     def start(self, memory: _Memory) -> tuple[Arrays, list[ts.WriteFutures]]:
         """Starts to fill arrays: one for each box, or one with the whole array."""
-        dtype = self.store.dtype.numpy_dtype
+        store, dtype = self.array.store, self.array.dtype
         if self.is_cut:
-            array = _empty(tuple(self.store.shape), dtype)
-            return (array,), [ts.array(array).write(self.store)]
+            everything = aligned(self.array.shape, dtype)
+            return (everything,), [ts.array(everything).write(store)]
         arrays = tuple([memory.take(shape_of(box), dtype) for box in self.boxes])
         futures = [
-            ts.array(array).write(self.store[slices(box)].translate_to[0] if box else self.store)
+            ts.array(array).write(store[slices(box)].translate_to[0] if box else store)
             for array, box in zip(arrays, self.boxes, strict=True)
             if array.size
         ]
@@ -306,23 +304,15 @@ class _Memory:
     """Aligned arrays for results. Small ones are cut from blocks, large enough for huge pages."""
 
     def __init__(self, expected_nbytes: int):
-        self._block_nbytes = min(_BLOCK_NBYTES, expected_nbytes + _ALIGNMENT)
+        self._block_nbytes = min(_BLOCK_NBYTES, expected_nbytes)
         self._block = np.empty(0, np.uint8)
 
     def take(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
         """An uninitialized array."""
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes > self._block_nbytes // 2:
-            return _empty(shape, dtype)
+            return aligned(shape, dtype)
         if nbytes > self._block.size:
-            self._block = _empty((self._block_nbytes,), np.dtype(np.uint8))
+            self._block = aligned((self._block_nbytes,), np.dtype(np.uint8))
         buffer, self._block = self._block[:nbytes], self._block[round_up(nbytes) :]
         return buffer.view(dtype).reshape(shape)
-
-
-def _empty(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An aligned uninitialized array."""
-    nbytes = math.prod(shape) * dtype.itemsize
-    buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    skip = -buffer.__array_interface__["data"][0] % _ALIGNMENT
-    return buffer[skip : skip + nbytes].view(dtype).reshape(shape)

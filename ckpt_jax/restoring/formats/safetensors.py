@@ -1,0 +1,227 @@
+"""safetensors: one file, several files with an index, or the directory that a hub hands out.
+
+A file begins with the length of its header and the header, which is JSON and says of each array its
+dtype, shape and place. Arrays lie one after the other, without holes. Several files have an index
+`*.safetensors.index.json`, which says for each name in which file it is.
+
+Names are split at ".". There are no checksums.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
+from ckpt_jax.graph.boxes import whole
+from ckpt_jax.graph.dtypes import dtype_of
+from ckpt_jax.graph.specs import LeafSpec
+from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
+from ckpt_jax.restoring.formats.names import graph_of_names
+from ckpt_jax.restoring.formats.plain_json import parsed
+
+SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+_FIRST = "model"  # what directories of a hub call the weights, among other files
+_PART = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\.safetensors")
+_MAX_HEADER_NBYTES = 100_000_000  # the limit of safetensors itself
+_METADATA = "__metadata__"
+_OF_PARTS = "DCP_SHARDING_INFO"  # each file holds parts of arrays
+
+DTYPES = {
+    "BOOL": "bool",
+    "U8": "uint8",
+    "I8": "int8",
+    "U16": "uint16",
+    "I16": "int16",
+    "U32": "uint32",
+    "I32": "int32",
+    "U64": "uint64",
+    "I64": "int64",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
+
+
+def open_safetensors(path: str) -> ExtentsReader:
+    """Opens a file, an index, or a directory.
+
+    Raises:
+      CorruptCheckpointError: a header is damaged, or a file is missing.
+      UnsupportedFormatError: it is not clear which files of a directory are meant, or the files
+        hold parts of arrays.
+    """
+    files = Files(path)
+    chosen = _chosen(path) if os.path.isdir(path) else path
+    if _starts_as_file(chosen):
+        values = _values_of(files, chosen)
+    elif chosen.endswith(SUFFIX):
+        raise files.damage(chosen, "it does not begin like a file of safetensors")
+    else:
+        values = _values_of_index(files, chosen)
+    return ExtentsReader(path, values, graph_of_names(path, values, "."), files)
+
+
+def _values_of(files: Files, file: str) -> dict[str, Stored]:
+    """The values of one file."""
+    size = files.size(file)
+    length = int.from_bytes(files.read(file, 0, 8), "little")
+    if length > min(size - 8, _MAX_HEADER_NBYTES):
+        raise files.damage(file, f"it has {size} bytes, its header would have {length}")
+    start = 8 + length
+    try:
+        header = parsed(files.read(file, 8, length))
+        if not isinstance(header, dict):
+            raise ValueError("it is no object")
+        metadata = header.pop(_METADATA, None) or {}
+        places = {name: _place(entry) for name, entry in header.items()}
+        _check_dense(places, size - start)
+    except ValueError as error:
+        raise files.damage(file, f"its header is wrong: {error}") from error
+    if _OF_PARTS in metadata:
+        raise UnsupportedFormatError(
+            f"{file} holds parts of arrays, as torch.distributed.checkpoint writes them. Join the "
+            "parts with its consolidate_safetensors_files, and open the outcome."
+        )
+    return {
+        name: Stored(spec, (Extent(whole(spec.shape), file, start + begin),))
+        if not spec.is_unreadable
+        else Stored(spec)
+        for name, (spec, begin, _) in places.items()
+    }
+
+
+def _place(entry: Any) -> tuple[LeafSpec, int, int]:
+    """What a header says of one array: its spec, and where it begins and ends."""
+    match entry:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [begin, end]}:
+            numbers = [*shape, begin, end]
+        case _:
+            raise ValueError(f"{str(entry)[:80]} describes no array")
+    if any(type(n) is not int or n < 0 for n in numbers):
+        raise ValueError(f"{str(numbers)[:80]} are no sizes and offsets")
+    if dtype not in DTYPES:
+        note = (
+            f"arrays of dtype {dtype} are packed, or newer than this version of ckpt_jax. Convert "
+            "it with the library that wrote it"
+        )
+        return LeafSpec("unreadable", dtype, tuple(shape), note=note), begin, end
+    spec = LeafSpec("numpy", DTYPES[dtype], tuple(shape))
+    expected = math.prod(shape) * dtype_of(spec.dtype).itemsize
+    if end - begin != expected:
+        raise ValueError(f"{spec} takes {expected} bytes, not {begin} to {end}")
+    return spec, begin, end
+
+
+def _check_dense(places: Mapping[str, tuple[LeafSpec, int, int]], size: int) -> None:
+    """Checks that arrays lie one after the other, from the beginning to the end."""
+    at = 0
+    for name, (_, begin, end) in sorted(places.items(), key=lambda item: item[1][1:]):
+        if begin != at or end < begin:
+            what = "overlaps what is before it" if begin < at else "leaves a hole before it"
+            raise ValueError(f"{name!r}, at {begin} to {end}, {what}")
+        at = end
+    if at != size:
+        raise ValueError(f"the arrays take {at} bytes, the file has {size}")
+
+
+def _values_of_index(files: Files, file: str) -> dict[str, Stored]:
+    """The values of several files. Values that the index does not list are there as well."""
+    try:
+        index = parsed(files.read(file, 0, files.size(file)))
+        names = index["weight_map"]
+        if not all(isinstance(shard, str) and _is_base_name(shard) for shard in names.values()):
+            raise ValueError("a name of a file leads elsewhere")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise files.damage(file, f"it is no index: {error}") from error
+    directory = os.path.dirname(file)
+    shards = sorted(set(names.values()))
+    absent = [shard for shard in shards if not os.path.isfile(os.path.join(directory, shard))]
+    if absent:
+        raise files.damage(file, f"{len(absent)} of {len(shards)} files are missing: {absent[:8]}")
+    values: dict[str, Stored] = {}
+    found: set[tuple[str, str]] = set()
+    for shard in shards:
+        here = _values_of(files, os.path.join(directory, shard))
+        found.update([(name, shard) for name in here])
+        values.update({n: stored for n, stored in here.items() if names.get(n, shard) == shard})
+    lost = sorted(names.items() - found)
+    if lost:
+        listed = ", ".join([f"{name} in {shard}" for name, shard in lost[:8]])
+        raise files.damage(file, f"{len(lost)} values are not where the index says: {listed}")
+    return values
+
+
+def _is_base_name(name: str) -> bool:
+    return name not in ("", ".", "..") and not {"/", "\\", "\0"} & set(name)
+
+
+def _chosen(directory: str) -> str:
+    """The file or index in a directory that is meant."""
+    names = _names_in(directory)
+    indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    parts = {match[1]: match for name in names if (match := _PART.fullmatch(name))}
+    singles = [n for n in names if n.endswith(SUFFIX) and not _PART.fullmatch(n)]
+    found = indexes or singles or [match[0] for match in parts.values()]
+    preferred = [name for name in found if name in (_FIRST + INDEX_SUFFIX, _FIRST + SUFFIX)]
+    if len(preferred or found) > 1:
+        raise UnsupportedFormatError(
+            f"{directory}: expected one model, found {', '.join(found)}. Pass the path of the file "
+            "that you mean."
+        )
+    (name,) = preferred or found
+    if name in (*indexes, *singles):
+        return os.path.join(directory, name)
+    raise CorruptCheckpointError(
+        f"{directory}: {name} is a part of a model, and its index {parts.popitem()[0]}"
+        f"{INDEX_SUFFIX} is missing. Get the index, or open the parts one by one.",
+        file=directory,
+    )
+
+
+def _names_in(directory: str) -> list[str]:
+    try:
+        return sorted(os.listdir(directory))
+    except OSError:
+        return []
+
+
+def _starts_as_file(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            start = file.read(9)
+            size = os.fstat(file.fileno()).st_size
+    except OSError:
+        return False
+    length = int.from_bytes(start[:8], "little")
+    return start[8:] == b"{" and 2 <= length <= min(size, _MAX_HEADER_NBYTES)
+
+
+def _is_index(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            if file.read(1) != b"{" or os.fstat(file.fileno()).st_size > _MAX_HEADER_NBYTES:
+                return False
+            return b'"weight_map"' in file.read()
+    except OSError:
+        return False
+
+
+def _recognises(path: str) -> bool:
+    if os.path.isdir(path):
+        return any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in _names_in(path))
+    return os.path.isfile(path) and (_starts_as_file(path) or _is_index(path))
+
+
+SAFETENSORS = Format("safetensors", _recognises, open_safetensors, suffixes=(SUFFIX, INDEX_SUFFIX))
