@@ -124,6 +124,7 @@ def with_labels_of(
 
 
 Labels = tuple[str, ...]
+BOXED = "value"  # what a tree of boxes, as nnx.state gives one, calls what is in a box
 
 
 def _text(labels: Labels) -> str:
@@ -187,15 +188,17 @@ def own_values(saved: ObjectGraph, live: ObjectGraph, bound: Mapping[int, int]) 
     """
     nodes = list(saved.nodes)
     for source, target in bound.items():
-        wanted = {a.name for a in live.nodes[target].attributes} if target >= 0 else ()
+        wanted = {a.name for a in live.nodes[target].attributes} if target >= 0 else set()
+        is_box = wanted == {VARIABLE_VALUE} and [*dict(nodes[source].children)] == [BOXED]
         edges: list[tuple[Label, int]] = []
         for label, child in nodes[source].children:
             entry = nodes[child]
-            if label not in wanted or entry.children or len(entry.attributes) != 1:
+            name = VARIABLE_VALUE if is_box else str(label)
+            if name not in wanted or entry.children or len(entry.attributes) != 1:
                 edges.append((label, child))
                 continue
             (value,) = entry.attributes
-            moved = _attribute(str(label), value.key, value.spec)
+            moved = _attribute(name, value.key, value.spec)
             own = (*nodes[source].attributes, moved)
             nodes[source] = replace(nodes[source], attributes=own)
             nodes[child] = replace(entry, attributes=())

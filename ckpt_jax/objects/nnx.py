@@ -16,13 +16,21 @@ from flax import nnx
 from flax.nnx.training.optimizer import OptVariable
 
 from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
-from ckpt_jax.objects.optax_states import StateLeaf, flatten, is_leaf, is_masked, layout_of
+from ckpt_jax.objects.optax_states import (
+    StateLeaf,
+    flatten,
+    is_leaf,
+    is_masked,
+    layout_of,
+    positions_of,
+)
 from ckpt_jax.objects.pytrees import DictView
 from ckpt_jax.objects.state import NoDependency
 from ckpt_jax.objects.views import (
     OptimizerView,
     ParameterPath,
     SlotEntry,
+    StatePosition,
     View,
     add_view,
     view_of,
@@ -94,6 +102,13 @@ class NnxOptimizerView(NnxObjectView, OptimizerView):
 
     def parameters(self, obj: Any) -> Any | None:
         return vars(obj).get("model")
+
+    def positions(self, obj: Any) -> Iterable[StatePosition]:
+        layout, _ = _state_of(obj)
+        return [
+            position._replace(steps=("opt_state", *position.steps))
+            for position in positions_of(obj.opt_state, layout)
+        ]
 
 
 def _state_of(optimizer: nnx.Optimizer[Any]) -> tuple[list[StateLeaf], list[Any]]:

@@ -30,6 +30,7 @@ from ckpt_jax.objects.views import (
     OptimizerView,
     ParameterPath,
     SlotEntry,
+    StatePosition,
     View,
     add_view,
     view_of,
@@ -119,6 +120,14 @@ def _numbered(leaves: Iterable[StateLeaf]) -> tuple[StateLeaf, ...]:
         count[leaf.name, leaf.parameter] += 1
         numbered.append(leaf._replace(name=f"{leaf.name}#{number}") if number else leaf)
     return tuple(numbered)
+
+
+def positions_of(state: Any, layout: Iterable[StateLeaf]) -> list[StatePosition]:
+    """Where the leaves of a layout lie in the state."""
+    leaves, _ = flatten(state)
+    return [
+        StatePosition(leaves[leaf.position][0].steps, leaf.name, leaf.parameter) for leaf in layout
+    ]
 
 
 class Parameters:
@@ -314,6 +323,9 @@ class OptaxStateView(OptimizerView):
 
     def parameters(self, obj: OptaxState) -> Any | None:
         return obj._params
+
+    def positions(self, obj: OptaxState) -> Iterable[StatePosition]:
+        return positions_of(obj.opt_state, obj.layout)
 
     def rebuild(self, obj: OptaxState, changed: Mapping[Label, Any]) -> Any:
         new: dict[int, Any] = {}

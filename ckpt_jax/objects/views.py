@@ -94,6 +94,20 @@ class SlotEntry(NamedTuple):
     value: Any
 
 
+class StatePosition(NamedTuple):
+    """The place of a part of an optimizer's state in the tree that the program keeps.
+
+    Attributes:
+      steps: the labels that lead there from the object.
+      name: under which the view shows it, as a child or as a slot variable.
+      variable: of the slot variable; None for a child.
+    """
+
+    steps: tuple[Label, ...]
+    name: str
+    variable: ParameterPath | None
+
+
 class OptimizerView(View):
     """A view of objects that may have slot variables."""
 
@@ -109,6 +123,10 @@ class OptimizerView(View):
     def parameters(self, obj: Any) -> Any | None:
         """The object that paths of parameters start from; None if it has to be looked for."""
         return None
+
+    def positions(self, obj: Any) -> Iterable[StatePosition]:
+        """Where the state lies in the program's own tree, if it is shown in another form."""
+        return ()
 
     def replaces_slots(self, obj: Any) -> bool:
         """Whether `with_slots` works. If it does not, slot variables have to be mutable."""
@@ -168,6 +186,10 @@ class ForwardingView(OptimizerView):
     def parameters(self, obj: Any) -> Any | None:
         view, inner = self.shown(obj)
         return view.parameters(inner) if isinstance(view, OptimizerView) else None
+
+    def positions(self, obj: Any) -> Iterable[StatePosition]:
+        view, inner = self.shown(obj)
+        return view.positions(inner) if isinstance(view, OptimizerView) else ()
 
     def replaces_slots(self, obj: Any) -> bool:
         view, inner = self.shown(obj)

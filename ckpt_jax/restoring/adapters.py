@@ -35,6 +35,7 @@ from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.plain_slots import as_live
+from ckpt_jax.restoring.positions import by_name
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.values import host
 from ckpt_jax.values.leaves import struct_of
@@ -238,6 +239,10 @@ def adapt(
         saved = ObjectGraph(tuple(nodes), object_keys(nodes), saved.named)
         found = matcher(saved, live.graph)
     changed = as_live(saved, live.graph, found.bound, renamed.saved_paths)
+    if changed is not saved:
+        saved = changed
+        found = matcher(saved, live.graph)
+    changed = by_name(saved, live, found.bound)
     if changed is not saved:
         saved = changed
         found = matcher(saved, live.graph)
