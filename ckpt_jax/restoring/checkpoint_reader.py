@@ -7,6 +7,7 @@ one from the names in it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -26,7 +27,7 @@ from ckpt_jax.io import read_values
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
 from ckpt_jax.readers import Reader
 from ckpt_jax.report import near_miss, nearest
-from ckpt_jax.restoring.formats import open_foreign
+from ckpt_jax.restoring.formats import foreign_steps, open_foreign
 from ckpt_jax.restoring.formats.own import OwnReader
 from ckpt_jax.restoring.plain_slots import slots_as_children
 from ckpt_jax.store.paths import absolute, as_path
@@ -76,7 +77,7 @@ class CheckpointReader:
         self._identity = lambda: storage.generation(self.location)
         self.generation = self._identity()
         with self._unless_replaced():
-            self._source = self._own = OwnReader(storage, self.location, self.path)
+            self._source = self._own = _opened(storage, self.location, self.path)
 
     def __repr__(self) -> str:
         return f"CheckpointReader({self.path!r})"
@@ -331,6 +332,19 @@ class CheckpointReader:
     def bytes_read(self) -> int:
         """The number of bytes of values that were read so far."""
         return self._source.bytes_read
+
+
+def _opened(storage: Storage, location: str, path: str) -> OwnReader:
+    try:
+        return OwnReader(storage, location, path)
+    except CheckpointNotFoundError as error:
+        names = [os.path.basename(step) for step in foreign_steps(absolute(path)).values()]
+        if not names:
+            raise
+        raise CheckpointNotFoundError(
+            f"{path} is a directory with checkpoints of another library: {', '.join(names[-20:])}. "
+            "Give the path of one of them, or of ckpt.latest_checkpoint(directory)"
+        ) from error
 
 
 def _keys_by_path(graph: ObjectGraph) -> dict[str, str]:

@@ -9,7 +9,7 @@ view gives.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -64,7 +64,7 @@ def _rename(
     taken: set[int] = set()
     for (_, name, parameter), node in found.items():
         variable = variable_of.get((name, parameter))
-        if variable in saved_of:
+        if variable is not None and variable in saved_of:
             slots.append(Slot(saved_of[variable], name, node))
         elif variable is None:  # a child, or below one if the program shows no variable
             here, label = tree, name
@@ -79,7 +79,7 @@ def _rename(
     nodes[source] = replace(nodes[source], children=(*rest, *more), slots=tuple(slots))
 
 
-def _is_taken(saved: ObjectGraph, node: int, taken: Set[int]) -> bool:
+def _is_taken(saved: ObjectGraph, node: int, taken: set[int]) -> bool:
     """Whether the values below a node, which has some, all have other edges now."""
     valued = [n for n in descendants(saved.nodes, [node]) if saved.nodes[n].attributes]
     return taken.issuperset(valued)

@@ -115,8 +115,6 @@ def test_an_empty_directory_and_one_of_another_program_are_no_checkpoints(tmp_pa
 @pytest.mark.parametrize(
     "file, library",
     [
-        ("a/_CHECKPOINT_METADATA", "Orbax"),
-        ("a/_METADATA", "Orbax"),
         ("a/.metadata", "torch.distributed.checkpoint"),
         ("a.index", "TensorFlow"),
     ],
@@ -124,8 +122,6 @@ def test_an_empty_directory_and_one_of_another_program_are_no_checkpoints(tmp_pa
 def test_the_checkpoint_of_another_library_is_called_by_its_name(tmp_path, file, library):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()
-    if library == "Orbax":  # some of its directories have a manifest of the same name
-        (tmp_path / "a" / MANIFEST).touch()
     expected = f"written by {library}, .*docs/migrating.md"
     assert_refused(tmp_path / "a", ckpt.UnsupportedFormatError, expected)
 

@@ -27,7 +27,6 @@ from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Files, Stored
 from ckpt_jax.restoring.formats.msgpack import tree_of
 from ckpt_jax.restoring.formats.plain_json import parsed
-from ckpt_jax.store.files import read_file
 
 METADATA = "_METADATA"
 MANIFEST = "manifest.ocdbt"
@@ -43,6 +42,7 @@ _UNNAMED = {False: ("default",), True: ("pytree", "state")}  # by whether it is 
 _PLACEHOLDER = "PLACEHOLDER://"
 
 _MAX_DEPTH = 128  # of a tree
+_MAX_JSON_NBYTES = 256 << 20
 _ARRAYS = ("jax.Array", "np.ndarray", "scalar")
 _EMPTY: dict[str, Any] = {
     "None": None,
@@ -196,7 +196,7 @@ def _tree_of_folder(folder: str, kind: str) -> tuple[Any, list[Place]]:
     if kind == "tree":
         return _tree_of_item(folder, names)
     if kind == "json":
-        return _json(os.path.join(folder, _JSON)), []
+        return _json(folder, _JSON), []
     listed = ", ".join(names[:3]) or "nothing"
     note = f"only the handler that wrote this item (with {listed}) reads it. Restore it with Orbax"
     return _refused("an item", note), []
@@ -214,7 +214,7 @@ def _tree_of_item(directory: str, names: Sequence[str]) -> tuple[Any, list[Place
         aggregate = tree_of(Files(aggregate_file), aggregate_file)
     elif METADATA not in names:
         raise _damaged(file, "it is missing, or the save has not finished")
-    metadata = _json(file) if METADATA in names else {}
+    metadata = _json(directory, METADATA) if METADATA in names else {}
     if not isinstance(metadata, dict):
         raise _damaged(file, "expected an object")
     item = _Item(directory, names, metadata)
@@ -261,6 +261,8 @@ class _Item:
     def leaf(self, name: str, kind: str) -> Any:
         """The value of this name and type."""
         if kind in _ARRAYS:
+            if not _is_text(name):
+                raise _damaged(self._directory, f"{name!r} is no name of an array")
             self.places.append(
                 Place(
                     self._database or self._directory,
@@ -274,10 +276,9 @@ class _Item:
             )
             return self.places[-1]
         if kind == "string":
-            file = os.path.join(self._directory, _STRINGS)
             if self._strings is None:
-                self._strings = _json(file)
-            return _string(self._strings, name, file)
+                self._strings = _json(self._directory, _STRINGS)
+            return _string(self._strings, name, os.path.join(self._directory, _STRINGS))
         return _refused(kind, f"a type handler of the program wrote this value of type {kind!r}")
 
     def with_places(self, tree: Any) -> Any:
@@ -382,6 +383,14 @@ def _at(tree: Any, path: Sequence[str | int]) -> Any:
     return tree
 
 
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in name
+
+
 def _is_placeholder(value: Any) -> TypeGuard[str]:
     return isinstance(value, str) and value.startswith(_PLACEHOLDER)
 
@@ -407,7 +416,7 @@ def _impls_in(directory: str) -> dict[str, str]:
     files = _names_in(folder)
     if not files:
         return {}
-    listed = _json(os.path.join(folder, files[0]))
+    listed = _json(folder, files[0])
     found: dict[str, str] = {}
     for entry in listed.get("array_metadatas", ()) if isinstance(listed, dict) else ():
         match entry:
@@ -432,12 +441,13 @@ def _string(strings: Any, name: str, file: str) -> str:
     return found
 
 
-def _json(file: str) -> Any:
+def _json(folder: str, name: str) -> Any:
+    files, file = Files(folder), os.path.join(folder, name)
+    size = files.size(file)
+    if size > _MAX_JSON_NBYTES:
+        raise _damaged(file, f"it has more than {_MAX_JSON_NBYTES} bytes")
     try:
-        text = read_file(file)
-        if text is None:
-            raise ValueError("there is no such file")
-        return parsed(text.encode())
+        return parsed(files.read(file, 0, size))
     except ValueError as error:
         raise _damaged(file, str(error)) from error
 

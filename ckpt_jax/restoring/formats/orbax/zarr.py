@@ -54,6 +54,20 @@ class ZarrArray:
         return math.prod(self.store.shape) * self.dtype.itemsize
 
     @property
+    def read_chunk(self) -> tuple[int, ...]:
+        """The shape of what is decoded as a whole."""
+        return self._shape_of(self.store.chunk_layout.read_chunk)
+
+    @property
+    def write_chunk(self) -> tuple[int, ...]:
+        """The shape of what has a key of its own."""
+        return self._shape_of(self.store.chunk_layout.write_chunk)
+
+    def _shape_of(self, grid: ts.ChunkLayout.Grid) -> tuple[int, ...]:
+        extents = grid.shape or (None,) * len(self.shape)
+        return tuple([max(n or size, 1) for n, size in zip(extents, self.shape, strict=True)])
+
+    @property
     def folder(self) -> str:
         """The directory that has its bytes, and perhaps those of others."""
         place = self.place
@@ -70,13 +84,17 @@ def open_arrays(places: Sequence[Place]) -> list[ZarrArray]:
     cache = {"cache_pool#tree": {"total_bytes_limit": _TREE_NBYTES}}
     context = ts.Context(cache, new_context())
     opening: list[ts.Future[ts.TensorStore]] = []
-    for place in places:
-        with _damage(place, place.name):
-            opening.append(ts.open(_spec(place), open=True, read=True, context=context))
     arrays: list[ZarrArray] = []
-    for place, future in zip(places, opening, strict=True):
-        with _damage(place, place.name):
-            arrays.append(ZarrArray(place, future.result()))
+    try:
+        for place in places:
+            with _damage(place, place.name):
+                opening.append(ts.open(_spec(place), open=True, read=True, context=context))
+        for place, future in zip(places, opening, strict=True):
+            with _damage(place, place.name):
+                arrays.append(ZarrArray(place, future.result()))
+    finally:
+        for future in opening[len(arrays) :]:  # after an error
+            future.exception()
     return arrays
 
 
@@ -194,7 +212,7 @@ class ZarrReader:
                     if place.directory not in databases:
                         databases[place.directory] = database_in(place.directory)
                     found = databases[place.directory].count_below(f"{place.name}/")
-                wanted = _count_of_chunks(array.store)
+                wanted = _count_of_chunks(array)
                 if found - 1 < wanted and not place.omits_zeros:  # one is the description
                     raise ValueError(f"{max(found - 1, 0)} of {wanted} chunks are there")
         for database in databases.values():
@@ -245,7 +263,7 @@ class _Read:
         for box in boxes:
             if not inside(box, shape):
                 raise ValueError(f"{key}: the box {box} lies outside of shape {shape}")
-        chunk = array.store.chunk_layout.read_chunk.shape or ()
+        chunk = array.read_chunk
         everything = _size_in_chunks(whole(shape), chunk) * itemsize
         is_cut = len(boxes) > 1 and array.nbytes <= _SMALL_NBYTES
         touched = sum([_size_in_chunks(box, chunk) for box in boxes]) * itemsize
@@ -260,12 +278,12 @@ class _Read:
             everything = aligned(self.array.shape, dtype)
             return (everything,), [ts.array(everything).write(store)]
         arrays = tuple([memory.take(shape_of(box), dtype) for box in self.boxes])
-        futures = [
-            ts.array(array).write(store[slices(box)].translate_to[0] if box else store)
+        pairs = [
+            (ts.array(array), store[slices(box)].translate_to[0] if box else store)
             for array, box in zip(arrays, self.boxes, strict=True)
             if array.size
         ]
-        return arrays, futures
+        return arrays, [target.write(source) for target, source in pairs]
 
     def boxes_of(self, arrays: Arrays, memory: _Memory) -> Arrays:
         """The wanted boxes, once the arrays are filled."""
@@ -291,9 +309,9 @@ def _size_in_chunks(box: Box, chunk: Sequence[int]) -> int:
     )
 
 
-def _count_of_chunks(store: ts.TensorStore) -> int:
-    chunk = store.chunk_layout.write_chunk.shape or ()
-    return math.prod([-(-n // of_chunk) for n, of_chunk in zip(store.shape, chunk, strict=True)])
+def _count_of_chunks(array: ZarrArray) -> int:
+    extents = zip(array.shape, array.write_chunk, strict=True)
+    return math.prod([-(-size // n) for size, n in extents])
 
 
 def _files_below(folder: str) -> list[str]:
