@@ -254,8 +254,8 @@ class _Read:
 
     @property
     def nbytes_held(self) -> int:
-        """The memory that it takes until it is finished."""
-        return self.nbytes + self.nbytes_decoded
+        """The memory that it takes until it is finished; parts of chunks take that of chunks."""
+        return max(self.nbytes, self.nbytes_decoded)
 
     @classmethod
     def of(cls, key: str, array: ZarrArray, boxes: Sequence[Box]) -> _Read:
