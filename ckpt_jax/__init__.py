@@ -12,6 +12,7 @@ See `Checkpoint` for objects, `save`, `restore` and `load` for trees, and `io` t
 
 from ckpt_jax import io, metrics, readers
 from ckpt_jax.api.checkpoint import Checkpoint
+from ckpt_jax.api.export import convert, export
 from ckpt_jax.api.frozen import FrozenSaver
 from ckpt_jax.api.inspect import (
     CheckpointView,
@@ -139,6 +140,8 @@ __all__ = [
     "Variable",
     "VerifyReport",
     "checkpoints_iterator",
+    "convert",
+    "export",
     "get_checkpoint_state",
     "io",
     "latest_checkpoint",

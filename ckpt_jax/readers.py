@@ -32,9 +32,12 @@ from typing import Protocol
 import numpy as np
 
 from ckpt_jax.errors import RegistrationError
+from ckpt_jax.graph.as_tree import as_tree
 from ckpt_jax.graph.boxes import Box
 from ckpt_jax.graph.global_names import graph_of
-from ckpt_jax.graph.nodes import ObjectGraph
+from ckpt_jax.graph.labels import SAVE_COUNTER
+from ckpt_jax.graph.nodes import Attribute, ObjectGraph, local_names
+from ckpt_jax.graph.plain_slots import slots_as_children
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.objects.registry import undone_with_registrations
 from ckpt_jax.store.extents import Checksum, Extent, Stored
@@ -96,6 +99,11 @@ class Reader(Protocol):
     @property
     def index(self) -> Contents:
         """What is stored."""
+        ...
+
+    @property
+    def unchecked(self) -> frozenset[str]:
+        """The keys of values that have no checksum, so that damage of them cannot be found."""
         ...
 
     def graph(self) -> ObjectGraph | None:
@@ -164,16 +172,42 @@ class Export:
     """What a format's `write` is given.
 
     Attributes:
-      graph: the object graph, with the names and dtypes that the values are to have.
-      read: reads one value, by the key of its attribute in the graph: an array of the dtype and
-        shape of its spec, or a byte string. It is read when it is asked for; to keep memory
-        bounded, ask for one at a time.
+      destination: the path that the checkpoint will have.
+      graph: the object graph, with the names and dtypes that the values are to have. Optimizers
+        have slots; `values_by_name` makes names of everything.
+      read: reads one value, by the key of its attribute in the graph: a C-contiguous array of the
+        dtype and shape of its spec, or a byte string. It is read when it is asked for; to keep
+        memory bounded, ask for one at a time.
       max_shard_nbytes: of one file, if the format has several.
     """
 
+    destination: str
     graph: ObjectGraph
     read: Callable[[str], np.ndarray | bytes]
     max_shard_nbytes: int
+
+    def values_by_name(self, separator: str) -> dict[str, Attribute]:
+        """The values by the local names on the way to them, joined with a separator.
+
+        Slot variables are called after the optimizer, the slot and the variable. A value that is
+        shared has several names. The save counter of a `Checkpoint` is left out.
+
+        Raises:
+          ValueError: two values would have one name.
+        """
+        tree = as_tree(slots_as_children(self.graph))
+        names = local_names(tree.nodes, separator)
+        found: dict[str, Attribute] = {}
+        for node, attribute in tree.attributes():
+            entry, name = tree.nodes[node], names[node]
+            if name == SAVE_COUNTER and tree.nodes[0].container in ("", "dict"):
+                continue
+            if not entry.has_only(attribute.name):
+                name = separator.join([*filter(None, [name]), attribute.name])
+            if name in found:
+                raise ValueError(f"two values would be called {name!r}; give one another name")
+            found[name] = attribute
+        return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +224,9 @@ class Format:
       write: writes a checkpoint for `ckpt.export`; None if that is not possible. It is called with
         a path at which nothing is, makes a file or a directory there, or several whose names begin
         with the path, and returns the endings of these names ("" for the path itself). They are
-        then renamed to the destination in this order, so the last one should be the one by which
-        the checkpoint is recognised.
+        renamed to the destination in this order, so the last one should be the one by which the
+        checkpoint is recognised. It raises UnsaveableError, before it writes, if the format cannot
+        hold a value.
       suffixes: how the names of such files usually end. A file of such a name that no format
         recognises is reported as damaged.
     """

@@ -14,6 +14,7 @@ from ckpt_jax.graph.as_tree import as_tree, is_tree
 from ckpt_jax.graph.labels import SAVE_COUNTER, Label, plain_keys
 from ckpt_jax.graph.nodes import Attribute, ObjectGraph, has_values
 from ckpt_jax.graph.patterns import Selection, selects
+from ckpt_jax.graph.plain_slots import slots_as_children
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.metrics import METER
 from ckpt_jax.objects.delegate import delegate_of
@@ -23,7 +24,6 @@ from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Processes
 from ckpt_jax.report import ReportEntry, RestoreReport, near_miss, nearest
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
-from ckpt_jax.restoring.plain_slots import slots_as_children
 from ckpt_jax.restoring.rename import rename as renamed
 from ckpt_jax.restoring.rules import Rule
 from ckpt_jax.restoring.run import Demand, PlannedRestore, opened, plan_whole, require_fit

@@ -46,12 +46,16 @@ class VerifyReport:
       problems: all damage, not only the first.
       keys: how many values were read.
       nbytes: how many bytes of values were read.
+      unread: keys of values that another format lists, and that cannot be read here.
+      unchecked: keys of values that were read, but have no checksum, as in most other formats.
     """
 
     path: str
     problems: tuple[Damage, ...]
     keys: int = 0
     nbytes: int = 0
+    unread: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -60,6 +64,10 @@ class VerifyReport:
 
     def __str__(self) -> str:
         head = f"{self.path}: {self.keys} values, {self.nbytes} bytes read, "
+        if self.unread:
+            head += f"{len(self.unread)} of kinds that cannot be read here, "
+        if self.unchecked:
+            head += f"{len(self.unchecked)} of them without a checksum, "
         if self.ok:
             return head + "no damage"
         files: dict[str, list[Damage]] = {}
@@ -103,7 +111,7 @@ def _cause(problem: Damage) -> str:
 
 
 def verify(path: Path) -> VerifyReport:
-    """Reads a whole checkpoint and checks every checksum.
+    """Reads a whole checkpoint and checks every checksum, as far as its format has some.
 
     Args:
       path: of a checkpoint.
@@ -124,10 +132,13 @@ def verify(path: Path) -> VerifyReport:
     try:
         with CheckpointReader(path) as reader:
             problems = [*_graph(reader)]
-            keys = reader.keys()
+            unread = {} if problems else reader.refusals()
+            keys = [key for key in reader.keys() if key not in unread]  # noqa: SIM118
             for batch in batches(keys, reader.stored_nbytes, _BATCH_NBYTES):
                 problems += _values(reader, batch)
-            return VerifyReport(path, tuple(problems), len(keys), reader.bytes_read)
+            nbytes = reader.bytes_read
+            unchecked = tuple(sorted(reader.unchecked - unread.keys()))
+            return VerifyReport(path, tuple(problems), len(keys), nbytes, (*unread,), unchecked)
     except (CorruptCheckpointError, UnsupportedFormatError) as error:
         return VerifyReport(path, (_damage(path, error),))
 
@@ -156,7 +167,7 @@ def _values(reader: CheckpointReader, keys: Sequence[str]) -> list[Damage]:
     try:
         reader.read(dict.fromkeys(keys))
         return []
-    except CorruptCheckpointError as error:
+    except (CorruptCheckpointError, UnsupportedFormatError) as error:
         if len(keys) == 1:
             return [_damage(reader.path, error, keys[0])]
     middle = len(keys) // 2

@@ -9,7 +9,8 @@ The names leave two questions open. The first is whether a separator is part of 
 may have a dict with the key "mlp/linear_0". The tree assumes that it is not. `with_labels_of` cuts
 the names in the way that the objects of the program are named. The second question is whether `a/b`
 is the value of an object `b`, or a value called "b" that the object `a` owns. The tree assumes an
-object `b`. `own_values` corrects this for objects of the program that turn out to own values.
+object `b`. `own_values` corrects this for objects of the program that turn out to own values. It
+also opens boxes: nnx gives the value of a variable the name "value" below the variable.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from ckpt_jax.graph.labels import (
 )
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, object_keys
 from ckpt_jax.graph.specs import LeafSpec
+
+BOX = "value"  # what nnx calls the value of a variable
 
 
 def labels_of(name: str, separator: str = "/") -> tuple[str, ...]:
@@ -100,6 +103,7 @@ def with_labels_of(
         for node, labels in _places(live, 0)
         for attribute in live.nodes[node].attributes
     ]
+    wanted += _places_of_slots(live)
     by_text: dict[str, list[Labels]] = {}
     for labels in stored:
         by_text.setdefault(_text(labels), []).append(labels)
@@ -124,7 +128,6 @@ def with_labels_of(
 
 
 Labels = tuple[str, ...]
-BOXED = "value"  # what a tree of boxes, as nnx.state gives one, calls what is in a box
 
 
 def _text(labels: Labels) -> str:
@@ -142,6 +145,17 @@ def _places(graph: ObjectGraph, root: int) -> Iterator[tuple[int, Labels]]:
             if child not in labels:
                 labels[child] = (*labels[node], local_name(label))
                 queue.append(child)
+
+
+def _places_of_slots(graph: ObjectGraph) -> list[Labels]:
+    """Where slot variables lie if they are no slots: below their optimizer, under the name of the
+    slot and the labels of their variable."""
+    places: dict[int, Labels] = dict(_places(graph, 0))
+    return [
+        (*places[optimizer], slot.name, *places[slot.variable])
+        for optimizer, slot in graph.slots()
+        if optimizer in places and slot.variable in places
+    ]
 
 
 def _moved(
@@ -188,12 +202,12 @@ def own_values(saved: ObjectGraph, live: ObjectGraph, bound: Mapping[int, int]) 
     """
     nodes = list(saved.nodes)
     for source, target in bound.items():
-        wanted = {a.name for a in live.nodes[target].attributes} if target >= 0 else set()
-        is_box = wanted == {VARIABLE_VALUE} and [*dict(nodes[source].children)] == [BOXED]
+        wanted = {a.name for a in live.nodes[target].attributes} if target >= 0 else ()
         edges: list[tuple[Label, int]] = []
+        has_box = wanted == {VARIABLE_VALUE} and not saved.nodes[source].attributes
         for label, child in nodes[source].children:
             entry = nodes[child]
-            name = VARIABLE_VALUE if is_box else str(label)
+            name = VARIABLE_VALUE if has_box and label == BOX else str(label)
             if name not in wanted or entry.children or len(entry.attributes) != 1:
                 edges.append((label, child))
                 continue

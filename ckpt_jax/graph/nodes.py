@@ -21,6 +21,7 @@ from ckpt_jax.graph.labels import (
     VARIABLE_VALUE,
     Label,
     escaped_names,
+    local_name,
     path_of,
     slot_key,
 )
@@ -87,7 +88,8 @@ class Node:
 class ObjectGraph:
     """Nodes, and the escaped path of each along its first breadth-first discovery.
 
-    `named` says that it was made of global names, for a file that has no object graph.
+    `named` says that it was made of global names, for a file that has no object graph, and
+    `ordered` that it was made of an order of values, for a file that does not even have names.
     `slot_aliases` has further (optimizer, variable, slot name) of slot variables, for variables
     that may as well be meant; see `matching.trace`.
     """
@@ -95,6 +97,7 @@ class ObjectGraph:
     nodes: tuple[Node, ...]
     object_keys: tuple[str, ...] = field(repr=False)
     named: bool = False
+    ordered: bool = False
     slot_aliases: Mapping[tuple[int, int, str], int] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -224,6 +227,20 @@ def object_keys(nodes: Sequence[Node]) -> tuple[str, ...]:
             slots.append(slot.node)
     walk(slots)
     return tuple([keys.get(node, f".N{node}") for node in range(len(nodes))])
+
+
+def local_names(nodes: Sequence[Node], separator: str) -> list[str]:
+    """For each node of a tree, the local names on the way to it, joined with a separator. A node
+    comes before its children.
+
+    >>> local_names([Node(children=(("a", 1),)), Node(children=((0, 2),)), Node()], ".")
+    ['', 'a', 'a.0']
+    """
+    names = [""] * len(nodes)
+    for parent, node in enumerate(nodes):
+        for label, child in node.children:
+            names[child] = separator.join([*filter(None, [names[parent]]), local_name(label)])
+    return names
 
 
 def reachable(graph: ObjectGraph, roots: list[int]) -> set[int]:

@@ -22,7 +22,7 @@ from ckpt_jax.objects.optax_states import (
     is_leaf,
     is_masked,
     layout_of,
-    positions_of,
+    places_in,
 )
 from ckpt_jax.objects.pytrees import DictView
 from ckpt_jax.objects.state import NoDependency
@@ -30,7 +30,7 @@ from ckpt_jax.objects.views import (
     OptimizerView,
     ParameterPath,
     SlotEntry,
-    StatePosition,
+    StatePlace,
     View,
     add_view,
     view_of,
@@ -100,15 +100,11 @@ class NnxOptimizerView(NnxObjectView, OptimizerView):
             if leaf.parameter is not None
         ]
 
+    def places(self, obj: Any) -> Iterable[StatePlace]:
+        return places_in(obj.opt_state, _state_of(obj)[0], ("opt_state",))
+
     def parameters(self, obj: Any) -> Any | None:
         return vars(obj).get("model")
-
-    def positions(self, obj: Any) -> Iterable[StatePosition]:
-        layout, _ = _state_of(obj)
-        return [
-            position._replace(steps=("opt_state", *position.steps))
-            for position in positions_of(obj.opt_state, layout)
-        ]
 
 
 def _state_of(optimizer: nnx.Optimizer[Any]) -> tuple[list[StateLeaf], list[Any]]:

@@ -30,7 +30,7 @@ from ckpt_jax.objects.views import (
     OptimizerView,
     ParameterPath,
     SlotEntry,
-    StatePosition,
+    StatePlace,
     View,
     add_view,
     view_of,
@@ -122,11 +122,13 @@ def _numbered(leaves: Iterable[StateLeaf]) -> tuple[StateLeaf, ...]:
     return tuple(numbered)
 
 
-def positions_of(state: Any, layout: Iterable[StateLeaf]) -> list[StatePosition]:
-    """Where the leaves of a layout lie in the state."""
-    leaves, _ = flatten(state)
+def places_in(
+    state: Any, layout: Iterable[StateLeaf], above: tuple[Label, ...] = ()
+) -> list[StatePlace]:
+    """Where the described leaves lie in a state; `above` are the labels that lead to it."""
+    paths = [path.steps for path, _ in flatten(state)[0]]
     return [
-        StatePosition(leaves[leaf.position][0].steps, leaf.name, leaf.parameter) for leaf in layout
+        StatePlace(leaf.name, leaf.parameter, (*above, *paths[leaf.position])) for leaf in layout
     ]
 
 
@@ -321,11 +323,11 @@ class OptaxStateView(OptimizerView):
             if leaf.parameter is not None
         ]
 
+    def places(self, obj: OptaxState) -> Iterable[StatePlace]:
+        return places_in(obj.opt_state, obj.layout)
+
     def parameters(self, obj: OptaxState) -> Any | None:
         return obj._params
-
-    def positions(self, obj: OptaxState) -> Iterable[StatePosition]:
-        return positions_of(obj.opt_state, obj.layout)
 
     def rebuild(self, obj: OptaxState, changed: Mapping[Label, Any]) -> Any:
         new: dict[int, Any] = {}

@@ -94,22 +94,27 @@ class SlotEntry(NamedTuple):
     value: Any
 
 
-class StatePosition(NamedTuple):
-    """The place of a part of an optimizer's state in the tree that the program keeps.
+class StatePlace(NamedTuple):
+    """The place of a value in the state that an optimizer keeps, as its library nests it.
 
     Attributes:
-      steps: the labels that lead there from the object.
-      name: under which the view shows it, as a child or as a slot variable.
-      variable: of the slot variable; None for a child.
+      name: of the slot or of the child.
+      variable: the variable that a slot belongs to; None for a child.
+      steps: the labels on the way from the optimizer.
     """
 
-    steps: tuple[Label, ...]
     name: str
     variable: ParameterPath | None
+    steps: tuple[Label, ...]
 
 
 class OptimizerView(View):
     """A view of objects that may have slot variables."""
+
+    def places(self, obj: Any) -> Iterable[StatePlace]:
+        """Where slots and children lie in files that hold the state by position; none if the
+        state has no other form than this view."""
+        return ()
 
     def slots(self, obj: Any) -> Iterable[SlotEntry]:
         """The slot variables.
@@ -123,10 +128,6 @@ class OptimizerView(View):
     def parameters(self, obj: Any) -> Any | None:
         """The object that paths of parameters start from; None if it has to be looked for."""
         return None
-
-    def positions(self, obj: Any) -> Iterable[StatePosition]:
-        """Where the state lies in the program's own tree, if it is shown in another form."""
-        return ()
 
     def replaces_slots(self, obj: Any) -> bool:
         """Whether `with_slots` works. If it does not, slot variables have to be mutable."""
@@ -183,13 +184,13 @@ class ForwardingView(OptimizerView):
         view, inner = self.shown(obj)
         return slots_of(view, inner)
 
+    def places(self, obj: Any) -> Iterable[StatePlace]:
+        view, inner = self.shown(obj)
+        return view.places(inner) if isinstance(view, OptimizerView) else ()
+
     def parameters(self, obj: Any) -> Any | None:
         view, inner = self.shown(obj)
         return view.parameters(inner) if isinstance(view, OptimizerView) else None
-
-    def positions(self, obj: Any) -> Iterable[StatePosition]:
-        view, inner = self.shown(obj)
-        return view.positions(inner) if isinstance(view, OptimizerView) else ()
 
     def replaces_slots(self, obj: Any) -> bool:
         view, inner = self.shown(obj)

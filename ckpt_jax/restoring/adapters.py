@@ -29,13 +29,14 @@ from ckpt_jax.graph.dtypes import converted
 from ckpt_jax.graph.global_names import own_values, with_labels_of
 from ckpt_jax.graph.labels import Label, local_name, object_key_of, path_of
 from ckpt_jax.graph.nodes import ObjectGraph, object_keys
+from ckpt_jax.graph.plain_slots import as_live
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.match import Match
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
-from ckpt_jax.restoring.plain_slots import as_live
-from ckpt_jax.restoring.positions import by_name
+from ckpt_jax.restoring.ordered import named_by_order
+from ckpt_jax.restoring.positions import slots_of_positions
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.values import host
 from ckpt_jax.values.leaves import struct_of
@@ -218,7 +219,10 @@ def adapt(
     """
     saved, known = renamed.graph, dict(callbacks or {})
     ambiguous: list[tuple[str, str]] = []
-    if saved.named:
+    if saved.ordered:
+        saved, unlike = named_by_order(saved, live)
+        ambiguous = [("", what) for what in unlike]
+    elif saved.named:
         saved, ambiguous = with_labels_of(saved, live.graph)
     found = matcher(saved, live.graph)
     asked: set[int] = set()
@@ -242,15 +246,8 @@ def adapt(
     if changed is not saved:
         saved = changed
         found = matcher(saved, live.graph)
-    changed = by_name(saved, live, found.bound)
-    if changed is not saved:
-        saved = changed
-        found = matcher(saved, live.graph)
     if saved.named:
-        changed = own_values(saved, live.graph, found.bound)
-        if changed is not saved:
-            saved = changed
-            found = matcher(saved, live.graph)
+        saved, found, renamed = _as_objects(saved, found, renamed, live, matcher, reader)
     paths = {**renamed.graph.other_paths(saved), **renamed.saved_paths}
     saved, resharded, problems = _with_resharded(saved, live, found, reader, known)
     as_wanted = replace(
@@ -265,6 +262,34 @@ def adapt(
         derived={**renamed.derived, **resharded},
     )
     return Adapted(as_wanted, found, known)
+
+
+def _as_objects(
+    saved: ObjectGraph,
+    found: Match,
+    renamed: Renamed,
+    live: LiveGraph,
+    matcher: Matcher,
+    reader: CheckpointReader,
+) -> tuple[ObjectGraph, Match, Renamed]:
+    """A graph of names in the form of the program's objects: values that objects own, and slots.
+
+    Returns:
+      The graph, its match, and `renamed` with the paths and derivations of new slots.
+    """
+
+    def owned() -> tuple[ObjectGraph, Match]:
+        changed = own_values(saved, live.graph, found.bound)
+        return (saved, found) if changed is saved else (changed, matcher(changed, live.graph))
+
+    saved, found = owned()
+    changed = slots_of_positions(
+        replace(renamed, graph=saved), live, found.bound, reader.object_graph
+    )
+    if changed.graph is saved:
+        return saved, found, renamed
+    saved, found = changed.graph, matcher(changed.graph, live.graph)
+    return (*owned(), replace(changed, graph=renamed.graph))
 
 
 def _adapter_of(obj: Any, path: str) -> CheckpointAdapter | None:

@@ -18,9 +18,10 @@ import numpy as np
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.as_tree import as_tree, is_tree
 from ckpt_jax.graph.boxes import Box
-from ckpt_jax.graph.dtypes import dtype_of
+from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, dtype_of
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
 from ckpt_jax.graph.nodes import ObjectGraph
+from ckpt_jax.graph.plain_slots import slots_as_children
 from ckpt_jax.graph.saved_objects import SavedObject
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.io import read_values
@@ -29,7 +30,6 @@ from ckpt_jax.readers import Reader
 from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.restoring.formats import foreign_steps, open_foreign
 from ckpt_jax.restoring.formats.own import OwnReader
-from ckpt_jax.restoring.plain_slots import slots_as_children
 from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.store.storage import POSIX, Storage
 from ckpt_jax.values.host import without_gc
@@ -69,15 +69,26 @@ class CheckpointReader:
         self._own: OwnReader | None = None
         foreign = open_foreign(absolute(self.path))
         if foreign is not None:
-            self.location = foreign.path
-            self.generation, self._identity = foreign.identity(), foreign.identity
-            self._source: Reader = foreign
+            self._read_from(foreign)
             return
         self.location = storage.located(self.path)
         self._identity = lambda: storage.generation(self.location)
         self.generation = self._identity()
         with self._unless_replaced():
             self._source = self._own = _opened(storage, self.location, self.path)
+
+    @classmethod
+    def over(cls, source: Reader) -> CheckpointReader:
+        """A reader of what another one has opened."""
+        reader = cls.__new__(cls)
+        reader.path, reader._own = source.path, None
+        reader._read_from(source)
+        return reader
+
+    def _read_from(self, source: Reader) -> None:
+        self.location = source.path
+        self.generation, self._identity = source.identity(), source.identity
+        self._source: Reader = source
 
     def __repr__(self) -> str:
         return f"CheckpointReader({self.path!r})"
@@ -129,6 +140,11 @@ class CheckpointReader:
         for key, what in self.disagreements():
             raise CorruptCheckpointError(f"{self.path}: {key}: {what}", file=self.path, key=key)
         return self._graph
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether another library wrote the checkpoint."""
+        return self._own is None
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
         """(key, problem) for each value on which the object graph and the index disagree."""
@@ -309,6 +325,19 @@ class CheckpointReader:
     def stored_nbytes(self, key: str) -> int:
         """The size of a value in bytes."""
         return self._source.index.nbytes(key)
+
+    def refusals(self) -> dict[str, str]:
+        """Why a value is listed but cannot be read, by key; empty for most checkpoints."""
+        return {
+            attribute.key: attribute.spec.refusal
+            for _, attribute in (self._graph.attributes() if self._has_graph else ())
+            if attribute.spec.is_unreadable and attribute.spec.dtype != ANONYMOUS_BYTE
+        }
+
+    @property
+    def unchecked(self) -> frozenset[str]:
+        """The keys of values that have no checksum in the checkpoint."""
+        return self._source.unchecked
 
     def check_files(self) -> None:
         """Compares the sizes of all files with the sizes that they need; reads no value.

@@ -47,11 +47,6 @@ from ckpt_jax.store.staging import (
 
 _PARTS = {DATA, SHARDS}  # of a checkpoint, besides its manifest
 
-# The files by which checkpoints of other libraries are recognised, to name the library in an error.
-_OTHERS = {
-    ".metadata": "torch.distributed.checkpoint",
-}
-
 
 def is_checkpoint(path: str) -> bool:
     """Whether there is a committed checkpoint at `path`."""
@@ -117,9 +112,6 @@ def require_checkpoint(path: str) -> None:
 
 def _other_library(path: str) -> str | None:
     """The name of the other library that wrote the checkpoint at `path`; None if none did."""
-    for name, library in _OTHERS.items():
-        if os.path.isfile(os.path.join(path, name)):
-            return library
     return "TensorFlow" if not os.path.exists(path) and os.path.isfile(f"{path}.index") else None
 
 

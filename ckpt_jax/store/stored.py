@@ -126,6 +126,17 @@ class ExtentsReader:
         except ValueError as error:
             raise CorruptCheckpointError(f"{self.path}: {error}", file=self.path) from error
 
+    @property
+    def unchecked(self) -> frozenset[str]:
+        """The keys of values that have no checksum."""
+        return frozenset(
+            [
+                key
+                for key, stored in self.index.values.items()
+                if any([extent.checksum is None for extent in stored.extents])
+            ]
+        )
+
     def identity(self) -> Hashable | None:
         """A value that changes if a file of the checkpoint does; None if one is gone."""
         return self._files.identity()

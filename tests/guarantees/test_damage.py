@@ -115,7 +115,6 @@ def test_an_empty_directory_and_one_of_another_program_are_no_checkpoints(tmp_pa
 @pytest.mark.parametrize(
     "file, library",
     [
-        ("a/.metadata", "torch.distributed.checkpoint"),
         ("a.index", "TensorFlow"),
     ],
 )

@@ -70,6 +70,8 @@ PUBLIC = (
     # formats of other libraries, and of one's own
     "readers",
     "register_format",
+    "export",
+    "convert",
     # savers and classes of one's own
     "io",
     "register_checkpoint_saver",

@@ -6,15 +6,27 @@ Each other format is a module with a `readers.Format`, which is listed in `FORMA
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.readers import Format, Reader, registered_formats
+from ckpt_jax.restoring.formats.equinox import EQUINOX
 from ckpt_jax.restoring.formats.msgpack import MSGPACK
 from ckpt_jax.restoring.formats.npz import NPY, NPZ
 from ckpt_jax.restoring.formats.orbax import ORBAX
+from ckpt_jax.restoring.formats.refused import REFUSED
 from ckpt_jax.restoring.formats.safetensors import SAFETENSORS
+from ckpt_jax.restoring.formats.torch import TORCH
+from ckpt_jax.restoring.formats.torch_distributed import TORCH_DISTRIBUTED
+from ckpt_jax.restoring.formats.writing_npz import write_npz
+from ckpt_jax.restoring.formats.writing_safetensors import write_safetensors
 
-FORMATS: tuple[Format, ...] = (SAFETENSORS, NPZ, NPY, MSGPACK, ORBAX)
+FORMATS: tuple[Format, ...] = (
+    replace(SAFETENSORS, write=write_safetensors),
+    replace(NPZ, write=write_npz),
+    *(EQUINOX, NPY, TORCH, TORCH_DISTRIBUTED, MSGPACK, ORBAX),
+    *REFUSED,  # after all that can be read
+)
 
 
 def formats() -> tuple[Format, ...]:

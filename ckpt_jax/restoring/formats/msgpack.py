@@ -19,13 +19,13 @@ from ckpt_jax.graph.boxes import Box, whole
 from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
+from ckpt_jax.restoring.formats.cursor import Cursor
 from ckpt_jax.restoring.formats.names import graph_of_tree
 
 SUFFIX = ".msgpack"
 _STEP = re.compile(r".*_(\d+)")
 _MAX_DEPTH = 128
 _MAX_ITEMS = 1 << 20
-_WINDOW_NBYTES = 1 << 16
 _CHUNKED = "__msgpack_chunked_array__"
 _ELSEWHERE = "//GDAPlaceholder:"  # of an array that several processes wrote beside the file
 
@@ -50,10 +50,10 @@ def tree_of(files: Files, file: str) -> Any:
     walk = _Walk(files, file)
     try:
         tree = walk.value(0)
-        if walk.at != walk.size:
-            raise ValueError(f"it ends at {walk.at} of {walk.size} bytes")
+        if walk.cursor.at != walk.cursor.end:
+            raise ValueError(f"it ends at {walk.cursor.at} of {walk.cursor.end} bytes")
     except (ValueError, TypeError, OverflowError, struct.error) as error:
-        raise files.damage(file, f"at byte {walk.at}: {error}") from error
+        raise files.damage(file, f"at byte {walk.cursor.at}: {error}") from error
     return tree
 
 
@@ -61,10 +61,8 @@ class _Walk:
     """A walk over a file in msgpack. The bytes of arrays are skipped."""
 
     def __init__(self, files: Files, file: str):
-        self.at = 0
-        self.size = files.size(file)
+        self.cursor = Cursor(files, file)
         self._files, self._file = files, file
-        self._window, self._start = b"", 0
         self._items = 0
 
     def value(self, depth: int) -> Any:
@@ -111,20 +109,10 @@ class _Walk:
         raise ValueError(f"{kind:#x} begins no value")
 
     def _take(self, nbytes: int) -> bytes:
-        if self.at + nbytes > self.size:
-            raise ValueError(f"{nbytes} bytes are expected, the file has {self.size - self.at}")
-        begin = self.at - self._start
-        if not 0 <= begin <= begin + nbytes <= len(self._window):
-            length = min(max(nbytes, _WINDOW_NBYTES), self.size - self.at)
-            self._window, self._start, begin = self._read(length), self.at, 0
-        self.at += nbytes
-        return self._window[begin : begin + nbytes]
-
-    def _read(self, nbytes: int) -> bytes:
-        return self._files.read(self._file, self.at, nbytes)
+        return self.cursor.take(nbytes)
 
     def _uint(self, nbytes: int) -> int:
-        return int.from_bytes(self._take(nbytes), "big")
+        return self.cursor.uint(nbytes, "big")
 
     def _text(self, nbytes: int) -> Any:
         text = self._take(nbytes).decode("utf-8", "surrogateescape")
@@ -142,11 +130,7 @@ class _Walk:
 
     def _skip(self, nbytes: int, box: Box) -> Extent:
         """An extent that begins here; the walk goes on after it."""
-        if self.at + nbytes > self.size:
-            raise ValueError(f"{nbytes} bytes are expected, the file has {self.size - self.at}")
-        extent = Extent(box, self._file, self.at)
-        self.at += nbytes
-        return extent
+        return Extent(box, self._file, self.cursor.skip(nbytes))
 
     def _list(self, length: int, depth: int) -> list[Any]:
         return [self.value(depth + 1) for _ in range(length)]
@@ -162,7 +146,7 @@ class _Walk:
 
     def _extension(self, nbytes: int, depth: int) -> Any:
         kind = self._uint(1)
-        end = self.at + nbytes
+        end = self.cursor.at + nbytes
         match kind:
             case 1:  # an array
                 value = self._array("numpy", depth)
@@ -177,7 +161,7 @@ class _Walk:
                 note = f"it is an extension of type {kind}, which Flax does not write"
                 value = Stored(LeafSpec("unreadable", f"msgpack extension {kind}", note=note))
                 self._skip(nbytes, ())
-        if self.at != end:
+        if self.cursor.at != end:
             raise ValueError(f"an extension does not end at byte {end}")
         return value
 

@@ -37,7 +37,7 @@ from ckpt_jax.restoring.formats.zips import Archive, first_member
 from ckpt_jax.store.extents import c_strides
 
 _SUFFIX = ".npy"
-_MAGIC = npy.MAGIC_PREFIX
+MAGIC = npy.MAGIC_PREFIX
 _NAMELESS_FLOAT8 = "'<f1'"  # numpy's name for float8_e5m2, which numpy itself does not know
 _HEADERS: dict[tuple[int, int], Callable[[Any], tuple[tuple[int, ...], bool, np.dtype]]] = {
     (1, 0): npy.read_array_header_1_0,
@@ -85,7 +85,7 @@ def open_npy(path: str) -> ExtentsReader:
     except ValueError as error:
         raise files.damage(path, str(error)) from error
     attribute = Attribute(VARIABLE_VALUE, WHOLE_FILE, stored.spec, full_name=WHOLE_FILE)
-    graph = ObjectGraph((Node("leaf", attributes=(attribute,)),), ("",), named=True)
+    graph = ObjectGraph((Node("leaf", attributes=(attribute,)),), ("",), named=True, ordered=True)
     return ExtentsReader(path, {WHOLE_FILE: stored}, lambda: graph, files)
 
 
@@ -97,15 +97,18 @@ def _member(archive: Archive, name: str) -> Stored:
         return first[:nbytes] if nbytes <= len(first) else archive.read(name, nbytes)
 
     start = member.offset
-    stored, header = stored_array(archive.file, start or 0, member.nbytes, head)
+    stored, header, _ = stored_array(archive.file, start or 0, member.nbytes, head)
     if not stored.extents:
         return stored
     (extent,) = stored.extents
+    # Contents are checked by whoever makes them.
+    extent = replace(extent, checksum=Checksum("crc32", member.crc, zlib.crc32(header)))
+    if stored.contents is not None:  # a text, which was read
+        if zlib.crc32(archive.read(name)) != member.crc:
+            raise ValueError("its crc32 is wrong")
+        return replace(stored, extents=(extent,))
     if start is not None:
-        checksum = Checksum("crc32", member.crc, zlib.crc32(header))
-        return replace(stored, extents=(replace(extent, checksum=checksum),))
-    if stored.contents is not None:
-        return stored
+        return replace(stored, extents=(extent,))
     return replace(
         stored,
         extents=(replace(extent, offset=0),),
@@ -116,8 +119,8 @@ def _member(archive: Archive, name: str) -> Stored:
 
 def stored_array(
     file: str, start: int, nbytes: int, head: Callable[[int], bytes], *, exact: bool = True
-) -> tuple[Stored, bytes]:
-    """An array in numpy's format, and its header.
+) -> tuple[Stored, bytes, int]:
+    """An array in numpy's format, its header, and the number of bytes after the header.
 
     Args:
       file, start: where it lies.
@@ -133,10 +136,10 @@ def stored_array(
         raise ValueError(f"its header has {length} bytes")
     header = head(length)
     if version not in _HEADERS:  # only records with names beyond Latin-1 need 3.0
-        return _refused("of version 3", ()), header
+        return _refused("of version 3", ()), header, _unknown(nbytes - length, exact)
     shape, is_fortran, dtype = _parsed(header, version)
     if dtype.hasobject or dtype.names is not None or dtype.subdtype is not None:
-        return _refused(dtype.str, shape), header
+        return _refused(dtype.str, shape), header, _unknown(nbytes - length, exact)
     size = math.prod(shape) * dtype.itemsize
     if length + size > nbytes or (exact and length + size != nbytes):
         raise ValueError(f"{dtype}{list(shape)} does not take {nbytes - length} bytes")
@@ -144,21 +147,28 @@ def stored_array(
     extents = (Extent(whole(shape), file, start + length, strides),)
     if dtype.kind in "SU" and shape == ():
         if dtype.kind == "S":
-            return Stored(LeafSpec("bytes", BYTES), extents, dtype.itemsize), header
+            return Stored(LeafSpec("bytes", BYTES), extents, dtype.itemsize), header, size
         if size > _MAX_TEXT_NBYTES:
-            return _refused(dtype.str, shape), header
+            return _refused(dtype.str, shape), header, size
         text = np.frombuffer(head(length + size)[length:], dtype).item()
         data = text.encode("utf-8", "surrogatepass")
-        return Stored(LeafSpec("str", BYTES), (Extent((), file, 0),), len(data), data), header
+        return Stored(LeafSpec("str", BYTES), (Extent((), file, 0),), len(data), data), header, size
     if dtype.str == "|V2":
-        return Stored(LeafSpec("numpy", "bfloat16", shape), extents), header
+        return Stored(LeafSpec("numpy", "bfloat16", shape), extents), header, size
     if dtype.str == "|V1":
-        return Stored(LeafSpec("unreadable", dtype.str, shape), extents), header
+        return Stored(LeafSpec("unreadable", dtype.str, shape), extents), header, size
     try:
         spec = LeafSpec("numpy", dtype_name(dtype), shape)
     except ValueError:
-        return _refused(dtype.str, shape), header
-    return Stored(spec, extents, finish=None if dtype.isnative else _swap), header
+        return _refused(dtype.str, shape), header, size
+    return Stored(spec, extents, finish=None if dtype.isnative else _swap), header, size
+
+
+def _unknown(nbytes: int, exact: bool) -> int:
+    """The size of an array that is not read; only the last one in a file may be such an array."""
+    if not exact:
+        raise ValueError("it holds objects or records, so that it is not known where it ends")
+    return nbytes
 
 
 def _swap(array: np.ndarray) -> None:
@@ -171,7 +181,7 @@ def _refused(dtype: str, shape: tuple[int, ...]) -> Stored:
 
 def _lengths(data: bytes) -> tuple[tuple[int, int], int]:
     """The version of an array in numpy's format, and the length of its header."""
-    if data[:6] != _MAGIC or len(data) < 10:
+    if data[:6] != MAGIC or len(data) < 10:
         raise ValueError("it does not begin as an array of numpy does")
     major, minor = data[6], data[7]
     width = 2 if major == 1 else 4
@@ -204,7 +214,7 @@ def _is_npy(path: str) -> bool:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return False
         with open(path, "rb") as file:
-            return file.read(len(_MAGIC)) == _MAGIC
+            return file.read(len(MAGIC)) == MAGIC
     except OSError:
         return False
 

@@ -44,6 +44,11 @@ class OwnReader:
         """Bytes of values that were read so far."""
         return self._values.bytes_read
 
+    @property
+    def unchecked(self) -> frozenset[str]:
+        """None: all values have checksums."""
+        return frozenset()
+
     def graph(self) -> ObjectGraph | None:
         """The object graph; None in what was merged by hand from shards.
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
+from ckpt_jax.restoring.formats.cursor import Cursor
 from ckpt_jax.store.watched import Files
 
 _MAGIC = b"PK\x03\x04"
@@ -73,6 +74,13 @@ class Archive:
         buffer = bytearray(wanted)
         self.fill(name, memoryview(buffer))
         return bytes(buffer)
+
+    def cursor(self, name: str) -> Cursor:
+        """A cursor in a member that is not compressed."""
+        member = self.members[name]
+        if member.offset is None:
+            raise ValueError(f"{name} is compressed")
+        return Cursor(self._files, self.file, member.offset, member.offset + member.nbytes)
 
     def fill(self, name: str, buffer: memoryview, skip: int = 0) -> None:
         """Fills a buffer from a member, after the first `skip` bytes.

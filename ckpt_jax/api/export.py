@@ -1,0 +1,369 @@
+"""Export and convert: checkpoints from and to the formats of other libraries.
+
+export    values of a checkpoint or a tree, in the format of another library, one array at a time
+convert   a checkpoint of any format, in the format of this library
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from ckpt_jax.errors import UnsaveableError, UnsupportedFormatError
+from ckpt_jax.graph.as_tree import as_tree
+from ckpt_jax.graph.boxes import whole
+from ckpt_jax.graph.dtypes import LossyConversionError, converted, dtype_name, dtype_of
+from ckpt_jax.graph.labels import attribute_key
+from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph
+from ckpt_jax.graph.patterns import Pattern, Selection, selects
+from ckpt_jax.graph.plain_slots import slots_as_children
+from ckpt_jax.graph.specs import LeafSpec
+from ckpt_jax.matching.live import live_graph
+from ckpt_jax.matching.trace import LiveGraph
+from ckpt_jax.metrics import METER
+from ckpt_jax.objects.views import View
+from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
+from ckpt_jax.processes.context import current_context
+from ckpt_jax.readers import Export, Extent, ExtentsReader, Stored
+from ckpt_jax.report import RestoreReport
+from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
+from ckpt_jax.restoring.derived import DerivedReader
+from ckpt_jax.restoring.formats import formats
+from ckpt_jax.restoring.rename import Renamed
+from ckpt_jax.restoring.rename import rename as renamed
+from ckpt_jax.restoring.rules import Rule
+from ckpt_jax.restoring.run import require_fit
+from ckpt_jax.saving.pipeline import SaveRequest
+from ckpt_jax.saving.run import save_once
+from ckpt_jax.store.durable import fsync_directory, fsync_file, make_directories
+from ckpt_jax.store.paths import absolute, as_path, require_room
+from ckpt_jax.store.staging import claim, remove_leftovers, staging_name
+from ckpt_jax.values.leaves import encode
+
+Cast = Any  # a dtype, or pairs of a pattern and a dtype
+_RULES = "Nothing was written. Correct the rules; ckpt.load_checkpoint(path).paths() lists names."
+
+
+def export(
+    source: Any,
+    destination: Path,
+    *,
+    format: str,
+    rename: Iterable[Rule] = (),
+    only: Selection | None = None,
+    cast: Any = None,
+    max_shard_nbytes: int = 5 << 30,
+) -> str:
+    """Writes values in the format of another library.
+
+    One array is in memory at a time, and the destination gets its name when all is written.
+
+    Args:
+      source: the path of a checkpoint of any format, or a tree or object as `ckpt.save` takes it.
+      destination: the path to create.
+      format: "safetensors" writes one file if the destination ends in ".safetensors", and
+        otherwise a directory as transformers has it. "npz" writes one file. Names are the local
+        names joined with "." and "/".
+      rename: rules as for `ckpt.restore`, from the names in the source to those in the outcome.
+      only: which values of the source are written: a pattern, a list of patterns or a function
+        of paths.
+      cast: a dtype for all arrays of floats, or pairs (pattern, dtype) for arrays by the names in
+        the outcome; the first pattern that matches counts.
+      max_shard_nbytes: of one file, if the format has several.
+
+    Returns:
+      `destination`.
+
+    Raises:
+      FileExistsError: there is something at the destination.
+      UnsaveableError: naming all values that the format cannot hold; nothing was written.
+      UnsupportedFormatError: naming all values of the source that cannot be read.
+      RestoreMismatchError: naming all rules that cannot be applied.
+      ValueError: the format is not known or cannot be written, or two values get one name.
+
+    Example:
+      >>> import ckpt_jax as ckpt, tempfile
+      >>> tree = {"dense": {"kernel": np.arange(6.0).reshape(2, 3)}}
+      >>> rules = [("dense/kernel", "dense/weight", ckpt.Transpose())]
+      >>> with tempfile.TemporaryDirectory() as d:
+      ...     path = export(
+      ...         tree, f"{d}/a.safetensors", format="safetensors", rename=rules, cast="float32")
+      ...     ckpt.load(path)["dense"]["weight"].dtype, ckpt.list_variables(path)
+      (dtype('float32'), [('dense.weight', (3, 2))])
+    """
+    write = _writer(format)
+    destination = as_path(destination, "destination")
+    path = absolute(destination)
+    if os.path.lexists(path):
+        raise FileExistsError(f"{destination} exists; export to another path, or remove it first")
+    if type(max_shard_nbytes) is not int or max_shard_nbytes <= 0:
+        raise ValueError(f"expected a positive max_shard_nbytes, got {max_shard_nbytes!r}")
+    require_room(path, staging_name(path)[len(path) :])
+    with _opened(source) as reader:
+        chosen = _chosen(reader, only)
+        saved = renamed(chosen, rename)
+        require_fit(RestoreReport(reader.path, mismatched=saved.problems), _RULES)
+        graph = _cast(saved.graph, cast)
+        _check(reader.path, graph)
+        read = _reading(reader, saved, graph)
+        make_directories(os.path.dirname(path))
+        remove_leftovers(path)
+        with claim(path) as staging:
+            inside = os.path.join(staging, os.path.basename(path))
+            endings = write(Export(path, graph, read, max_shard_nbytes), inside)
+            _publish(inside, path, endings)
+    return destination
+
+
+def _writer(name: str) -> Callable[[Export, str], Iterable[str]]:
+    found = {format.name: format.write for format in reversed(formats()) if format.write}
+    if name not in found:
+        raise ValueError(f"expected one of the formats {', '.join(sorted(found))}, got {name!r}")
+    return found[name]
+
+
+# --- the source ------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(source: Any) -> Iterator[CheckpointReader]:
+    """A reader of a checkpoint or of a tree."""
+    if isinstance(source, str | bytes | os.PathLike):
+        with METER.restoring(lambda: CheckpointReader(source)) as reader:
+            yield reader
+    else:
+        with CheckpointReader.over(_reader_of(live_graph(source, for_restore=False))) as reader:
+            yield reader
+
+
+def _reader_of(live: LiveGraph) -> ExtentsReader:
+    """A reader of values in memory. Arrays on devices are copied when they are asked for."""
+    stored: dict[str, Stored] = {}
+    problems: list[tuple[str, str]] = []
+    for node, attribute in live.graph.attributes():
+        value = encode(live.values[node][attribute.name])
+        if isinstance(value, jax.Array) and not value.is_fully_addressable:
+            path = live.graph.value_path(node, attribute.name)
+            problems.append((path, "parts of it lie on devices of other processes"))
+        stored[attribute.key] = _stored(attribute.spec, value)
+    if problems:
+        listed = "\n".join(f"  {path}: {what}" for path, what in problems)
+        raise UnsaveableError(
+            f"{len(problems)} arrays cannot be exported:\n{listed}\n"
+            "Save the tree with ckpt.save on all processes, and export that checkpoint.",
+            tuple(problems),
+        )
+    return ExtentsReader("the given tree", stored, lambda: live.graph)
+
+
+def _stored(spec: LeafSpec, value: Any) -> Stored:
+    extent = Extent(whole(spec.shape), "", 0)
+    if isinstance(value, bytes):
+        return Stored(spec, (extent,), len(value), value)
+
+    def fill(buffer: memoryview) -> None:
+        array = np.asarray(value).astype(dtype_of(spec.dtype), copy=False)
+        np.frombuffer(buffer, array.dtype).reshape(spec.shape)[...] = array
+
+    return Stored(spec, (extent,), value.nbytes, fill)
+
+
+def _chosen(reader: CheckpointReader, only: Selection | None) -> ObjectGraph:
+    """The graph with the chosen values alone.
+
+    Raises:
+      KeyError: there are none.
+      UnsupportedFormatError: registered saver wrote some, which only they can read.
+    """
+    graph = reader.object_graph
+    tree = as_tree(slots_as_children(graph))
+    chosen = selects(only)
+    keys = {a.key for node, a in tree.attributes() if chosen(tree.value_path(node, a.name))}
+    if not keys:
+        raise KeyError(f"{reader.path} holds nothing that {only!r} selects")
+    savers = [
+        f"{graph.paths[node]} ({entry.saver.name})"
+        for node, entry in enumerate(graph.nodes)
+        if entry.saver is not None and chosen(graph.paths[node])
+    ]
+    if savers:
+        raise UnsupportedFormatError(
+            f"{reader.path}: only their registered savers can read {', '.join(savers)}. Leave them "
+            "out (only=...)."
+        )
+    nodes = [
+        replace(node, attributes=tuple([a for a in node.attributes if a.key in keys]))
+        for node in graph.nodes
+    ]
+    return replace(graph, nodes=tuple(nodes))
+
+
+# --- what is written -------------------------------------------------------------------
+
+
+def _cast(graph: ObjectGraph, cast: Cast) -> ObjectGraph:
+    """The graph, with the dtypes that arrays are to have.
+
+    Raises:
+      TypeError: `cast` is neither a dtype nor pairs.
+      ValueError: there is no such dtype, or a pattern matches no array.
+    """
+    if cast is None:
+        return graph
+    is_for_floats = not isinstance(cast, tuple | list)
+    wanted = (("**", cast),) if is_for_floats else cast
+    pairs = _pairs(wanted)
+    matched: set[int] = set()
+
+    def changed(node: int, attribute: Attribute) -> Attribute:
+        spec, path = attribute.spec, graph.value_path(node, attribute.name)
+        is_float = spec.dtype.startswith(("float", "bfloat"))
+        if not spec.is_array or spec.is_bytes or (is_for_floats and not is_float):
+            return attribute
+        number = next((number for number, (chosen, _) in enumerate(pairs) if chosen(path)), None)
+        if number is None:
+            return attribute
+        matched.add(number)
+        return replace(attribute, spec=replace(spec, dtype=pairs[number][1]))
+
+    nodes = [
+        replace(entry, attributes=tuple([changed(node, a) for a in entry.attributes]))
+        for node, entry in enumerate(graph.nodes)
+    ]
+    unused = (
+        []
+        if is_for_floats
+        else [cast[number][0] for number in range(len(pairs)) if number not in matched]
+    )
+    if unused:
+        raise ValueError(f"cast: no array has a name that {unused} match")
+    return replace(graph, nodes=tuple(nodes))
+
+
+def _pairs(cast: Iterable[Any]) -> list[tuple[Callable[[str], bool], str]]:
+    """For each pair of a pattern and a dtype, a test of paths and the name of the dtype."""
+    found = []
+    for pair in cast:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"cast: expected a dtype or pairs (pattern, dtype), got {pair!r}")
+        pattern: Pattern = pair[0]
+        found.append((selects(pattern), dtype_name(np.dtype(pair[1]))))
+    return found
+
+
+def _check(path: str, graph: ObjectGraph) -> None:
+    """Raises UnsupportedFormatError for values that the source lists but that cannot be read."""
+    refused = [f"{a.key}: {a.spec.refusal}" for _, a in graph.attributes() if a.spec.is_unreadable]
+    if refused:
+        raise UnsupportedFormatError("\n  ".join([f"{path}: {refused[0]}", *refused[1:]]))
+
+
+def _reading(
+    reader: CheckpointReader, saved: Renamed, graph: ObjectGraph
+) -> Callable[[str], np.ndarray | bytes]:
+    """A function that reads one value, by key."""
+    derived = DerivedReader(reader, saved.derived)
+    specs = graph.by_key
+    paths = {a.key: graph.value_path(node, a.name) for node, a in graph.attributes()}
+
+    def read(key: str) -> np.ndarray | bytes:
+        value = derived.read({key: None}, DEFAULT, lambda nbytes: None)[key]
+        if isinstance(value, bytes):
+            return value
+        try:
+            value = converted(value, dtype_of(specs[key].dtype))
+        except LossyConversionError as error:
+            what = f"{paths[key]}: {error}. Choose another dtype to cast to"
+            raise LossyConversionError(what) from None
+        return np.ascontiguousarray(value).reshape(specs[key].shape)
+
+    return read
+
+
+def _publish(inside: str, path: str, endings: Iterable[str]) -> None:
+    """Gives what was written its name, durably.
+
+    Raises:
+      FileExistsError: there is something of a name that it needs.
+    """
+    endings = tuple(endings)
+    for ending in endings:
+        for directory, _, files in os.walk(inside + ending):
+            for file in files:
+                fsync_file(os.path.join(directory, file))
+            fsync_directory(directory)
+        if os.path.isfile(inside + ending):
+            fsync_file(inside + ending)
+    for ending in endings:
+        if os.path.lexists(path + ending):
+            raise FileExistsError(f"{path + ending} exists; nothing was written")
+    for ending in endings:
+        os.rename(inside + ending, path + ending)
+    fsync_directory(os.path.dirname(path))
+
+
+# --- the way in ------------------------------------------------------------------------
+
+
+def convert(
+    source: Path,
+    destination: Path,
+    *,
+    rename: Iterable[Rule] = (),
+    options: CheckpointOptions | None = None,
+) -> str:
+    """Saves a checkpoint of any format as one of this library.
+
+    The object graph is kept, or what the format has of it. The memory has to hold all values.
+
+    Args:
+      source: the path of a checkpoint.
+      destination: the directory to create.
+      rename: rules as for `ckpt.restore`.
+      options: how to save.
+
+    Returns:
+      `destination`.
+
+    Raises:
+      FileExistsError: there is something at the destination.
+      UnsupportedFormatError: naming all values of the source that cannot be read.
+      RestoreMismatchError: naming all rules that cannot be applied.
+
+    Example:
+      >>> import ckpt_jax as ckpt, tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     np.savez(f"{directory}/a.npz", **{"dense/kernel": np.ones((2, 3))})
+      ...     path = convert(f"{directory}/a.npz", f"{directory}/b", rename=[("dense/*", "*")])
+      ...     ckpt.load(path)["kernel"].shape
+      (2, 3)
+    """
+    options, destination, context = given(options), as_path(destination), current_context()
+    with METER.restoring(lambda: CheckpointReader(source)) as reader:
+        saved = renamed(_chosen(reader, None), rename)
+        require_fit(RestoreReport(reader.path, mismatched=saved.problems), _RULES)
+        _check(reader.path, saved.graph)
+        derived = DerivedReader(reader, saved.derived)
+        keys = dict.fromkeys(saved.graph.by_key)
+        live = _live(saved.graph, derived.read(keys, options, lambda nbytes: None))
+    options = replace(options, enable_async=False)
+    return save_once(SaveRequest(destination, lambda: live, options, overwrite=False), context)
+
+
+def _live(graph: ObjectGraph, values: Mapping[str, Any]) -> LiveGraph:
+    """A graph with values, under the keys that this library gives them."""
+    nodes: list[Node] = []
+    found: list[dict[str, Any]] = []
+    for node, key in zip(graph.nodes, graph.object_keys, strict=True):
+        found.append({a.name: values[a.key] for a in node.attributes})
+        own = [replace(a, key=attribute_key(key, a.name), full_name="") for a in node.attributes]
+        nodes.append(replace(node, attributes=tuple(own)))
+    blank = (None,) * len(nodes)
+    views = (View(),) * len(nodes)
+    return LiveGraph(ObjectGraph(tuple(nodes), graph.object_keys), blank, views, tuple(found))

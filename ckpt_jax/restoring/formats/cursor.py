@@ -1,0 +1,70 @@
+"""A cursor in a file that is read from front to back, and of which large parts are skipped."""
+
+from __future__ import annotations
+
+from ckpt_jax.readers import Files
+
+_WINDOW_NBYTES = 1 << 16
+_MAX_LINE_NBYTES = 4096
+
+
+class Cursor:
+    """Takes bytes from a file, one after the other.
+
+    Args:
+      files: to read with.
+      file: path of the file.
+      at, end: where to begin, and where the bytes end; by default all of the file.
+    """
+
+    def __init__(self, files: Files, file: str, at: int = 0, end: int | None = None):
+        self.at = at
+        self.end = files.size(file) if end is None else end
+        self._files, self._file = files, file
+        self._window, self._start = b"", at
+
+    def take(self, nbytes: int) -> bytes:
+        """The next bytes.
+
+        Raises:
+          ValueError: there are fewer.
+        """
+        self._require(nbytes)
+        begin = self.at - self._start
+        if not 0 <= begin <= begin + nbytes <= len(self._window):
+            length = min(max(nbytes, _WINDOW_NBYTES), self.end - self.at)
+            self._window = self._files.read(self._file, self.at, length)
+            self._start, begin = self.at, 0
+        self.at += nbytes
+        return self._window[begin : begin + nbytes]
+
+    def skip(self, nbytes: int) -> int:
+        """Leaves out bytes, and returns where they begin.
+
+        Raises:
+          ValueError: there are fewer.
+        """
+        self._require(nbytes)
+        self.at += nbytes
+        return self.at - nbytes
+
+    def line(self) -> bytes:
+        """The bytes up to the next end of a line, which is left out.
+
+        Raises:
+          ValueError: there is no end of a line.
+        """
+        taken = bytearray()
+        while (byte := self.take(1)) != b"\n":
+            taken += byte
+            if len(taken) > _MAX_LINE_NBYTES:
+                raise ValueError("a line does not end")
+        return bytes(taken)
+
+    def uint(self, nbytes: int, order: str = "little") -> int:
+        """The next bytes as a number without a sign."""
+        return int.from_bytes(self.take(nbytes), "big" if order == "big" else "little")
+
+    def _require(self, nbytes: int) -> None:
+        if nbytes < 0 or self.at + nbytes > self.end:
+            raise ValueError(f"{nbytes} bytes are expected, there are {self.end - self.at}")

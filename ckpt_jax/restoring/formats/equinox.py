@@ -1,0 +1,75 @@
+"""Equinox's `.eqx`: arrays in numpy's format, one after the other, in the order of a tree's leaves.
+
+There are no names, so a target is needed that has the leaves in the same order (`ordered`). Without
+one, `ckpt.load` gives a list. A line of JSON may come first, in which programs keep what they need
+to build the tree; it is skipped. There are no checksums.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+
+from ckpt_jax.readers import ExtentsReader, Files, Format, Stored
+from ckpt_jax.restoring.formats.names import graph_of_tree
+from ckpt_jax.restoring.formats.npz import MAGIC, stored_array
+
+_MAX_LINE_NBYTES = 1 << 20
+_MAX_ARRAYS = 1 << 20
+
+
+def open_equinox(path: str) -> ExtentsReader:
+    """Opens a file.
+
+    Raises:
+      CorruptCheckpointError: it is damaged.
+    """
+    files = Files(path)
+    size = files.size(path)
+    start = files.read(path, 0, min(size, _MAX_LINE_NBYTES))
+    at = start.index(b"\n") + 1 if start[:1] == b"{" else 0
+    found: list[Stored] = []
+    try:
+        while at < size:
+            if len(found) >= _MAX_ARRAYS:
+                raise ValueError(f"it has more than {_MAX_ARRAYS} arrays")
+            stored, nbytes = _array(files, path, at)
+            found.append(stored)
+            at += nbytes
+    except ValueError as error:
+        raise files.damage(path, f"array {len(found)}, at byte {at}: {error}") from error
+    values, graph = graph_of_tree(found)
+    return ExtentsReader(path, values, lambda: replace(graph, ordered=True), files)
+
+
+def _array(files: Files, path: str, at: int) -> tuple[Stored, int]:
+    """The array that begins at a byte, and how many bytes it takes."""
+    rest = files.size(path) - at
+
+    def head(nbytes: int) -> bytes:
+        return files.read(path, at, min(nbytes, rest))
+
+    stored, header, nbytes = stored_array(path, at, rest, head, exact=False)
+    return stored, len(header) + nbytes
+
+
+def _recognises(path: str) -> bool:
+    """Whether a file begins with an array, after which there is more, or with a line of JSON before
+    an array."""
+    if not os.path.isfile(path):
+        return False
+    try:
+        with open(path, "rb") as file:
+            start = file.read(len(MAGIC))
+            if start == MAGIC:
+                files = Files(path)
+                return _array(files, path, 0)[1] < files.size(path)
+            if start[:1] != b"{":
+                return False
+            line = start + file.readline(_MAX_LINE_NBYTES)
+            return line.endswith(b"\n") and file.read(len(MAGIC)) == MAGIC
+    except (OSError, ValueError):
+        return False
+
+
+EQUINOX = Format("equinox", _recognises, open_equinox, suffixes=(".eqx",))
