@@ -324,6 +324,8 @@ def _newer(
         path = beside(directory, state.model_checkpoint_path)
     elif numbered := _numbered(directory):
         path = os.path.join(directory, numbered[-1])
+    elif steps := foreign_steps(directory):
+        path = [*steps.values()][-1]
     else:
         return None, None
     if path == seen:

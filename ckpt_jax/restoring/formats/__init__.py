@@ -14,6 +14,7 @@ from ckpt_jax.restoring.formats.equinox import EQUINOX
 from ckpt_jax.restoring.formats.msgpack import MSGPACK
 from ckpt_jax.restoring.formats.npz import NPY, NPZ
 from ckpt_jax.restoring.formats.orbax import ORBAX
+from ckpt_jax.restoring.formats.orbax.writing import write_orbax
 from ckpt_jax.restoring.formats.refused import REFUSED
 from ckpt_jax.restoring.formats.safetensors import SAFETENSORS
 from ckpt_jax.restoring.formats.torch import TORCH
@@ -24,7 +25,8 @@ from ckpt_jax.restoring.formats.writing_safetensors import write_safetensors
 FORMATS: tuple[Format, ...] = (
     replace(SAFETENSORS, write=write_safetensors),
     replace(NPZ, write=write_npz),
-    *(EQUINOX, NPY, TORCH, TORCH_DISTRIBUTED, MSGPACK, ORBAX),
+    replace(ORBAX, write=write_orbax, nests=True),
+    *(EQUINOX, NPY, TORCH, TORCH_DISTRIBUTED, MSGPACK),
     *REFUSED,  # after all that can be read
 )
 

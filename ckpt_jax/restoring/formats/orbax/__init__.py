@@ -21,6 +21,7 @@ from ckpt_jax.readers import ExtentsReader, Format, Stored
 from ckpt_jax.restoring.formats.names import graph_of_tree, stored_value
 from ckpt_jax.restoring.formats.orbax.tree import Place, is_orbax, steps_in, tree_in
 from ckpt_jax.restoring.formats.orbax.zarr import ZarrArray, ZarrReader, open_arrays
+from ckpt_jax.store.paths import require_addressable
 from ckpt_jax.store.stored import StoredValues
 
 _NUMBERS = {"int64": "int", "float64": "float", "bool": "bool", "complex128": "complex"}
@@ -39,6 +40,7 @@ class OrbaxReader:
 
     def __init__(self, path: str):
         self.path = path
+        require_addressable(path)
         tree, places = tree_in(path)
         arrays = dict(zip(places, open_arrays(places), strict=True))
         described = {place: Stored(_spec(array)) for place, array in arrays.items()}
@@ -46,7 +48,7 @@ class OrbaxReader:
         def stored_of(value: Any) -> Stored:
             return described[value] if isinstance(value, Place) else stored_value(value)
 
-        values, self._graph = graph_of_tree(tree, stored_of)
+        values, self._graph = graph_of_tree(tree, stored_of=stored_of)
         array_of = {id(described[place]): array for place, array in arrays.items()}
         readable = {
             key: array_of[id(stored)]
@@ -63,6 +65,11 @@ class OrbaxReader:
     def bytes_read(self) -> int:
         """Bytes of values that were read so far; all of a chunk counts."""
         return self._arrays.bytes_read + self._values.bytes_read
+
+    @property
+    def unchecked(self) -> frozenset[str]:
+        """All keys: only the tree of a database has checksums."""
+        return frozenset(self.index.keys)
 
     def graph(self) -> ObjectGraph:
         """The tree of the step or item."""

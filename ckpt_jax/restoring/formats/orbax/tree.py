@@ -31,14 +31,17 @@ from ckpt_jax.restoring.formats.plain_json import parsed
 METADATA = "_METADATA"
 MANIFEST = "manifest.ocdbt"
 AGGREGATE = "checkpoint"
-_STEP_METADATA = ("_CHECKPOINT_METADATA", "orbax.checkpoint")
-_STRINGS = "_strings.json"
-_ARRAY_METADATAS = "array_metadatas"
+STEP_METADATA = "_CHECKPOINT_METADATA"
+_VERSION_1 = "orbax.checkpoint"  # an empty file
+STRINGS = "_strings.json"
+ARRAY_METADATAS = "array_metadatas"
 _PROCESS = "ocdbt.process_"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _JSON = "metadata"
 _METRICS = "metrics"  # folder and file of a manager's metrics, which belong to no program
-_UNNAMED = {False: ("default",), True: ("pytree", "state")}  # by whether it is version 1
+_UNNAMED, _UNNAMED_1 = ("default",), ("pytree", "state")  # in version 1 of the interface
+_METADATA_OF_KEY = "_metadata"
+_ARRAY = "checkpoint"  # the only leaf of an item that is an array
 _PLACEHOLDER = "PLACEHOLDER://"
 
 _MAX_DEPTH = 128  # of a tree
@@ -82,7 +85,7 @@ class Place:
 def is_orbax(path: str) -> bool:
     """Whether there is an item or a step directory of Orbax at a path, finished or not."""
     names = _names_in(path)
-    if any(name in names for name in _STEP_METADATA) or _is_item(path, names):
+    if STEP_METADATA in names or _VERSION_1 in names or _is_item(path, names):
         return True
     if _TEMPORARY in os.path.basename(path):
         return os.path.isdir(path)
@@ -90,18 +93,24 @@ def is_orbax(path: str) -> bool:
     folders = [name for name in names if _is_folder(path, name)]
     if any(step_of(name) is not None for name in folders):
         return False  # the directory of a manager
-    kinds = [_kind(os.path.join(path, name)) for name in folders]
-    return "tree" in kinds and "" not in kinds
+    kinds = {_kind(os.path.join(path, name)) for name in folders}
+    return "tree" in kinds and kinds <= {"tree", "json", "metrics"}
 
 
 def _kind(folder: str) -> str:
-    """What kind of item a folder is: "tree", "json" or "metrics"; "" if it is none."""
+    """What kind of item a folder is: "tree", "array", "json", "metrics", or "items" if it has one
+    folder for each of several; "" if it is none."""
     names = _names_in(folder)
     if _is_item(folder, names):
         return "tree"
+    if os.path.isfile(os.path.join(folder, _ARRAY, ".zarray")):
+        return "array"
     if os.path.basename(folder) == _METRICS and _METRICS in names:
         return "metrics"
-    return "json" if os.path.isfile(os.path.join(folder, _JSON)) else ""
+    if os.path.isfile(os.path.join(folder, _JSON)):
+        return "json"
+    kinds = [_kind(os.path.join(folder, name)) for name in names if _is_folder(folder, name)]
+    return "items" if kinds and set(kinds) <= {"tree", "array", "json"} else ""
 
 
 def _is_item(path: str, names: Sequence[str]) -> bool:
@@ -173,21 +182,38 @@ def tree_in(path: str) -> tuple[Any, list[Place]]:
             )
     if _is_item(path, names):
         return _tree_of_item(path, names)
-    kinds = {name: _kind(os.path.join(path, name)) for name in names if _is_folder(path, name)}
+    trees, places = _tree_of_items(path, names)
+    (first, *others) = trees
+    return (trees[first] if not others and _is_unnamed(path, names, first) else trees), places
+
+
+def _tree_of_items(path: str, names: Sequence[str]) -> tuple[dict[str, Any], list[Place]]:
+    """The trees of the folders of a directory, by name."""
     trees: dict[str, Any] = {}
     places: list[Place] = []
-    for name, kind in kinds.items():
-        if kind != "metrics":
-            trees[name], more = _tree_of_folder(os.path.join(path, name), kind)
+    for name in names:
+        folder = os.path.join(path, name)
+        if _is_folder(path, name) and (kind := _kind(folder)) != "metrics":
+            trees[name], more = _tree_of_folder(folder, kind)
             places += more
     if not trees:
         raise CorruptCheckpointError(
             f"{path}: expected a checkpoint of Orbax with a folder for each item, found none",
             file=path,
         )
-    (first, *others) = trees
-    is_unnamed = not others and first in _UNNAMED["orbax.checkpoint" in names]
-    return (trees[first] if is_unnamed else trees), places
+    return trees, places
+
+
+def _is_unnamed(path: str, names: Sequence[str], item: str) -> bool:
+    """Whether the program gave the only item of a step no name."""
+    if item in _UNNAMED:
+        return True
+    is_version_1 = _VERSION_1 in names
+    if STEP_METADATA in names:
+        match _json(path, STEP_METADATA):
+            case {"item_handlers": {**handlers}}:
+                is_version_1 |= ".v1." in str(handlers.get(item))
+    return is_version_1 and item in _UNNAMED_1
 
 
 def _tree_of_folder(folder: str, kind: str) -> tuple[Any, list[Place]]:
@@ -197,6 +223,15 @@ def _tree_of_folder(folder: str, kind: str) -> tuple[Any, list[Place]]:
         return _tree_of_item(folder, names)
     if kind == "json":
         return _json(folder, _JSON), []
+    if kind == "array":
+        item = _Item(folder, names, {})
+        return item.leaf(_ARRAY, "jax.Array"), item.places
+    if kind == "items":
+        trees, places = _tree_of_items(folder, names)
+        first = min(trees, key=len)
+        # A random key: its data, and whether it had a type. Both kinds can become each other.
+        is_key = [*sorted(trees)] == [first, f"{first}{_METADATA_OF_KEY}"]
+        return (trees[first] if is_key else trees), places
     listed = ", ".join(names[:3]) or "nothing"
     note = f"only the handler that wrote this item (with {listed}) reads it. Restore it with Orbax"
     return _refused("an item", note), []
@@ -240,7 +275,9 @@ def _tree_of_item(directory: str, names: Sequence[str]) -> tuple[Any, list[Place
             _put(root, ("", *entry.path), leaf)
         except ValueError as error:
             raise _damaged(file, f"{entry.name}: {error}") from error
-    return _grown(root.get("", {})), item.places
+    tree = _grown(root.get("", {}))
+    is_array = metadata.get("use_ocdbt") is False and list(tree) == [_ARRAY]
+    return (tree[_ARRAY] if is_array and item.places else tree), item.places
 
 
 class _Item:
@@ -277,8 +314,8 @@ class _Item:
             return self.places[-1]
         if kind == "string":
             if self._strings is None:
-                self._strings = _json(self._directory, _STRINGS)
-            return _string(self._strings, name, os.path.join(self._directory, _STRINGS))
+                self._strings = _json(self._directory, STRINGS)
+            return _string(self._strings, name, os.path.join(self._directory, STRINGS))
         return _refused(kind, f"a type handler of the program wrote this value of type {kind!r}")
 
     def with_places(self, tree: Any) -> Any:
@@ -412,7 +449,7 @@ def _database_in(directory: str, names: Sequence[str]) -> str | None:
 
 def _impls_in(directory: str) -> dict[str, str]:
     """The implementations of PRNG keys by the name of the array. All processes write the same."""
-    folder = os.path.join(directory, _ARRAY_METADATAS)
+    folder = os.path.join(directory, ARRAY_METADATAS)
     files = _names_in(folder)
     if not files:
         return {}

@@ -23,6 +23,7 @@ from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.graph.boxes import Box, inside, shape_of, size_of, slices, whole
 from ckpt_jax.restoring.formats.orbax.ocdbt import Database, database_in
 from ckpt_jax.restoring.formats.orbax.tree import Place
+from ckpt_jax.store.forks import require_not_forked
 from ckpt_jax.store.stack import MAX_EXPANSION, new_context, round_up, storage_error
 from ckpt_jax.store.stored import aligned
 
@@ -160,6 +161,7 @@ class ZarrReader:
         self, requests: Sequence[tuple[str, Sequence[Box]]], *, max_inflight_bytes: int
     ) -> Iterator[tuple[int, Arrays]]:
         """Reads boxes of arrays; see `readers.Reader`."""
+        require_not_forked()
         if self._closed:
             raise RuntimeError("the reader is closed")
         reads = [_Read.of(key, self._arrays[key], boxes) for key, boxes in requests]
