@@ -260,9 +260,8 @@ class Checkpoint(AutoTrackable):
         checkpoint's attribute. Values of objects that do not exist yet wait for them.
 
         Args:
-          path: of a checkpoint, as `save` returned it, or of an `.npz` file, whose names are
-            matched with the paths of values ("/" or "." between local names). None restores
-            nothing.
+          path: of a checkpoint, as `save` returned it, or of one of another library, whose names
+            are matched with the paths of values. None restores nothing.
           options: `cast`, `skip_slot_variables`, `shardings` and `max_inflight_bytes` apply.
           rename: ordered rules (saved pattern, target pattern, *transforms) for values that
             moved; see `ckpt_jax.restore`. They hold for objects that appear later, too.

@@ -155,8 +155,7 @@ def restore(
     """Restores what `save` saved, into the structure, dtypes, shapes and shardings of a target.
 
     Args:
-      path: of a checkpoint, or of an `.npz` file. The latter holds names instead of an object
-        graph, which are split at "/", or at "." where none has a "/".
+      path: of a checkpoint, also of another library; docs/migrating.md lists the formats.
       target: arrays, `jax.ShapeDtypeStruct`s (with shardings), Python values, or an
         `nnx.Module`, which is restored in place.
       strict: False allows everything to be missing and to be unexpected.
@@ -276,7 +275,7 @@ def load(
     """Reads a checkpoint without a target.
 
     Args:
-      path: of a checkpoint, or of an `.npz` file.
+      path: of a checkpoint, also of another library.
       only: a pattern, a list of patterns, or a predicate on paths: what to read. The result
         then holds nothing else; a list with gaps becomes a dict by position.
       sharding: to place arrays on devices: a `jax.sharding.Sharding`, a function

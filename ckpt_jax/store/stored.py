@@ -40,6 +40,7 @@ from ckpt_jax.store.workers import Workers, cores
 
 _SCRATCH_NBYTES = 4 << 20
 _JOB_NBYTES = 1 << 20  # small reads are done together
+_BLOCK_NBYTES = 16 << 20
 _ALIGNMENT = 64
 
 
@@ -175,18 +176,20 @@ class ExtentsReader:
     ) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
         waiting = deque(enumerate(requests))
         jobs = _Jobs(self._files)
+        values = self.index.values
+        memory = _Memory(sum([_nbytes_of(values[key], boxes) for key, boxes in requests]))
         in_flight: deque[tuple[int, _Work]] = deque()
         held = 0
         try:
             while waiting or in_flight:
                 while waiting:
                     number, (key, boxes) = waiting[0]
-                    stored = self.index.values[key]
+                    stored = values[key]
                     nbytes = _nbytes_of(stored, boxes)
                     if in_flight and held + nbytes > max_inflight_bytes:
                         break
                     waiting.popleft()
-                    work = _Work(key, stored, boxes, nbytes)
+                    work = _Work.of(key, stored, boxes, memory)
                     in_flight.append((number, work))
                     held += nbytes
                     jobs.start(work)
@@ -230,12 +233,29 @@ def _nbytes_of(stored: Stored, boxes: Sequence[Box]) -> int:
     return sum(map(size_of, boxes)) * _dtype_of(stored.spec).itemsize
 
 
-def aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-    """An uninitialized array whose memory begins at a multiple of 64 bytes."""
-    nbytes = math.prod(shape) * dtype.itemsize
+class _Memory:
+    """Memory for results. Small arrays are cut from blocks that are large enough for huge pages."""
+
+    def __init__(self, expected_nbytes: int):
+        self._block_nbytes = min(_BLOCK_NBYTES, expected_nbytes + _ALIGNMENT)
+        self._block = np.empty(0, np.uint8)
+
+    def take(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        """An uninitialized array whose memory begins at a multiple of 64 bytes."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        room = nbytes + -nbytes % _ALIGNMENT
+        if room > self._block_nbytes // 2:
+            return np.ndarray(shape, dtype, _aligned(nbytes))
+        if room > self._block.size:
+            self._block = _aligned(self._block_nbytes)
+        taken, self._block = self._block[:nbytes], self._block[room:]
+        return np.ndarray(shape, dtype, taken)
+
+
+def _aligned(nbytes: int) -> np.ndarray:
     buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
     skip = -buffer.__array_interface__["data"][0] % _ALIGNMENT
-    return np.ndarray(shape, dtype, buffer, skip)
+    return buffer[skip : skip + nbytes]
 
 
 @dataclass(eq=False)
@@ -246,18 +266,20 @@ class _Work:
     stored: Stored
     boxes: Sequence[Box]
     nbytes: int
-    results: tuple[np.ndarray, ...] = field(init=False)
+    results: tuple[np.ndarray, ...]
     done: threading.Event = field(default_factory=threading.Event)
     error: Exception | None = None
     open_jobs: int = 1  # the planning is one
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __post_init__(self) -> None:
-        if self.stored.spec.is_bytes:
-            shapes, dtype = [(self.stored.nbytes,)] * len(self.boxes), np.dtype(np.uint8)
+    @classmethod
+    def of(cls, key: str, stored: Stored, boxes: Sequence[Box], memory: _Memory) -> _Work:
+        if stored.spec.is_bytes:
+            shapes, dtype = [(stored.nbytes,)] * len(boxes), np.dtype(np.uint8)
         else:
-            shapes, dtype = [*map(shape_of, self.boxes)], _dtype_of(self.stored.spec)
-        self.results = tuple([aligned(shape, dtype) for shape in shapes])
+            shapes, dtype = [*map(shape_of, boxes)], _dtype_of(stored.spec)
+        results = tuple([memory.take(shape, dtype) for shape in shapes])
+        return cls(key, stored, boxes, _nbytes_of(stored, boxes), results)
 
     def parts(self, extent: Extent) -> list[Part]:
         """The arrays to fill from an extent, and the part of the extent that each has."""

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -357,16 +356,16 @@ def _view(
         file, start, nbytes = storages.place_of(key)
     except KeyError:
         raise ValueError(f"the storage {key} of a tensor is missing") from None
-    extent = Extent(whole(shape), file, start + offset * dtype_of(dtype).itemsize, steps)
-    itemsize = dtype_of(dtype).itemsize
+    spec, itemsize = LeafSpec("numpy", dtype, shape), dtype_of(dtype).itemsize
+    if not math.prod(shape):
+        return Stored(spec, (Extent(whole(shape), file, 0),))
+    extent = Extent(whole(shape), file, start + offset * itemsize, steps)
     if (offset + extent.span) * itemsize > nbytes:
         raise ValueError(f"a tensor of shape {shape} exceeds its storage {key} of {nbytes} bytes")
     if math.prod(shape) * itemsize > max(nbytes * _MAX_EXPANSION, _LEAST_LIMIT_NBYTES):
         what = f"a tensor that repeats {nbytes} bytes. Call contiguous() before it is saved"
         return _refused("torch.Tensor", what, shape)
-    spec = LeafSpec("numpy", dtype, shape)
-    stored = Stored(spec, (extent,), finish=_finish(marks, storages.finish))
-    return stored if math.prod(shape) else replace(stored, extents=(Extent(whole(shape), file, 0),))
+    return Stored(spec, (extent,), finish=_finish(marks, storages.finish))
 
 
 def _finish(
