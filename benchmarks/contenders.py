@@ -33,7 +33,6 @@ class Contender(ABC):
     reshards: ClassVar[bool]  # restores onto any sharding; else into host memory
     in_place: ClassVar[bool]  # restores into buffers that exist already
     background: bool = False  # `begin_save` is there
-    is_readable: ClassVar[bool] = False  # ckpt_jax restores its files onto the same targets
 
     @abstractmethod
     def source(self, host: Host, sharding: Sharding) -> Any:
@@ -124,7 +123,6 @@ class Orbax(JaxContender):
     note = "StandardCheckpointer, defaults; no checksums on array data"
     fsync_added = True
     background = True
-    is_readable = True
 
     def __init__(self) -> None:
         import orbax.checkpoint

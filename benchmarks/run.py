@@ -9,8 +9,7 @@
 Contenders that are not installed are skipped with a word (`pip install -e ".[bench]"`).
 
 * wide, many-1k, many-10k: durable save; restore onto the same mesh and onto one with the axes
-  swapped, also of Orbax's files; how long a save in the background keeps its caller. 8 virtual
-  CPU devices.
+  swapped; how long a save in the background keeps its caller. 8 virtual CPU devices.
 * memory: peak resident memory of a save and a restore of `wide` above the arrays' own bytes.
 * leaves: what one more leaf costs a save, a restore and a restore's plan, for ever more leaves.
 * import: what importing adds to `import jax`.
@@ -124,29 +123,12 @@ def transfers(
     reading = limits.restore_limits(host, swapped, folder)
     found += settings.timed(workload, "restore, axes swapped", tasks, reading, nbytes)
 
-    found += foreign(workload, saved, host, settings)
-
     tasks = [begin_task(x, path, host, mesh) for x, path in paths.items() if x.background]
     copying = {"devices": limits_of["devices"]}
     found += settings.timed(workload, "async save returns", tasks, copying)
 
     for path in paths.values():
         shutil.rmtree(path, ignore_errors=True)
-    return found
-
-
-def foreign(
-    workload: Workload, saved: Mapping[Contender, str], host: Host, settings: Settings
-) -> list[Result]:
-    """Restores of what another library saved: by itself, and by ckpt_jax."""
-    ours = next((x for x in saved if isinstance(x, contenders.CkptJax)), None)
-    placements = {"": workloads.mesh_sharding(), ", axes swapped": workloads.swapped_sharding()}
-    found: list[Result] = []
-    for library, path in saved.items() if ours else ():
-        for what, sharding in placements.items() if library.is_readable else ():
-            tasks = [restore_task(x, path, host, sharding) for x in (ours, library)]
-            operation = f"restore of {library.name}'s files{what}"
-            found += settings.timed(workload, operation, tasks, {}, workload.nbytes)
     return found
 
 

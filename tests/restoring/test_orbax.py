@@ -661,11 +661,12 @@ def test_hostile_files_are_refused_within_bounds(copied, name):
 @pytest.mark.parametrize("name", EVERY)
 def test_many_hostile_files(copied, name):
     path = copied(name)
-    choice = random.Random(0)
+    choice = random.Random(name)
     files = sorted([file for file in path.rglob("*") if file.is_file() and file.stat().st_size])
-    for file in files:
+    for _ in range(300):
+        file = choice.choice(files)
         data = file.read_bytes()
-        for changed in mutations(data, 60, seed=choice.randrange(1 << 30)):
-            file.write_bytes(changed)
-            outcome(path)
+        (changed,) = mutations(data, 1, choice.randrange(1 << 30))
+        file.write_bytes(changed)
+        outcome(path)
         file.write_bytes(data)

@@ -24,11 +24,10 @@ from ckpt_jax.graph.boxes import Box, inside, shape_of, size_of, slices, whole
 from ckpt_jax.restoring.formats.orbax.ocdbt import Database, database_in
 from ckpt_jax.restoring.formats.orbax.tree import Place
 from ckpt_jax.store.forks import require_not_forked
-from ckpt_jax.store.stack import MAX_EXPANSION, new_context, round_up, storage_error
-from ckpt_jax.store.stored import aligned
+from ckpt_jax.store.memory import Memory
+from ckpt_jax.store.stack import MAX_EXPANSION, new_context, storage_error
 
 _SMALL_NBYTES = 1 << 20  # of an array that is cut here
-_BLOCK_NBYTES = 4 << 20  # from this size on numpy asks for huge pages, which fill 4x faster
 _BELIEVED_NBYTES = 64 << 20  # of an array whose size is not compared with that of its files
 _TREE_NBYTES = 64 << 20  # of the keys of a database that are kept in memory
 
@@ -170,7 +169,7 @@ class ZarrReader:
     def _results(
         self, reads: Sequence[_Read], max_inflight_bytes: int
     ) -> Iterator[tuple[int, Arrays]]:
-        memory = _Memory(sum([read.nbytes for read in reads]))
+        memory = Memory(sum([read.nbytes for read in reads]))
         in_flight: deque[tuple[int, Arrays, list[ts.WriteFutures]]] = deque()
         held = 0
         waiting = deque(enumerate(reads))
@@ -273,11 +272,11 @@ class _Read:
         decoded = everything if is_cut else min(touched, everything)
         return cls(key, array, tuple(boxes), is_cut, nbytes, decoded)
 
-    def start(self, memory: _Memory) -> tuple[Arrays, list[ts.WriteFutures]]:
+    def start(self, memory: Memory) -> tuple[Arrays, list[ts.WriteFutures]]:
         """Starts to fill arrays: one for each box, or one with the whole array."""
         store, dtype = self.array.store, self.array.dtype
         if self.is_cut:
-            everything = aligned(self.array.shape, dtype)
+            everything = np.empty(self.array.shape, dtype)
             return (everything,), [ts.array(everything).write(store)]
         arrays = tuple([memory.take(shape_of(box), dtype) for box in self.boxes])
         pairs = [
@@ -287,7 +286,7 @@ class _Read:
         ]
         return arrays, [target.write(source) for target, source in pairs]
 
-    def boxes_of(self, arrays: Arrays, memory: _Memory) -> Arrays:
+    def boxes_of(self, arrays: Arrays, memory: Memory) -> Arrays:
         """The wanted boxes, once the arrays are filled."""
         if not self.is_cut:
             return arrays
@@ -318,21 +317,3 @@ def _count_of_chunks(array: ZarrArray) -> int:
 
 def _files_below(folder: str) -> list[str]:
     return [os.path.join(above, name) for above, _, names in os.walk(folder) for name in names]
-
-
-class _Memory:
-    """Aligned arrays for results. Small ones are cut from blocks, large enough for huge pages."""
-
-    def __init__(self, expected_nbytes: int):
-        self._block_nbytes = min(_BLOCK_NBYTES, expected_nbytes)
-        self._block = np.empty(0, np.uint8)
-
-    def take(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-        """An uninitialized array."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        if nbytes > self._block_nbytes // 2:
-            return aligned(shape, dtype)
-        if nbytes > self._block.size:
-            self._block = aligned((self._block_nbytes,), np.dtype(np.uint8))
-        buffer, self._block = self._block[:nbytes], self._block[round_up(nbytes) :]
-        return buffer.view(dtype).reshape(shape)
