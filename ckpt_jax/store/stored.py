@@ -14,18 +14,16 @@ import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.boxes import (
     Box,
+    Shape,
     inside,
-    intersect,
-    relative,
     shape_of,
-    size_of,
-    slices,
     tiling_problem,
     whole,
 )
@@ -33,9 +31,9 @@ from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, dtype_of
 from ckpt_jax.graph.global_names import graph_of
 from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.graph.specs import LeafSpec
-from ckpt_jax.store.extents import Extent, Stored, in_c_order
+from ckpt_jax.store.extents import Extent, Stored
 from ckpt_jax.store.memory import Memory
-from ckpt_jax.store.pieces import Part, Piece, pieces_of
+from ckpt_jax.store.pieces import Piece, pieces_of
 from ckpt_jax.store.watched import Files, OpenFile
 from ckpt_jax.store.workers import Workers, cores
 
@@ -163,34 +161,37 @@ class ExtentsReader:
         refused = [f"{key}: {spec.refusal}" for key, spec in specs.items() if not is_readable(spec)]
         if refused:
             raise UnsupportedFormatError("\n  ".join([f"{self.path}: {refused[0]}", *refused[1:]]))
+        checked: set[tuple[Shape, tuple[Box, ...]]] = set()  # a model has few shapes
+        wanted: list[_Request] = []
         for key, boxes in requests:
-            spec = specs[key]
-            for box in boxes:
-                if not inside(box, spec.shape):
-                    raise ValueError(f"{key}: the box {box} lies outside of shape {spec.shape}")
-        return self._results(requests, max_inflight_bytes)
+            spec, boxes = specs[key], tuple(boxes)
+            if (spec.shape, boxes) not in checked:
+                for box in boxes:
+                    if not inside(box, spec.shape):
+                        raise ValueError(f"{key}: the box {box} lies outside of shape {spec.shape}")
+                checked.add((spec.shape, boxes))
+            stored = self.index.values[key]
+            wanted.append(_Request(key, stored, boxes, _nbytes_of(stored, boxes)))
+        return self._results(wanted, max_inflight_bytes)
 
     def _results(
-        self, requests: Sequence[tuple[str, Sequence[Box]]], max_inflight_bytes: int
+        self, requests: Sequence[_Request], max_inflight_bytes: int
     ) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
         waiting = deque(enumerate(requests))
         jobs = _Jobs(self._files)
-        values = self.index.values
-        memory = Memory(sum([_nbytes_of(values[key], boxes) for key, boxes in requests]))
+        memory = Memory(sum([request.nbytes for request in requests]))
         in_flight: deque[tuple[int, _Work]] = deque()
         held = 0
         try:
             while waiting or in_flight:
                 while waiting:
-                    number, (key, boxes) = waiting[0]
-                    stored = values[key]
-                    nbytes = _nbytes_of(stored, boxes)
-                    if in_flight and held + nbytes > max_inflight_bytes:
+                    number, request = waiting[0]
+                    if in_flight and held + request.nbytes > max_inflight_bytes:
                         break
                     waiting.popleft()
-                    work = _Work.of(key, stored, boxes, memory)
+                    work = _Work.of(request, memory)
                     in_flight.append((number, work))
-                    held += nbytes
+                    held += request.nbytes
                     jobs.start(work)
                 number, work = in_flight.popleft()
                 if not work.done.is_set():
@@ -205,6 +206,16 @@ class ExtentsReader:
             jobs.cancel()
             for _, work in in_flight:  # threads may still write into its buffers
                 work.done.wait()
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """Boxes of one value, and their size."""
+
+    key: str
+    stored: Stored
+    boxes: tuple[Box, ...]
+    nbytes: int
 
 
 def _problem(stored: Stored, files: Files) -> str | None:
@@ -226,10 +237,15 @@ def _problem(stored: Stored, files: Files) -> str | None:
     return None
 
 
-def _nbytes_of(stored: Stored, boxes: Sequence[Box]) -> int:
+def _nbytes_of(stored: Stored, boxes: tuple[Box, ...]) -> int:
     if stored.spec.is_bytes:
         return stored.nbytes * len(boxes)
-    return sum(map(size_of, boxes)) * _dtype_of(stored.spec).itemsize
+    return sum(map(math.prod, _shapes_of(boxes))) * _dtype_of(stored.spec).itemsize
+
+
+@lru_cache(maxsize=1024)
+def _shapes_of(boxes: tuple[Box, ...]) -> list[Shape]:
+    return [*map(shape_of, boxes)]
 
 
 @dataclass(eq=False)
@@ -238,7 +254,7 @@ class _Work:
 
     key: str
     stored: Stored
-    boxes: Sequence[Box]
+    boxes: tuple[Box, ...]
     nbytes: int
     results: tuple[np.ndarray, ...]
     done: threading.Event = field(default_factory=threading.Event)
@@ -247,24 +263,22 @@ class _Work:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def of(cls, key: str, stored: Stored, boxes: Sequence[Box], memory: Memory) -> _Work:
+    def of(cls, request: _Request, memory: Memory) -> _Work:
+        stored, boxes = request.stored, request.boxes
         if stored.spec.is_bytes:
             shapes, dtype = [(stored.nbytes,)] * len(boxes), np.dtype(np.uint8)
         else:
-            shapes, dtype = [*map(shape_of, boxes)], _dtype_of(stored.spec)
+            shapes, dtype = _shapes_of(boxes), _dtype_of(stored.spec)
         results = tuple([memory.take(shape, dtype) for shape in shapes])
-        return cls(key, stored, boxes, _nbytes_of(stored, boxes), results)
+        return cls(request.key, stored, boxes, request.nbytes, results)
 
-    def parts(self, extent: Extent) -> list[Part]:
-        """The arrays to fill from an extent, and the part of the extent that each has."""
+    def pieces(self, extent: Extent) -> tuple[Piece, ...]:
+        """The reads that fill the arrays from an extent; offsets are from its beginning."""
         if self.stored.spec.is_bytes:
-            return [(result, whole(result.shape)) for result in self.results]
-        found = []
-        for result, box in zip(self.results, self.boxes, strict=True):
-            common = intersect(box, extent.box)
-            if common is not None:
-                found.append((result[(*slices(common, box), ...)], relative(common, extent.box)))
-        return found
+            inside = whole((self.stored.nbytes,))
+            return pieces_of(inside, (1,), (inside,) * len(self.boxes), 1)
+        itemsize = self.results[0].itemsize if self.results else 1
+        return pieces_of(extent.box, extent.steps, self.boxes, itemsize)
 
     def close_job(self) -> None:
         """One of its jobs is done. The last one finishes the arrays."""
@@ -299,19 +313,15 @@ class _Jobs:
         """Starts all reads for a request."""
         try:
             for extent in work.stored.extents:
-                parts = work.parts(extent)
-                if parts:
-                    self._start(work, extent, parts)
+                pieces = work.pieces(extent)
+                if pieces:
+                    self._start(work, extent, pieces)
         except Exception as error:  # raised where the result is asked for
             work.error = error
         work.close_job()
 
-    def _start(self, work: _Work, extent: Extent, parts: list[Part]) -> None:
-        if work.stored.contents is not None:
-            self._add(work, extent, (), _nbytes_of(work.stored, work.boxes))
-            return
-        pieces = [*pieces_of(extent, parts)]
-        if extent.checksum is not None:  # in order, on one thread
+    def _start(self, work: _Work, extent: Extent, pieces: Sequence[Piece]) -> None:
+        if work.stored.contents is not None or extent.checksum is not None:  # on one thread
             self._add(work, extent, pieces, sum([piece.nbytes for piece in pieces]))
             return
         batch: list[Piece] = []
@@ -347,7 +357,7 @@ class _Jobs:
                     if self._cancelled or work.error is not None:
                         continue
                     if work.stored.contents is not None:
-                        _take_contents(work, extent, work.stored.contents)
+                        _take_contents(work, extent, pieces, work.stored.contents)
                         continue
                     source = source or self._files.opened(file)
                     _read(source, work, extent, pieces)
@@ -364,62 +374,54 @@ class _Jobs:
 
 
 def _take_contents(
-    work: _Work, extent: Extent, contents: bytes | Callable[[memoryview], object]
+    work: _Work,
+    extent: Extent,
+    pieces: Sequence[Piece],
+    contents: bytes | Callable[[memoryview], object],
 ) -> None:
     """Fills arrays from bytes that do not lie in a file as they are."""
-    parts = work.parts(extent)
-    itemsize = parts[0][0].dtype.itemsize
     if isinstance(contents, bytes):
         buffer = np.frombuffer(contents, np.uint8)
-    elif len(parts) == 1 and _fills(parts[0][0], extent, itemsize, work.stored.nbytes):
-        contents(_memory(parts[0][0]))
+    elif len(pieces) == 1 and pieces[0].direct and pieces[0].nbytes == work.stored.nbytes:
+        contents(pieces[0].direct.memory(work.results))
         return
     else:
         buffer = np.empty(work.stored.nbytes, np.uint8)
         contents(buffer.data)
-    for piece in pieces_of(extent, parts):
-        _distribute(buffer[piece.offset : piece.offset + piece.nbytes], piece)
-
-
-def _fills(target: np.ndarray, extent: Extent, itemsize: int, nbytes: int) -> bool:
-    """Whether an array takes all bytes of a value's contents, in their order."""
-    in_order = in_c_order(shape_of(extent.box), extent.steps)
-    return extent.offset == 0 and in_order and target.nbytes == nbytes
-
-
-def _memory(target: np.ndarray) -> memoryview:
-    return target.reshape(-1).view(np.uint8).data
+    for piece in pieces:
+        start = extent.offset + piece.offset
+        _distribute(buffer[start : start + piece.nbytes], piece, work.results)
 
 
 def _read(source: OpenFile, work: _Work, extent: Extent, pieces: Sequence[Piece]) -> None:
     """Reads pieces of an extent, and checks it if these are all of it."""
     spec = work.stored.spec
     itemsize = work.stored.nbytes if spec.is_bytes else _dtype_of(spec).itemsize
-    checksum, end, crc = extent.checksum, extent.offset, 0
+    checksum, end, crc = extent.checksum, 0, 0
     if checksum is not None:
         crc = checksum.start
     for piece in pieces:
-        buffer = _memory(piece.direct) if piece.direct is not None else _scratch(piece.nbytes).data
-        source.read_into(buffer, piece.offset)
+        if piece.direct is not None:
+            buffer = piece.direct.memory(work.results)
+        else:
+            buffer = _scratch(piece.nbytes).data
+        source.read_into(buffer, extent.offset + piece.offset)
         if checksum is not None and end == piece.offset:
             crc = checksum.extended(crc, buffer)
             end += piece.nbytes
-        if piece.direct is None:
-            _distribute(np.frombuffer(buffer, np.uint8), piece)
-    if checksum is None or crc == checksum.value or not pieces:
-        return
-    if end == extent.offset + extent.span * itemsize:
+        for cut in piece.cuts:
+            cut.copy(np.frombuffer(buffer, np.uint8), work.results)
+    if checksum is not None and crc != checksum.value and end == extent.span * itemsize:
         what = f"its {checksum.kind} is {crc:#010x}, expected {checksum.value:#010x}"
         raise source.damage(what)
 
 
-def _distribute(buffer: np.ndarray, piece: Piece) -> None:
-    """Copies parts of what was read to where they belong."""
+def _distribute(buffer: np.ndarray, piece: Piece, results: Sequence[np.ndarray]) -> None:
+    """Copies what lies in memory already to where it belongs."""
     if piece.direct is not None:
-        _memory(piece.direct)[:] = buffer.data
+        piece.direct.memory(results)[:] = buffer.data
     for cut in piece.cuts:
-        target = cut.target
-        target[...] = np.ndarray(target.shape, target.dtype, buffer, cut.offset, cut.strides)
+        cut.copy(buffer, results)
 
 
 _local = threading.local()

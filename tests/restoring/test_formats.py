@@ -1,5 +1,6 @@
 """Name-based checkpoints: `.npz` files, matched by the global names of objects."""
 
+import os
 import pathlib
 import zipfile
 
@@ -365,6 +366,12 @@ def test_a_format_is_recognised_by_its_content_and_not_by_its_name(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     pathlib.Path(npz(tmp_path / "elsewhere", w=W)).rename(renamed)
     np.testing.assert_array_equal(ckpt.load(renamed)["w"], W)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.npz")
+    with pytest.raises(ckpt.CheckpointNotFoundError):
+        ckpt.load(tmp_path / "a.npz")
 
 
 def test_values_without_an_object_graph_can_be_read_by_key(tmp_path):

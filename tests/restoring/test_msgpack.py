@@ -133,6 +133,14 @@ def test_the_latest_checkpoint_of_flax_is_found(runs):
     assert ckpt.latest_checkpoint(runs) == str(runs / "checkpoint_20")
 
 
+def test_new_checkpoints_of_flax_are_evaluated_as_they_appear(runs):
+    seen = ckpt.checkpoints_iterator(runs, timeout=0)
+    assert next(seen) == str(runs / "checkpoint_100")
+    written(runs / "checkpoint_101", {"step": 101})
+    assert next(seen) == str(runs / "checkpoint_101")
+    assert next(seen, None) is None
+
+
 def test_a_manager_goes_on_from_the_checkpoints_of_flax(runs):
     checkpoint = ckpt.Checkpoint(step=0, w=jnp.zeros(2))
     manager = ckpt.CheckpointManager(checkpoint, runs)

@@ -516,6 +516,15 @@ def test_lost_files_are_named(copied):
         damaged(path, lost.partition("/")[0].replace("params.dense.bias", "params"))
 
 
+@pytest.mark.parametrize("name", ["_METADATA", "_strings.json", "manifest.ocdbt"])
+def test_a_pipe_is_not_waited_for(copied, name):
+    path = copied("0.12.8_key_and_string")
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(ckpt.CorruptCheckpointError, match=f"{name}.*not a regular file"):
+        ckpt.load(path)
+
+
 def test_saves_that_have_not_finished_are_refused_by_name(copied, tmp_path):
     assert_exactly(ckpt.load(ORBAX / "0.12.8_unmerged"), {"a": np.arange(5, dtype=np.float32)})
     path = copied("0.12.8_unmerged")

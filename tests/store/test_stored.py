@@ -75,6 +75,7 @@ def test_any_boxes_of_any_view_are_read(tmp_path_factory, data, band, waste):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces, "_BAND_NBYTES", band)
         patch.setattr(pieces, "_WASTE_NBYTES", waste)
+        pieces.pieces_of.cache_clear()
         reader = ExtentsReader("here", {"x": stored_as(path, base, view)})
         parts = read(reader, "x", *boxes)
     for box, part in zip(boxes, parts, strict=True):
@@ -103,10 +104,15 @@ def test_arrays_may_be_spread_over_several_files(tmp_path_factory, data):
         ExtentsReader("here", {"x": Stored(array_spec(array), tuple(extents[1:]))})
 
 
+@pytest.fixture(autouse=True)
+def fresh_plans():
+    pieces.pieces_of.cache_clear()
+    yield
+    pieces.pieces_of.cache_clear()
+
+
 def pieces_for(shape, boxes):
-    extent = Extent(whole(shape), "file", 0)
-    parts = [(np.zeros(shape_of(box), "f4"), box) for box in boxes]
-    return list(pieces.pieces_of(extent, parts))
+    return pieces.pieces_of(whole(shape), c_strides(shape), tuple(boxes), 4)
 
 
 def test_each_row_is_read_once_whatever_boxes_share_it():

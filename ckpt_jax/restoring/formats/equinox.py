@@ -7,10 +7,11 @@ to build the tree; it is skipped. There are no checksums.
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 
+from ckpt_jax.errors import CheckpointError
 from ckpt_jax.readers import ExtentsReader, Files, Format, Stored
+from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.names import graph_of_tree
 from ckpt_jax.restoring.formats.npz import MAGIC, stored_array
 
@@ -56,20 +57,17 @@ def _array(files: Files, path: str, at: int) -> tuple[Stored, int]:
 def _recognises(path: str) -> bool:
     """Whether a file begins with an array, after which there is more, or with a line of JSON before
     an array."""
-    if not os.path.isfile(path):
+    start = head_of(path, len(MAGIC))
+    if start == MAGIC:
+        try:
+            files = Files(path)
+            return _array(files, path, 0)[1] < files.size(path)
+        except (ValueError, CheckpointError):
+            return False
+    if start[:1] != b"{":
         return False
-    try:
-        with open(path, "rb") as file:
-            start = file.read(len(MAGIC))
-            if start == MAGIC:
-                files = Files(path)
-                return _array(files, path, 0)[1] < files.size(path)
-            if start[:1] != b"{":
-                return False
-            line = start + file.readline(_MAX_LINE_NBYTES)
-            return line.endswith(b"\n") and file.read(len(MAGIC)) == MAGIC
-    except (OSError, ValueError):
-        return False
+    with open(path, "rb") as file:
+        return file.readline(_MAX_LINE_NBYTES).endswith(b"\n") and file.read(len(MAGIC)) == MAGIC
 
 
 EQUINOX = Format("equinox", _recognises, open_equinox, suffixes=(".eqx",))

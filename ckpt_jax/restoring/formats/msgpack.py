@@ -20,6 +20,7 @@ from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
 from ckpt_jax.restoring.formats.cursor import Cursor
+from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.names import graph_of_tree
 
 SUFFIX = ".msgpack"
@@ -248,13 +249,7 @@ def _boxes_of_range(shape: tuple[int, ...], start: int, stop: int) -> Iterator[t
 
 def _recognises(path: str) -> bool:
     """Whether a file begins like a dict whose first key is a text."""
-    try:
-        if not os.path.isfile(path):
-            return False
-        with open(path, "rb") as file:
-            start = file.read(64)
-    except OSError:
-        return False
+    start = head_of(path, 64)
     if start == b"\x80":
         return True  # an empty dict, and nothing else
     length = {0xDE: 2, 0xDF: 4}.get(start[0], 0) if start else 0

@@ -15,8 +15,6 @@ from __future__ import annotations
 import ast
 import io
 import math
-import os
-import stat
 import tokenize
 import zlib
 from collections.abc import Callable
@@ -33,6 +31,7 @@ from ckpt_jax.graph.labels import VARIABLE_VALUE
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Checksum, Extent, ExtentsReader, Files, Format, Stored
+from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.zips import Archive, first_member
 from ckpt_jax.store.extents import c_strides
 
@@ -210,13 +209,7 @@ def _is_npz(path: str) -> bool:
 
 
 def _is_npy(path: str) -> bool:
-    try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            return False
-        with open(path, "rb") as file:
-            return file.read(len(MAGIC)) == MAGIC
-    except OSError:
-        return False
+    return head_of(path, len(MAGIC)) == MAGIC
 
 
 NPZ = Format("npz", _is_npz, open_npz, suffixes=(".npz",))

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from ckpt_jax.errors import UnsupportedFormatError
 from ckpt_jax.readers import Format
+from ckpt_jax.restoring.formats.heads import head_of
 
 _ADVICE = {
     "gguf": (
@@ -32,11 +33,7 @@ _PROTOCOLS = (2, 3, 4, 5)
 
 def _format(name: str, start: bytes, what: str) -> Format:
     def recognises(path: str) -> bool:
-        try:
-            with open(path, "rb") as file:
-                found = file.read(8)
-        except OSError:
-            return False
+        found = head_of(path, 8)
         if name == "pickle":
             return len(found) > 2 and found[:1] == start and found[1] in _PROTOCOLS
         return found.startswith(start)

@@ -20,6 +20,7 @@ from ckpt_jax.graph.boxes import whole
 from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
+from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.names import graph_of_names
 from ckpt_jax.restoring.formats.plain_json import parsed
 
@@ -198,30 +199,22 @@ def _names_in(directory: str) -> list[str]:
 
 
 def _starts_as_file(path: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            start = file.read(9)
-            size = os.fstat(file.fileno()).st_size
-    except OSError:
-        return False
+    start = head_of(path, 9)
     length = int.from_bytes(start[:8], "little")
-    return start[8:] == b"{" and 2 <= length <= min(size, _MAX_HEADER_NBYTES)
+    return start[8:] == b"{" and 2 <= length <= min(os.path.getsize(path), _MAX_HEADER_NBYTES)
 
 
 def _is_index(path: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            if file.read(1) != b"{" or os.fstat(file.fileno()).st_size > _MAX_HEADER_NBYTES:
-                return False
-            return b'"weight_map"' in file.read()
-    except OSError:
+    if head_of(path, 1) != b"{" or os.path.getsize(path) > _MAX_HEADER_NBYTES:
         return False
+    with open(path, "rb") as file:
+        return b'"weight_map"' in file.read()
 
 
 def _recognises(path: str) -> bool:
     if os.path.isdir(path):
         return any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in _names_in(path))
-    return os.path.isfile(path) and (_starts_as_file(path) or _is_index(path))
+    return _starts_as_file(path) or _is_index(path)
 
 
 SAFETENSORS = Format("safetensors", _recognises, open_safetensors, suffixes=(SUFFIX, INDEX_SUFFIX))

@@ -24,6 +24,7 @@ from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
 from ckpt_jax.restoring.formats.cursor import Cursor
+from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.names import graph_of_tree
 from ckpt_jax.restoring.formats.pickled import Call, Global, Persistent, read_pickle
 from ckpt_jax.restoring.formats.pickled_arrays import array_of, scalar_of
@@ -402,11 +403,7 @@ def _recognises(path: str) -> bool:
     name = first_member(path)
     if name is not None:
         return name.rpartition("/")[2] == _PICKLE
-    try:
-        with open(path, "rb") as file:
-            return _MAGIC_BYTES in file.read(32)
-    except OSError:
-        return False
+    return _MAGIC_BYTES in head_of(path, 32)
 
 
 TORCH = Format("torch", _recognises, open_torch, suffixes=(".pt", ".pth"))

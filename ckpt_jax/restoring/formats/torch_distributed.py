@@ -17,6 +17,7 @@ from ckpt_jax.graph.boxes import Box, shape_of, whole
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
 from ckpt_jax.restoring.formats.cursor import Cursor
+from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.names import graph_of_tree
 from ckpt_jax.restoring.formats.pickled import Call, Global, read_pickle
 from ckpt_jax.restoring.formats.torch import read_archive, sizes_of, tensor_of, tree_of
@@ -138,11 +139,7 @@ def _check_chunk(name: str, spec: LeafSpec, box: Box, properties: Any) -> None:
 
 
 def _recognises(path: str) -> bool:
-    try:
-        with open(os.path.join(path, _METADATA), "rb") as file:
-            return _MODULE.encode() in file.read(256)
-    except OSError:
-        return False
+    return _MODULE.encode() in head_of(os.path.join(path, _METADATA), 256)
 
 
 TORCH_DISTRIBUTED = Format("torch.distributed", _recognises, open_distributed)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.restoring.formats.cursor import Cursor
+from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.store.watched import Files
 
 _MAGIC = b"PK\x03\x04"
@@ -22,6 +23,7 @@ _EMPTY = b"PK\x05\x06"
 _LOCAL_HEADER_NBYTES = 30
 _MAX_EXPANSION = {zipfile.ZIP_DEFLATED: 1032}  # no memory is allocated for more
 _COPY_NBYTES = 1 << 20
+_MAX_NAME_NBYTES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,13 +182,11 @@ def first_member(path: str) -> str | None:
 
     It is read from the beginning of the file, so a truncated file has one, too.
     """
-    try:
-        with open(path, "rb") as file:
-            header = file.read(_LOCAL_HEADER_NBYTES)
-            if header[:4] == _EMPTY:
-                return ""
-            if header[:4] != _MAGIC:
-                return None
-            return file.read(int.from_bytes(header[26:28], "little")).decode("utf-8", "replace")
-    except OSError:
+    header = head_of(path, _LOCAL_HEADER_NBYTES + _MAX_NAME_NBYTES)
+    if header[:4] == _EMPTY:
+        return ""
+    if header[:4] != _MAGIC:
         return None
+    length = int.from_bytes(header[26:28], "little")
+    name = header[_LOCAL_HEADER_NBYTES : _LOCAL_HEADER_NBYTES + length]
+    return name.decode("utf-8", "replace")

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple, TypeGuard
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Files, Stored
+from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.msgpack import tree_of
 from ckpt_jax.restoring.formats.plain_json import parsed
 
@@ -97,7 +98,7 @@ def is_orbax(path: str) -> bool:
     return "tree" in kinds and kinds <= {"tree", "json", "metrics"}
 
 
-def _kind(folder: str) -> str:
+def _kind(folder: str, *, may_have_items: bool = True) -> str:
     """What kind of item a folder is: "tree", "array", "json", "metrics", or "items" if it has one
     folder for each of several; "" if it is none."""
     names = _names_in(folder)
@@ -109,8 +110,11 @@ def _kind(folder: str) -> str:
         return "metrics"
     if os.path.isfile(os.path.join(folder, _JSON)):
         return "json"
-    kinds = [_kind(os.path.join(folder, name)) for name in names if _is_folder(folder, name)]
-    return "items" if kinds and set(kinds) <= {"tree", "array", "json"} else ""
+    if not may_have_items:
+        return ""
+    folders = [os.path.join(folder, name) for name in names if _is_folder(folder, name)]
+    kinds = {_kind(below, may_have_items=False) for below in folders}
+    return "items" if kinds and kinds <= {"tree", "array", "json"} else ""
 
 
 def _is_item(path: str, names: Sequence[str]) -> bool:
@@ -123,12 +127,7 @@ def _is_item(path: str, names: Sequence[str]) -> bool:
 
 def _is_aggregate(file: str) -> bool:
     """Whether a file is in msgpack. Programs call text files `checkpoint`, too."""
-    try:
-        with open(file, "rb") as opened:
-            first = opened.read(1)
-    except OSError:
-        return False
-    return first >= b"\x80"
+    return head_of(file, 1) >= b"\x80"
 
 
 def step_of(name: str) -> int | None:
@@ -276,7 +275,8 @@ def _tree_of_item(directory: str, names: Sequence[str]) -> tuple[Any, list[Place
         except ValueError as error:
             raise _damaged(file, f"{entry.name}: {error}") from error
     tree = _grown(root.get("", {}))
-    is_array = metadata.get("use_ocdbt") is False and list(tree) == [_ARRAY]
+    # An item of one array has a folder for it, outside of a database.
+    is_array = metadata.get("use_ocdbt") is False and isinstance(tree, dict) and [*tree] == [_ARRAY]
     return (tree[_ARRAY] if is_array and item.places else tree), item.places
 
 
@@ -434,17 +434,21 @@ def _is_placeholder(value: Any) -> TypeGuard[str]:
 
 def _database_in(directory: str, names: Sequence[str]) -> str | None:
     """The directory of the OCDBT database in an item; None if there is none."""
-    if MANIFEST in names:
-        return directory
     parts = [name for name in names if name.startswith(_PROCESS)]
-    if len(parts) > 1:
+    if MANIFEST in names:
+        database = directory
+    elif len(parts) > 1:
         raise CorruptCheckpointError(
             f"{directory}: expected {MANIFEST}, found what {len(parts)} processes wrote and no "
             "process has merged: the save has not finished. Restore another step, or save again",
             file=os.path.join(directory, MANIFEST),
         )
-    # A single process may leave out the last step.
-    return os.path.join(directory, parts[0]) if parts else None
+    elif parts:  # a single process may leave out the last step
+        database = os.path.join(directory, parts[0])
+    else:
+        return None
+    Files(directory).size(os.path.join(database, MANIFEST))  # raises if it is no regular file
+    return database
 
 
 def _impls_in(directory: str) -> dict[str, str]:
