@@ -331,10 +331,10 @@ def test_a_checkpoint_of_any_format_goes_out_with_rules_and_dtypes(tmp_path):
 
 
 def test_large_arrays_are_written_in_bounded_parts(tmp_path, monkeypatch):
-    from ckpt_jax.restoring.formats.orbax import writing
+    from ckpt_jax.restoring.formats.orbax import writing_orbax
 
-    monkeypatch.setattr(writing, "_BATCH_NBYTES", 1 << 12)
-    monkeypatch.setattr(writing, "_CHUNK_NBYTES", 1 << 10)
+    monkeypatch.setattr(writing_orbax, "_BATCH_NBYTES", 1 << 12)
+    monkeypatch.setattr(writing_orbax, "_CHUNK_NBYTES", 1 << 10)
     tree = {"x": np.arange(40 * 60, dtype=np.float32).reshape(40, 60), "y": np.arange(5000)}
     path = ckpt.export(tree, tmp_path / "a", format="orbax")
     assert_exactly(restored(path), tree)

@@ -14,7 +14,7 @@ from ckpt_jax.restoring.formats.equinox import EQUINOX
 from ckpt_jax.restoring.formats.msgpack import MSGPACK
 from ckpt_jax.restoring.formats.npz import NPY, NPZ
 from ckpt_jax.restoring.formats.orbax import ORBAX
-from ckpt_jax.restoring.formats.orbax.writing import write_orbax
+from ckpt_jax.restoring.formats.orbax.writing_orbax import write_orbax
 from ckpt_jax.restoring.formats.refused import REFUSED
 from ckpt_jax.restoring.formats.safetensors import SAFETENSORS
 from ckpt_jax.restoring.formats.torch import TORCH

@@ -1,8 +1,9 @@
 """Orbax's checkpoints, of version 0.2 to today, without Orbax.
 
-`tree` reads what a directory says of itself, `zarr` reads the arrays. The typed paths of the leaves
-become an object graph. Lost in the format are whether a sequence was a list or a tuple, classes of
-named tuples, and integer keys of dicts; matching with the objects of a program allows for that.
+`tree` reads what a directory says of itself, `zarr` reads the arrays, `ocdbt` looks into a
+database, and `writing_orbax` writes. The typed paths of the leaves become an object graph. Lost in
+the format are whether a sequence was a list or a tuple, classes of named tuples, and integer keys
+of dicts; matching with the objects of a program allows for that.
 """
 
 from __future__ import annotations
