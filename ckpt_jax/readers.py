@@ -16,11 +16,11 @@ conversions and rename rules, is done by the callers of a reader.
 
 **The graph** says how the values belong to objects, and which name each value has. Three strengths
 occur. TensorFlow's checkpoints hold a real graph. Others hold a tree of names; `graph_of` makes a
-graph of it. If there are only positions, a format that `needs_target` makes the graph of them.
+graph of it. If there is only an order of values, the graph is a list and says that it is `ordered`.
 
 **Arrays as plain bytes.** In most formats an array lies in a file as plain bytes. Then it is enough
 to say where: see `Stored`, `Extent` and `ExtentsReader`, which does all reading, on several threads
-and within bounded memory.
+and within bounded memory. `ckpt_jax.testing.ReaderTests` tests any reader.
 """
 
 from __future__ import annotations

@@ -7,12 +7,12 @@ the given memory.
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 
@@ -38,6 +38,7 @@ from ckpt_jax.store.watched import Files, OpenFile
 from ckpt_jax.store.workers import Workers, cores
 
 _SCRATCH_NBYTES = 4 << 20
+_MAX_OPEN = 64  # files that stay open during a read
 _JOB_NBYTES = 1 << 20  # small reads are done together
 
 
@@ -206,6 +207,7 @@ class ExtentsReader:
             jobs.cancel()
             for _, work in in_flight:  # threads may still write into its buffers
                 work.done.wait()
+            jobs.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,6 +305,13 @@ class _Jobs:
         self._small: list[tuple[_Work, Extent, Sequence[Piece]]] = []
         self._small_nbytes = 0
         self._cancelled = False
+        self._open: dict[str, OpenFile] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Closes the files, when no job is left."""
+        for source in self._open.values():
+            source.close()
 
     def cancel(self) -> None:
         """Lets everything that has not been read yet end at once."""
@@ -350,27 +359,36 @@ class _Jobs:
             _pool().submit(self._run, jobs)
 
     def _run(self, jobs: Sequence[tuple[_Work, Extent, Sequence[Piece]]]) -> None:
-        for file, group in itertools.groupby(jobs, lambda job: job[1].file):
-            source: OpenFile | None = None
-            for work, extent, pieces in group:
-                try:
-                    if self._cancelled or work.error is not None:
-                        continue
-                    if work.stored.contents is not None:
-                        _take_contents(work, extent, pieces, work.stored.contents)
-                        continue
-                    source = source or self._files.opened(file)
+        for work, extent, pieces in jobs:
+            try:
+                if self._cancelled or work.error is not None:
+                    continue
+                if work.stored.contents is not None:
+                    _take_contents(work, extent, pieces, work.stored.contents)
+                    continue
+                with self._opened(extent.file) as source:
                     _read(source, work, extent, pieces)
-                except CorruptCheckpointError as error:
-                    work.error = CorruptCheckpointError(
-                        f"{work.key}: {error}", file=error.file, key=work.key
-                    )
-                except Exception as error:  # raised where the result is asked for
-                    work.error = error
-                finally:
-                    work.close_job()
-            if source is not None:
-                source.close()
+            except CorruptCheckpointError as error:
+                work.error = CorruptCheckpointError(
+                    f"{work.key}: {error}", file=error.file, key=work.key
+                )
+            except Exception as error:  # raised where the result is asked for
+                work.error = error
+            finally:
+                work.close_job()
+
+    @contextmanager
+    def _opened(self, file: str) -> Iterator[OpenFile]:
+        """A file, which stays open until the end, unless there are too many."""
+        with self._lock:
+            source = self._open.get(file)
+            if source is None and len(self._open) < _MAX_OPEN:
+                source = self._open[file] = self._files.opened(file)
+        if source is not None:
+            yield source
+            return
+        with self._files.opened(file) as source:
+            yield source
 
 
 def _take_contents(

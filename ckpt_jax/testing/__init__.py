@@ -5,13 +5,14 @@ says how to make the objects, and pytest runs every promise of the interface aga
 
     SaverTests     savers that are registered with `ckpt.register_checkpoint_saver`
     ViewTests      views that are registered with `ckpt.register_view`, and any other kind of object
+    ReaderTests    readers of checkpoints, for formats that `ckpt.register_format` is given
     ServiceTests   coordination services
 
 `run_processes` runs a program as several processes, which are threads that share a
 `MemoryService`.
 
-SaverTests and ViewTests need pytest and import it when they are first asked for. The others
-need nothing that the library itself does not.
+SaverTests, ViewTests and ReaderTests need pytest and import it when they are first asked for. The
+others need nothing that the library itself does not.
 """
 
 from __future__ import annotations
@@ -23,10 +24,15 @@ from typing import TYPE_CHECKING, Any
 from ckpt_jax.testing.processes import MemoryService, ServiceTests, run_processes
 
 if TYPE_CHECKING:
+    from ckpt_jax.testing.readers import ReaderTests
     from ckpt_jax.testing.savers import SaverTests
     from ckpt_jax.testing.views import ViewTests
 
-_NEED_PYTEST = {"SaverTests": "ckpt_jax.testing.savers", "ViewTests": "ckpt_jax.testing.views"}
+_NEED_PYTEST = {
+    "ReaderTests": "ckpt_jax.testing.readers",
+    "SaverTests": "ckpt_jax.testing.savers",
+    "ViewTests": "ckpt_jax.testing.views",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -45,4 +51,11 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-__all__ = ["MemoryService", "SaverTests", "ServiceTests", "ViewTests", "run_processes"]
+__all__ = [
+    "MemoryService",
+    "ReaderTests",
+    "SaverTests",
+    "ServiceTests",
+    "ViewTests",
+    "run_processes",
+]

@@ -1,6 +1,5 @@
 """Files of torch.save, zip and older, and directories of torch.distributed.checkpoint."""
 
-import io
 import pickle
 import pickletools
 import shutil
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from foreign import FIXTURES, check_hostile, mutations, outcome
 from jax.sharding import NamedSharding, PartitionSpec
+from torch_files import Made, Name, pickled, tensor, torch_file
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph.dtypes import dtype_of
@@ -104,71 +104,6 @@ def test_what_would_run_code_is_listed_and_refused_by_name():
 
 
 # --- files that this test makes ------------------------------------------------------------
-
-
-class Pickler(pickle._Pickler):
-    """Writes globals by their names, without the modules."""
-
-    dispatch = {**pickle._Pickler.dispatch}  # noqa: RUF012
-
-    def persistent_id(self, obj):
-        return obj.id if isinstance(obj, Stored) else None
-
-    def save_call(self, obj):
-        self.save_name(obj.name)
-        self.save(obj.args)
-        self.write(pickle.REDUCE)
-        if obj.state is not None:
-            self.save(obj.state)
-            self.write(pickle.BUILD)
-
-    def save_name(self, name):
-        module, _, attribute = name.rpartition(".")
-        self.write(pickle.GLOBAL + f"{module}\n{attribute}\n".encode())
-
-    def save_global_(self, obj):
-        self.save_name(obj.name)
-
-
-class Name:
-    def __init__(self, name):
-        self.name = name
-
-
-class Made:
-    def __init__(self, name, *args, state=None):
-        self.name, self.args, self.state = name, args, state
-
-
-class Stored:
-    def __init__(self, key, kind, numel):
-        self.id = ("storage", Name(f"torch.{kind}"), key, "cpu", numel)
-
-
-Pickler.dispatch[Made] = Pickler.save_call
-Pickler.dispatch[Name] = Pickler.save_global_
-
-
-def pickled(value) -> bytes:
-    file = io.BytesIO()
-    Pickler(file, 2).dump(value)
-    return file.getvalue()
-
-
-def tensor(key="0", kind="FloatStorage", numel=6, offset=0, size=(2, 3), stride=(3, 1), *more):
-    args = (Stored(key, kind, numel), offset, size, stride, False, Made("collections.OrderedDict"))
-    return Made("torch._utils._rebuild_tensor_v2", *args, *more)
-
-
-def torch_file(path, value, storages=(), order=b"little", **members):
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/data.pkl", value if isinstance(value, bytes) else pickled(value))
-        archive.writestr("a/byteorder", order)
-        for key, data in dict(storages).items():
-            archive.writestr(f"a/data/{key}", data)
-        for name, data in members.items():
-            archive.writestr(f"a/{name}", data)
-    return path
 
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
@@ -350,6 +285,25 @@ def test_nesting_and_sharing_are_bounded(tmp_path):
     deep_tuple = b"\x80\x02)" + b"\x85" * 300_000 + b"."
     with pytest.raises(ckpt.CorruptCheckpointError, match="levels"):
         ckpt.load(torch_file(tmp_path / "d", deep_tuple))
+
+
+def test_keys_that_are_nested_deeply_are_not_hashed(tmp_path):
+    key = b")" + b"\x85" * 300_000
+    pairs = b"](]" + key + b"aK\x01ae"  # [[key, 1]]
+    data = b"\x80\x02ccollections\nOrderedDict\n" + pairs + b"\x85R."
+    with pytest.raises(ckpt.CorruptCheckpointError, match="a tuple is no key"):
+        ckpt.load(torch_file(tmp_path / "a", data))
+
+
+def test_ordered_dicts_of_older_pickles(tmp_path):
+    value = Made("collections.OrderedDict", [["b", 1], ["a", 2]])
+    assert list(ckpt.load(torch_file(tmp_path / "a", {"x": value}))["x"]) == ["b", "a"]
+
+
+def test_a_view_without_elements_may_begin_anywhere(tmp_path):
+    value = {"x": tensor(numel=0, offset=5, size=(0, 3)), "y": tensor()}
+    path = torch_file(tmp_path / "a", value, {"0": X.tobytes()})
+    assert ckpt.load(path)["x"].shape == (0, 3)
 
 
 @pytest.mark.parametrize("path", [NEW, OLD, ODD], ids=["zip", "old", "odd"])

@@ -17,6 +17,7 @@ from ckpt_jax.graph.boxes import shape_of, slices, whole
 from ckpt_jax.graph.dtypes import dtype_name
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.store import pieces
+from ckpt_jax.store import stored as stored_values
 from ckpt_jax.store.extents import Checksum, Extent, Stored, c_strides
 from ckpt_jax.store.stored import ExtentsReader
 
@@ -109,6 +110,18 @@ def fresh_plans():
     pieces.pieces_of.cache_clear()
     yield
     pieces.pieces_of.cache_clear()
+
+
+def test_few_files_are_open_at_a_time_and_none_afterwards(tmp_path, monkeypatch):
+    monkeypatch.setattr(stored_values, "_MAX_OPEN", 2)
+    arrays = {str(n): np.full(1000, n, "i4") for n in range(20)}
+    values = {key: stored_as(tmp_path / key, array, array) for key, array in arrays.items()}
+    reader = ExtentsReader("here", values)
+    requests = [(key, [((0, 1000),)]) for key in arrays]
+    for number, (part,) in reader.read(requests, max_inflight_bytes=1 << 20):
+        np.testing.assert_array_equal(part, arrays[requests[number][0]])
+        assert len(open_files(str(tmp_path), deadline_seconds=0)) <= 2 + 16
+    assert not open_files(str(tmp_path))
 
 
 def pieces_for(shape, boxes):

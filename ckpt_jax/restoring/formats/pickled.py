@@ -142,7 +142,7 @@ class _Machine:
         if not isinstance(target, dict) or len(pairs) % 2:
             raise ValueError("keys and values without a dict")
         for key, value in zip(pairs[::2], pairs[1::2], strict=True):
-            target[_key(key)] = value
+            target[key_of(key)] = value
 
     def extend(self, values: list[Any]) -> None:
         """Adds values to the list on top of the stack."""
@@ -187,10 +187,14 @@ class _Machine:
         self.memo[number] = self.stack[-1]
 
 
-def _key(value: Any, depth: int = 0) -> Any:
-    """The key of a dict, if it is one that cannot take long to hash."""
+def key_of(value: Any, depth: int = 0) -> Any:
+    """A value as the key of a dict, if it is one that cannot take long, or too deep, to hash.
+
+    Raises:
+      ValueError: it is none.
+    """
     if isinstance(value, tuple) and depth < _MAX_KEY_DEPTH:
-        return tuple([_key(part, depth + 1) for part in value])
+        return tuple([key_of(part, depth + 1) for part in value])
     if value is None or isinstance(value, str | int | float | bytes | Call | Global):
         return value
     raise ValueError(f"a {type(value).__name__} is no key of a dict")

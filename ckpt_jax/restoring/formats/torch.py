@@ -26,7 +26,7 @@ from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
 from ckpt_jax.restoring.formats.cursor import Cursor
 from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.names import graph_of_tree
-from ckpt_jax.restoring.formats.pickled import Call, Global, Persistent, read_pickle
+from ckpt_jax.restoring.formats.pickled import Call, Global, Persistent, key_of, read_pickle
 from ckpt_jax.restoring.formats.pickled_arrays import array_of, scalar_of
 from ckpt_jax.restoring.formats.zips import Archive, first_member
 
@@ -251,7 +251,7 @@ def _dict_of(value: Call) -> dict[Any, Any]:
         case (dict(items),):
             return {**items, **value.items}
         case (list(pairs),):
-            return {**dict(pairs), **value.items}
+            return {**{key_of(key): part for key, part in pairs}, **value.items}
     return value.items
 
 

@@ -69,6 +69,8 @@ def _places(entries: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Pla
     for index, info in entries.items():
         name, offset = index.state["fqn"], index.state.get("offset")
         file, start, nbytes = (info.state[key] for key in ("relative_path", "offset", "length"))
+        if not isinstance(name, str):
+            raise ValueError(f"a {type(name).__name__} is the name of a value")
         if info.state.get("transform_descriptors"):
             raise UnsupportedFormatError(
                 f"{name}: its bytes were transformed, for example compressed. Save it without "
@@ -100,8 +102,8 @@ def _value(
             raise files.damage(file, f"it has {files.size(file)} bytes", name)
         return Archive(files, file, start, nbytes)
 
-    if not isinstance(entry, Call):
-        raise ValueError(f"{name}: it is not described")
+    if not isinstance(name, str) or not isinstance(entry, Call):
+        raise ValueError(f"a value is described by a {type(entry).__name__}")
     if entry.name == f"{_MODULE}.BytesStorageMetadata":
         return tree_of(*read_archive(archive(())))
     if entry.name != f"{_MODULE}.TensorStorageMetadata":
