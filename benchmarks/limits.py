@@ -24,21 +24,27 @@ from workloads import Host
 ALIGNMENT = 64  # bytes: from there a CPU device takes over a host buffer without a copy
 MOST_BUFFERS = os.sysconf("SC_IOV_MAX")
 MOST_BYTES = 1 << 30  # a call moves less than 2 GiB
-READERS = 2
+THREADS = len(os.sched_getaffinity(0))  # as many as there are cores
 
 
 def save_limits(host: Host, sharding: Sharding, directory: str) -> dict[str, list[Task]]:
     """For each resource that saving needs, the ways to use it."""
     shards = shard_buffers(host, sharding)
     path = os.path.join(directory, "limit-written")
+    files = [f"{path}-{number}" for number in range(THREADS)]
+    pool = ThreadPoolExecutor(THREADS)
+
+    def remove() -> None:  # else freeing them is timed
+        for file in (path, *files):
+            Path(file).unlink(missing_ok=True)
+
+    def write(_: Any) -> None:
+        list(pool.map(write_durably, files, dealt(shards, THREADS)))
 
     return {
         "disk": [
-            Task(
-                "one writev + fsync",
-                lambda _: write_durably(path, shards),
-                setup=lambda: Path(path).unlink(missing_ok=True),  # else freeing it is timed
-            )
+            Task("one writev + fsync", lambda _: write_durably(path, shards), setup=remove),
+            Task(f"writev + fsync, {THREADS} threads", write, setup=remove),
         ],
         "devices": [
             Task(
@@ -54,6 +60,17 @@ def save_limits(host: Host, sharding: Sharding, directory: str) -> dict[str, lis
     }
 
 
+def dealt(shards: Sequence[np.ndarray], count: int) -> list[list[np.ndarray]]:
+    """Buffers in groups of about the same size."""
+    total = sum(shard.nbytes for shard in shards)
+    groups: list[list[np.ndarray]] = [[] for _ in range(count)]
+    done = 0
+    for shard in shards:
+        groups[min(done * count // max(total, 1), count - 1)].append(shard)
+        done += shard.nbytes
+    return groups
+
+
 def restore_limits(host: Host, sharding: Sharding, directory: str) -> dict[str, list[Task]]:
     """For each resource that restoring needs, the ways to use it."""
     shards = shard_buffers(host, sharding)
@@ -61,7 +78,7 @@ def restore_limits(host: Host, sharding: Sharding, directory: str) -> dict[str, 
     write_durably(path, shards)
     size = os.path.getsize(path)
     warm = np.ones(size, np.uint8)
-    pool = ThreadPoolExecutor(READERS)
+    pool = ThreadPoolExecutor(THREADS)
 
     def read(buffer: np.ndarray) -> np.ndarray:
         read_in_parallel(pool, path, buffer)
@@ -80,10 +97,10 @@ def restore_limits(host: Host, sharding: Sharding, directory: str) -> dict[str, 
 
     return {
         "page cache": [
-            Task(f"preadv, {READERS} threads, warm buffer", lambda _: read(warm), check=check),
-            Task(f"mmap, {READERS} threads, warm buffer", lambda _: copy(warm), check=check),
+            Task(f"preadv, {THREADS} threads, warm buffer", lambda _: read(warm), check=check),
+            Task(f"mmap, {THREADS} threads, warm buffer", lambda _: copy(warm), check=check),
             Task(
-                f"preadv, {READERS} threads, fresh buffer",
+                f"preadv, {THREADS} threads, fresh buffer",
                 lambda _: read(np.empty(size, np.uint8)),
                 check=check,
             ),
@@ -175,5 +192,5 @@ def copy_in_parallel(pool: ThreadPoolExecutor, path: str, buffer: np.ndarray) ->
 
 def cut(buffer: np.ndarray) -> list[slice]:
     """The buffer in one part for each reader."""
-    step = -(-buffer.nbytes // READERS)
+    step = -(-buffer.nbytes // THREADS)
     return [slice(start, start + step) for start in range(0, buffer.nbytes, step)]

@@ -115,6 +115,12 @@ def as_json(results: Sequence[Result], about: Mapping[str, Any]) -> str:
     return json.dumps({**about, "results": [asdict(result) for result in results]}, indent=2)
 
 
+def from_json(text: str) -> list[Result]:
+    """The results that `as_json` wrote."""
+    rows = json.loads(text)["results"]
+    return [Result(**{**row, "samples": tuple(row["samples"])}) for row in rows]
+
+
 # The chart: one row for each operation that was timed, a mark for each contender at its ratio.
 
 COLORS = {

@@ -10,6 +10,8 @@ Contenders that are not installed are skipped with a word (`pip install -e ".[be
 
 * wide, many-1k, many-10k: durable save; restore onto the same mesh and onto one with the axes
   swapped; how long a save in the background keeps its caller. 8 virtual CPU devices.
+* one-device: the same bytes as wide, all on one device.
+* cores: wide on one core, on two, on four ... beside the limits of as many cores.
 * memory: peak resident memory of a save and a restore of `wide` above the arrays' own bytes.
 * leaves: what one more leaf costs a save, a restore and a restore's plan, for ever more leaves.
 * import: what importing adds to `import jax`.
@@ -48,7 +50,8 @@ from jax.sharding import Sharding
 from measure import Result, Task
 from workloads import Host, Workload
 
-SECTIONS = (*(workload.name for workload in workloads.WORKLOADS), "memory", "leaves", "import")
+OTHERS = ("cores", "memory", "leaves", "import")
+SECTIONS = (*(workload.name for workload in workloads.WORKLOADS), *OTHERS)
 PACKAGES = (
     "ckpt-jax", "jax", "jaxlib", "flax", "numpy", "tensorstore", "protobuf",
     "orbax-checkpoint", "tensorflow", "torch", "safetensors",
@@ -105,7 +108,7 @@ def transfers(
 ) -> list[Result]:
     """Save, restore onto both meshes, and the wait for a save in the background."""
     host = workloads.host_values(workload)
-    mesh, swapped = workloads.mesh_sharding(), workloads.swapped_sharding()
+    mesh, swapped = workloads.sharding_of(workload), workloads.swapped_sharding()
     folder, nbytes = settings.directory, workload.nbytes
     paths = {x: os.path.join(folder, f"{workload.name}-{x.name}") for x in libraries}
     measure.touch_memory(3 * nbytes)
@@ -119,9 +122,10 @@ def transfers(
     reading = limits.restore_limits(host, mesh, folder)
     found += settings.timed(workload, "restore", tasks, reading, nbytes)
 
-    tasks = [restore_task(x, path, host, swapped) for x, path in saved.items() if x.reshards]
-    reading = limits.restore_limits(host, swapped, folder)
-    found += settings.timed(workload, "restore, axes swapped", tasks, reading, nbytes)
+    if mesh != workloads.one_device():
+        tasks = [restore_task(x, path, host, swapped) for x, path in saved.items() if x.reshards]
+        reading = limits.restore_limits(host, swapped, folder)
+        found += settings.timed(workload, "restore, axes swapped", tasks, reading, nbytes)
 
     tasks = [begin_task(x, path, host, mesh) for x, path in paths.items() if x.background]
     copying = {"devices": limits_of["devices"]}
@@ -168,6 +172,32 @@ def restore_task(library: Contender, path: str, host: Host, sharding: Sharding) 
         setup=lambda: library.target(host, sharding),
         check=lambda target, restored: library.check(restored, target, host),
     )
+
+
+def cores(libraries: Sequence[Contender], settings: Settings) -> list[Result]:
+    """Saves and restores of `wide`, and their limits, on ever more cores of this machine."""
+    all_cores = sorted(os.sched_getaffinity(0))
+    counts = [1 << i for i in range(len(all_cores).bit_length()) if 1 << i < len(all_cores)]
+    script = Path(__file__)
+    found: list[Result] = []
+    for count in [*counts, len(all_cores)]:
+        with tempfile.NamedTemporaryFile(suffix=".json") as file:
+            names = [x.name for x in libraries if isinstance(x, contenders.JaxContender)]
+            arguments = ["--only", "wide", "--contenders", *names, "--json", file.name]
+            arguments += ["--size", str(settings.size), "--repeats", str(settings.repeats)]
+            run = subprocess.run(
+                [sys.executable, script, *arguments, "--directory", settings.directory],
+                preexec_fn=lambda count=count: os.sched_setaffinity(0, all_cores[:count]),
+                stdout=subprocess.DEVNULL,
+                check=False,
+            )
+            if run.returncode == 0:
+                found += [
+                    replace(result, workload=f"{count} cores")
+                    for result in report.from_json(Path(file.name).read_text())
+                    if result.operation != "async save returns"
+                ]
+    return found
 
 
 def memory(libraries: Sequence[Contender], settings: Settings) -> list[Result]:
@@ -318,7 +348,7 @@ def main() -> int:
                 scaled = workload.scaled(settings.size)
                 progress(f"{workload.name}: {scaled}")
                 results += transfers(scaled, libraries, settings)
-        for name, section in (("memory", memory), ("leaves", leaves), ("import", imports)):
+        for name, section in zip(OTHERS, (cores, memory, leaves, imports), strict=True):
             if name in parsed.only:
                 progress(name)
                 results += section(libraries, settings)

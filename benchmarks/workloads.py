@@ -43,6 +43,7 @@ class Workload:
 
 WORKLOADS = (
     Workload("wide", 96, (1024, 2560)),
+    Workload("one-device", 96, (1024, 2560)),
     Workload("many-1k", 1_000, (64, 64)),
     Workload("many-10k", 10_000, (16, 16)),
 )
@@ -77,6 +78,11 @@ def swapped_sharding() -> Sharding:
     No shard is a shard of `mesh_sharding`: every one is put together from two.
     """
     return _sharding(np.array(jax.devices()).reshape(4, 2).T)
+
+
+def sharding_of(workload: Workload) -> Sharding:
+    """Where the arrays of a workload lie."""
+    return one_device() if workload.name == "one-device" else mesh_sharding()
 
 
 def one_device() -> Sharding:

@@ -42,11 +42,20 @@ from ckpt_jax.errors import (
     RegistrationError,
     RestoreMismatchError,
     ShardError,
+    SupersededError,
     UnsaveableError,
     UnsupportedFormatError,
 )
 from ckpt_jax.manage.manager import CheckpointManager
 from ckpt_jax.manage.preemption import PreemptionHandler
+from ckpt_jax.manage.retention import (
+    CheckpointRecord,
+    KeepAny,
+    KeepBest,
+    KeepEveryNSteps,
+    KeepLatest,
+    RetentionPolicy,
+)
 from ckpt_jax.objects.delegate import DelegatingTrackable
 from ckpt_jax.objects.optax_states import OptaxState, optax_state
 from ckpt_jax.objects.python_state import PythonState
@@ -76,19 +85,13 @@ from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.adapters import CheckpointAdapter, ReshardCallback
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.transforms import Cast, Stack, Transpose, Unstack
-from ckpt_jax.retention import (
-    CheckpointRecord,
-    KeepAny,
-    KeepBest,
-    KeepEveryNSteps,
-    KeepLatest,
-    RetentionPolicy,
-)
+from ckpt_jax.showing.overview import show
 from ckpt_jax.store.state_file import CheckpointState, get_checkpoint_state
 from ckpt_jax.version import __version__ as __version__
 
 __all__ = [
     "AsyncSaveError",
+    "SupersededError",
     "AutoTrackable",
     "BarrierTimeoutError",
     "Cast",
@@ -167,6 +170,7 @@ __all__ = [
     "restore_nodes",
     "save",
     "save_object",
+    "show",
     "sync",
     "verify",
 ]

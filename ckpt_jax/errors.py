@@ -9,6 +9,7 @@
     ├── ShardError                (also ValueError)  shards that do not make up whole arrays
     ├── RegistrationError         (also ValueError)  a registry refused a name, or does not have it
     ├── AsyncSaveError            a save in the background failed
+    ├── SupersededError           another manager has taken over the directory
     ├── BarrierTimeoutError       (also TimeoutError)  other processes did not arrive in time
     ├── ProcessError              another process failed, or the processes do different things
     └── PreflightError            (also OSError)  not all processes can write the directory
@@ -91,6 +92,14 @@ class RegistrationError(CheckpointError, ValueError):
 
 class AsyncSaveError(CheckpointError):
     """A save that ran in the background failed; the cause is chained."""
+
+
+class SupersededError(CheckpointError):
+    """Another manager has taken over the checkpoints that this one manages.
+
+    This one no longer records, replaces or removes any. A checkpoint that it has just saved stays,
+    and the message says so.
+    """
 
 
 class BarrierTimeoutError(CheckpointError, TimeoutError):

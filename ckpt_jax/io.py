@@ -26,6 +26,7 @@ from ckpt_jax.store import shard as _shard
 from ckpt_jax.store.fetch import ShardedReader
 from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.shard import Slice
+from ckpt_jax.store.storage import POSIX, Pinned
 from ckpt_jax.values import host
 from ckpt_jax.values.leaves import encode
 
@@ -69,14 +70,13 @@ def write_shard(
     """
     prefix = as_path(prefix, "prefix")
     parts = _on_host({_checked(key): _slices_of(key, value) for key, value in values.items()})
-    _shard.write_shard(
-        prefix,
-        # Arrays of which this process holds nothing are left out.
-        {key: value for key, value in parts.items() if not isinstance(value, list) or value},
+    # Arrays of which this process holds nothing are left out.
+    held = {key: value for key, value in parts.items() if not isinstance(value, list) or value}
+    _shard.write_shards(
+        {prefix: held},
         compression=options.compression,
         durable=options.durable,
-        # TensorStore holds the bytes of a group three times.
-        max_inflight_bytes=max(options.max_inflight_bytes // 3, 1),
+        max_inflight_bytes=options.max_inflight_bytes,
         written=written,
     )
     return prefix
@@ -189,10 +189,13 @@ def read_slices(
       KeyError: a key is not there.
       ValueError: a box or shape does not fit the stored array.
       CorruptCheckpointError: naming file and key.
+      CheckpointNotFoundError: there is none, or it was replaced or removed while it was being read.
 
     Source: TensorFlow's RestoreV2.
     """
-    with ShardedReader(as_path(prefix, "prefix")) as reader:
+    path = as_path(prefix, "prefix")
+    pinned = Pinned.of(path, POSIX.located(path), POSIX)
+    with pinned.unless_replaced(), ShardedReader(pinned.location) as reader:
         return read_values(reader, requests, options)
 
 

@@ -98,7 +98,7 @@ class RestoreReport:
             rows += [(kind, entry.path or "(root)", _remark(entry)) for entry in groups]
             if more:
                 rows.append((kind, f"... and {more} more", ""))
-        width = max((len(path) for _, path, _ in rows), default=0)
+        width = min(max((len(path) for _, path, _ in rows), default=0), _MAX_WIDTH)
         lines = [f"  {kind:<10}  {path:<{width}}  {what}".rstrip() for kind, path, what in rows]
         hints = [f"  {hint}" for hint in rename_hints(self)]
         return "\n".join([f"{self.path}: {self._summary()}", *lines, *hints])
@@ -117,10 +117,14 @@ class RestoreReport:
         ]
 
     def _repr_html_(self) -> str:
-        """The table for notebooks: problems come first and are open; long lists are folded."""
+        """The table for notebooks: problems come first and are open; long lists are folded.
+
+        As in the text, values that differ only in the numbers in their paths share a row.
+        """
         parts = [
             f"<b>{html.escape(self.path)}</b><br>{html.escape(self._summary())}",
             *[_html_section(kind, getattr(self, kind)) for kind in _KINDS if getattr(self, kind)],
+            *[f"<div>{html.escape(hint)}</div>" for hint in rename_hints(self)],
         ]
         return f'<div style="line-height:1.5">{"".join(parts)}</div>'
 
@@ -136,6 +140,7 @@ _COLORS = {
 }
 _SHOWN = 20  # rows of a kind that HTML does not fold, and that a `repr` shows
 _LISTED = 50  # rows of a kind that the text of an error has
+_MAX_WIDTH = 200  # of the column of paths; longer paths move what stands beside them
 _COMPARED = 200  # paths that are compared letter by letter with one that is not found
 _FLAT = 20  # values of a kind that have a row each
 _NUMBER = re.compile(r"\d+")
@@ -143,14 +148,18 @@ _NUMBER = re.compile(r"\d+")
 
 def _shortened(entries: Sequence[ReportEntry], limit: int | None) -> tuple[list[ReportEntry], int]:
     """The first rows for some entries, and how many entries are not in them."""
-    groups = [[entry] for entry in entries]
-    if len(entries) > _FLAT:
-        alike: dict[ReportEntry, list[ReportEntry]] = {}
-        for entry in entries:
-            alike.setdefault(_without_numbers(entry), []).append(entry)
-        groups = [*alike.values()]
-    shown = groups[:limit]
-    return [_row(group) for group in shown], len(entries) - sum(map(len, shown))
+    groups = _groups(entries)
+    return [*map(_row, groups[:limit])], 0 if limit is None else sum(map(len, groups[limit:]))
+
+
+def _groups(entries: Sequence[ReportEntry]) -> list[list[ReportEntry]]:
+    """Entries that share a row."""
+    if len(entries) <= _FLAT:
+        return [[entry] for entry in entries]
+    alike: dict[ReportEntry, list[ReportEntry]] = {}
+    for entry in entries:
+        alike.setdefault(_without_numbers(entry), []).append(entry)
+    return [*alike.values()]
 
 
 def _without_numbers(entry: ReportEntry) -> ReportEntry:
@@ -209,10 +218,11 @@ def _size(nbytes: int) -> str:
 
 def _html_section(kind: str, entries: Sequence[ReportEntry]) -> str:
     """The entries of one kind, under a heading that folds them."""
-    body = _html_rows(entries[:_SHOWN])
-    if len(entries) > _SHOWN:
-        rest = _html_rows(entries[_SHOWN:])
-        body += f"<details><summary>{len(entries) - _SHOWN} more</summary>{rest}</details>"
+    groups = _groups(entries)
+    body = _html_rows(groups[:_SHOWN])
+    if more := sum(map(len, groups[_SHOWN:])):
+        rest = _html_rows(groups[_SHOWN:])
+        body += f"<details><summary>{more} more</summary>{rest}</details>"
     color = _COLORS[kind]
     heading = f'<b style="color:{color}">{kind}</b> ({len(entries)})'
     is_open = "" if kind == "restored" else " open"
@@ -222,12 +232,12 @@ def _html_section(kind: str, entries: Sequence[ReportEntry]) -> str:
     )
 
 
-def _html_rows(entries: Sequence[ReportEntry]) -> str:
+def _html_rows(groups: Sequence[Sequence[ReportEntry]]) -> str:
     cell = '<td style="text-align:left;padding:0 12px 0 0">'
     rows = [
         f"<tr>{cell}<code>{html.escape(entry.path or '(root)')}</code></td>"
         f"{cell}{html.escape(_remark(entry))}</td></tr>"
-        for entry in entries
+        for entry in map(_row, groups)
     ]
     return f"<table>{''.join(rows)}</table>"
 

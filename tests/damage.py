@@ -21,7 +21,7 @@ def save_unreadable(path, tree):
 
 
 def damage_values(path):
-    files = [file for file in Path(path).glob("shards/*/d/*") if file.is_file()]
+    files = [file for file in Path(path).glob("shards/*/c/*") if file.is_file()]
     assert files
     for file in files:
         file.write_bytes(bytes(b ^ 0x5A for b in file.read_bytes()))

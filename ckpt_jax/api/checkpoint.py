@@ -40,7 +40,7 @@ from ckpt_jax.restoring.waiting import Restoration
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import Bookkeeping, SaveRuns, Unrecorded
 from ckpt_jax.store.paths import as_path, resolved
-from ckpt_jax.store.state_file import CheckpointState, update_checkpoint_state
+from ckpt_jax.store.state_file import record_latest
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -145,11 +145,10 @@ class Checkpoint(AutoTrackable):
           `when_busy="skip"` says not to wait for it.
         """
         options, path = given(options), as_path(path)
-        check_values(self, values)
 
         def open_books(meeting: Meeting) -> Unrecorded:
             replace_values(self, values)
-            return Unrecorded(request_for(self, path, options))
+            return Unrecorded(request_for(self, path, options, "Checkpoint.write"))
 
         return self._save(path, options, values, open_books)
 
@@ -184,7 +183,6 @@ class Checkpoint(AutoTrackable):
         its new ones. A warning in the log says so, once for each checkpoint.
         """
         options, prefix = given(options), as_path(prefix, "prefix")
-        check_values(self, values)
 
         def open_books(meeting: Meeting) -> _Numbered:
             replace_values(self, values)
@@ -199,7 +197,9 @@ class Checkpoint(AutoTrackable):
         values: Mapping[str, Any],
         open_books: Callable[[Meeting], Bookkeeping],
     ) -> str | None:
-        saved = self._runs().save(path, options, current_context(), open_books)
+        saved = self._runs().save(
+            path, options, current_context(), lambda: check_values(self, values), open_books
+        )
         if saved is None:  # skipped; a later save without values must not find older ones
             replace_values(self, values)
         return saved
@@ -239,7 +239,7 @@ class Checkpoint(AutoTrackable):
         if path is None:
             return LoadStatus(None, self._trace_for_restore)
         with context.meter.restoring(lambda: CheckpointReader(path, context.storage)) as reader:
-            saved = renamed(reader.object_graph, rename)
+            saved = renamed(reader.graph_to_restore, rename)
             restoration = Restoration(reader.path, saved, options, self._trace_for_restore, context)
             root = restoration.run(reader, meeting)
         if self.__dict__["_self_rooted"] and root is not self._root_object():
@@ -426,15 +426,20 @@ class _Numbered:
 
     def begin(self) -> SaveRequest:
         set_save_counter(self._checkpoint, self._number)
-        return request_for(self._checkpoint, self._path, self._options, self._number)
+        return request_for(
+            self._checkpoint, self._path, self._options, "Checkpoint.save", self._number
+        )
 
     def record(self, is_overtaken: bool = False) -> None:
         if self._meeting.leads and not is_overtaken:
             latest = os.path.join(self._directory, os.path.basename(self._path))
-            update_checkpoint_state(self._directory, CheckpointState(latest))
+            record_latest(self._directory, self.series[1], latest)
 
     def undo(self) -> None:
         take_back_count(self._checkpoint, self._number)
+
+    def follow(self, count: int) -> None:
+        set_save_counter(self._checkpoint, count)
 
 
 def set_save_counter(checkpoint: Checkpoint, number: int) -> None:
@@ -456,13 +461,20 @@ def save_runs_of(checkpoint: Checkpoint) -> SaveRuns:
 
 
 def request_for(
-    checkpoint: Checkpoint, path: str, options: CheckpointOptions, number: int | None = None
+    checkpoint: Checkpoint,
+    path: str,
+    options: CheckpointOptions,
+    verb: str,
+    number: int | None = None,
+    step: int | None = None,
 ) -> SaveRequest:
     """The request to save a checkpoint to `path`.
 
     Args:
+      verb: the method that saves.
       number: of the checkpoint, if it has one. Then a warning says if nothing has changed since
         the save of a lower number.
+      step: of the program, if it is known.
     """
 
     def trace() -> LiveGraph:
@@ -471,7 +483,8 @@ def request_for(
             _warn_if_unchanged(checkpoint, live, path, number)
         return live
 
-    return SaveRequest(path, trace, options)
+    count = None if number is None else checkpoint.save_counter
+    return SaveRequest(path, trace, options, verb=verb, step=step, count=count)
 
 
 def check_values(checkpoint: Checkpoint, values: Mapping[str, Any]) -> None:

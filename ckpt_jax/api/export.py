@@ -45,7 +45,7 @@ from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
 from ckpt_jax.store.durable import fsync_directory, fsync_file, make_directories
 from ckpt_jax.store.paths import absolute, as_path, require_room
-from ckpt_jax.store.staging import claim, remove_leftovers, staging_name
+from ckpt_jax.store.staging import discard, joined, remove_leftovers, staging_name
 from ckpt_jax.values.leaves import describe, encode
 
 Cast = Any  # a dtype, or pairs of a pattern and a dtype
@@ -71,8 +71,9 @@ def export(
       destination: the path to create.
       format: "safetensors" writes one file if the destination ends in ".safetensors", and
         otherwise a directory as transformers has it. "npz" writes one file. Names are the local
-        names joined with "." and "/". "orbax" writes a directory, or, if its name is that of a step
-        (`run/300`), the step of a manager.
+        joined with "." and "/". "orbax" writes a directory, or, if its name is that of a step
+        (`run/300`), the step of a manager. "tensorflow" writes a checkpoint with its object graph,
+        for `tf.train.Checkpoint.restore`; the destination is its prefix.
       rename: rules as for `ckpt.restore`, from the names in the source to those in the outcome.
       only: which values of the source are written: a pattern, a list of patterns or a function
         of paths.
@@ -117,10 +118,14 @@ def export(
         read = _reading(reader, saved, graph)
         make_directories(os.path.dirname(path))
         remove_leftovers(path)
-        with claim(path) as staging:
-            inside = os.path.join(staging, os.path.basename(path))
-            endings = writer.write(Export(path, graph, read, max_shard_nbytes), inside)
-            _publish(inside, path, endings)
+        staging = staging_name(path)
+        with joined(staging):
+            try:
+                inside = os.path.join(staging, os.path.basename(path))
+                endings = writer.write(Export(path, graph, read, max_shard_nbytes), inside)
+                _publish(inside, path, endings)
+            finally:
+                discard(staging)
     return destination
 
 
@@ -213,7 +218,7 @@ def _chosen(reader: CheckpointReader, only: Selection | None) -> ObjectGraph:
       KeyError: there are none.
       UnsupportedFormatError: registered saver wrote some, which only they can read.
     """
-    graph = reader.object_graph
+    graph = reader.graph_to_restore
     tree = as_tree(slots_as_children(graph))
     chosen = selects(only)
     keys = {a.key for node, a in tree.attributes() if chosen(tree.value_path(node, a.name))}

@@ -76,7 +76,7 @@ class FrozenSaver:
         """
         options = given(options)
         refuse_async("FrozenSaver.save", options)
-        request = SaveRequest(as_path(path), self._current, options)
+        request = SaveRequest(as_path(path), self._current, options, verb="FrozenSaver.save")
         return save_once(request, current_context())
 
     def restore(self, path: Path, options: CheckpointOptions | None = None) -> None:

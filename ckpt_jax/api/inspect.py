@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -21,6 +20,7 @@ from ckpt_jax.restoring.formats import format_of
 from ckpt_jax.restoring.waiting import log_conflicts
 from ckpt_jax.store.directory import is_checkpoint
 from ckpt_jax.store.paths import absolute, as_path
+from ckpt_jax.store.presence import is_directory
 from ckpt_jax.values.leaves import describe
 
 
@@ -45,20 +45,35 @@ def load_checkpoint(path: Path) -> CheckpointReader:
     """
     path = as_path(path)
     is_one = is_checkpoint(path) or format_of(absolute(path)) is not None
-    if not is_one and os.path.isdir(path):
+    if not is_one and is_directory(path):
         path = latest_checkpoint(path) or path
     return CheckpointReader(path)
 
 
 def list_variables(path: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """(key, shape) of every value in a checkpoint, sorted by key.
+    """(path, shape) of every value in a checkpoint, sorted by path.
 
-    `load_checkpoint(path).paths()` lists the shorter paths, which `load_variable` takes as well.
+    Paths are what reports show, what `only=` and `rename=` match, and what `load_variable` takes. A
+    value that several objects share is listed under each of its paths. What a registered saver has
+    stored has no path; it is listed under its key. `load_checkpoint(path).keys()` lists all keys.
 
-    Source: `tf.train.list_variables`.
+    Args:
+      path: of a checkpoint, or of a directory whose latest checkpoint is meant.
+
+    Source: `tf.train.list_variables`, which lists keys.
+
+    Example:
+      >>> import ckpt_jax as ckpt, numpy as np, tempfile
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     path = ckpt.save(f"{directory}/a", {"params": {"w": np.zeros((2, 3))}, "step": 7})
+      ...     list_variables(path)
+      [('params/w', (2, 3)), ('step', ())]
     """
     with load_checkpoint(path) as reader:
-        return list(reader.get_variable_to_shape_map().items())
+        shapes = reader.get_variable_to_shape_map()
+        keys = {name: reader.key_of(name) for name in reader.paths()}
+        keys |= {key: key for key in shapes.keys() - keys.values()}
+        return sorted([(name, shapes[key]) for name, key in keys.items() if key is not None])
 
 
 def load_variable(path: Path, name: str) -> Any:
@@ -66,7 +81,7 @@ def load_variable(path: Path, name: str) -> Any:
 
     Args:
       path: of the checkpoint.
-      name: the value's path (`params/w`, as patterns and reports have it) or its checkpoint key.
+      name: the value's path (`params/w`, as `list_variables` has it) or its checkpoint key.
 
     Raises:
       KeyError: there is no such value; the message names the nearest.

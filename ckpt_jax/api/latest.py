@@ -5,6 +5,9 @@ graph can be read and agree, and if its files hold as many bytes as the index li
 arrays are not looked at; they are checked when they are read.
 
 Checkpoints are in the order of the numbers in their names. Times are only reported.
+
+If the system does not tell whether a checkpoint is there, or what it holds, its error is raised.
+Otherwise the program would go on from an older checkpoint, and write over the newer ones.
 """
 
 from __future__ import annotations
@@ -27,11 +30,13 @@ from ckpt_jax.store.directory import (
     number_of,
     others_in,
     require_checkpoint,
+    visible_in,
 )
 from ckpt_jax.store.durable import fsync_directory
+from ckpt_jax.store.manifest import MANIFEST
 from ckpt_jax.store.notes import read_notes
 from ckpt_jax.store.paths import absolute, as_path, require_room
-from ckpt_jax.store.stack import MANIFEST
+from ckpt_jax.store.presence import is_taken
 from ckpt_jax.store.staging import held, staging_name
 from ckpt_jax.store.state_file import STATE_FILE, CheckpointState, get_checkpoint_state
 
@@ -59,6 +64,7 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
       ValueError: the state file names no checkpoint, and the directory holds none with a number.
       UnsupportedFormatError: the directory holds only checkpoints that cannot be read here, or the
         latest one is of a newer format.
+      OSError: something could not be looked at, so it is not known which one is the latest.
 
     Source: `tf.train.latest_checkpoint`, which returns None if the latest is gone, or if there is
     no state file.
@@ -133,7 +139,7 @@ def beside(directory: str, path: str) -> str:
     checkpoint of this name beside the state file, if there is one.
     """
     here = os.path.join(directory, os.path.basename(os.path.normpath(path)))
-    return here if not os.path.lexists(path) and is_checkpoint(here) else path
+    return here if not is_taken(path) and is_checkpoint(here) else path
 
 
 def warn_of_move(directory: str, named: str, found: str) -> None:
@@ -146,19 +152,19 @@ def warn_of_move(directory: str, named: str, found: str) -> None:
 
 
 def _numbered(directory: str) -> list[str]:
-    return [name for name in checkpoints_in(directory) if number_of(name) is not None]
+    return checkpoints_in(directory, lambda name: number_of(name) is not None)
 
 
 def _newest_by_name(directory: str) -> str | None:
     """The newest checkpoint of a directory without a state file, by the numbers in the names."""
-    names = checkpoints_in(directory)
-    numbered = [name for name in names if number_of(name) is not None]
-    if not names:
+    numbered = _numbered(directory)
+    names = [] if numbered else visible_in(directory)
+    if not numbered and not names:
         steps = foreign_steps(directory)
         if not steps:
             refuse_others(directory)
         return _first_usable(reversed(steps.values()))
-    if not numbered:
+    if names:
         _log.warning(
             "%s: expected a state file or checkpoints with a number in their names, found %s. "
             "It is not known which one is the latest. Restore one of them by its path.",
@@ -209,21 +215,26 @@ def older_checkpoints(directory: Path, path: str) -> list[str]:
     except ValueError:  # then abandoned branches are not known
         notes = None
     abandoned = notes.abandoned if notes is not None else frozenset()
-    return [
-        os.path.join(directory, other)
-        for other in reversed(checkpoints_in(directory))
-        if (n := number_of(other)) is not None and n < number and other not in abandoned
-        if _name_without_number(other) == name
-    ]
+
+    def is_older(other: str) -> bool:
+        n = number_of(other)
+        return n is not None and n < number and _name_without_number(other) == name
+
+    older = checkpoints_in(directory, lambda other: other not in abandoned and is_older(other))
+    return [os.path.join(directory, other) for other in reversed(older)]
 
 
 def problem_with(path: str) -> str | None:
-    """Why the checkpoint at `path` is not usable; None if it is."""
+    """Why the checkpoint at `path` is not usable; None if it is.
+
+    Raises:
+      OSError: this is not known.
+    """
     try:
         with CheckpointReader(path) as reader:
             _ = reader.object_graph
             reader.check_files()
-    except (CheckpointError, OSError) as error:
+    except CheckpointError as error:
         return str(error)
     return None
 
@@ -234,7 +245,7 @@ def _refuse_unsupported(path: str) -> None:
         CheckpointReader(path).close()
     except UnsupportedFormatError:
         raise
-    except (CheckpointError, OSError):
+    except CheckpointError:
         return
 
 
@@ -269,6 +280,7 @@ def checkpoints_iterator(
 
     Raises:
       ValueError: the state file names no checkpoint; raised during the iteration.
+      OSError: something could not be looked at; raised during the iteration.
 
     Source: `tf.train.checkpoints_iterator`.
 
@@ -344,6 +356,9 @@ def checkpoint_exists(path: Path) -> bool:
     Args:
       path: of a checkpoint, as `save` returned it.
 
+    Raises:
+      OSError: this is not known, because the system refuses to tell.
+
     Source: `tf.compat.v1.train.checkpoint_exists`.
 
     Example:
@@ -403,7 +418,7 @@ def remove_checkpoint(path: Path) -> None:
       False
     """
     path = absolute(as_path(path))
-    if not os.path.lexists(path):
+    if not is_taken(path):
         return
     require_checkpoint(path)
     try:
@@ -422,7 +437,7 @@ def remove_checkpoint(path: Path) -> None:
                 raise
             shutil.rmtree(aside)
     except FileNotFoundError:
-        if os.path.lexists(path):
+        if is_taken(path):
             raise
         # Another process has just removed it.
 

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from ckpt_jax.errors import UnsaveableError
-from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
+from ckpt_jax.graph.labels import VARIABLE_VALUE
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph
 from ckpt_jax.graph.plain import encode
 from ckpt_jax.graph.saved_objects import (
@@ -103,6 +103,11 @@ def recorded(live: LiveGraph) -> tuple[SavedObject, ...]:
 
 def _recorded(live: LiveGraph, node: int, node_of: Mapping[int, int]) -> SavedObject:
     obj, view, entry = live.objects[node], live.views[node], live.graph.nodes[node]
+    if isinstance(obj, NoDependency):
+        raise TypeError(
+            "it is marked with ckpt.NoDependency, so nothing could take its place in the container "
+            "that holds it; keep it in an attribute"
+        )
     kind = _kind_of(view, entry)
     name = (registry.registered_name(obj) or "") if kind not in (VALUE, NONE) else ""
     if not name:
@@ -125,16 +130,18 @@ def _plain_parts(container: Wrapper, node: Node) -> tuple[PlainPart, ...]:
     parts: list[PlainPart] = []
     for position, (label, value) in enumerate(container._elements()):
         if label not in states:
-            part = PlainPart(position, label, _plain(label, value))
             try:
-                encode(list(part))
+                part = PlainPart(position, label, _plain(value))
+                encode([list(part)])
+            except RecursionError as error:
+                raise TypeError(f"its element {label!r}: it is nested too deeply") from error
             except (TypeError, ValueError) as error:
                 raise TypeError(f"its element {label!r}: {error}") from error
             parts.append(part)
     return tuple(parts)
 
 
-def _plain(label: Label, value: Any) -> Any:
+def _plain(value: Any) -> Any:
     """An element as plain data; like `load_object`, it forgets classes."""
     view = view_of(value)
     if isinstance(value, enum.Enum):
@@ -143,11 +150,11 @@ def _plain(label: Label, value: Any) -> Any:
         return value
     if view is None or isinstance(value, NoDependency):
         raise TypeError(
-            f"its element {label!r} is of type {type(value).__qualname__}, which is neither state "
-            "nor plain data; register the class that holds it with ckpt.register_serializable and "
-            "let it keep the element outside of this container"
+            f"{type(value).__qualname__} is neither state nor plain data; register the class that "
+            "holds it with ckpt.register_serializable and let it keep the element outside of this "
+            "container"
         )
-    parts = {at: _plain(label, part) for at, part in view.children(value)}
+    parts = {at: _plain(part) for at, part in view.children(value)}
     if view.container in ("list", "tuple"):
         return list(parts.values()) if view.container == "list" else tuple(parts.values())
     return parts

@@ -119,6 +119,7 @@ def save_object(
         options,
         overwrite=overwrite,
         extra=lambda live: {SAVED_OBJECTS_KEY: seal(encode(live.graph, recorded(live)))},
+        verb="ckpt.save_object",
     )
     return save_once(request, current_context())
 

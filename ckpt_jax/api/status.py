@@ -178,6 +178,7 @@ class LoadStatus:
             # An object that takes no values leaves them unused, which is another complaint.
             if live in now.given or not (nodes[live].attributes or nodes[live].saver)
         }
+        taken |= self._done.renamed.consumed
         if self._skips_slots():
             taken |= saved.slot_nodes
         return [

@@ -87,10 +87,16 @@ def save(
     """
     options, path, context = given(options), as_path(path), current_context()
     request = SaveRequest(
-        path, lambda: live_graph(tree, for_restore=False), options, overwrite=overwrite
+        path,
+        lambda: live_graph(tree, for_restore=False),
+        options,
+        overwrite=overwrite,
+        verb="ckpt.save",
     )
     saves = _saves_of(context.processes)
-    saved = saves.runs.save(path, options, context, lambda meeting: Unrecorded(request))
+    saved = saves.runs.save(
+        path, options, context, lambda: None, lambda meeting: Unrecorded(request)
+    )
     if saved is not None and options.enable_async:
         saves.left_to_background = absolute(path)
     return saved
@@ -255,7 +261,7 @@ def plan_restore(
 def _plan(
     reader: CheckpointReader, target: Any, rules: Iterable[Rule], options: CheckpointOptions
 ) -> PlannedRestore:
-    graph = reader.object_graph
+    graph = reader.graph_to_restore
     planned = plan_whole(reader, renamed(graph, rules), live_graph(target), options)
     return planned.without_deferral(lambda entry: _is_bookkeeping(graph, entry))
 

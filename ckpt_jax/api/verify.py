@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY, object_key_of, path_of
+from ckpt_jax.graph.patterns import Selection, selects
 from ckpt_jax.options import Path
+from ckpt_jax.progress import Wanted
+from ckpt_jax.progress import progress as shown
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.store.batches import batches
 from ckpt_jax.store.paths import as_path
@@ -110,37 +114,69 @@ def _cause(problem: Damage) -> str:
     return first if len(first) <= _MAX_CAUSE else f"{text[: _MAX_CAUSE - 4]} ..."
 
 
-def verify(path: Path) -> VerifyReport:
+def verify(
+    path: Path,
+    *,
+    only: Selection | None = None,
+    sample: float = 1.0,
+    progress: Wanted = None,
+) -> VerifyReport:
     """Reads a whole checkpoint and checks every checksum, as far as its format has some.
+
+    Little memory is taken, however large the arrays of a checkpoint of this library are.
 
     Args:
       path: of a checkpoint.
+      only: a pattern, a list of patterns, or a predicate on paths: which values are read. So a
+        long check can be done in parts.
+      sample: the part of the bytes that is read, chosen by chance: 0.1 for a tenth.
+      progress: a function `(done_bytes, total_bytes)`; True for a line on a terminal.
 
     Returns:
       A report with all damage: `.ok`, `.problems`. A damaged checkpoint is no exception here.
 
     Raises:
-      CheckpointNotFoundError: there is no checkpoint at `path`.
+      CheckpointNotFoundError: there is no checkpoint at `path`, or it was replaced or removed while
+        it was being read.
+      KeyError: `only` selects nothing.
+      ValueError: `sample` is not above 0 and at most 1.
 
     Example:
       >>> import ckpt_jax as ckpt, tempfile
       >>> with tempfile.TemporaryDirectory() as directory:
-      ...     verify(ckpt.save(f"{directory}/a", {"step": 7})).ok
-      True
+      ...     path = ckpt.save(f"{directory}/a", {"params": [1, 2], "step": 7})
+      ...     verify(path).ok, verify(path, only="params/**").keys
+      (True, 2)
     """
+    if not 0 < sample <= 1:
+        raise ValueError(f"sample is the part of the bytes, above 0 and at most 1, got {sample}")
     path = as_path(path)
     try:
         with CheckpointReader(path) as reader:
             problems = [*_graph(reader)]
             unread = {} if problems else reader.refusals()
             keys = [key for key in reader.keys() if key not in unread]  # noqa: SIM118
-            for batch in batches(keys, reader.stored_nbytes, _BATCH_NBYTES):
-                problems += _values(reader, batch)
+            if only is not None:
+                keys = _selected(reader, keys, only)
+            total = round(sample * sum(map(reader.stored_nbytes, keys)))
+            with shown(progress, f"verifying {path}", total) as advance:
+                problems += _values(reader, keys, only is None, sample, advance)
+            if problems:  # or it looks like that because another checkpoint takes its place
+                reader.check_not_replaced(CorruptCheckpointError(str(problems[0])))
             nbytes = reader.bytes_read
-            unchecked = tuple(sorted(reader.unchecked - unread.keys()))
+            unchecked = tuple(sorted((reader.unchecked - unread.keys()).intersection(keys)))
             return VerifyReport(path, tuple(problems), len(keys), nbytes, (*unread,), unchecked)
     except (CorruptCheckpointError, UnsupportedFormatError) as error:
         return VerifyReport(path, (_damage(path, error),))
+
+
+def _selected(reader: CheckpointReader, keys: Sequence[str], only: Selection) -> list[str]:
+    chosen = selects(only)
+    wanted = {reader.key_of(path) for path in reader.paths() if chosen(path)}
+    found = [key for key in keys if key in wanted]
+    if not found:
+        raise KeyError(f"{reader.path} holds nothing that {only!r} selects")
+    return found
 
 
 def _damage(path: str, error: Exception, key: str = "") -> Damage:
@@ -162,7 +198,27 @@ def _graph(reader: CheckpointReader) -> Iterator[Damage]:
         yield _damage(reader.path, error, SAVED_OBJECTS_KEY)
 
 
-def _values(reader: CheckpointReader, keys: Sequence[str]) -> list[Damage]:
+def _values(
+    reader: CheckpointReader,
+    keys: Sequence[str],
+    are_all: bool,
+    sample: float,
+    advance: Callable[[int], None],
+) -> list[Damage]:
+    """Damage to the values under some keys."""
+    found = reader.damage(None if are_all else {*keys}, sample, advance)
+    if found is not None:
+        return [Damage(file, key, what) for file, damaged, what in found for key in damaged or [""]]
+    if sample < 1:
+        keys = random.sample(keys, max(1, round(sample * len(keys))))
+    problems: list[Damage] = []
+    for batch in batches(keys, reader.stored_nbytes, _BATCH_NBYTES):
+        problems += _read(reader, batch)
+        advance(sum(map(reader.stored_nbytes, batch)))
+    return problems
+
+
+def _read(reader: CheckpointReader, keys: Sequence[str]) -> list[Damage]:
     """Damage to some values: all at once, and one by one only where that fails."""
     try:
         reader.read(dict.fromkeys(keys))
@@ -171,4 +227,4 @@ def _values(reader: CheckpointReader, keys: Sequence[str]) -> list[Damage]:
         if len(keys) == 1:
             return [_damage(reader.path, error, keys[0])]
     middle = len(keys) // 2
-    return [*_values(reader, keys[:middle]), *_values(reader, keys[middle:])]
+    return [*_read(reader, keys[:middle]), *_read(reader, keys[middle:])]

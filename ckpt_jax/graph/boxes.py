@@ -9,6 +9,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+_FEW = 1 << 13  # pairs of boxes that are compared at once
 
 Box = tuple[tuple[int, int], ...]
 Shape = tuple[int, ...]
@@ -78,24 +83,71 @@ def inside(box: Box, shape: Sequence[int]) -> bool:
 
 
 def overlap(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
-    """The first pair of boxes that share an element, or None.
+    """Two boxes that share an element, or None.
 
-    Boxes are swept along the axis on which they differ most. For disjoint slices as shardings
-    make them, this takes O(n log n).
+    For n boxes of rank r, this takes O(n log(n)**r) however they lie.
+
+    >>> overlap([((0, 4), (0, 2)), ((0, 4), (2, 4)), ((3, 9), (1, 3))])
+    (((0, 4), (0, 2)), ((3, 9), (1, 3)))
     """
-    todo = [box for box in boxes if size_of(box)]
-    if len(todo) < 2 or not todo[0]:
-        return (todo[0], todo[1]) if len(todo) > 1 else None
-    axis = max(range(len(todo[0])), key=lambda i: len({box[i] for box in todo}))
-    todo.sort(key=lambda box: box[axis])
-    active: list[Box] = []
-    for box in todo:
-        active = [other for other in active if other[axis][1] > box[axis][0]]
-        for other in active:
-            if intersect(box, other) is not None:
-                return other, box
-        active.append(box)
-    return None
+    every = [box for box in boxes if size_of(box)]
+    if len(every) < 2:
+        return None
+    cut = [i for i in range(len(every[0])) if any([box[i] != every[0][i] for box in every])]
+    if len(cut) < 2:  # as usual; then neighbours tell
+        every.sort()
+        axis = cut[0] if cut else None
+        pairs = pairwise(every)
+        return next((p for p in pairs if axis is None or p[0][axis][1] > p[1][axis][0]), None)
+    bounds = np.array(every, np.int64)
+    starts, stops = bounds[:, cut, 0].T, bounds[:, cut, 1].T
+    numbers = np.arange(len(every))
+    pair = _pair(starts, stops, numbers, numbers, len(starts) - 1)
+    return None if pair is None else (every[min(pair)], every[max(pair)])
+
+
+def _pair(
+    starts: np.ndarray, stops: np.ndarray, a: np.ndarray, b: np.ndarray, axis: int
+) -> tuple[int, int] | None:
+    """A box of `a` and another one of `b` that share an element, if the start of the second one
+    lies in the first one on `axis`; further axes do not count. If two intervals share an element,
+    the start of one lies in the other.
+
+    The boxes of `a` in which all starts of `b` lie are looked at on the axes before. For the
+    others, `b` is halved. Each box of `a` has two ends, so that it is one of these others in at
+    most two parts of `b` of each size.
+
+    Args:
+      starts, stops: the bounds of all boxes, by axis and number.
+      a, b: numbers of boxes.
+    """
+    if axis < 0:
+        return next(((i, j) for i in a[:2].tolist() for j in b[:2].tolist() if i != j), None)
+    if not len(b):
+        return None
+    at = starts[axis, b]
+    first, last = at.min(), at.max()
+    a = a[(starts[axis, a] <= last) & (stops[axis, a] > first)]
+    if len(a) * len(b) <= _FEW:
+        return _pair_of_few(starts[: axis + 1], stops[: axis + 1], a, b)
+    is_around = (starts[axis, a] <= first) & (stops[axis, a] > last)
+    around, a = a[is_around], a[~is_around]
+    found = _pair(starts, stops, around, b, axis - 1) or _pair(starts, stops, b, around, axis - 1)
+    if found or not len(a):
+        return found
+    middle = max(np.partition(at, len(at) // 2)[len(at) // 2], at[at > first].min())
+    return _pair(starts, stops, a, b[at < middle], axis) or _pair(
+        starts, stops, a, b[at >= middle], axis
+    )
+
+
+def _pair_of_few(
+    starts: np.ndarray, stops: np.ndarray, a: np.ndarray, b: np.ndarray
+) -> tuple[int, int] | None:
+    """A box of `a` and another one of `b` that share an element."""
+    share = (starts[:, a, None] < stops[:, None, b]) & (starts[:, None, b] < stops[:, a, None])
+    found = np.argwhere(share.all(axis=0) & (a[:, None] != b))
+    return None if not len(found) else (int(a[found[0, 0]]), int(b[found[0, 1]]))
 
 
 def tiling_problem(boxes: Sequence[Box], shape: Sequence[int]) -> str | None:

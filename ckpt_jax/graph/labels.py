@@ -266,9 +266,15 @@ def path_of(object_key: str) -> str:
     if separator:
         object_key = "/".join(filter(None, (slot, variable[1:])))
     return "/".join(
-        name if _ESCAPED_ONLY.search(name) else readable(unescape(name))
-        for name in object_key.split("/")
+        [
+            name if name and "." not in name else _readable_again(name)
+            for name in object_key.split("/")
+        ]
     )
+
+
+def _readable_again(segment: str) -> str:
+    return segment if _ESCAPED_ONLY.search(segment) else readable(unescape(segment))
 
 
 def attribute_key(object_key: str, attribute: str) -> str:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from google.protobuf.message import Message
 
 FORMAT_VERSION = 2
+MAX_PATH_NBYTES = 128 << 20  # of all paths of a graph: deep nesting costs the square of its depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,16 +203,46 @@ def descendants(nodes: Sequence[Node], roots: Iterable[int] = (0,)) -> list[int]
     return order
 
 
+class PathLengths:
+    """The lengths of all paths of a graph that grows, which must not take too much memory.
+
+    A file of a megabyte may hold objects whose paths have gigabytes: the path of each object begins
+    with the path of its parent, and the path of each value with the path of its object.
+    """
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+
+    def add(self, key: str, count: int) -> None:
+        """Adds `count` paths that begin with the path of an object.
+
+        Raises:
+          ValueError: all paths together are too long.
+        """
+        self.nbytes += count * (len(key) if key.isascii() else 4 * len(key))
+        if self.nbytes > MAX_PATH_NBYTES:
+            raise ValueError(
+                "objects are nested too deeply, or their names are too long: expected at most "
+                f"{MAX_PATH_NBYTES >> 20} MiB for the paths of all of them, got more below "
+                f"{path_of(key[:100])}..."
+            )
+
+
 def object_keys(nodes: Sequence[Node]) -> tuple[str, ...]:
     """The escaped path of each node, along its first breadth-first discovery.
 
     A node that cannot be reached gets a path made of its id, which no escaped name equals.
+
+    Raises:
+      ValueError: the paths of all nodes together would take too much memory.
     """
     keys: dict[int, str] = {0: ""}
+    lengths = PathLengths()
 
     def walk(queue: list[int]) -> None:
         for node in queue:  # grows while it is walked
             children = nodes[node].children
+            lengths.add(keys[node], len(children) + len(nodes[node].attributes))
             prefix = f"{keys[node]}/" if keys[node] else ""
             names = escaped_names([label for label, _ in children])
             for name, (_, child) in zip(names, children, strict=True):
@@ -224,6 +255,7 @@ def object_keys(nodes: Sequence[Node]) -> tuple[str, ...]:
     for optimizer, slot in slots_in(nodes):
         if slot.node not in keys and slot.variable in keys and optimizer in keys:
             keys[slot.node] = slot_key(keys[slot.variable], keys[optimizer], slot.name)
+            lengths.add(keys[slot.node], 1)
             slots.append(slot.node)
     walk(slots)
     return tuple([keys.get(node, f".N{node}") for node in range(len(nodes))])

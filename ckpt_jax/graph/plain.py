@@ -16,12 +16,15 @@ import numpy as np
 
 from ckpt_jax.graph.dtypes import dtype_name, dtype_of
 
+_MAX_LEVELS = 100  # so that whoever writes it can read it, however deep its own calls are
+
 
 def encode(value: Any) -> str:
     """Plain data as text.
 
     Raises:
-      TypeError, ValueError: it is no plain data.
+      TypeError: it is no plain data.
+      ValueError: it is nested too deeply, or has a dtype that cannot be stored.
 
     >>> encode(["relu", (1, 2.5), {"a": None}])
     '["relu", {"tuple": [1, {"float": "2.5"}]}, {"dict": [["a", null]]}]'
@@ -44,29 +47,34 @@ def decode(text: str) -> Any:
         raise ValueError(f"no plain data: {error}") from error
 
 
-def _to_json(value: Any) -> Any:
+def _to_json(value: Any, levels: int = _MAX_LEVELS) -> Any:
+    if not levels:
+        raise ValueError(f"plain data is nested at most {_MAX_LEVELS} deep")
     match value:
         case None | bool():
             return value
-        case np.generic():  # before float, which np.float64 is
+        case str():  # before np.generic, which np.str_ is, too; likewise np.bytes_
+            return str.__str__(value)
+        case bytes():
+            return {"bytes": value.hex()}
+        case np.generic():  # before float, which np.float64 is, too
             dtype = dtype_name(value.dtype)
             return {"numpy": [dtype, np.asarray(value, dtype_of(dtype)).tobytes().hex()]}
-        case str():
-            return str.__str__(value)
         case int():
             return int(value)
         case float():
             return {"float": float.__repr__(value)}
         case complex():
             return {"complex": complex.__repr__(value)}
-        case bytes():
-            return {"bytes": value.hex()}
+    inner = levels - 1
+    match value:
         case list():
-            return [_to_json(part) for part in value]
+            return [_to_json(part, inner) for part in value]
         case tuple():
-            return {"tuple": [_to_json(part) for part in value]}
+            return {"tuple": [_to_json(part, inner) for part in value]}
         case dict():
-            return {"dict": [[_to_json(key), _to_json(part)] for key, part in value.items()]}
+            items = [[_to_json(key, inner), _to_json(part, inner)] for key, part in value.items()]
+            return {"dict": items}
     raise TypeError(f"{type(value).__qualname__} is no plain data")
 
 

@@ -15,8 +15,12 @@ from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
 from types import MappingProxyType
 
+from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.graph.labels import Label, escaped_names, path_of
-from ckpt_jax.graph.nodes import Node, ObjectGraph, Slot, object_keys
+from ckpt_jax.graph.nodes import Node, ObjectGraph, Slot, descendants, object_keys
+
+_MAX_NODES = 1_000_000  # of a graph with slots as children, or
+_MAX_GROWTH = 10  # times as many as before
 
 
 def as_live(
@@ -99,37 +103,57 @@ def _leaves(graph: ObjectGraph, root: int) -> list[tuple[str, int]]:
     return found
 
 
+def _steps_to(node: int, above: Mapping[int, tuple[int, Label]]) -> list[Label]:
+    """The labels on the first path to a node."""
+    steps: list[Label] = []
+    while node in above:
+        node, label = above[node]
+        steps.append(label)
+    return steps[::-1]
+
+
 def slots_as_children(saved: ObjectGraph, optimizers: Set[int] | None = None) -> ObjectGraph:
     """The graph with optimizers' slots as children: by slot name, then as the variables lie.
 
+    If an optimizer has a child of the name of a slot, its slots of that name lie below that child.
+
     Args:
       optimizers: the nodes to change; all by default.
+
+    Raises:
+      CorruptCheckpointError: the slots lie so deep that there would be far more nodes than now.
     """
     if not saved.slot_nodes:
         return saved
-    places: dict[int, tuple[Label, ...]] = {0: ()}
-    todo = [0]
-    for node in todo:  # grows while it is walked
-        for label, child in saved.nodes[node].children:
-            if child not in places:
-                places[child] = (*places[node], label)
-                todo.append(child)
+    above: dict[int, tuple[int, Label]] = {}  # the first edge to each node
+    for parent in descendants(saved.nodes):
+        for label, child in saved.nodes[parent].children:
+            above.setdefault(child, (parent, label))
+    above.pop(0, None)
+    most = max(_MAX_NODES, _MAX_GROWTH * len(saved.nodes))
     nodes = list(saved.nodes)
     edges: dict[int, dict[Label, int]] = {}
     for optimizer, slot in saved.slots():
         if optimizers is not None and optimizer not in optimizers:
             continue
         here, label = optimizer, slot.name
-        for step in places.get(slot.variable, ()):
+        for step in _steps_to(slot.variable, above):
+            if len(nodes) > most:
+                raise CorruptCheckpointError(
+                    f"the slots of {saved.paths[optimizer][:100]} lie too deep: expected at most "
+                    f"{most} objects, got more"
+                )
             edges.setdefault(here, {})
             if label not in edges[here]:
-                edges[here][label] = len(nodes)
-                nodes.append(Node("dict"))
+                known = dict(nodes[here].children).get(label)
+                edges[here][label] = len(nodes) if known is None else known
+                if known is None:
+                    nodes.append(Node("dict"))
             here, label = edges[here][label], step
         edges.setdefault(here, {})[label] = slot.node
     for node, more in edges.items():
-        children = (*nodes[node].children, *more.items())
-        nodes[node] = replace(nodes[node], children=children)
+        children = {**dict(nodes[node].children), **more}
+        nodes[node] = replace(nodes[node], children=tuple(children.items()))
     if optimizers is None:
         return ObjectGraph(tuple(nodes), saved.object_keys)
     for node in optimizers:

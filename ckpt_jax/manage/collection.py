@@ -2,6 +2,7 @@
 when they are no longer needed.
 
 record  the new checkpoint becomes the latest: the notes are written first, then the state file
+        (first, `fence` makes sure that no other manager has taken over)
 select  a retention policy looks at all managed checkpoints and names the numbers to keep
 sweep   the others leave the ledger, oldest first: each one is kept forever, or is removed
 record  the notes and the state file are written once more
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from ckpt_jax.api.latest import (
@@ -20,7 +22,8 @@ from ckpt_jax.api.latest import (
     problem_with,
     remove_checkpoint,
 )
-from ckpt_jax.errors import CheckpointNotFoundError
+from ckpt_jax.errors import CheckpointNotFoundError, SupersededError
+from ckpt_jax.manage.fence import Fence
 from ckpt_jax.manage.ledger import (
     Ledger,
     UnknownMetrics,
@@ -31,10 +34,13 @@ from ckpt_jax.manage.ledger import (
     restorable,
     write_ledger,
 )
-from ckpt_jax.retention import CheckpointRecord, RetentionPolicy, Sweep, plan_sweep
+from ckpt_jax.manage.retention import CheckpointRecord, RetentionPolicy, Sweep, plan_sweep
 from ckpt_jax.store.directory import number_of
+from ckpt_jax.store.guard import guarded
 from ckpt_jax.store.notes import NOTES_FILE
-from ckpt_jax.store.staging import STAGING, is_abandoned, remove_abandoned
+from ckpt_jax.store.presence import is_taken, names_in
+from ckpt_jax.store.staging import STAGING, remove_abandoned, why_kept
+from ckpt_jax.store.state_file import state_text
 from ckpt_jax.store.storage import POSIX
 
 _log = logging.getLogger("ckpt_jax")
@@ -93,7 +99,30 @@ class Collection:
         self._preserve_interval_seconds = preserve_interval_seconds
         self._begun: dict[str, _Begun] = {}  # by path
         self._origin: str | None = None  # the checkpoint that was saved or restored last
-        self.ledger = recovered(directory, name, clock())
+        self._published: dict[str, Hashable] = {}  # generations by path, until they are recorded
+        self._fence = Fence(directory, name)
+        self._read()
+
+    def _read(self) -> None:
+        """Reads the ledger as it is in the files."""
+        self._state = state_text(self._directory)
+        self.ledger = recovered(self._directory, self._name, self._clock())
+
+    def _read_again(self) -> None:
+        """Reads the ledger again if another program has changed it."""
+        if state_text(self._directory) != self._state:
+            self._read()
+
+    def _keep_up(self) -> None:
+        """Prepares a change outside of a save.
+
+        Raises:
+          SupersededError: another manager has taken over.
+        """
+        if not self._fence.is_claimed:
+            self._read_again()
+        elif self._fence.is_behind():
+            raise self._fence.error()
 
     def candidates(self) -> list[str]:
         """The checkpoints that can be restored, best first."""
@@ -122,11 +151,43 @@ class Collection:
         self._origin = path
 
     def begin(self, record: CheckpointRecord) -> None:
-        """Notes that a save has begun. The time of its record becomes the present."""
-        record = replace(record, time=self._clock())
+        """Notes that a save has begun. The time of its record becomes the present.
+
+        Raises:
+          SupersededError: another manager has taken over, and this save could not even leave its
+            checkpoint, or an earlier one has done so.
+        """
+        if self._fence.is_known or (self._fence.is_behind() and is_taken(record.path)):
+            raise self._fence.error("Nothing was saved.")
+        origin = number_of(self._origin or "")
+        record = replace(record, time=self._clock(), origin=origin)
         before = POSIX.generation(record.path)
         self._begun[record.path] = _Begun(record, before, self._origin)
         self._origin = record.path
+
+    @contextmanager
+    def publishing(self, path: str) -> Iterator[bool]:
+        """Entered while a checkpoint takes its name. Gives whether it may replace another one.
+
+        A manager that is behind may leave its checkpoint at a free path, so that it is not lost.
+
+        Raises:
+          SupersededError: another manager has taken over, and the path is not free.
+        """
+        with guarded(self._directory):
+            is_behind = self._fence.is_behind()
+            if not (is_behind or self._fence.is_claimed):
+                self._read_again()
+                self._fence.claim()
+            try:
+                yield not is_behind
+            except FileExistsError as error:
+                if not is_behind:
+                    raise
+                raise self._fence.error("Nothing was saved.") from error
+            generation = POSIX.generation(path)
+            if generation is not None:
+                self._published[path] = generation
 
     def take_back(self, path: str) -> bool:
         """Notes that a save has failed. Returns whether its checkpoint exists all the same, because
@@ -134,7 +195,11 @@ class Collection:
         begun = self._begun.get(path)
         if begun is None:
             return False
-        if begun.is_committed:
+        try:
+            exists = begun.is_committed
+        except OSError:  # then its number may be taken
+            exists = True
+        if exists:
             return True
         del self._begun[path]
         if self._origin == path:
@@ -149,6 +214,7 @@ class Collection:
     def collect(self, dry_run: bool) -> list[str]:
         """Removes checkpoints that are not needed, and what interrupted saves have left; see
         `CheckpointManager.gc`."""
+        self._keep_up()
         if self.ledger.latest is None:
             return []
         ledger = self._with_adopted(self.ledger)
@@ -160,7 +226,7 @@ class Collection:
             return [*(record.path for record in sweep.remove), *leftovers]
         self.ledger = ledger.without(unknown)
         self._forget_recorded()
-        return [*self._sweep(sweep), *(p for p in leftovers if _attempt(remove_abandoned, p))]
+        return [*self._sweep(sweep), *[p for p in leftovers if _attempt(remove_abandoned, p)]]
 
     def record(self, record: CheckpointRecord, is_overtaken: bool = False) -> None:
         """Makes a checkpoint that was just committed the latest, and sweeps.
@@ -169,16 +235,27 @@ class Collection:
           record: of the checkpoint; its time becomes the present.
           is_overtaken: whether a checkpoint with newer values is recorded already, and stays the
             latest.
+
+        Raises:
+          SupersededError: another manager has taken over. The checkpoint stays, unrecorded.
         """
-        record = replace(record, time=self._clock())
+        path = record.path
         begun = self._begun.get(record.path)
-        origin = begun.origin if begun is not None else None
+        origin = begun.record.origin if begun is not None else None
+        record = replace(record, time=self._clock(), origin=origin)
         while True:
             before = self.ledger
             ledger = self._with_adopted(before)
             is_older = is_overtaken and ledger.latest is not None
-            ledger = ledger.with_older(record) if is_older else ledger.with_latest(record, origin)
-            write_ledger(self._directory, self._name, ledger, is_newest=True)
+            ledger = ledger.with_older(record) if is_older else ledger.with_latest(record)
+            with guarded(self._directory):
+                if self._published.pop(path, None) not in (None, POSIX.generation(path)):
+                    raise self._fence.error(f"It has replaced {path} before that was recorded.")
+                try:
+                    self._write_to_files(ledger, is_newest=True)
+                except SupersededError:
+                    saved = f"{path} was saved, but is not recorded: restore it by its path."
+                    raise self._fence.error(saved) from None
             if self.ledger is before:
                 break
             is_overtaken = True  # by a save in a signal handler, during this loop
@@ -207,6 +284,7 @@ class Collection:
           ValueError: it is the latest, and no other is usable.
           OSError: it could not be removed.
         """
+        self._keep_up()
         path = self.path_of(number)
         ledger = self.ledger
         if path == ledger.latest:
@@ -224,8 +302,12 @@ class Collection:
             self._write(self.ledger.without(frozenset([path])))
 
     def _write(self, ledger: Ledger) -> None:
-        write_ledger(self._directory, self._name, ledger, is_newest=False)
+        self._write_to_files(ledger, is_newest=False)
         self.ledger = ledger
+
+    def _write_to_files(self, ledger: Ledger, *, is_newest: bool) -> None:
+        fence = self._fence
+        write_ledger(self._directory, self._name, ledger, is_newest=is_newest, fence=fence)
 
     def _plan_sweep(self, ledger: Ledger) -> tuple[frozenset[str], Sweep]:
         """The paths of checkpoints that a policy cannot judge, and the plan for all others."""
@@ -255,7 +337,10 @@ class Collection:
 
     def _is_latest_usable(self) -> bool:
         latest = self.ledger.latest
-        problem = problem_with(latest) if latest else "there is none"
+        try:
+            problem = problem_with(latest) if latest else "there is none"
+        except OSError as error:  # what was saved is recorded all the same
+            problem = str(error)
         if problem is not None:
             _log.warning(
                 "%s: nothing is removed, because the latest checkpoint is not usable: %s",
@@ -269,44 +354,73 @@ class Collection:
         removed: list[str] = []
         gone = {record.path for record in sweep.preserve}
         for record in sweep.remove:
-            if not checkpoint_exists(record.path):
-                _log.warning("%s was to be removed, but no longer exists", record.path)
-            elif _attempt(remove_checkpoint, record.path) or not checkpoint_exists(record.path):
+            if self._fence.is_claimed and self._fence.is_behind():
+                break  # the new manager may need what is left
+            outcome = _attempt(_remove_managed, record.path)
+            if outcome is None:
+                continue
+            if outcome:
                 removed.append(record.path)
             else:
-                continue
+                _log.warning("%s was to be removed, but no longer exists", record.path)
             gone.add(record.path)
         # A save in a signal handler may have changed the ledger meanwhile.
         ledger = self.ledger.without(frozenset(gone))
         self.ledger = replace(ledger, last_preserved=sweep.last_preserved)
         try:
-            write_ledger(self._directory, self._name, self.ledger, is_newest=False)
-        except OSError as error:  # the file still names the latest, and some that are gone
+            self._write_to_files(self.ledger, is_newest=False)
+        except (
+            OSError,
+            SupersededError,
+        ) as error:  # the file still names the latest, and some that are gone
             _log.warning(
                 "%s: the removal of checkpoints could not be recorded: %s", self._directory, error
             )
         return removed
 
     def _leftovers(self) -> list[str]:
-        """Abandoned staging directories of saves with numbers up to that of the latest."""
+        """Abandoned staging directories of saves with numbers up to that of the latest. A warning
+        says why others stay."""
         latest = number_of(self.ledger.latest or "")
-        if latest is None or not os.path.isdir(self._directory):
+        if latest is None:
             return []
-        return [
-            path
-            for name in sorted(os.listdir(self._directory))
-            if (staging := STAGING.match(name))
-            and (number := own_number(self._name, staging["name"])) is not None
-            and number <= latest
-            and is_abandoned(path := os.path.join(self._directory, name))
-        ]
+        found: list[str] = []
+        for name in names_in(self._directory):
+            staging = STAGING.match(name)
+            number = own_number(self._name, staging["name"]) if staging else None
+            if number is None or number > latest:
+                continue
+            path = os.path.join(self._directory, name)
+            reason = why_kept(path)
+            if reason is None:
+                found.append(path)
+            elif is_taken(path):
+                _log.warning("%s is not removed: %s", path, reason)
+        return found
 
 
-def _attempt(remove: Callable[[str], bool | None], path: str) -> bool:
-    """Removes `path`, and returns whether that worked. An error is logged, not raised, because the
-    save itself has succeeded."""
+def _remove_managed(path: str) -> bool:
+    """Removes a checkpoint, at least from its path; returns whether there was one.
+
+    Raises:
+      OSError: it is still there, or this is not known.
+    """
+    if not checkpoint_exists(path):
+        return False
     try:
-        return remove(path) is not False
+        remove_checkpoint(path)
+    except OSError as error:
+        if checkpoint_exists(path):
+            raise
+        _log.warning("%s could not be removed as a whole: %s", path, error)
+    return True
+
+
+def _attempt(remove: Callable[[str], bool], path: str) -> bool | None:
+    """What `remove` returns; None if it fails. Its error is logged, not raised, because the save
+    itself has succeeded."""
+    try:
+        return remove(path)
     except OSError as error:
         _log.warning("%s could not be removed: %s", path, error)
-        return False
+        return None

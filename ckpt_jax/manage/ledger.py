@@ -1,8 +1,13 @@
 """The ledger: the checkpoints of a directory that one manager manages.
 
 The state file lists the managed checkpoints, with times. The notes (`store.notes`) say what the
-state file cannot say: the metrics, and which checkpoints are on an abandoned branch. The notes are
-written before the state file lists the checkpoint.
+state file cannot say: the metrics, and where each checkpoint comes from. The notes are written
+before the state file lists the checkpoint.
+
+The *origin* of a checkpoint is the one that the program had saved or restored before. The latest
+checkpoint, its origin, the origin of that one, and so on are the *live branch*. All others are on
+abandoned branches. If the program goes back onto one of these, its checkpoints are live again. If a
+checkpoint is removed or replaced, those that come from it come from its origin from then on.
 
 Several managers with different names may share a directory. Each manager reads and changes only the
 entries of its own checkpoints, which are named after it: its name and a number. The state file then
@@ -15,12 +20,14 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckpt_jax.api.latest import beside, checkpoint_exists, state_in, warn_of_move
-from ckpt_jax.retention import CheckpointRecord
+from ckpt_jax.manage.fence import Fence
+from ckpt_jax.manage.retention import CheckpointRecord
 from ckpt_jax.store.directory import checkpoints_in, number_of
+from ckpt_jax.store.guard import guarded
 from ckpt_jax.store.notes import NOTES_FILE, Notes, read_notes, write_notes
 from ckpt_jax.store.state_file import STATE_FILE, CheckpointState, update_checkpoint_state
 
@@ -52,40 +59,89 @@ class Ledger:
         )
         object.__setattr__(self, "records", tuple(records))
 
-    def with_latest(self, record: CheckpointRecord, origin: str | None = None) -> Ledger:
-        """The ledger after a checkpoint was saved.
-
-        Args:
-          record: of the checkpoint.
-          origin: the checkpoint that the program saved or restored before, if that is known.
-            Checkpoints with larger numbers are on a branch that the program left by going back.
-        """
-        last = number_of(origin or "")
-        last = record.number if last is None else min(last, record.number)
-        others = [
-            replace(
-                other,
-                is_abandoned=other.path != origin and (other.is_abandoned or other.number > last),
-            )
-            for other in self.records
-        ]
+    def with_latest(self, record: CheckpointRecord) -> Ledger:
+        """The ledger after a checkpoint was saved."""
+        others, record = self._joined_by(record)
+        live = _branch(record, others)
+        others = [replace(other, is_abandoned=other.number not in live) for other in others]
         return Ledger(record.path, (*others, record), self.last_preserved)
 
     def with_adopted(self, records: Iterable[CheckpointRecord]) -> Ledger:
         """The ledger with checkpoints that were committed after the latest, but not recorded."""
-        return Ledger(self.latest, (*self.records, *records), self.last_preserved)
+        ledger = self
+        for record in records:
+            others, record = ledger._joined_by(record)
+            ledger = Ledger(self.latest, (*others, record), self.last_preserved)
+        return ledger
 
     def with_older(self, record: CheckpointRecord) -> Ledger:
         """The ledger with one more checkpoint that is not the latest."""
         latest = number_of(self.latest or "")
         is_abandoned = latest is not None and record.number > latest
-        record = replace(record, is_abandoned=is_abandoned)
-        return Ledger(self.latest, (*self.records, record), self.last_preserved)
+        return self.with_adopted([replace(record, is_abandoned=is_abandoned)])
+
+    def _joined_by(
+        self, record: CheckpointRecord
+    ) -> tuple[Sequence[CheckpointRecord], CheckpointRecord]:
+        """The records of other paths, and a new record with one of them as its origin. If it has
+        none, or one that is not managed, the one before that on the live branch takes its place."""
+        origins = {other.number: other.origin for other in self.records}
+        others = self.without(frozenset([record.path])).records
+        origin = record.number - 1 if record.origin is None else record.origin
+        if origin == record.number and origin in origins:
+            origin = origins[origin]  # it replaces its origin
+        elif origin not in {other.number for other in others}:
+            origin = _last_live(others, origin)
+        return others, replace(record, origin=origin)
 
     def without(self, paths: frozenset[str]) -> Ledger:
         """The ledger without the records of some paths. The latest stays the latest."""
-        records = tuple([record for record in self.records if record.path not in paths])
-        return Ledger(self.latest, records, self.last_preserved)
+        gone = {record.number: record.origin for record in self.records if record.path in paths}
+        records = [
+            replace(record, origin=_remaining(record.origin, gone))
+            for record in self.records
+            if record.path not in paths
+        ]
+        return Ledger(self.latest, tuple(records), self.last_preserved)
+
+
+def _remaining(origin: int | None, gone: Mapping[int, int | None]) -> int | None:
+    """The nearest origin that is not among those that are gone, which are given with their own."""
+    seen: set[int] = set()
+    while origin is not None and origin in gone and origin not in seen:
+        seen.add(origin)
+        origin = gone[origin]
+    return None if origin in gone else origin
+
+
+def _branch(latest: CheckpointRecord, records: Iterable[CheckpointRecord]) -> set[int]:
+    """The numbers of the origin of a checkpoint, of its origin, and so on.
+
+    Numbers begin anew if a program resets its step. Then those before do not count, but for the
+    origin of the checkpoint itself.
+    """
+    origins = {record.number: record.origin for record in records}
+    branch: set[int] = set()
+    seen: set[int] = set()
+    lowest, at = latest.number, latest.origin
+    while at is not None and at not in seen:
+        seen.add(at)
+        if at < lowest or not branch:
+            branch.add(at)
+            lowest = min(lowest, at)
+        at = origins.get(at)
+    return branch
+
+
+def _usual(record: CheckpointRecord, records: Iterable[CheckpointRecord]) -> int | None:
+    """The origin of a checkpoint if nothing is noted about it."""
+    return None if record.is_abandoned else _last_live(records, record.number - 1)
+
+
+def _last_live(records: Iterable[CheckpointRecord], number: int) -> int | None:
+    """The largest number up to `number` on the live branch."""
+    live = [record.number for record in records if not record.is_abandoned]
+    return max([each for each in live if each <= number], default=None)
 
 
 class UnknownMetrics(Mapping[str, float]):
@@ -175,7 +231,7 @@ def _warn_of_unrecorded(directory: str, name: str, ledger: Ledger) -> None:
 def _found_by_name(directory: str, name: str) -> str | None:
     """The checkpoint of this name with the largest number; None if there is none. A warning says
     that the state file is missing or cannot be understood."""
-    found = [each for each in checkpoints_in(directory) if own_number(name, each) is not None]
+    found = _own_in(directory, name)
     if not found:
         return None
     _log.warning(
@@ -221,8 +277,13 @@ def _ledger_of(directory: str, name: str, state: CheckpointState) -> Ledger:
             unknown if notes is _LOST else notes.metrics.get(os.path.basename(path), {}),
             path,
             is_abandoned=path != latest and os.path.basename(path) in notes.abandoned,
+            origin=notes.origins.get(os.path.basename(path)),
         )
         for path, time in own
+    ]
+    records = [
+        record if record.origin is not None else replace(record, origin=_usual(record, records))
+        for record in records
     ]
     return Ledger(latest, tuple(records), state.last_preserved_timestamp)
 
@@ -240,28 +301,41 @@ def _here(directory: str, path: str) -> str:
     return os.path.join(directory, name) if is_here else beside(directory, path)
 
 
-def write_ledger(directory: str, name: str, ledger: Ledger, *, is_newest: bool) -> None:
+def write_ledger(
+    directory: str, name: str, ledger: Ledger, *, is_newest: bool, fence: Fence
+) -> None:
     """Writes a ledger that has a latest checkpoint. Entries of managers with other names stay.
 
     Args:
       directory: the one that has the files.
       name: of the manager.
       ledger: the one to write.
-      is_newest: whether its latest checkpoint was saved after all others in the directory.
+      is_newest: whether its latest checkpoint was saved after all others in the directory. Then the
+        name is claimed.
+      fence: of the manager.
 
     Raises:
+      SupersededError: another manager has claimed the name since.
       OSError: a file could not be written.
     """
     assert ledger.latest is not None
-    _write_notes(directory, name, ledger)
+    with guarded(directory):
+        writers = fence.renewed(claims=is_newest)
+        _write_notes(directory, name, ledger)
+        state = _state_with(directory, name, ledger, is_newest)
+        update_checkpoint_state(directory, state, writers=writers)
+
+
+def _state_with(directory: str, name: str, ledger: Ledger, is_newest: bool) -> CheckpointState:
+    """The state of a directory with a new ledger of one manager."""
+    assert ledger.latest is not None
     others: list[tuple[str, float]] = []
     newest = ledger.latest
     if (state := state_in(directory)) is not None:
         others = [
             (path, time)
-            for path, time in dict(_listed(state)).items()
+            for path, time in state.managed.items()
             if own_number(name, path) is None and path != ledger.latest
-            if time != state.last_preserved_timestamp
         ]
         if not is_newest and state.model_checkpoint_path in dict(others):
             newest = state.model_checkpoint_path
@@ -270,13 +344,12 @@ def write_ledger(directory: str, name: str, ledger: Ledger, *, is_newest: bool) 
         # The state file has to list its latest checkpoint. This time says that it is not managed.
         own.append((ledger.latest, ledger.last_preserved))
     listed = sorted([*others, *own], key=lambda each: each[0] == newest)
-    state = CheckpointState(
+    return CheckpointState(
         newest,
         tuple([path for path, _ in listed]),
         tuple([time for _, time in listed]),
         ledger.last_preserved,
     )
-    update_checkpoint_state(directory, state)
 
 
 _LOST = Notes()  # stands for a missing file of notes
@@ -314,13 +387,23 @@ def _write_notes(directory: str, name: str, ledger: Ledger) -> None:
     metrics |= {os.path.basename(r.path): known_metrics(r) for r in ledger.records}
     abandoned = {path for path in before.abandoned if is_of_another(path)}
     abandoned |= {os.path.basename(r.path) for r in ledger.records if r.is_abandoned}
-    write_notes(directory, Notes(metrics, frozenset(abandoned)))
+    origins = {path: number for path, number in before.origins.items() if is_of_another(path)}
+    origins |= {
+        os.path.basename(record.path): record.origin
+        for record in ledger.records
+        if record.origin not in (None, _usual(record, ledger.records))
+    }
+    write_notes(directory, Notes(metrics, frozenset(abandoned), origins))
 
 
 def restorable(directory: str, name: str) -> list[int]:
     """The numbers of the existing checkpoints of this name, managed or not, ascending."""
-    found = [own_number(name, each) for each in checkpoints_in(directory)]
-    return sorted({number for number in found if number is not None})
+    return sorted({number_of(each) or 0 for each in _own_in(directory, name)})
+
+
+def _own_in(directory: str, name: str) -> list[str]:
+    """The names of the existing checkpoints of this name, by number."""
+    return checkpoints_in(directory, lambda each: own_number(name, each) is not None)
 
 
 def path_in(directory: str, name: str, number: int) -> str:
@@ -328,5 +411,5 @@ def path_in(directory: str, name: str, number: int) -> str:
     plain = os.path.join(directory, f"{name}-{number}")
     if checkpoint_exists(plain):
         return plain
-    same = [each for each in checkpoints_in(directory) if own_number(name, each) == number]
+    same = checkpoints_in(directory, lambda each: own_number(name, each) == number)
     return os.path.join(directory, same[0]) if same else plain

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from ckpt_jax.api.checkpoint import Checkpoint, request_for, set_save_counter, take_back_count
 from ckpt_jax.manage.collection import Collection
+from ckpt_jax.manage.retention import CheckpointRecord
 from ckpt_jax.manage.schedule import Schedule
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.processes.meeting import Meeting
-from ckpt_jax.retention import CheckpointRecord
 from ckpt_jax.saving.pipeline import SaveRequest
 
 
@@ -23,6 +24,7 @@ class ManagedSave:
       meeting: of the processes that save.
       options: how to save.
       step: the present step; None if there is no interval.
+      now: the present step, on which all processes have to agree; None if it is not known.
       new_record: returns the record of the checkpoint, given the save counter.
     """
 
@@ -34,11 +36,12 @@ class ManagedSave:
         meeting: Meeting,
         options: CheckpointOptions,
         step: int | None,
+        now: int | None,
         new_record: Callable[[int], CheckpointRecord],
     ):
         self._checkpoint, self._schedule, self._collection = checkpoint, schedule, collection
         self._meeting, self._options, self._new_record = meeting, options, new_record
-        self._step, self._before = step, schedule.position
+        self._step, self._now, self._before = step, now, schedule.position
         self._count = checkpoint.save_counter + 1
         self._record: CheckpointRecord | None = None
         self.series = collection.series
@@ -48,9 +51,18 @@ class ManagedSave:
         record = self._new_record(self._count)
         self._schedule.began(self._step, record.path)
         self._record = record
-        if self._meeting.leads:
-            self._collection.begin(record)
-        return request_for(self._checkpoint, record.path, self._options, record.number)
+        request = request_for(
+            self._checkpoint,
+            record.path,
+            self._options,
+            "CheckpointManager.save",
+            record.number,
+            self._now,
+        )
+        if not self._meeting.leads:
+            return request
+        self._collection.begin(record)
+        return replace(request, publishing=lambda: self._collection.publishing(record.path))
 
     def record(self, is_overtaken: bool = False) -> None:
         assert self._record is not None
@@ -58,6 +70,9 @@ class ManagedSave:
             self._collection.record(self._record, is_overtaken)
         else:
             self._collection.follow()
+
+    def follow(self, count: int) -> None:
+        set_save_counter(self._checkpoint, count)
 
     def undo(self) -> None:
         record = self._record

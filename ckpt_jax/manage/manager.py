@@ -5,9 +5,9 @@ and name that recorded it in the state file. The manager removes no other checkp
 says when it removes these.
 
 Checkpoints are in the order of their numbers. If the program goes back to an earlier step and goes
-on from there, the checkpoint that was saved last is the latest. Checkpoints with larger numbers are
-then on an *abandoned branch*: they are the first to be removed, and no restart falls back to them.
-Times matter only for `keep_checkpoint_every_n_hours`.
+on from there, the checkpoint that was saved last is the latest. Checkpoints that it did not come
+from are then on an *abandoned branch*: they are the first to be removed, and no restart falls back
+to them. Times matter only for `keep_checkpoint_every_n_hours`.
 
 If there are several processes, process 0 records and removes checkpoints, and the others read the
 outcome from the state file. Process 0 decides which checkpoint is restored.
@@ -41,15 +41,7 @@ from ckpt_jax.graph.labels import VARIABLE_VALUE
 from ckpt_jax.manage.collection import Collection
 from ckpt_jax.manage.ledger import known_metrics, own_number
 from ckpt_jax.manage.managed_save import ManagedSave
-from ckpt_jax.manage.schedule import Schedule
-from ckpt_jax.objects.views import view_of
-from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
-from ckpt_jax.processes.context import current_context
-from ckpt_jax.processes.current import current
-from ckpt_jax.processes.meeting import Meeting, Processes
-from ckpt_jax.restoring.formats import foreign_steps
-from ckpt_jax.restoring.rename import Rule
-from ckpt_jax.retention import (
+from ckpt_jax.manage.retention import (
     CheckpointRecord,
     KeepAny,
     KeepBest,
@@ -59,7 +51,15 @@ from ckpt_jax.retention import (
     counts_steps,
     metrics_of,
 )
-from ckpt_jax.store.directory import checkpoints_in
+from ckpt_jax.manage.schedule import Schedule
+from ckpt_jax.objects.views import view_of
+from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
+from ckpt_jax.processes.context import current_context
+from ckpt_jax.processes.current import current
+from ckpt_jax.processes.meeting import Meeting, Processes
+from ckpt_jax.restoring.formats import foreign_steps
+from ckpt_jax.restoring.rename import Rule
+from ckpt_jax.store.directory import visible_in
 from ckpt_jax.store.paths import absolute, as_path
 
 SECONDS_PER_HOUR = 3600
@@ -73,9 +73,12 @@ class CheckpointManager:
 
     A new manager takes over the checkpoints that an earlier manager of the directory recorded.
     Creating a manager removes nothing. A checkpoint is removed only if this manager or an earlier
-    one wrote it, and only after a newer one was committed and could be opened. There can be one
-    manager of a directory and name at a time. Managers with different names in the same directory
-    leave each other's checkpoints alone.
+    one wrote it, and only after a newer one was committed and could be opened.
+
+    There can be one manager of a directory and name at a time. The first save of a new one takes
+    over. If an earlier one, in a job that was stopped for example, saves after that, it gets a
+    `SupersededError`, and the latest checkpoint stays. Managers with different names in the same
+    directory leave each other's checkpoints alone.
 
     These checkpoints stay: the latest, those that `max_to_keep` keeps, and those that a policy
     keeps.
@@ -86,8 +89,8 @@ class CheckpointManager:
       as long as the training steps are the numbers: `save(step)`.
     * `max_to_keep=None`: all; policies decide nothing.
 
-    After the program has gone back to an earlier step and saved, the checkpoints above the new
-    latest count as older than all others.
+    After the program has gone back to an earlier step and saved, the checkpoints that the new
+    latest did not come from count as older than all others.
 
     Args:
       checkpoint: the `Checkpoint` to save.
@@ -119,7 +122,7 @@ class CheckpointManager:
 
     Example:
       >>> import os, tempfile
-      >>> from ckpt_jax.retention import KeepBest
+      >>> from ckpt_jax.manage.retention import KeepBest
       >>> with tempfile.TemporaryDirectory() as directory:
       ...     manager = CheckpointManager(Checkpoint(step=7), directory, max_to_keep=2,
       ...                                 policies=[KeepBest("accuracy")])
@@ -174,6 +177,7 @@ class CheckpointManager:
         self._name = checkpoint_name
         self._interval = checkpoint_interval
         self._init_fn = init_fn
+        self._step_counter = step_counter
         self._schedule = Schedule(
             lambda: as_integer(step_counter), checkpoint_interval, last_checkpoint_step
         )
@@ -237,6 +241,8 @@ class CheckpointManager:
             is neither among `metrics` nor recorded before.
           TypeError: a number or step is not an integer, or an argument is of the wrong type.
           UnsaveableError: values cannot be saved; nothing was written.
+          SupersededError: another manager has taken over. If nothing was at the path of this
+            checkpoint, it was saved, but not recorded; later saves write nothing.
           AsyncSaveError: an earlier save failed in the background, and this one has not begun. If
             there are several processes, it has begun all the same, because the processes that know
             of no error take part in it.
@@ -244,15 +250,19 @@ class CheckpointManager:
         Source: `tf.train.CheckpointManager.save`, where a failed save advances the counter.
         """
         options = given(options)
-        check_values(self._checkpoint, values)
-        for name, value in {"check_interval": check_interval, "force": force}.items():
-            if not isinstance(value, bool | np.bool_):
-                raise TypeError(f"{name}: expected True or False, got {value!r}")
         schedule, step = self._schedule, self._schedule.step()
         runs = save_runs_of(self._checkpoint)
+
+        def check() -> None:
+            check_values(self._checkpoint, values)
+            for name, value in {"check_interval": check_interval, "force": force}.items():
+                if not isinstance(value, bool | np.bool_):
+                    raise TypeError(f"{name}: expected True or False, got {value!r}")
+
         if step is not None:
             runs.settle_doubts(options.timeout_seconds)  # their outcome may change what is due
             if not (force or schedule.is_due(step, check_interval)):
+                check()
                 replace_values(self._checkpoint, values)
                 return None
 
@@ -260,16 +270,27 @@ class CheckpointManager:
             if not (force or schedule.is_due(step, check_interval)):
                 return None  # another thread has saved this step meanwhile
             replace_values(self._checkpoint, values)
+            now = step
+            if meeting.count > 1 and now is None:
+                counter = checkpoint_number if self._step_counter is None else self._step_counter
+                now = None if counter is None else as_integer(counter)
 
             def new_record(count: int) -> CheckpointRecord:
                 return self._new_record(count, checkpoint_number, metrics, meeting.leads)
 
             return ManagedSave(
-                self._checkpoint, schedule, self._collection, meeting, options, step, new_record
+                self._checkpoint,
+                schedule,
+                self._collection,
+                meeting,
+                options,
+                step,
+                now,
+                new_record,
             )
 
         prefix = os.path.join(self._directory, self._name)
-        path = runs.save(prefix, options, current_context(), open_books)
+        path = runs.save(prefix, options, current_context(), check, open_books)
         if path is None:  # a preemption handler may save next, without values
             replace_values(self._checkpoint, values)
             return None
@@ -557,7 +578,7 @@ class CheckpointManager:
             )
 
     def _others(self) -> str:
-        names = checkpoints_in(self._directory)
+        names = visible_in(self._directory)
         return f"only {', '.join(names[-5:])}" if names else ""
 
     def best(self, metric: str, mode: Literal["max", "min"] = "min") -> str | None:
@@ -624,6 +645,7 @@ class CheckpointManager:
         Raises:
           CheckpointNotFoundError: there is no checkpoint of this number.
           ValueError: it is the latest, and no other one is usable.
+          SupersededError: another manager has taken over; nothing was removed.
           OSError: it could not be removed.
         """
         number = as_integer(step)
@@ -657,6 +679,9 @@ class CheckpointManager:
 
         Returns:
           The paths that were, or would be, removed.
+
+        Raises:
+          SupersededError: another manager has taken over; nothing was removed.
 
         Example:
           >>> import os, tempfile

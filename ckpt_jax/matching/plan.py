@@ -71,6 +71,8 @@ def plan_read(
     saved_paths: Mapping[int, str] | None = None,
     only: frozenset[int] | None = None,
     skip_slots: bool = False,
+    consumed: frozenset[int] = frozenset(),
+    notes: Mapping[int, str] | None = None,
 ) -> ReadPlan:
     """The plan that follows from a match.
 
@@ -83,8 +85,12 @@ def plan_read(
       only: live nodes to plan for, if the others are done; all by default. Then the report is
         about these nodes only, and does not list saved values that no node takes.
       skip_slots: leave out slot variables, both saved and live ones.
+      consumed: saved nodes that need no place, because other values are made of theirs.
+      notes: for saved nodes that may have no place: why, for the report.
     """
     planner = _Planner(saved, live, match, fits, saved_paths or {}, skip_slots)
+    planner.skipped_saved |= consumed
+    planner.notes = notes or {}
     planner.live_side(only)
     planner.fixed_slots(only)
     planner.conflicts()
@@ -108,6 +114,7 @@ class _Planner:
         self.saved_paths = saved_paths
         self.skipped_saved = saved.slot_nodes if skip_slots else frozenset()
         self.skipped_live = live.graph.slot_nodes if skip_slots else frozenset()
+        self.notes: Mapping[int, str] = {}
         self.reads: list[ValueRead] = []
         self.calls: dict[str, list[dict[str, int]]] = {}  # by saver
         self.used: set[tuple[int, str]] = set()  # (saved node, attribute) with a place to go
@@ -226,7 +233,8 @@ class _Planner:
                 if (node_id, attribute.name) not in self.used:
                     path = self.saved.value_path(node_id, attribute.name)
                     original = self.original(node_id, attribute)
-                    entries.append(ReportEntry(path, "", str(attribute.spec), "", original))
+                    note = self.notes.get(node_id, "")
+                    entries.append(ReportEntry(path, "", str(attribute.spec), note, original))
             if node.saver and (node_id, node.saver.name) not in self.used:
                 path = self.saved.paths[node_id]
                 original = self.saved_paths.get(node_id, path)

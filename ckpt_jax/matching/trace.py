@@ -21,7 +21,15 @@ from typing import Any, cast
 from ckpt_jax.errors import UnsaveableError
 from ckpt_jax.graph import labels
 from ckpt_jax.graph.labels import Label
-from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, SaverRef, Slot, has_values
+from ckpt_jax.graph.nodes import (
+    Attribute,
+    Node,
+    ObjectGraph,
+    PathLengths,
+    SaverRef,
+    Slot,
+    has_values,
+)
 from ckpt_jax.graph.specs import LeafSpec, ShardingSpec
 from ckpt_jax.objects.delegate import DELEGATE, delegate_of
 from ckpt_jax.objects.views import (
@@ -118,6 +126,7 @@ class _Walk:
     node_of: dict[int, int] = field(default_factory=dict)  # by id, of objects with an identity
     containers: set[int] = field(default_factory=set)  # ids, of objects without
     problems: list[tuple[str, str]] = field(default_factory=list)
+    lengths: PathLengths = field(default_factory=PathLengths)
 
     def enter(
         self, obj: Any, key: str, parent: int = -1, view: View | None = None, tie: bool = True
@@ -204,6 +213,7 @@ class _Walk:
         at = len(self.children)
         while at < len(self.objects):
             pairs = tuple(self.views[at].children(self.objects[at]))
+            self.check_lengths(self.keys[at], len(pairs) + len(self.attributes[at]))
             if pairs:
                 prefix = f"{self.keys[at]}/" if self.keys[at] else ""
                 names = labels.escaped_names([label for label, _ in pairs])
@@ -219,6 +229,14 @@ class _Walk:
             else:
                 self.children.append(())
             at += 1
+
+    def check_lengths(self, key: str, count: int) -> None:
+        try:
+            self.lengths.add(key, count)
+        except ValueError as error:
+            what = str(error)
+            path = labels.path_of(key)
+            raise UnsaveableError(f"{what}. Nothing was written.", ((path, what),)) from None
 
     def check_labels(
         self, pairs: Sequence[tuple[Label, Any]], names: Sequence[str], prefix: str
@@ -264,6 +282,7 @@ class _Walk:
 
     def add_slot(self, optimizer: int, variable: int, entry: SlotEntry, regular: int) -> int:
         key = labels.slot_key(self.keys[variable], self.keys[optimizer], entry.name)
+        self.check_lengths(key, 1)
         slot = self.enter(entry.value, key, tie=False)
         if slot < regular:
             what = (

@@ -16,6 +16,7 @@ This module does not import optax: it looks at the structure of the state alone.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -35,6 +36,8 @@ from ckpt_jax.objects.views import (
     add_view,
     view_of,
 )
+
+_log = logging.getLogger("ckpt_jax")
 
 
 class StateLeaf(NamedTuple):
@@ -280,15 +283,23 @@ def optax_state(opt_state: Any, params: Any) -> OptaxState:
       Array([0., 0.], dtype=float32)
     """
     state = OptaxState(opt_state, params)
-    if not any(leaf.parameter is not None for leaf in state.layout):
-        _check_without_moments(state)
+    if lost := _lost_moments(state):
+        paths = ["/".join(map(str, path.steps)) or "(root)" for path in state._parameters.paths]
+        listed = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
+        raise ValueError(
+            f"optax_state: expected the parameters that the state is for, got {listed or 'none'}; "
+            f"nothing in the state has their structure ({lost}), so that its moments would be "
+            "found by position only. Pass the params of tx.init(params)."
+        )
     return state
 
 
-def _check_without_moments(state: OptaxState) -> None:
-    """Checks that a state in which nothing mirrors the parameters has no moments."""
-    parameters = state._parameters
-    total = sum(map(prod, parameters.shapes))
+def _lost_moments(state: OptaxState) -> str:
+    """What looks like moments in a state in which nothing mirrors the parameters; "" if nothing
+    does."""
+    if any(leaf.parameter is not None for leaf in state.layout):
+        return ""
+    total = sum(map(prod, state._parameters.shapes))
     lost = [
         f"{leaf.name} of shape {shape}"
         for leaf in state.layout
@@ -297,15 +308,8 @@ def _check_without_moments(state: OptaxState) -> None:
         and not (shape == (total,) and leaf.name.count(".") == 1)  # optax.flatten
         and "hyperparams" not in leaf.name
     ]
-    if lost:
-        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
-        paths = ["/".join(map(str, path.steps)) or "(root)" for path in parameters.paths]
-        listed = ", ".join(paths[:3]) + (f" and {len(paths) - 3} more" if len(paths) > 3 else "")
-        raise ValueError(
-            f"optax_state: expected the parameters that the state is for, got {listed or 'none'}; "
-            f"nothing in the state has their structure ({lost[0]}{more}), so that its moments "
-            "would be found by position only. Pass the params of tx.init(params)."
-        )
+    more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+    return f"{lost[0]}{more}" if lost else ""
 
 
 class OptaxStateView(OptimizerView):
@@ -359,10 +363,19 @@ class TrainStateView(RegisteredView):
     """A dataclass with `params`, `opt_state` and `tx`, as flax's TrainState is."""
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
-        return [
+        children = [
             (label, OptaxState(child, obj.params) if label == "opt_state" else child)
             for label, child in super().children(obj)
         ]
+        if type(obj) not in _told:
+            for state in [child for _, child in children if isinstance(child, OptaxState)]:
+                if lost := _lost_moments(state):
+                    _tell(
+                        type(obj),
+                        f"nothing in opt_state has the structure of params ({lost}). Make it "
+                        "with tx.init(params)",
+                    )
+        return children
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         state = changed.get("opt_state")
@@ -370,12 +383,48 @@ class TrainStateView(RegisteredView):
         return super().rebuild(obj, {**changed, "opt_state": state})
 
 
+_told: set[type] = set()  # the classes about which `_tell` has written
+
+
+def _tell(kind: type, why: str) -> None:
+    """Says, once for each class, that the moments in an optimizer state are not recognised."""
+    _told.add(kind)
+    _log.warning(
+        "%s.%s: restores find the moments in opt_state by their position, not by their parameters: "
+        "%s.",
+        *(kind.__module__, kind.__qualname__, why),
+    )
+
+
 def train_state_view(obj: Any) -> View | None:
-    """The view of a train state, which is recognised by its fields."""
-    if not dataclasses.is_dataclass(obj) or isinstance(obj, type) or not is_registered(obj):
+    """The view of a train state, which is recognised by its fields. Called once for each class."""
+    if isinstance(obj, tuple):
+        names = {*getattr(obj, "_fields", ())}
+    elif dataclasses.is_dataclass(obj) and not isinstance(obj, type):
+        names = {field.name for field in dataclasses.fields(obj)}
+    else:
         return None
-    names = {field.name for field in dataclasses.fields(obj)}
-    return _TRAIN_STATE if {"params", "opt_state", "tx"} <= names else None
+    if not {"params", "opt_state"} <= names:
+        return None
+    if "tx" in names and not isinstance(obj, tuple) and is_registered(obj):
+        return _TRAIN_STATE
+    if _holds_plain_moments(obj):
+        _tell(
+            type(obj),
+            "it has params and opt_state, but is no dataclass with a field tx that is registered "
+            "with JAX. Be one, or save ckpt.optax_state(opt_state, params) as its opt_state",
+        )
+    return None
+
+
+def _holds_plain_moments(obj: Any) -> bool:
+    if isinstance(obj.opt_state, OptaxState):
+        return False
+    try:
+        layout = OptaxState(obj.opt_state, obj.params).layout
+    except (TypeError, ValueError):  # JAX cannot take it apart, so that optax has not made it
+        return False
+    return any(leaf.parameter is not None for leaf in layout)
 
 
 _TRAIN_STATE = TrainStateView("dataclass")

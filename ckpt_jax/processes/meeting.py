@@ -10,11 +10,16 @@ No device takes part, so that a meeting may be held on any thread while the devi
 Meetings are numbered in the order in which the program opens them. This order has to be the same
 on all processes. The keys of meeting n, below "ckpt_jax/n/":
 
-    reports/k   the report of process k, as JSON; process 0 only says that it is there
-    led         an answer that process 0 gives to all before the reports, if a save asks for it
-    decision    "commit", from process 0 when all have reported, or an error, from a process that
-                failed before that. The first one stays: the service refuses a second.
-    outcome     the result of the act of process 0, or an error
+    reports/k       the report of process k, as JSON; process 0 only says that it is there
+    led             an answer that process 0 gives to all before the reports, if a save asks for it
+    decision        "commit", from process 0 when all have reported, or an error, from a process
+                    that failed before that. The first one stays: the service refuses a second.
+    outcome         the result of the act of process 0, or an error, or the question what some of
+                    the processes do
+    failed/why      the error, for those who come when the meeting has failed already
+    details/k       the answer of process k to that question
+    verdict         the error that follows from the answers
+    here/k/at       the moment that process k saves; only after the processes were apart
 
 A process that fails before the decision makes its error the decision and the outcome, so that the
 others fail at once with it. Every wait has a deadline. If it passes without an outcome, the
@@ -23,6 +28,16 @@ In one case it does not know how the save ended: process 0 had decided to commit
 heard from it any more. Only the outcome tells of success, and it is written after the commit. A
 process in doubt may keep the meeting open and look for the outcome later, so that it can go on
 from the same number as the others.
+
+Each report has the digest of what its process does: the *mark* (`processes.moment`). If the digests
+differ, the processes are *apart*: one of them has skipped a save, for example. Then the meeting
+fails on all of them, and they come together again by two rules:
+
+* If a process comes to a meeting that has failed already, and its mark is another than that of the
+  process that has failed, it has skipped the call of that meeting. It goes on to the next meeting.
+* If a process comes with a mark with which another one was in a failed meeting, and with which it
+  was not there itself, it is behind. Its call fails in this process alone and takes no part in the
+  meeting, unless the other process is there with the same mark, because it tries again.
 
 Each report says which meetings the process still has open. Process 0 removes the keys of all older
 meetings, so that the service holds the keys of only a few meetings at any time.
@@ -39,18 +54,28 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from types import TracebackType
 from typing import Any
 
 from ckpt_jax.errors import BarrierTimeoutError, CheckpointError, ProcessError
+from ckpt_jax.processes.board import ROOT, Board
+from ckpt_jax.processes.moment import (
+    Deed,
+    Mark,
+    difference,
+    numbers_in,
+    packed,
+    ranges,
+    unpacked,
+)
 from ckpt_jax.processes.service import Service
 from ckpt_jax.store.staging import owner_digits
 
 COMMIT = "commit"
-_ROOT = "ckpt_jax"
+_MOST_GROUPS = 8  # of processes that do different things, which are asked what they do
 _POLL_SECONDS = (0.001, 0.05)  # between two looks at the reports: at first, and at most
 _PATIENCE_SECONDS = 5.0  # for answers of the service, beyond the wait for other processes
 _LONGEST_SECONDS = 1e9  # no wait is longer: every clock accepts this
@@ -77,6 +102,9 @@ class Processes:
     _swept: int = 0
     _nonce: str = ""
     _agreements: int = 0
+    # The digests with which processes were in meetings at which they were apart, since they last
+    # succeeded together.
+    _apart: dict[int, set[str]] = field(default_factory=dict, repr=False)
     _afterwards: threading.local = field(default_factory=threading.local, repr=False)
 
     def meeting(self, what: str, timeout_seconds: float) -> Meeting:
@@ -110,6 +138,27 @@ class Processes:
         with self._lock:
             self._open.discard(number)
 
+    def _next_instead(self, number: int) -> int | None:
+        """The number of the next meeting, in place of one that has just been opened. None if
+        another one has been opened since."""
+        with self._lock:
+            if self._next != number + 1:
+                return None
+            self._open.discard(number)
+            self._next += 1
+            self._open.add(number + 1)
+            return number + 1
+
+    def _give_back(self, number: int) -> bool:
+        """Takes back that a meeting was opened. Returns False if another one has been opened
+        since."""
+        with self._lock:
+            if self._next != number + 1:
+                return False
+            self._open.discard(number)
+            self._next = number
+            return True
+
     def _oldest_open(self) -> int:
         with self._lock:
             return min(self._open, default=self._next)
@@ -118,7 +167,7 @@ class Processes:
         """Removes the keys of meetings that no process has open."""
         assert self.service is not None
         for number in range(self._swept, oldest_open):
-            self.service.delete(f"{_ROOT}/{number}/", _PATIENCE_SECONDS)
+            self.service.delete(f"{ROOT}/{number}/", _PATIENCE_SECONDS)
             self._swept = number + 1
 
     def _run_name(self, timeout_seconds: float) -> str:
@@ -129,7 +178,7 @@ class Processes:
         if self.service is None:  # a new name each time: this process may have been forked
             return f"{owner_digits()}{secrets.token_hex(16)}"
         if not self._nonce:
-            key = f"{_ROOT}/run"
+            key = f"{ROOT}/run"
             if self.index == 0:
                 name = f"{owner_digits()}{secrets.token_hex(16)}"
                 if not self.service.set(key, name, timeout_seconds):
@@ -159,17 +208,24 @@ class Meeting:
     Attributes:
       index, count: of the processes.
       what: names it in errors.
+      count_of_0: the save counter of process 0, if the meeting has failed because the processes
+        were apart; else None.
     """
 
     def __init__(self, processes: Processes, number: int, what: str, timeout_seconds: float):
         self.index = processes.index
         self.count = processes.count
         self.what = what
+        self.count_of_0: int | None = None
         self._processes = processes
         self._number = number
         self._timeout = timeout_seconds
+        self._board = Board(processes.service, number, what, self.count, timeout_seconds)
         self._state = State.SETTLED if processes.count == 1 else State.OPEN
         self._is_kept = False  # to be asked for the outcome later
+        self._mark: Mark = Deed(what.partition(" ")[0])
+        self._digest: str | None = None  # of the mark, once it has been worked out
+        self._has_begun = False
 
     @property
     def leads(self) -> bool:
@@ -188,9 +244,10 @@ class Meeting:
     @property
     def token(self) -> str:
         """32 hex digits, the same on all processes, for names of files that process 0 owns."""
+        self.begin()
         run = self._run_name(self._timeout)
         if not run:
-            raise self._late([0])
+            raise self._board.late([0])
         digest = hashlib.sha256(f"{run}/{self._number}".encode()).hexdigest()
         return run[:_OWNER_DIGITS] + digest[: 32 - _OWNER_DIGITS]
 
@@ -210,11 +267,11 @@ class Meeting:
         if self.count == 1:
             return value
         if self.leads:
-            self._tell("led", json.dumps({"result": value}))
+            self._board.set("led", json.dumps({"result": value}))
             return value
-        said = self._wait_for("led")
+        said = self._board.wait_for("led")
         if said is None:
-            raise self._late([0])
+            raise self._board.late([0])
         return self._result(said)
 
     @contextlib.contextmanager
@@ -260,15 +317,80 @@ class Meeting:
         """
         if not self.is_in_doubt:
             return False
+        self._board.seconds = min(timeout_seconds, _LONGEST_SECONDS)
         try:
-            found = self._service.get(self._key("outcome"), min(timeout_seconds, _LONGEST_SECONDS))
-        except (TimeoutError, ConnectionError):
+            found = self._board.wait_for("outcome")
+        except CheckpointError:
             return None
         if found is None:
             return None
         self._state = State.SETTLED
         self._processes._close(self._number)
         return "result" in json.loads(found)
+
+    # --- the mark ------------------------------------------------------------------------
+
+    def begin(self, mark: Mark | None = None) -> None:
+        """Takes part, with the mark of this process. A save does this before it stages anything.
+
+        Args:
+          mark: of this process; by default the first word of `what`.
+
+        Raises:
+          ProcessError: this process is behind another one; see the module.
+        """
+        if self.count == 1 or self._has_begun:
+            return
+        self._has_begun = True
+        self._mark = mark or self._mark
+        if self.leads:  # the others may be waiting for it
+            self._run_name(self._timeout)
+        while self._is_skipped() and self._goes_on():
+            pass
+        if self._processes._apart:
+            self._catch_up()
+
+    def _is_skipped(self) -> bool:
+        """Whether the meeting has failed already, and was for another call than this one."""
+        why = self._board.values("failed/").get("why")
+        if why is None:
+            return False
+        digest = json.loads(why)["error"]["digest"]
+        return digest is not None and digest != self._own_digest()
+
+    def _goes_on(self) -> bool:
+        """Takes part in the next meeting instead. Returns False if that is not possible."""
+        number = self._processes._next_instead(self._number)
+        if number is None:
+            return False
+        self._number = self._board.number = number
+        return True
+
+    def _catch_up(self) -> None:
+        """Fails in this process alone, if it is behind another one."""
+        own, apart = self._own_digest(), self._processes._apart
+        before = apart.get(self.index)
+        if before and own not in before:
+            ahead = [k for k, digests in apart.items() if own in digests]
+            is_alone = bool(ahead) and all(self._digest_here(k) != own for k in ahead)
+            if is_alone and self._processes._give_back(self._number):
+                self._state = State.SETTLED
+                raise ProcessError(
+                    f"{self.what}: process {ahead[0]} has tried this save before. It failed, "
+                    "because this process was at an earlier one. Nothing was saved; the processes "
+                    "meet again at a later save.",
+                    (self.index,),
+                )
+        self._board.set(f"here/{self.index}/at", own)
+
+    def _digest_here(self, process: int) -> str | None:
+        """The digest with which a process has come to this meeting; None if it has not come yet."""
+        return self._board.values(f"here/{process}/").get("at")
+
+    def _own_digest(self) -> str:
+        if self._digest is None:
+            self._digest = self._mark.digest
+        return self._digest
 
     # --- process 0 -----------------------------------------------------------------------
 
@@ -289,25 +411,29 @@ class Meeting:
         """
         if self.count == 1:
             return [own]
-        self._tell("reports/0", "")
+        self.begin()
+        own_digest = self._own_digest()
+        self._board.set("reports/0", "")
         deadline = time.monotonic() + self._timeout
         pause, longest = _POLL_SECONDS
         while True:
             # The last look comes at the deadline. The service needs time to answer it.
-            found = self._list(max(deadline - time.monotonic(), _PATIENCE_SECONDS))
+            found = self._board.values("", max(deadline - time.monotonic(), _PATIENCE_SECONDS))
             if "decision" in found:
                 raise self._heard(found["decision"])
             missing = [k for k in range(1, self.count) if f"reports/{k}" not in found]
             if not missing:
                 break
             if time.monotonic() >= deadline:
-                raise self._late(missing)
+                raise self._board.late(missing)
             time.sleep(pause)
             pause = min(2 * pause, longest)
         others = [json.loads(found[f"reports/{k}"]) for k in range(1, self.count)]
-        self._check_same([{"what": self._kind()}, *others])
-        if not self._tell("decision", COMMIT):
-            raise self._heard(self._list(self._timeout)["decision"])
+        digests = [own_digest, *(other["digest"] for other in others)]
+        if len({*digests}) > 1:
+            raise self._are_apart(digests)
+        if not self._board.set("decision", COMMIT):
+            raise self._heard(self._board.values()["decision"])
         self._state = State.DECIDED
         oldest = min([self._processes._oldest_open(), *(other["open"] for other in others)])
         with contextlib.suppress(TimeoutError, ConnectionError):  # the next meeting removes them
@@ -317,18 +443,38 @@ class Meeting:
     def announce(self, result: Any) -> None:
         """Tells the others the outcome, a value that JSON allows; for process 0 only."""
         if self.count > 1:
-            self._tell("outcome", json.dumps({"result": result}))
-            self._state = State.SETTLED
+            self._board.set("outcome", json.dumps({"result": result}))
+            self._has_succeeded()
 
-    def _check_same(self, reports: list[dict[str, Any]]) -> None:
-        others = tuple(k for k, r in enumerate(reports) if r["what"] != reports[0]["what"])
-        if others:
-            lines = "\n".join(f"  process {k}: {r['what']}" for k, r in enumerate(reports))
-            raise ProcessError(
-                f"{self.what}: the processes do different things at this point:\n{lines}\n"
-                "All of them have to save and restore the same, in the same order.",
-                others,
-            )
+    def _are_apart(self, digests: Sequence[str]) -> CheckpointError:
+        """Asks one process of each kind what it does. Tells all of the error that follows from the
+        answers, and returns it."""
+        groups: dict[str, list[int]] = {}
+        for process, digest in enumerate(digests):
+            groups.setdefault(digest, []).append(process)
+        asked = [processes[0] for processes in [*groups.values()][1:_MOST_GROUPS]]
+        self._board.set("outcome", json.dumps({"asked": asked}))
+        own = self._mark.explained()
+        explained = [own]
+        for process in asked:
+            answer = self._board.wait_for(f"details/{process}")
+            if answer is None:
+                raise self._board.late([process])
+            explained.append(unpacked(answer))
+        known = [*zip(groups, explained, strict=False)]
+        error = {
+            "message": difference([(groups[digest], each) for digest, each in known]),
+            "is_timeout": False,
+            "processes": [k for k, digest in enumerate(digests) if digest != digests[0]],
+            "digest": None,
+            "apart": {digest: ranges(groups[digest]) for digest, each in known if "call" in each},
+            "count": own.get("count"),
+        }
+        text = json.dumps({"error": error})
+        self._board.set("decision", text)
+        self._board.set("failed/why", text)
+        self._board.set("verdict", text)
+        return self._heard(text)
 
     # --- the other processes -------------------------------------------------------------
 
@@ -342,26 +488,41 @@ class Meeting:
           BarrierTimeoutError: naming the processes that did not report in time.
           ProcessError: another process failed, or does something else.
         """
+        self.begin()
         oldest = self._processes._oldest_open()
-        said = {"what": self._kind(), "open": oldest, "report": report}
+        said = {"digest": self._own_digest(), "open": oldest, "report": report}
         self._state = State.REPORTED
-        self._tell(f"reports/{self.index}", json.dumps(said))
-        outcome = self._wait_for("outcome")
+        self._board.set(f"reports/{self.index}", json.dumps(said))
+        outcome = self._board.wait_for("outcome")
         if outcome is None:
-            found = self._list(_PATIENCE_SECONDS)
+            found = self._board.values("", _PATIENCE_SECONDS)
             if "decision" in found and found["decision"] != COMMIT:
                 raise self._heard(found["decision"])
             late = [k for k in range(self.count) if f"reports/{k}" not in found]
-            raise self._late(late or [0], unknown="decision" in found)
+            raise self._board.late(late or [0], unknown="decision" in found)
+        if (asked := json.loads(outcome).get("asked")) is not None:
+            raise self._verdict(asked)
         result = self._result(outcome)
-        self._state = State.SETTLED
+        self._has_succeeded()
         return result
+
+    def _verdict(self, asked: Sequence[int]) -> CheckpointError:
+        """The error of a meeting at which the processes were apart."""
+        self._state = State.SETTLED
+        if self.index in asked:
+            self._board.set(f"details/{self.index}", packed(self._mark.explained()))
+        verdict = self._board.wait_for("verdict")
+        return self._board.late([0]) if verdict is None else self._heard(verdict)
 
     def _result(self, said: str) -> Any:
         content = json.loads(said)
         if "error" in content:
             raise self._heard(said)
         return content["result"]
+
+    def _has_succeeded(self) -> None:
+        self._state = State.SETTLED
+        self._processes._apart.clear()
 
     # --- failing -------------------------------------------------------------------------
 
@@ -407,14 +568,15 @@ class Meeting:
 
     def _announce(self, error: BaseException, *, has_decided: bool) -> CheckpointError | None:
         """Tells the others of an error; returns the error of a process that failed before."""
-        text = json.dumps({"error": described(error, self.index, self.what)})
+        said = {**described(error, self.index, self.what), "digest": self._digest}
+        text = json.dumps({"error": said})
         patience = min(self._timeout, _PATIENCE_SECONDS)
         try:
             if self.leads:  # the others may be waiting for one of these
                 self._run_name(patience)
-                self._tell("led", text, patience)
-            if not has_decided and not self._tell("decision", text, patience):
-                decision = self._list(patience)["decision"]
+                self._board.set("led", text, patience)
+            if not has_decided and not self._board.set("decision", text, patience):
+                decision = self._board.values("", patience)["decision"]
                 if decision != COMMIT:
                     return self._heard(decision)
                 if not self.leads:
@@ -422,73 +584,33 @@ class Meeting:
                     # has reported, and then its wait for the outcome failed.
                     return None
             self._state = State.SETTLED
-            self._tell("outcome", text, patience)
+            self._board.set("outcome", text, patience)
+            self._board.set("failed/why", text, patience)
         except CheckpointError as unheard:
             error.add_note(f"The other processes could not be told: {unheard}")
         return None
 
     def _heard(self, text: str) -> CheckpointError:
+        """The error that another process has told of."""
         self._state = State.SETTLED
         said = json.loads(text)["error"]
         processes = tuple(said["processes"])
+        for digest, apart in said.get("apart", {}).items():
+            for process in numbers_in(apart):
+                self._processes._apart.setdefault(process, set()).add(digest)
+        self.count_of_0 = said.get("count")
         message = f"{self.what}: {said['message']}"
         if said["is_timeout"]:
             return BarrierTimeoutError(message, processes)
         return ProcessError(message, processes)
 
-    def _late(self, processes: list[int], *, unknown: bool = False) -> BarrierTimeoutError:
-        names = ", ".join(map(str, processes))
-        noun = "process" if len(processes) == 1 else "processes"
-        message = f"{noun} {names} of {self.count} did not arrive within {self._timeout:g} s"
-        if unknown:
-            message += ". All had written their shards; "
-            message += "it is not known whether the checkpoint was committed"
-        return BarrierTimeoutError(f"{self.what}: {message}", tuple(processes))
-
-    def _unanswered(self, error: OSError) -> CheckpointError:
-        if isinstance(error, TimeoutError):
-            return BarrierTimeoutError(f"{self.what}: process 0 is late: {error}", (0,))
-        return ProcessError(f"{self.what}: {error}", (0,))
-
-    # --- keys ----------------------------------------------------------------------------
-
-    @property
-    def _service(self) -> Service:
-        service = self._processes.service
-        assert service is not None
-        return service
-
-    def _kind(self) -> str:
-        return self.what.partition(" ")[0]
-
-    def _key(self, name: str) -> str:
-        return f"{_ROOT}/{self._number}/{name}"
+    # -------------------------------------------------------------------------------------
 
     def _run_name(self, timeout_seconds: float) -> str:
         try:
             return self._processes._run_name(timeout_seconds)
         except (TimeoutError, ConnectionError) as error:
-            raise self._unanswered(error) from error
-
-    def _tell(self, name: str, value: str, timeout_seconds: float | None = None) -> bool:
-        try:
-            return self._service.set(self._key(name), value, timeout_seconds or self._timeout)
-        except (TimeoutError, ConnectionError) as error:
-            raise self._unanswered(error) from error
-
-    def _wait_for(self, name: str) -> str | None:
-        try:
-            return self._service.get(self._key(name), self._timeout)
-        except (TimeoutError, ConnectionError) as error:
-            raise self._unanswered(error) from error
-
-    def _list(self, timeout_seconds: float) -> dict[str, str]:
-        prefix = self._key("")
-        try:
-            found = self._service.list(prefix, timeout_seconds)
-        except (TimeoutError, ConnectionError) as error:
-            raise self._unanswered(error) from error
-        return {key.removeprefix(prefix): value for key, value in found.items()}
+            raise self._board.unanswered(error) from error
 
 
 def described(error: BaseException, index: int, what: str) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from ckpt_jax.matching.match import Match
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
+from ckpt_jax.restoring.formats.tensorflow.optimizers import as_optax
 from ckpt_jax.restoring.ordered import named_by_order
 from ckpt_jax.restoring.positions import slots_of_positions
 from ckpt_jax.restoring.rename import Renamed
@@ -248,6 +249,8 @@ def adapt(
         found = matcher(saved, live.graph)
     if saved.named:
         saved, found, renamed = _as_objects(saved, found, renamed, live, matcher, reader)
+    else:
+        saved, found, renamed = _as_optax(saved, found, renamed, live, matcher, reader)
     paths = {**renamed.graph.other_paths(saved), **renamed.saved_paths}
     saved, resharded, problems = _with_resharded(saved, live, found, reader, known)
     as_wanted = replace(
@@ -290,6 +293,29 @@ def _as_objects(
         return saved, found, renamed
     saved, found = changed.graph, matcher(changed.graph, live.graph)
     return (*owned(), replace(changed, graph=renamed.graph))
+
+
+def _as_optax(
+    saved: ObjectGraph,
+    found: Match,
+    renamed: Renamed,
+    live: LiveGraph,
+    matcher: Matcher,
+    reader: CheckpointReader,
+) -> tuple[ObjectGraph, Match, Renamed]:
+    """A graph with optimizers of other libraries in the form of the program's optax states.
+
+    Returns:
+      The graph, its match, and `renamed` with the derivations of values that were converted.
+    """
+
+    def number(key: str) -> float:
+        return float(reader.read({key: None})[key])
+
+    changed = as_optax(replace(renamed, graph=saved), live.graph, found.bound, number)
+    if changed.graph is not saved:
+        saved, found = changed.graph, matcher(changed.graph, live.graph)
+    return saved, found, replace(changed, graph=renamed.graph)
 
 
 def _adapter_of(obj: Any, path: str) -> CheckpointAdapter | None:

@@ -8,14 +8,17 @@ one from the names in it.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError, UnsupportedFormatError
+from ckpt_jax.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnsupportedFormatError,
+)
 from ckpt_jax.graph.as_tree import as_tree, is_tree
 from ckpt_jax.graph.boxes import Box
 from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, dtype_of
@@ -30,8 +33,9 @@ from ckpt_jax.readers import Reader
 from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.restoring.formats import foreign_steps, open_foreign
 from ckpt_jax.restoring.formats.own import OwnReader
+from ckpt_jax.restoring.formats.tensorflow.optimizers import with_slots
 from ckpt_jax.store.paths import absolute, as_path
-from ckpt_jax.store.storage import POSIX, Storage
+from ckpt_jax.store.storage import POSIX, Pinned, Storage
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import as_saved
 
@@ -71,11 +75,10 @@ class CheckpointReader:
         if foreign is not None:
             self._read_from(foreign)
             return
-        self.location = storage.located(self.path)
-        self._identity = lambda: storage.generation(self.location)
-        self.generation = self._identity()
-        with self._unless_replaced():
-            self._source = self._own = _opened(storage, self.location, self.path)
+        location = storage.located(self.path)
+        self._pin(Pinned.of(self.path, location, storage))
+        with self._pinned.unless_replaced():
+            self._source = self._own = _opened(storage, location, self.path)
 
     @classmethod
     def over(cls, source: Reader) -> CheckpointReader:
@@ -86,9 +89,12 @@ class CheckpointReader:
         return reader
 
     def _read_from(self, source: Reader) -> None:
-        self.location = source.path
-        self.generation, self._identity = source.identity(), source.identity
+        self._pin(Pinned(self.path, source.path, source.identity))
         self._source: Reader = source
+
+    def _pin(self, pinned: Pinned) -> None:
+        self._pinned = pinned
+        self.location, self.generation = pinned.location, pinned.generation
 
     def __repr__(self) -> str:
         return f"CheckpointReader({self.path!r})"
@@ -102,29 +108,8 @@ class CheckpointReader:
             self.check_not_replaced(error)
 
     def check_not_replaced(self, error: Exception | None = None) -> None:
-        """Checks that the checkpoint is still the one that was opened.
-
-        If a checkpoint looks damaged, the reason may be that another one was saved to its path.
-
-        Raises:
-          CheckpointNotFoundError: it was replaced or removed; `error` is the cause.
-        """
-        if self._identity() != self.generation:
-            led = "" if self.location == absolute(self.path) else f" (which led to {self.location})"
-            raise CheckpointNotFoundError(
-                f"{self.path}{led} was replaced or removed while it was being read; nothing of it "
-                "is used from now on. Open it again, or take the latest checkpoint."
-            ) from error
-
-    @contextmanager
-    def _unless_replaced(self) -> Iterator[None]:
-        """Raises CheckpointNotFoundError instead of an error in the block if the checkpoint was
-        replaced or removed."""
-        try:
-            yield
-        except (CorruptCheckpointError, OSError) as error:
-            self.check_not_replaced(error)
-            raise
+        """Checks that the checkpoint is still the one that was opened; see `Pinned.check`."""
+        self._pinned.check(error)
 
     def close(self) -> None:
         """Closes the files; further reads fail."""
@@ -137,14 +122,19 @@ class CheckpointReader:
         Raises:
           CorruptCheckpointError: there is none, it is damaged, or it disagrees with the index.
         """
-        for key, what in self.disagreements():
-            raise CorruptCheckpointError(f"{self.path}: {key}: {what}", file=self.path, key=key)
-        return self._graph
+        with self._pinned.unless_replaced():
+            for key, what in self.disagreements():
+                raise CorruptCheckpointError(f"{self.path}: {key}: {what}", file=self.path, key=key)
+            return self._graph
 
-    @property
-    def is_foreign(self) -> bool:
-        """Whether another library wrote the checkpoint."""
-        return self._own is None
+    @cached_property
+    def graph_to_restore(self) -> ObjectGraph:
+        """The object graph, in which optimizers of TensorFlow and Keras have slots.
+
+        Raises:
+          CorruptCheckpointError: as for `object_graph`.
+        """
+        return with_slots(self.object_graph)
 
     def disagreements(self) -> Iterator[tuple[str, str]]:
         """(key, problem) for each value on which the object graph and the index disagree."""
@@ -174,7 +164,7 @@ class CheckpointReader:
     @without_gc()
     def _graph_or_none(self) -> ObjectGraph | None:
         """The graph; None if there is none. One that was merged by hand, from shards, has none."""
-        with self._unless_replaced():
+        with self._pinned.unless_replaced():
             graph = self._source.graph()
         self.check_not_replaced()  # another checkpoint has values of these names, too
         return graph
@@ -188,7 +178,7 @@ class CheckpointReader:
         """
         if self._own is None:
             return None
-        with self._unless_replaced():
+        with self._pinned.unless_replaced():
             found = self._own.saved_objects(self._graph)
         self.check_not_replaced()
         return found
@@ -203,13 +193,13 @@ class CheckpointReader:
 
     def has_tensor(self, key: str) -> bool:
         """Whether there is a value under `key`, a key or a path."""
-        return self._key(key) is not None
+        return self.key_of(key) is not None
 
     def has_key(self, key: str) -> bool:
         """Whether there is a value under a key; a path is none."""
         return key in self._source.index
 
-    def _key(self, name: str) -> str | None:
+    def key_of(self, name: str) -> str | None:
         """The key that a key or a path stands for; None if there is no such value."""
         if self.has_key(name):
             return name
@@ -217,12 +207,12 @@ class CheckpointReader:
 
     @cached_property
     def _key_of_path(self) -> dict[str, str]:
-        return _keys_by_path(self.object_graph) if self._has_graph else {}
+        return _keys_by_path(self.object_graph) if self.has_graph else {}
 
     @cached_property
     def _key_of_other_path(self) -> dict[str, str]:
         """Values by each of their paths, if they are shared."""
-        if not self._has_graph or is_tree(self.object_graph):
+        if not self.has_graph or is_tree(self.object_graph):
             return {}
         return _keys_by_path(as_tree(slots_as_children(self.object_graph)))
 
@@ -256,7 +246,7 @@ class CheckpointReader:
         return self.as_saved(key, data, self._specs.get(key) or self.stored_spec(key))
 
     def _known_key(self, name: str) -> str:
-        key = self._key(name)
+        key = self.key_of(name)
         if key is not None:
             return key
         keys, paths = self.keys(), self.paths()
@@ -284,7 +274,7 @@ class CheckpointReader:
 
         `arrived` is called with the number of bytes each time that some have been read.
         """
-        with self._unless_replaced():
+        with self._pinned.unless_replaced():
             return read_values(self._source, requests, options, arrived)
 
     def read_boxes(
@@ -292,7 +282,7 @@ class CheckpointReader:
     ) -> dict[tuple[str, Box], np.ndarray]:
         """Reads several boxes of several arrays at once; returns them by key and box."""
         keys = list(requests)
-        with self._unless_replaced():
+        with self._pinned.unless_replaced():
             found = self._source.read(
                 [(key, tuple(requests[key])) for key in keys],
                 max_inflight_bytes=options.max_inflight_bytes,
@@ -306,12 +296,13 @@ class CheckpointReader:
     def as_saved(self, key: str, data: Any, spec: LeafSpec) -> Any:
         """Turns data that was read without a target into the saved value. Arrays stay the same."""
         self._check_readable(key, spec)
-        try:
-            return as_saved(data, spec)
-        except ValueError as error:
-            raise CorruptCheckpointError(
-                f"{self.path}: {key}: no {spec.kind}: {error}", file=self.path, key=key
-            ) from error
+        with self._pinned.unless_replaced():
+            try:
+                return as_saved(data, spec)
+            except ValueError as error:
+                raise CorruptCheckpointError(
+                    f"{self.path}: {key}: no {spec.kind}: {error}", file=self.path, key=key
+                ) from error
 
     def _check_readable(self, key: str, spec: LeafSpec | None) -> None:
         if spec is not None and spec.is_unreadable:
@@ -330,7 +321,7 @@ class CheckpointReader:
         """Why a value is listed but cannot be read, by key; empty for most checkpoints."""
         return {
             attribute.key: attribute.spec.refusal
-            for _, attribute in (self._graph.attributes() if self._has_graph else ())
+            for _, attribute in (self._graph.attributes() if self.has_graph else ())
             if attribute.spec.is_unreadable and attribute.spec.dtype != ANONYMOUS_BYTE
         }
 
@@ -339,22 +330,41 @@ class CheckpointReader:
         """The keys of values that have no checksum in the checkpoint."""
         return self._source.unchecked
 
+    def damage(
+        self,
+        keys: Collection[str] | None = None,
+        sample: float = 1.0,
+        read: Callable[[int], object] = lambda nbytes: None,
+    ) -> Iterator[tuple[str, list[str], str]] | None:
+        """The damage to values, in bounded memory; None if the format has no blocks with checksums.
+
+        Args:
+          keys: of the values; all by default.
+          sample: the part of their blocks that is read, chosen by chance.
+          read: called with numbers of bytes while blocks are read.
+
+        Returns:
+          (file, keys in it that are concerned, what is wrong) for each damaged block.
+        """
+        return None if self._own is None else self._own.damage(keys, sample, read)
+
     def check_files(self) -> None:
         """Compares the sizes of all files with the sizes that they need; reads no value.
 
         Raises:
           CorruptCheckpointError: a file is truncated or missing.
         """
-        with self._unless_replaced():
+        with self._pinned.unless_replaced():
             self._source.check_files()
         self.check_not_replaced()
 
     @cached_property
     def _specs(self) -> dict[str, LeafSpec]:
-        return self.object_graph.by_key if self._has_graph else {}
+        return self.object_graph.by_key if self.has_graph else {}
 
     @property
-    def _has_graph(self) -> bool:
+    def has_graph(self) -> bool:
+        """Whether there is an object graph. What was merged by hand from shards has none."""
         return self._graph_or_none is not None
 
     @property

@@ -6,6 +6,10 @@ new nodes, with values that are *derived* from stored ones (see `transforms`). T
 variable, which an optimizer holds for it, follow the variable: they stay as they are if it moves,
 and are derived in the same way if it is derived.
 
+A rule is for edges, and the path of an edge is made of the first, shortest path to its node. A rule
+that matches none of these paths may mean all slots of one name: `optimizer/m`. Or it may mean
+another path to a shared object.
+
 The outcome is an ordinary graph. Match, plan and assign know nothing of rules; only reading does
 (see `derived`).
 """
@@ -18,7 +22,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
-from ckpt_jax.graph.labels import Label, attribute_key, escaped_names, path_of, unescape
+from ckpt_jax.graph.as_tree import edges_by_path, is_tree
+from ckpt_jax.graph.labels import (
+    Label,
+    attribute_key,
+    escaped_names,
+    path_of,
+    readable,
+    unescape,
+)
 from ckpt_jax.graph.nodes import (
     Attribute,
     Node,
@@ -60,12 +72,17 @@ class Renamed:
       saved_paths: the path in the original graph of every node that moved.
       problems: of rules that cannot be applied.
       derived: how derived values are made, by their keys in `graph`.
+      consumed: nodes that values are derived from, although another path leads to them: they need
+        no place of their own.
+      notes: for nodes that may be left without a place in the program: why.
     """
 
     graph: ObjectGraph
     saved_paths: Mapping[int, str] = field(default_factory=dict)
     problems: tuple[ReportEntry, ...] = ()
     derived: Mapping[str, Derivation] = field(default_factory=dict)
+    consumed: frozenset[int] = frozenset()
+    notes: Mapping[int, str] = field(default_factory=dict)
 
 
 def rename(graph: ObjectGraph, rules: Iterable[Rule]) -> Renamed:
@@ -119,6 +136,28 @@ class _Group:
         return derive(keys, specs, steps)
 
 
+@dataclass(frozen=True, slots=True)
+class _SlotRule:
+    """A rule for the slots of one name, and the path that it gives them."""
+
+    rule: ParsedRule
+    target: str
+
+    @property
+    def name(self) -> str:
+        """The new name of the slots."""
+        return _unescaped(self.target.rpartition("/")[2])
+
+    @property
+    def place(self) -> str:
+        """The path of the optimizer."""
+        return self.target.rpartition("/")[0]
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        return self.rule.transforms
+
+
 class _Renaming:
     """A renamed graph under construction."""
 
@@ -132,16 +171,20 @@ class _Renaming:
         self.saved_paths: dict[int, str] = {}
         self.derived: dict[str, Derived] = {}
         self.problems: list[tuple[str, str]] = []
+        self.matched: set[int] = set()  # numbers of rules
+        self.moves: list[tuple[int, str, str]] = []  # (node, path, target)
+        self.found: dict[int, list[_Found]] = defaultdict(list)  # by rule, if it has transforms
+        self.slot_rules: dict[tuple[int, str], _SlotRule] = {}  # by optimizer and slot name
         self.consumed: set[int] = set()
         self.containers: dict[int, str] = {}  # rule -> a container that it matched
         self.made: dict[tuple[object, ...], int] = {}  # derived nodes by members and transforms
 
     def run(self) -> Renamed:
-        moves, found = self.apply_rules()
+        self.apply_rules()
         # A container is moved before the values that are moved into it.
-        for child, path, target in sorted(moves, key=lambda move: move[2].count("/")):
+        for child, path, target in sorted(self.moves, key=lambda move: move[2].count("/")):
             self.insert(child, target, path)
-        for number, matches in found.items():
+        for number, matches in self.found.items():
             try:
                 groups = [*self.groups_of(self.rules[number], matches)]
             except ValueError as error:
@@ -151,11 +194,8 @@ class _Renaming:
                 self.add_group(group)
         return self.finish()
 
-    def apply_rules(self) -> tuple[list[tuple[int, str, str]], dict[int, list[_Found]]]:
-        """Keeps the edges that no rule matches; returns plain moves, and other matches by rule."""
-        moves: list[tuple[int, str, str]] = []
-        found: dict[int, list[_Found]] = defaultdict(list)
-        matched: set[int] = set()
+    def apply_rules(self) -> None:
+        """Keeps the edges that no rule matches; notes plain moves, and other matches by rule."""
         paths: list[str] = []
         for node_id, node in enumerate(self.graph.nodes):
             kept = self.edges[node_id] = []
@@ -164,33 +204,73 @@ class _Renaming:
             ):
                 paths.append(path)
                 number, match = self.rule_for(path, child)
-                if match is None:
+                if match is None or not self.apply(number, match, child, path):
                     kept.append((label, child))
-                    continue
-                matched.add(number)
-                rule = self.rules[number]
-                if match.re is not rule.pattern:
-                    rule = rule.of_containers
-                    assert rule is not None
-                if rule.transforms:
-                    found[number].append(_Found(child, path, match))
-                elif (target := rule.target(match)) == path:
-                    kept.append((label, child))
-                else:
-                    moves.append((child, path, target))
+        if len(self.matched) < len(self.rules):
+            paths += self.apply_to_slots()
+        if len(self.matched) < len(self.rules) and not is_tree(self.graph):
+            self.apply_to_other_paths()
         for number, rule in enumerate(self.rules):
-            if number not in matched:
+            if number not in self.matched:
                 self.problems.append(unmatched_rule(rule, self.containers.get(number), paths))
-        return moves, found
 
-    def rule_for(self, path: str, child: int) -> tuple[int, re.Match[str] | None]:
-        """The first rule that applies to a path, and its match.
+    def apply(self, number: int, match: re.Match[str], child: int, path: str) -> bool:
+        """Applies a rule to an edge that it matches; whether it moves the edge."""
+        self.matched.add(number)
+        rule = self.rules[number]
+        if match.re is not rule.pattern:
+            rule = rule.of_containers
+            assert rule is not None
+        if rule.transforms:
+            self.found[number].append(_Found(child, path, match))
+        elif (target := rule.target(match)) == path:
+            return False
+        else:
+            self.moves.append((child, path, target))
+        return True
+
+    def apply_to_other_paths(self) -> None:
+        """Applies rules that have matched nothing to the further paths of shared objects."""
+        waiting = [number for number in range(len(self.rules)) if number not in self.matched]
+        kept = {node: dict(edges) for node, edges in self.edges.items()}
+        for path, node, label in edges_by_path(self.graph):
+            child = kept[node].get(label)
+            if child is not None:
+                number, match = self.rule_for(path, child, waiting)
+                if match is not None and self.apply(number, match, child, path):
+                    del kept[node][label]
+        self.edges = {node: [*edges.items()] for node, edges in kept.items()}
+
+    def apply_to_slots(self) -> list[str]:
+        """Applies rules that have matched nothing to the slots of optimizers, all of one name at
+        once. Returns the paths of these."""
+        waiting = [rule for number, rule in enumerate(self.rules) if number not in self.matched]
+        paths: list[str] = []
+        for optimizer, node in enumerate(self.graph.nodes):
+            for name in dict.fromkeys([slot.name for slot in node.slots]):
+                paths.append(self.slot_path(optimizer, name))
+                for rule in waiting:
+                    if (target := rule.of_all_below(paths[-1])) is not None:
+                        self.matched.add(self.rules.index(rule))
+                        self.slot_rules[optimizer, name] = _SlotRule(rule, target)
+                        break
+        return paths
+
+    def slot_path(self, optimizer: int, name: str) -> str:
+        """The path that the slots of a name have in common."""
+        return "/".join(filter(None, (self.graph.paths[optimizer], readable(name))))
+
+    def rule_for(
+        self, path: str, child: int, among: Sequence[int] | None = None
+    ) -> tuple[int, re.Match[str] | None]:
+        """The first rule that applies to a path, and its match; all rules by default.
 
         Wildcards and transforms apply to values. One rule with a wildcard also moves a container: a
         rule for everything below an optimizer moves the optimizer together with its slots.
         """
         node = self.graph.nodes[child]
-        for number, rule in enumerate(self.rules):
+        for number in range(len(self.rules)) if among is None else among:
+            rule = self.rules[number]
             match = rule.pattern.fullmatch(path)
             if match is None:
                 whole = rule.of_containers if node.slots else None
@@ -263,9 +343,12 @@ class _Renaming:
         self.consumed.update(group.members)
         for optimizer, name, slots in slot_groups(self.graph, group.members):
             path = f"{group.target} ({name} of {self.graph.paths[optimizer]})"
-            slot = self.add_node(group, path, slots, of_slot=True)
+            rule = self.slot_rules.get((optimizer, name))
+            more = rule.transforms if rule else ()
+            together = replace(group, transforms=(*group.transforms, *more))
+            slot = self.add_node(together, path, slots, of_slot=True)
             if slot is not None:
-                self.slots[optimizer].append(Slot(node, name, slot))
+                self.slots[optimizer].append(Slot(node, rule.name if rule else name, slot))
                 self.consumed.update(slots)
 
     def add_node(
@@ -298,9 +381,7 @@ class _Renaming:
     def insert(self, child: int, target: str, path: str) -> None:
         """Adds the edges of the path `target`, so that it leads to `child`."""
         here = 0
-        names = [
-            unescape(name) if ".S" in name or ".." in name else name for name in target.split("/")
-        ]
+        names = [*map(_unescaped, target.split("/"))]
         for name in names[:-1]:
             there = self.below(here).get(name)
             if there is None:
@@ -334,7 +415,37 @@ class _Renaming:
         has_lost = bool(entry.children) and not self.edges[node]
         return has_lost and not (entry.attributes or entry.slots or entry.saver)
 
+    def rename_slots(self) -> None:
+        """Gives slots the names that rules have for them, and derives them if a rule says so."""
+        for optimizer in {optimizer: None for optimizer, _ in self.slot_rules}:
+            slots: list[Slot] = []
+            for slot in self.nodes[optimizer].slots:
+                rule = self.slot_rules.get((optimizer, slot.name))
+                node: int | None = slot.node
+                if rule is not None and rule.transforms:
+                    path = self.graph.paths[slot.node]
+                    group = _Group(path, (slot.node,), rule.transforms, None, path)
+                    node = self.add_node(group, path, group.members)
+                    self.consumed.add(slot.node)
+                if node is not None:
+                    name = slot.name if rule is None else rule.name
+                    slots.append(replace(slot, name=name, node=node))
+            self.nodes[optimizer] = replace(self.nodes[optimizer], slots=tuple(slots))
+
+    def check_slot_rules(self, renamed: ObjectGraph) -> None:
+        """Slots stay with their optimizer: a rule must not name another place for them."""
+        for (optimizer, name), rule in self.slot_rules.items():
+            places = {self.graph.paths[optimizer], renamed.paths[optimizer]}
+            if rule.place not in places:
+                path = self.slot_path(optimizer, name)
+                what = (
+                    f"slots stay with their optimizer: the rename rule {rule.rule} has to name "
+                    f"a slot of {' or '.join(sorted(map(repr, places)))}"
+                )
+                self.problems.append((path, what))
+
     def finish(self) -> Renamed:
+        self.rename_slots()
         nodes = [self.finished(i, node) for i, node in enumerate(self.nodes)]
         # Values that derived values were made of are gone, unless another edge leads to them.
         unreachable = _unreachable(nodes)
@@ -353,9 +464,11 @@ class _Renaming:
             if i < len(self.graph.nodes):  # no edge leads to it any more: it keeps its old name
                 keys[i] = self.graph.object_keys[i]
         renamed = ObjectGraph(tuple(nodes), tuple(keys), self.graph.named)
+        self.check_slot_rules(renamed)
         paths = {**self.saved_paths, **self.graph.other_paths(renamed)}
         problems = [ReportEntry(path, what=what) for path, what in self.problems]
-        return Renamed(renamed, paths, tuple(problems), self.derived)
+        consumed = frozenset(self.consumed - gone)
+        return Renamed(renamed, paths, tuple(problems), self.derived, consumed)
 
     def finished(self, number: int, node: Node) -> Node:
         children, slots = tuple(self.edges[number]), self.slots.get(number, ())
@@ -378,6 +491,11 @@ def slot_groups(
     for (optimizer, name), found in by_owner.items():
         if len(found) == len(set(variables)):
             yield optimizer, name, tuple([found[variable] for variable in variables])
+
+
+def _unescaped(name: str) -> str:
+    """A part of a target path as a local name."""
+    return unescape(name) if ".S" in name or ".." in name else name
 
 
 def _unreachable(nodes: Sequence[Node]) -> set[int]:

@@ -52,6 +52,18 @@ class ParsedRule:
             return None
         return parse((source.removesuffix(end), self.template.removesuffix(end)))
 
+    def of_all_below(self, path: str) -> str | None:
+        """The target path of everything below a path, for a rule for this path or for all below
+        it; None if the rule is for something else."""
+        if found := self.pattern.fullmatch(path):
+            return self.target(found)
+        source, end = self.source, "/**"
+        if isinstance(source, str) and source.endswith(end) and self.template.endswith(end):
+            plain = parse((source.removesuffix(end), self.template.removesuffix(end)))
+            if found := plain.pattern.fullmatch(path):
+                return plain.target(found)
+        return None
+
     def moves_all_below(self, path: str, found: re.Match[str]) -> bool:
         """Whether everything below a path moves with it."""
         below = self.pattern.fullmatch(f"{path}/{_ANYTHING}")

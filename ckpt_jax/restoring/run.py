@@ -281,6 +281,8 @@ def plan_values(
         saved_paths=saved.saved_paths,
         only=only,
         skip_slots=options.skip_slot_variables,
+        consumed=saved.consumed,
+        notes=saved.notes,
     )
     problems = (*saved.problems, *[ReportEntry(where, what=what) for where, what in wrong])
     report = _with_changes(reads, saved, live)

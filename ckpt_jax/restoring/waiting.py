@@ -70,10 +70,10 @@ class _LeftOver:
     this object must not refer to the restoration.
     """
 
-    def __init__(self, path: str, saved: ObjectGraph):
+    def __init__(self, path: str, renamed: Renamed):
         self.path = path
-        self.saved = saved
-        self.nodes = {node for node, _ in saved.attributes()}
+        self.saved = renamed.graph
+        self.nodes = {node for node, _ in self.saved.attributes()} - renamed.consumed
         self.is_expected = False
 
     def log(self) -> None:
@@ -116,7 +116,7 @@ class Restoration:
         self.options = options
         self._context = context
         self.nbytes = 0
-        self.left_over = _LeftOver(path, renamed.graph)
+        self.left_over = _LeftOver(path, renamed)
         weakref.finalize(self, self.left_over.log)  # at the interpreter's exit, too
         self._rank = Rank()
         self._bindings = Bindings()

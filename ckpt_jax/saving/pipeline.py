@@ -15,35 +15,35 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
-from dataclasses import astuple, dataclass
+from base64 import b64decode, b64encode
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import astuple, dataclass, replace
 from types import TracebackType
 from typing import Any
 
-from ckpt_jax import io
+import jax
+
 from ckpt_jax.errors import ProcessError, ShardError, UnsaveableError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, path_of
-from ckpt_jax.graph.nodes import Attribute, ObjectGraph
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.metrics import SaveWatch
 from ckpt_jax.objects.registry import get_saver
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.processes.meeting import Meeting, described
+from ckpt_jax.processes.moment import Moment, evidence_of
 from ckpt_jax.progress import progress
-from ckpt_jax.saving.snapshot import snapshot
+from ckpt_jax.saving.snapshot import counts, snapshot
 from ckpt_jax.saving.write import plan_write, write
-from ckpt_jax.store.fetch import read_index
-from ckpt_jax.store.paths import as_path
+from ckpt_jax.store.index import Shard, Table, decode_entry, encode_entry
+from ckpt_jax.store.merge import SHARDS, commit, read_shard
+from ckpt_jax.store.paths import as_path, resolved
+from ckpt_jax.store.presence import is_directory
 from ckpt_jax.store.seal import seal
-from ckpt_jax.store.stack import SHARDS
 from ckpt_jax.store.storage import Storage
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import encode
-
-_MAX_PARTS = 256  # of a graph, in the report of a process
-_MAX_LISTED = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,25 @@ class SaveRequest:
       trace: gives the objects as they are now.
       options: how to save.
       overwrite: whether a checkpoint at `path` may be replaced.
+      publishing: entered on process 0 while the checkpoint takes its name. Its value says whether
+        a checkpoint at `path` may be replaced after all.
       extra: makes small entries from the traced objects, which are committed with their graph.
+      verb: the method that saves.
+      call: how often this process has called it, with this call; None if that is not counted.
+      step: of the program; None if it is not known.
+      count: the save counter; None if the verb does not count.
     """
 
     path: str
     trace: Callable[[], LiveGraph]
     options: CheckpointOptions
     overwrite: bool = True
+    publishing: Callable[[], AbstractContextManager[bool]] = lambda: nullcontext(True)
     extra: Callable[[LiveGraph], Mapping[str, bytes]] = lambda live: {}
+    verb: str = "save"
+    call: int | None = None
+    step: int | None = None
+    count: int | None = None
 
 
 class StagedSave:
@@ -83,6 +94,9 @@ class StagedSave:
       storage: where the path lies.
       meeting: with the other processes. The caller enters it, and leaves it after the block.
       watch: measures the save.
+
+    Attributes:
+      moment: what all processes have in common; None if there is one process.
     """
 
     @without_gc()
@@ -90,8 +104,9 @@ class StagedSave:
         options = request.options
         self._request, self._meeting, self._watch = request, meeting, watch
         live = request.trace()
+        values = encoded_values(live)
         taken = snapshot(
-            encoded_values(live),
+            values,
             in_background=options.enable_async,
             process=meeting.index,
             count=meeting.count,
@@ -100,12 +115,13 @@ class StagedSave:
         self._plan = plan_write(taken, options.sharding_policy)
         graph = seal(codec.encode(live.graph))
         self._small = {**request.extra(live), OBJECT_GRAPH_KEY: graph}
-        self._digest, self._parts = "", {}
+        self.moment: Moment | None = None
         if meeting.count > 1:  # one process has nobody to agree with
-            self._digest = hashlib.sha256(graph).hexdigest()
-            self._parts = _digests_of_parts(live.graph)
+            self.moment = _moment_of(request, live, graph, values, meeting.count)
+            meeting.begin(self.moment)
         self._staging = storage.stage(request.path, meeting.token)
         self._shards = os.path.join(self._staging.directory, SHARDS)
+        self._tables: dict[bytes, Table] = {}  # of the shards of process 0, by digest
         self._failure: str | None = None  # of process 0, after the commit
         with ExitStack() as stack:
             stack.enter_context(self._held_staging())
@@ -159,18 +175,19 @@ class StagedSave:
 
             prefix = os.path.join(self._shards, self._own_names())
             written = write(self._plan, prefix, options, wrote)
-        self._watch.wrote(sum([read_index(shard).total_nbytes for shard in self._registered]))
-        return _Report(
-            os.path.basename(self._staging.path),
-            self._digest,
-            self._parts,
-            tuple(
-                [
-                    os.path.relpath(shard, self._staging.directory)
-                    for shard in (*self._registered, *written)
-                ]
-            ),
-        )
+        registered = [read_shard(directory) for directory in self._registered]
+        self._watch.wrote(sum([int(table.nbytes.sum()) for _, table in registered]))
+        self._staging.check()  # that all of it went to one directory
+        return _Report(tuple(self._entries([*registered, *written])))
+
+    def _entries(self, shards: Sequence[tuple[Shard, Table]]) -> Iterator[str]:
+        """The entries of shards for the report to process 0, which needs the tables no more."""
+        for shard, table in shards:
+            if self._meeting.leads:
+                self._tables[table.digest] = table
+            directory = os.path.relpath(shard.directory, self._staging.directory)
+            entry = encode_entry(replace(shard, directory=directory), table.digest)
+            yield b64encode(entry).decode()
 
     def commit(self, report: _Report) -> None:
         """Makes a checkpoint of the shards of all processes, at the path of the save.
@@ -187,15 +204,16 @@ class StagedSave:
 
     def _publish(self, reports: Sequence[_Report]) -> None:
         staging, request = self._staging, self._request
-        _check_agreement(reports, self._meeting.what)
-        _check_shared(reports, staging.directory, self._meeting.what)
         shards = [
-            os.path.normpath(os.path.join(staging.directory, shard))
+            [_below(staging.directory, *decode_entry(b64decode(entry))) for entry in report.shards]
             for report in reports
-            for shard in report.shards
         ]
-        io.merge_shards(shards, staging.directory, extra=self._small, options=request.options)
-        staging.publish(overwrite=request.overwrite, durable=request.options.durable)
+        _check_shared(shards, staging.directory, self._meeting.what)
+        entries = [entry for of_process in shards for entry in of_process]
+        durable = request.options.durable
+        commit(entries, self._tables, staging.directory, self._small, durable=durable)
+        with request.publishing() as may_replace:
+            staging.publish(overwrite=request.overwrite and may_replace, durable=durable)
 
     def finish(self, act: Callable[[], None]) -> None:
         """Calls `act` after the commit: on process 0 before the others know of the checkpoint.
@@ -223,63 +241,49 @@ class _Report:
     """The report of a process whose shards are written.
 
     Attributes:
-      name: of the checkpoint.
-      graph: digest of the object graph.
-      parts: digests of the values by the beginning of their paths. They tell where graphs differ.
-      shards: directories, relative to the staging directory.
+      shards: their entries, in base 64; the directories are relative to the staging directory.
     """
 
-    name: str
-    graph: str
-    parts: dict[str, str]
     shards: tuple[str, ...]
 
 
-def _digests_of_parts(graph: ObjectGraph) -> dict[str, str]:
-    """The parts of a `_Report`; none if a graph has too many."""
-    for depth in (2, 1):
-        parts: dict[str, list[Attribute]] = {}
-        for node, attribute in graph.attributes():
-            part = "/".join(graph.paths[node].split("/", depth)[:depth])
-            parts.setdefault(part, []).append(attribute)
-        if len(parts) <= _MAX_PARTS:
-            break
-    else:
-        return {}
-    return {part: _digest(attributes) for part, attributes in parts.items()}
+def _moment_of(
+    request: SaveRequest, live: LiveGraph, graph: bytes, values: Mapping[str, Any], processes: int
+) -> Moment:
+    """What all processes have to have in common.
+
+    Args:
+      request: what to save.
+      live: the traced objects.
+      graph: their graph, encoded.
+      values: their values, as `encoded_values` gives them.
+      processes: how many there are.
+    """
+    on_host = {key: value for key, value in values.items() if not isinstance(value, jax.Array)}
+    return Moment(
+        request.verb,
+        os.path.basename(resolved(request.path)),
+        live.graph,
+        hashlib.sha256(graph).hexdigest(),
+        evidence_of({**on_host, **counts(values, processes)}),
+        request.call,
+        request.step,
+        request.count,
+    )
 
 
-def _digest(attributes: Iterable[Attribute]) -> str:
-    lines = [f"{each.key} {each.spec!r} {each.sharding!r}" for each in attributes]
-    return hashlib.sha256("\n".join(lines).encode("utf-8", "replace")).hexdigest()[:8]
+def _below(staging: str, shard: Shard, table: bytes) -> tuple[Shard, bytes]:
+    """The entry of a shard, whose directory is given relative to `staging`."""
+    directory = os.path.normpath(os.path.join(staging, shard.directory))
+    return replace(shard, directory=directory), table
 
 
-def _check_agreement(reports: Sequence[_Report], what: str) -> None:
-    """Checks that all processes have saved the same objects, to the same place."""
-    names = [report.name for report in reports]
-    if others := tuple([k for k, name in enumerate(names) if name != names[0]]):
-        said = ", ".join(f"process {k} {name}" for k, name in enumerate(names))
-        raise ProcessError(f"{what}: the processes save to different places: {said}", others)
-    graphs = [report.graph for report in reports]
-    if others := tuple([k for k, graph in enumerate(graphs) if graph != graphs[0]]):
-        first, other = (reports[k].parts for k in (0, others[0]))
-        where = sorted(part for part in {*first, *other} if first.get(part) != other.get(part))
-        below = f" below {', '.join(where[:_MAX_LISTED])}" if where else ""
-        raise ProcessError(
-            f"{what}: the objects of process{'es' * (len(others) > 1)} "
-            f"{', '.join(map(str, others))} are not the same as on process 0: names, shapes, "
-            f"dtypes or shardings differ{below}. All processes have to save the same object graph; "
-            "put state that each process has for itself into ckpt.PerProcess.",
-            others,
-        )
-
-
-def _check_shared(reports: Sequence[_Report], staging: str, what: str) -> None:
+def _check_shared(shards: Sequence[Sequence[tuple[Shard, bytes]]], staging: str, what: str) -> None:
     """Checks that process 0 finds the directories that the others have written."""
     unseen = tuple(
         k
-        for k, report in enumerate(reports)
-        if not all(os.path.isdir(os.path.join(staging, shard)) for shard in report.shards)
+        for k, of_process in enumerate(shards)
+        if not all(is_directory(shard.directory) for shard, _ in of_process)
     )
     if unseen:
         raise ProcessError(

@@ -18,17 +18,23 @@ the latest, because it has the newer values. An overtaken run for the same path 
 from __future__ import annotations
 
 import inspect
+import logging
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.processes.context import Context
 from ckpt_jax.processes.meeting import Meeting
+from ckpt_jax.processes.moment import Moment
 from ckpt_jax.saving.background import Background
 from ckpt_jax.saving.pipeline import SaveRequest, StagedSave
+
+_ALIKE = 2  # saves in a row that nothing tells from the one before are no chance
+
+_log = logging.getLogger("ckpt_jax")
 
 
 class Bookkeeping(Protocol):
@@ -57,6 +63,11 @@ class Bookkeeping(Protocol):
         """Takes back what `begin` has done, perhaps in part, because the save has failed."""
         ...
 
+    def follow(self, count: int) -> None:
+        """Takes over the save counter of process 0, after a save at which the processes were
+        apart."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Unrecorded:
@@ -75,6 +86,9 @@ class Unrecorded:
         pass
 
     def undo(self) -> None:
+        pass
+
+    def follow(self, count: int) -> None:
         pass
 
 
@@ -116,9 +130,17 @@ class SaveRuns:
         self._listeners: list[weakref.WeakMethod[Callable[[str], object]]] = []  # told of restores
         self._doubts: list[SaveRun] = []
         self._open: list[SaveRun] = []  # in the order in which they began
+        self._calls = 0
+        self._evidence: str | None = None  # of the last save that was committed; see `Moment`
+        self._alike = 0  # how many saves in a row had the same evidence as the one before
 
     def save(
-        self, path: str, options: CheckpointOptions, context: Context, open_books: Open
+        self,
+        path: str,
+        options: CheckpointOptions,
+        context: Context,
+        check: Callable[[], object],
+        open_books: Open,
     ) -> str | None:
         """Saves once.
 
@@ -126,6 +148,7 @@ class SaveRuns:
           path: names the save in errors.
           options: how to save.
           context: the surroundings of the save.
+          check: raises an error if the save cannot begin. The other processes hear of it.
           open_books: called when this save has its turn. Returns None if there is nothing to save.
 
         Returns:
@@ -133,10 +156,13 @@ class SaveRuns:
           in flight and `when_busy="skip"` says not to wait for it.
         """
         watch = context.meter.saving()
+        self._calls += 1
+        call = self._calls
         with ExitStack() as stack:
             meeting = stack.enter_context(
                 context.processes.meeting(f"saving {path}", options.timeout_seconds)
             )
+            check()
             with self._turn(options, meeting) as is_mine:
                 if not is_mine:
                     return None
@@ -145,7 +171,7 @@ class SaveRuns:
                 if books is None:
                     return None
                 run = stack.enter_context(SaveRun(self, books, meeting))
-                request = books.begin()
+                request = replace(books.begin(), call=call)
                 run.path = request.path
                 staged = StagedSave(request, context.storage, meeting, watch)
                 if not options.enable_async:
@@ -208,6 +234,21 @@ class SaveRuns:
         """Notes that a run has ended."""
         self._open.remove(run)
 
+    def warn_without_evidence(self, path: str, moment: Moment | None) -> None:
+        """Warns once if nothing tells saves that are counted from each other."""
+        if moment is None or not moment.is_counted or self._alike == _ALIKE:
+            return
+        before, self._evidence = self._evidence, moment.evidence_digest
+        self._alike = self._alike + 1 if before == self._evidence else 0
+        if self._alike == _ALIKE:
+            _log.warning(
+                "%s: nothing in this checkpoint tells its step from that of the saves before, so "
+                "that the processes cannot notice if they save different steps. Keep the step in "
+                "the checkpoint, pass it as the number, or give the manager a step_counter. This "
+                "is said once.",
+                path,
+            )
+
     def overtake(self, run: SaveRun, path: str) -> None:
         """Tells the runs that began before this one that its checkpoint is recorded, at `path`."""
         for other in self._open[: self._open.index(run)]:
@@ -247,6 +288,8 @@ class SaveRun:
         self._runs.closed(self)
         if not self._is_committed:
             self.books.undo()
+            if self.meeting.count_of_0 is not None:
+                self.books.follow(self.meeting.count_of_0 - 1)
             if self.meeting.is_in_doubt:
                 self._runs.doubt(self)
 
@@ -267,6 +310,7 @@ class SaveRun:
                     _call_back(options.write_callbacks, path)
                     if meeting.leads:
                         self._record(path)
+                        self._runs.warn_without_evidence(path, staged.moment)
 
                 staged.finish(act)
         except _Replaced:

@@ -9,25 +9,35 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ckpt_jax.errors import UnsaveableError
-from ckpt_jax.graph.boxes import Box, relative, shape_of, size_of, whole
+from ckpt_jax.graph.boxes import Box, shape_of, slices, whole
 from ckpt_jax.graph.dtypes import dtype_name
 from ckpt_jax.graph.labels import object_key_of, path_of
 from ckpt_jax.options import PlannedSlice
-from ckpt_jax.saving.spread import HeldBox, spread
+from ckpt_jax.saving.spread import Holding, own_slices
 from ckpt_jax.values import host
+from ckpt_jax.values.jax_internals import held_shards
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Slices on the host, by (key, box)."""
+    """Slices on the host.
+
+    Attributes:
+      slices: the slices.
+      contents: by (key, box).
+      shared: (key, box) of slices that other processes hold as well, who write others of them.
+    """
 
     slices: tuple[PlannedSlice, ...]
     contents: Mapping[tuple[str, Box], np.ndarray | host.Arriving | bytes]
+    shared: frozenset[tuple[str, Box]] = frozenset()
 
     @property
     def nbytes(self) -> int:
@@ -59,28 +69,27 @@ def snapshot(
     """
     if count == 1:
         parts = [
-            (key, *owned)
+            _Part(key, box, device, shard)
             for key, value in values.items()
             if isinstance(value, jax.Array)
-            for owned in host.owned_shards(value)
+            for box, device, shard in host.owned_shards(value)
         ]
     else:
         parts = _assigned(values, process, count)
-    found: dict[str, list[tuple[Box, int, np.ndarray | host.Arriving]]] = {}
-    on_host = host.to_host([shard for *_, shard in parts], wait=not in_background)
-    for (key, box, device, _), data in zip(parts, on_host, strict=True):
-        found.setdefault(key, []).append((box, device, data))
+    found: dict[str, list[tuple[_Part, np.ndarray | host.Arriving]]] = {}
+    on_host = host.to_host([part.shard for part in parts], wait=not in_background)
+    for part, data in zip(parts, on_host, strict=True):
+        found.setdefault(part.key, []).append((part, data[part.where] if part.where else data))
     home = jax.local_devices()[0].id
     planned: list[PlannedSlice] = []
     contents: dict[tuple[str, Box], np.ndarray | host.Arriving | bytes] = {}
     for key, value in values.items():
         if isinstance(value, jax.Array):
             dtype = dtype_name(value.dtype)
-            for box, device, data in found.get(key, ()):
-                contents[key, box] = data
-                planned.append(
-                    PlannedSlice(key, box, value.shape, dtype, data.nbytes, process, device)
-                )
+            for part, data in found.get(key, ()):
+                contents[key, part.box] = data
+                place = (process, part.device)
+                planned.append(PlannedSlice(key, part.box, value.shape, dtype, data.nbytes, *place))
         elif process == 0:
             if isinstance(value, bytes):
                 data, box, dtype, nbytes = value, (), "bytes", len(value)
@@ -89,31 +98,83 @@ def snapshot(
                 box, dtype, nbytes = whole(data.shape), dtype_name(data.dtype), data.nbytes
             contents[key, box] = data
             planned.append(PlannedSlice(key, box, shape_of(box), dtype, nbytes, process, home))
-    return Snapshot(tuple(planned), contents)
+    shared = frozenset([(part.key, part.box) for part in parts if part.is_shared])
+    return Snapshot(tuple(planned), contents, shared)
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A slice that this process writes.
+
+    Attributes:
+      key: of the array.
+      box: the slice.
+      device: id of the device that holds it.
+      shard: the single-device array in which it lies.
+      where: the place of the slice in the shard; None if it is all of the shard.
+      is_shared: whether other processes hold it as well.
+    """
+
+    key: str
+    box: Box
+    device: int
+    shard: jax.Array
+    where: tuple[slice, ...] | None = None
+    is_shared: bool = False
+
+
+@host.transfers_allowed()
+def counts(
+    values: Mapping[str, jax.Array | np.ndarray | bytes], count: int
+) -> dict[str, np.ndarray]:
+    """The signed integers without dimensions that lie on devices, if each of `count` processes has
+    a copy: steps and counts.
+
+    Unsigned ones belong to generators of random numbers, which may differ between processes.
+    """
+    found = {
+        key: held_shards(value)[0]
+        for key, value in values.items()
+        if isinstance(value, jax.Array)
+        and value.ndim == 0
+        and jnp.issubdtype(value.dtype, jnp.signedinteger)
+        and _is_everywhere(value.sharding, count)
+    }
+    return {key: np.asarray(shard) for key, shard in found.items()}
+
+
+@lru_cache(maxsize=4096)
+def _is_everywhere(sharding: jax.sharding.Sharding, count: int) -> bool:
+    """Whether each process has a value of its own, or a copy of one that all of them have."""
+    if isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        return sharding.is_fully_addressable
+    return len({device.process_index for device in sharding.device_set}) == count
 
 
 def _assigned(
     values: Mapping[str, jax.Array | np.ndarray | bytes], process: int, count: int
-) -> list[tuple[str, Box, int, jax.Array | np.ndarray]]:
-    """(key, box, device id, single-device array) for the slices that this process writes."""
-    held: list[HeldBox] = []
-    sources: list[tuple[str, dict[int, int]]] = []  # of each held box: key, {process: device id}
+) -> list[_Part]:
+    """The slices that this process writes."""
+    load = [0] * count
+    arrays: list[tuple[str, jax.Array]] = []
+    held: list[tuple[Holding, int]] = []
+    assigned: list[_Part] = []
     unreachable: list[tuple[str, str]] = []
     for key, value in values.items():
         if isinstance(value, bytes):
             continue
         if not isinstance(value, jax.Array) or value.is_fully_addressable:
-            held.append(HeldBox(whole(value.shape), value.nbytes, (0,)))
-            sources.append((key, {}))
+            load[0] += value.nbytes
+            if process == 0 and isinstance(value, jax.Array):
+                assigned += [_Part(key, *owned) for owned in host.owned_shards(value)]
             continue
-        processes = {device.process_index for device in value.sharding.device_set}
-        if len(processes) == 1 and processes != {0}:
-            what = f"lies on devices of process {min(processes)} only, which takes it for its own"
+        holding = _holding(value.sharding, value.shape, process, count)
+        if len(holding.processes) == 1 and 0 not in holding.processes:
+            only = min(holding.processes)
+            what = f"lies on devices of process {only} only, which takes it for its own"
             unreachable.append((path_of(object_key_of(key)), what))
-        itemsize = value.dtype.itemsize
-        for box, holders in host.held_boxes(value.sharding, value.shape):
-            held.append(HeldBox(box, size_of(box) * itemsize, tuple([p for p, _ in holders])))
-            sources.append((key, dict(holders)))
+        arrays.append((key, value))
+        held.append((holding, value.dtype.itemsize))
     if unreachable:
         lines = "\n".join(f"  {path}: {what}" for path, what in unreachable)
         raise UnsaveableError(
@@ -122,16 +183,16 @@ def _assigned(
             "them with ckpt.PerProcess.",
             tuple(unreachable),
         )
-    assigned: list[tuple[str, Box, int, jax.Array | np.ndarray]] = []
-    for part in spread(held, count):
-        key, devices = sources[part.source]
-        value = values[key]
-        if part.process != process or not isinstance(value, jax.Array):
-            continue
-        if not devices:
-            assigned += [(key, *owned) for owned in host.owned_shards(value)]
-            continue
-        inner = relative(part.box, origin=held[part.source].box)
-        shard = host.part_of(value, devices[process], inner)
-        assigned.append((key, part.box, devices[process], shard))
+    for own in own_slices(held, process, load):
+        key, value = arrays[own.source]
+        where = None if own.box == own.origin else slices(own.box, origin=own.origin)
+        shard = host.shard_on(value, own.device)
+        assigned.append(_Part(key, own.box, own.device, shard, where, own.is_shared))
     return assigned
+
+
+@lru_cache(maxsize=1024)
+def _holding(
+    sharding: jax.sharding.Sharding, shape: tuple[int, ...], process: int, count: int
+) -> Holding:
+    return Holding.of(host.held_boxes(sharding, shape), process, count)

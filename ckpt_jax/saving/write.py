@@ -1,20 +1,17 @@
 """Shards: the slices of a snapshot are grouped by the sharding policy, and written.
 
 plan_write  groups the slices into shards, and checks the groups if a user wrote the policy
-write       writes each shard with the same function that registered savers use
+write       writes all shards with the function that registered savers use for theirs
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from ckpt_jax import io
 from ckpt_jax.errors import ShardError
 from ckpt_jax.graph.boxes import Box, inside, relative, shape_of, size_of, slices, tiling_problem
 from ckpt_jax.options import (
@@ -25,16 +22,13 @@ from ckpt_jax.options import (
     ShardByDevice,
     ShardByProcess,
     ShardingPolicy,
-    part_along,
 )
 from ckpt_jax.saving.snapshot import Snapshot
-from ckpt_jax.store.workers import Workers, cores
+from ckpt_jax.store.index import Shard, Table
+from ckpt_jax.store.shard import Slice, write_shards
 from ckpt_jax.values import host
 
 _BUILT_IN = (ShardByDevice, ShardByProcess, MaxShardSize)
-
-
-_LEAST_NBYTES = 32 << 20  # of a shard that a device's slices are divided into
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,51 +46,21 @@ def plan_write(snap: Snapshot, policy: ShardingPolicy) -> WritePlan:
       ShardError: a user's policy dropped, repeated or changed a slice, or mixed processes.
     """
     groups = policy(snap.slices)
-    if isinstance(policy, ShardByDevice):
-        groups = divided(groups, cores())
+    if isinstance(policy, ShardByDevice) and snap.shared:
+        # The shards of what each process alone holds are alike, and so their tables are shared.
+        groups = [part for group in groups for part in _divided(group, snap.shared)]
     elif not isinstance(policy, _BUILT_IN):
         groups = _lists(groups)
         _check_policy(snap.slices, groups)
     return WritePlan(tuple(group for group in groups if group), snap)
 
 
-def divided(groups: Groups, count: int) -> list[Sequence[PlannedSlice]]:
-    """Groups of slices, the large ones divided, so that there are about `count`.
-
-    A slice that is larger than its part of a group is cut along its first axis of several rows, so
-    that each part is contiguous.
-    """
-    sizes = [sum([piece.nbytes for piece in group]) for group in groups]
-    total = sum(sizes)
-    found: list[Sequence[PlannedSlice]] = []
-    for group, nbytes in zip(groups, sizes, strict=True):
-        parts = min(count * nbytes // max(total, 1), nbytes // _LEAST_NBYTES)
-        if parts < 2:
-            found.append(group)
-            continue
-        limit = -(-nbytes // parts)
-        part: list[PlannedSlice] = []
-        held = 0
-        for piece in (row for whole in group for row in _rows(whole, limit)):
-            if part and held + piece.nbytes // 2 > limit:
-                found.append(part)
-                part, held = [], 0
-            part.append(piece)
-            held += piece.nbytes
-        found.append(part)
-    return found
-
-
-def _rows(piece: PlannedSlice, limit: int) -> list[PlannedSlice]:
-    """A slice, or parts of it of about `limit` bytes."""
-    lengths = [stop - start for start, stop in piece.box]
-    axis = next((axis for axis, length in enumerate(lengths) if length > 1), None)
-    count = 0 if axis is None else min(piece.nbytes // limit, lengths[axis])
-    if axis is None or count < 2:
-        return [piece]
-    start = piece.box[axis][0]
-    bounds = [start + lengths[axis] * i // count for i in range(count + 1)]
-    return [part_along(piece, axis, a, b) for a, b in pairwise(bounds)]
+def _divided(
+    group: Sequence[PlannedSlice], shared: frozenset[tuple[str, Box]]
+) -> tuple[list[PlannedSlice], list[PlannedSlice]]:
+    """The slices of a group that this process alone holds, and the others."""
+    own = [piece for piece in group if (piece.key, piece.box) not in shared]
+    return own, [piece for piece in group if (piece.key, piece.box) in shared]
 
 
 def _lists(groups: Any) -> list[list[PlannedSlice]]:
@@ -120,23 +84,18 @@ def _shard(
         data = snap.contents.get((piece.key, piece.box))
         if data is None:  # a part of a slice
             data = _part(snap, piece, boxes_of[piece.key])
-        if isinstance(data, host.Arriving):
-            data = data.wait()
         if isinstance(data, bytes):
             shard[piece.key] = data
         else:
-            part = io.Slice(data, piece.box, piece.shape)
-            shard.setdefault(piece.key, []).append(part)
+            shard.setdefault(piece.key, []).append(Slice(data, piece.box, piece.shape))
     return shard
 
 
-def _part(snap: Snapshot, piece: PlannedSlice, boxes: Sequence[Box]) -> np.ndarray:
+def _part(snap: Snapshot, piece: PlannedSlice, boxes: Sequence[Box]) -> np.ndarray | host.Arriving:
     for box in boxes:
         if _holds(box, piece.box):
             data = snap.contents[piece.key, box]
-            if isinstance(data, host.Arriving):
-                data = data.wait()
-            assert isinstance(data, np.ndarray)
+            assert not isinstance(data, bytes)
             return data[slices(piece.box, origin=box)]
     raise ShardError(f"{piece.key}: no slice of this process contains {piece.box}")
 
@@ -195,7 +154,7 @@ def write(
     prefix: str,
     options: CheckpointOptions,
     written: Callable[[int], object],
-) -> list[str]:
+) -> list[tuple[Shard, Table]]:
     """Writes the shards into new directories.
 
     If one shard fails, or the program is interrupted, the others are given up.
@@ -208,27 +167,19 @@ def write(
       written: called with numbers of bytes while shards are written, on several threads.
 
     Returns:
-      The directories of the shards.
+      The entries of the shards in the index of the checkpoint, and their tables.
     """
-    writers = max(1, min(cores(), len(plan.groups)))
-    options = replace(options, max_inflight_bytes=max(options.max_inflight_bytes // writers, 1))
-    given_up = threading.Event()
     boxes_of: dict[str, list[Box]] = {}
     for key, box in plan.snapshot.contents:
         boxes_of.setdefault(key, []).append(box)
-
-    def go_on(nbytes: int) -> None:
-        if given_up.is_set():
-            raise ShardError("given up, because another shard failed or the save was interrupted")
-        written(nbytes)
-
-    def write_one(number: int, group: Sequence[PlannedSlice]) -> str:
-        contents = _shard(plan.snapshot, group, boxes_of)
-        return io.write_shard(f"{prefix}{number:05d}", contents, options=options, written=go_on)
-
-    with Workers(writers, "ckpt-write") as pool:
-        try:
-            return list(pool.map(write_one, range(len(plan.groups)), plan.groups))
-        except BaseException:
-            given_up.set()
-            raise
+    shards = {
+        f"{prefix}{number:05d}": _shard(plan.snapshot, group, boxes_of)
+        for number, group in enumerate(plan.groups)
+    }
+    return write_shards(
+        shards,
+        compression=options.compression,
+        durable=options.durable,
+        max_inflight_bytes=options.max_inflight_bytes,
+        written=written,
+    )

@@ -24,14 +24,16 @@ import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 from ckpt_jax.errors import CheckpointNotFoundError, UnsupportedFormatError
 from ckpt_jax.store.durable import fsync_directory, make_directories
+from ckpt_jax.store.manifest import MANIFEST, META
+from ckpt_jax.store.merge import SHARDS
 from ckpt_jax.store.paths import require_addressable, require_room, resolved
-from ckpt_jax.store.stack import DATA, MANIFEST, SHARDS
+from ckpt_jax.store.presence import is_directory, is_file, is_taken, names_in
 from ckpt_jax.store.staging import (
     STAGING,
+    Held,
     Lock,
     discard,
     held,
@@ -45,18 +47,43 @@ from ckpt_jax.store.staging import (
     staging_of,
 )
 
-_PARTS = {DATA, SHARDS}  # of a checkpoint, besides its manifest
+_PARTS = {META, SHARDS}  # of a checkpoint, besides its manifest
 
 
 def is_checkpoint(path: str) -> bool:
     """Whether there is a committed checkpoint at `path`."""
-    return os.path.isfile(os.path.join(path, MANIFEST)) and not is_staging(path)
+    return not is_staging(path) and is_file(os.path.join(path, MANIFEST))
 
 
-def checkpoints_in(directory: str) -> list[str]:
-    """The names of the checkpoints in a directory, by number; those without a number come last."""
-    found = [name for name in _listed(directory) if is_checkpoint(os.path.join(directory, name))]
-    return sorted(found, key=lambda name: (number_of(name) is None, number_of(name) or 0, name))
+def checkpoints_in(
+    directory: str, is_wanted: Callable[[str], bool] = lambda name: True
+) -> list[str]:
+    """The names of the checkpoints in a directory, by number; those without a number come last.
+
+    Args:
+      directory: need not exist.
+      is_wanted: says which names count. Nothing else is looked at.
+
+    Raises:
+      OSError: it is not known whether something is a checkpoint.
+    """
+    names = filter(is_wanted, names_in(directory))
+    return _sorted([name for name in names if is_checkpoint(os.path.join(directory, name))])
+
+
+def visible_in(directory: str) -> list[str]:
+    """`checkpoints_in` for the texts of errors and warnings: without what cannot be looked at."""
+    found: list[str] = []
+    with contextlib.suppress(OSError):
+        for name in names_in(directory):
+            with contextlib.suppress(OSError):
+                if is_checkpoint(os.path.join(directory, name)):
+                    found.append(name)
+    return _sorted(found)
+
+
+def _sorted(names: list[str]) -> list[str]:
+    return sorted(names, key=lambda name: (number_of(name) is None, number_of(name) or 0, name))
 
 
 def number_of(path: str) -> int | None:
@@ -75,7 +102,8 @@ def require_checkpoint(path: str) -> None:
     Raises:
       CheckpointNotFoundError: there is none. The error says what is there instead, and which
         checkpoints are nearby.
-      UnsupportedFormatError: another library's checkpoint is there.
+      UnsupportedFormatError: a checkpoint of another library, or of format 1, is there.
+      OSError: it is not known what is there.
     """
     if (library := _other_library(path)) is not None:
         raise UnsupportedFormatError(
@@ -87,32 +115,39 @@ def require_checkpoint(path: str) -> None:
     if is_staging(path):
         what = f"{path} is the staging directory of a save that did not finish"
         near = os.path.dirname(os.path.abspath(path))
-    elif os.path.isdir(path):
+    elif is_directory(path):
         what = f"{path} is a directory, but not a checkpoint (it has no {MANIFEST})"
         near = path
-    elif os.path.lexists(path):
+    elif is_taken(path):
         what = f"{path} is a file, not a checkpoint directory"
         near = os.path.dirname(os.path.abspath(path))
     else:
         what = f"there is no checkpoint at {path}"
         near = os.path.dirname(os.path.abspath(path))
-    names = checkpoints_in(near)
+    names = visible_in(near)
     if not names and near == path:
         near = os.path.dirname(os.path.abspath(path))
-        names = checkpoints_in(near)
+        names = visible_in(near)
     if names:
         what += f". Checkpoints in {near}: {', '.join(names[-20:])}"
-    elif not os.path.isdir(near):
-        is_file = os.path.lexists(near)
-        what += f". {near} is a file" if is_file else f". The directory {near} does not exist"
+    elif not is_directory(near):
+        absent = f". The directory {near} does not exist"
+        what += f". {near} is a file" if is_taken(near) else absent
     else:
         what += f". There are no checkpoints in {near}"
     raise CheckpointNotFoundError(what)
 
 
 def _other_library(path: str) -> str | None:
-    """The name of the other library that wrote the checkpoint at `path`; None if none did."""
-    return "TensorFlow" if not os.path.exists(path) and os.path.isfile(f"{path}.index") else None
+    """The other library, or version of this one, that wrote the checkpoint at `path`; None if none
+    did."""
+    return "ckpt_jax before its first release (format 1)" if _has_format_1(path) else None
+
+
+def _has_format_1(path: str) -> bool:
+    old, new = (os.path.join(path, name) for name in ("manifest.ocdbt", MANIFEST))
+    is_old = os.path.isfile(old) and os.path.isdir(os.path.join(path, SHARDS))
+    return is_old and not os.path.exists(new) and not is_staging(path)
 
 
 def others_in(directory: str) -> dict[str, str]:
@@ -120,33 +155,30 @@ def others_in(directory: str) -> dict[str, str]:
     one.
 
     Returns:
-      The name of the library by the name of the checkpoint ("." for the directory itself).
+      The name of the library by the name of the checkpoint ("." for the directory itself). What
+      this process may not look into is left out.
     """
     found = {".": library} if (library := _other_library(directory)) else {}
-    names = _listed(directory)
+    names = names_in(directory)
     for name in names:
-        path = os.path.join(directory, name)
-        stem = name.removesuffix(".index")
-        if stem != name and re.search(r"\d$", stem) and os.path.isfile(path):
-            if any(each.startswith(f"{stem}.data-") for each in names):
-                found[stem] = "TensorFlow"
-        elif re.search(r"\d$", name) and os.path.isdir(path) and not is_checkpoint(path):
-            # The newer kind of Orbax's folders has one folder for each item.
-            below = [path, *[os.path.join(path, item) for item in _listed(path)]]
-            libraries = [each for each in map(_other_library, below) if each is not None]
-            if libraries:
-                found[name] = libraries[0]
+        with contextlib.suppress(PermissionError):
+            if (other := _numbered_of_other(directory, name, names)) is not None:
+                found[name.removesuffix(".index")] = other
     return found
 
 
-def _listed(directory: str) -> list[str]:
-    try:
-        return sorted(os.listdir(directory))
-    except OSError:
-        return []
+def _numbered_of_other(directory: str, name: str, names: list[str]) -> str | None:
+    """The name of the library that wrote a numbered checkpoint; None if none did."""
+    path = os.path.join(directory, name)
+    stem = name.removesuffix(".index")
+    if stem != name and re.search(r"\d$", stem) and is_file(path):
+        is_whole = any(each.startswith(f"{stem}.data-") for each in names)
+        return "TensorFlow" if is_whole else None
+    if not re.search(r"\d$", name) or not is_directory(path) or is_checkpoint(path):
+        return None
+    return _other_library(path)
 
 
-@dataclass(frozen=True, slots=True)
 class Staging:
     """The place where a checkpoint is written before it gets its name.
 
@@ -155,8 +187,9 @@ class Staging:
       directory: the staging directory: beside the path, or in the prepared directory there.
     """
 
-    path: str
-    directory: str
+    def __init__(self, path: str, directory: str):
+        self.path, self.directory = path, directory
+        self._held: Held | None = None  # while this process holds the directory
 
     @classmethod
     def of(cls, path: str, token: str) -> Staging:
@@ -196,12 +229,13 @@ class Staging:
         """
         check_replaceable(self.path, overwrite)
         self.make_parents(durable)
+        # Another process of this run may have made the directory already.
         if self.is_inside:
-            _remove_unfinished(self.path)
+            _remove_unfinished(self.path, keep=self.directory)
         else:
-            remove_leftovers(self.path)
+            remove_leftovers(self.path, keep=self.directory)
         try:
-            with joined(self.directory):
+            with joined(self.directory) as self._held:
                 if not self.is_inside:
                     _keep_access(self.path, self.directory)
                 yield
@@ -218,12 +252,23 @@ class Staging:
         else:
             os.makedirs(parent, exist_ok=True)
 
+    def check(self) -> None:
+        """Checks that the directory is the one that this process has held from the beginning.
+
+        Raises:
+          CheckpointError: it was taken away, with all that was written into it.
+        """
+        assert self._held is not None
+        self._held.check()
+
     def publish(self, *, overwrite: bool, durable: bool) -> None:
         """Gives the checkpoint its name. If that cannot be made durable, it is undone.
 
         Raises:
+          CheckpointError: the directory was taken away.
           FileExistsError: there is something at the path that may not be replaced.
         """
+        self.check()
         if self.is_inside:
             _fill(self.path, self.directory, durable=durable)
         else:
@@ -256,7 +301,7 @@ class Staging:
 
         self.make_parents(durable)
         try:
-            with joined(self.directory):
+            with joined(self.directory) as self._held:
                 yield
         except BaseException:
             if is_lost():
@@ -273,7 +318,7 @@ def check_replaceable(path: str, overwrite: bool) -> None:
     Raises:
       FileExistsError: there is something at the path that may not be replaced.
     """
-    if not os.path.lexists(path):
+    if not is_taken(path):
         return
     if is_checkpoint(path):
         if not overwrite:
@@ -343,16 +388,16 @@ def _keep_access(old: str, new: str) -> None:
             os.chmod(new, mode)
 
 
-def _remove_unfinished(path: str) -> None:
-    """Removes what saves that did not finish have left in a prepared directory."""
+def _remove_unfinished(path: str, keep: str) -> None:
+    """Removes what saves that did not finish have left in a prepared directory, except `keep`."""
     manifest = os.path.join(path, MANIFEST)
     with locked(path) as lock:
-        staged = staging_of(manifest)
+        staged = [staging for staging in staging_of(manifest) if staging != keep]
         if lock is Lock.THEIRS or not all([is_abandoned(staging) for staging in staged]):
             return
         for name in _PARTS if staged else ():  # before the staging, which marks them as leftovers
             shutil.rmtree(os.path.join(path, name), ignore_errors=True)
-        remove_leftovers(manifest)
+        remove_leftovers(manifest, keep=keep)
 
 
 def _fill(path: str, staging: str, *, durable: bool) -> None:

@@ -13,6 +13,8 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from ckpt_jax.store.presence import is_directory
+
 
 @contextmanager
 def naming(path: str) -> Iterator[None]:
@@ -42,13 +44,13 @@ def fsync_directory(path: str) -> None:
 
 def make_directories(path: str) -> None:
     """Makes the directory at `path` and its missing parents; flushes the entry of each."""
-    if os.path.isdir(path):
+    if is_directory(path):
         return
     parent = os.path.dirname(os.path.abspath(path))
     make_directories(parent)
     try:
         os.mkdir(path)
     except FileExistsError:
-        if not os.path.isdir(path):
+        if not is_directory(path):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
     fsync_directory(parent)

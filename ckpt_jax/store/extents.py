@@ -89,6 +89,8 @@ class Stored:
       contents: bytes, or a function that fills a buffer with them, for a value that does not lie in
         a file as it is. The extents are then parts of these bytes instead of a file.
       finish: changes elements of an array in place after they were read, such as their byte order.
+      damage: what is wrong with the value, if it is listed but parts of it are lost. To read it is
+        an error.
     """
 
     spec: LeafSpec
@@ -96,6 +98,7 @@ class Stored:
     nbytes: int = 0
     contents: bytes | Callable[[memoryview], object] | None = None
     finish: Callable[[np.ndarray], object] | None = None
+    damage: str = ""
 
     @classmethod
     def of(cls, value: np.ndarray | bytes) -> Stored:

@@ -3,7 +3,8 @@
 `gather` says which runs of bytes to read. This module reads the runs and assembles the boxes.
 
 1. *Reading.* Runs are read in the order in which requests need them, each into a buffer of its
-   own. The number of bytes in flight is bounded.
+   own, by as many threads as there are cores. The number of bytes in flight is bounded. The thread
+   that has read a block verifies it at once, while it is still in the processor's cache.
 2. *Assembly.* A box that lies contiguously in one stored slice becomes a view of the run's buffer.
    Other boxes are copied together from the runs that hold their parts. A request is yielded as
    soon as its last run has arrived, while later runs are still being read.
@@ -13,58 +14,69 @@ from __future__ import annotations
 
 import math
 import os
-import re
+import random
+import stat
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, wait
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
-from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
+from ckpt_jax.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnsupportedFormatError,
+)
 from ckpt_jax.graph.boxes import Box
-from ckpt_jax.store.forks import require_not_forked
+from ckpt_jax.store.durable import naming
+from ckpt_jax.store.forks import require_not_forked, use_tensorstore
 from ckpt_jax.store.gather import (
+    RUN_NBYTES,
     Geometry,
     Pieces,
     RangeRead,
     Request,
     Run,
-    StackTable,
     geometry_of,
     runs_of,
 )
-from ckpt_jax.store.index import INDEX_KEY, Index, Shard
-from ckpt_jax.store.stack import (
+from ckpt_jax.store.index import CHECKSUM, Index, Shard, own_checksums
+from ckpt_jax.store.manifest import (
+    INDEX,
+    INDEX_KEY,
+    Part,
+    part_path,
+    read_digested,
+    read_file,
+    read_manifest,
+    read_part,
+)
+from ckpt_jax.store.stream import (
     ALIGNMENT,
-    MANIFEST,
-    MAX_EXPANSION,
-    files_nbytes,
+    checksum_of,
+    file_end,
+    file_path,
+    file_size,
     new_context,
-    open_database,
-    open_stack,
+    open_stream,
     round_up,
     storage_error,
 )
+from ckpt_jax.store.workers import Workers, cores
 
 _BLOCK_NBYTES = 4 << 20  # from this size on numpy asks for huge pages, which fill 4x faster
 
 Arrays = tuple[np.ndarray, ...]
 
 
-def read_value(directory: str, name: str) -> bytes | None:
-    """The raw value `name` of the database in `directory`; None if there is no such value.
+class _Damaged(Exception):
+    """The bytes from `start` to `stop` of a stream, in `file`, are not those that were written."""
 
-    Raises:
-      CheckpointNotFoundError: there is no database.
-      CorruptCheckpointError: the database cannot be read.
-    """
-    if not os.path.exists(os.path.join(directory, MANIFEST)):
-        raise CheckpointNotFoundError(f"{directory}: this is no checkpoint, {MANIFEST} is missing")
-    try:
-        result = open_database(directory, new_context()).read(name).result()
-    except ValueError as error:
-        raise _damage(error, directory, f"value {name!r}") from error
-    return None if result.state == "missing" else result.value
+    def __init__(self, file: str, start: int, stop: int, what: str):
+        super().__init__(what)
+        self.file, self.start, self.stop = file, start, stop
 
 
 def read_index(directory: str) -> Index:
@@ -74,15 +86,36 @@ def read_index(directory: str) -> Index:
       CheckpointNotFoundError: there is neither a checkpoint nor a shard.
       CorruptCheckpointError: the index cannot be read, or it contradicts itself.
     """
-    data = read_value(directory, INDEX_KEY)
-    if data is None:
-        raise CorruptCheckpointError(
-            f"{directory}: has no index, because its write was interrupted", file=directory
-        )
+    return _parts_and_index(directory)[1]
+
+
+def _parts_and_index(directory: str) -> tuple[dict[str, Part], Index]:
+    try:
+        parts = read_manifest(directory)
+    except CheckpointNotFoundError:
+        path = os.path.join(directory, INDEX)
+        try:
+            return {}, _index(read_file(path), path)  # a shard has no manifest
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        raise
+    if INDEX_KEY not in parts:
+        raise CorruptCheckpointError(f"{directory}: has no index", file=directory)
+    part = parts[INDEX_KEY]
+    path = part_path(directory, part)
+    index = _index(read_part(directory, part), path)
+    if index.is_shard:
+        raise CorruptCheckpointError(f"{path}: this is the index of a shard", file=path)
+    return parts, index
+
+
+def _index(data: bytes, path: str) -> Index:
     try:
         return Index.from_bytes(data)
     except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{directory}: {error}", file=directory) from error
+        raise CorruptCheckpointError(f"{path}: {error}", file=path) from error
+    except UnsupportedFormatError as error:
+        raise UnsupportedFormatError(f"{path}: {error}") from error
 
 
 class ShardedReader:
@@ -96,17 +129,17 @@ class ShardedReader:
     Attributes:
       directory: the same.
       index: what is stored.
-      bytes_read: decoded size of all chunks that were requested so far.
+      bytes_read: decoded size of all blocks that were requested so far.
     """
 
     def __init__(self, directory: str):
+        use_tensorstore()
         self.directory = os.path.abspath(directory)
-        self.index = read_index(self.directory)
+        self._parts, self.index = _parts_and_index(self.directory)
         self.bytes_read = 0
-        self._stacks = StackTable(self.index)
-        self._context = new_context()
-        self._stores: dict[int, ts.TensorStore] | None = {}
-        self._checked: set[int] = set()  # numbers of shards whose files are large enough
+        self._is_open = True
+        self._streams: dict[int, _StreamReader] = {}
+        self._checked: set[int] = set()  # the shards whose files have the right sizes
         self._geometries: dict[tuple[int, tuple[Box, ...], bool], Geometry] = {}
 
     @property
@@ -122,12 +155,14 @@ class ShardedReader:
 
     def close(self) -> None:
         """Releases the checkpoint; further reads are refused."""
-        self._stores = None
-        self._geometries = {}
+        self._is_open = False
+        self._streams, self._geometries = {}, {}
 
     def extra(self, name: str) -> bytes | None:
         """The small value `name` that was committed with the checkpoint; None if there is none."""
-        return read_value(self.directory, name)
+        require_not_forked()
+        part = self._parts.get(name)
+        return None if part is None else read_part(self.directory, part)
 
     def read_bytes(self, key: str) -> bytes:
         """The byte string under `key`. To read many, ask `read` for the box `()` of each."""
@@ -157,30 +192,27 @@ class ShardedReader:
           ValueError: a box does not lie inside its array, or not all of it is stored here.
           CorruptCheckpointError: from the iterator; names the damaged file and the keys in it.
         """
-        if self._stores is None:
+        if not self._is_open:
             raise RuntimeError(f"{self.directory}: the reader is closed")
         require_not_forked()
         geometries = self._geometries_of(requests)
-        pieces = Pieces.of(self.index, self._stacks, requests, geometries)
-        return self._results(requests, geometries, pieces, max_inflight_bytes)
+        return self._results(requests, geometries, max_inflight_bytes)
 
     def _geometries_of(self, requests: Sequence[Request]) -> list[Geometry]:
         index, cached = self.index, self._geometries
         geometries = []
         seen: set[str] = set()
         for key, wanted in requests:
-            number = index.number.get(key)
-            if number is None:
+            if key not in index:
                 raise KeyError(f"{key}: is not in {self.directory}")
             # If a key is requested twice, only the first request may get views: two views of the
             # same bytes would not be independent arrays.
-            what = (index.pattern[number], tuple(wanted), key not in seen)
+            what = (index.tiling_number(key), tuple(wanted), key not in seen)
             seen.add(key)
             geometry = cached.get(what)
             if geometry is None:
-                layouts = [index.layouts[i] for i in index.patterns[what[0]]]
                 try:
-                    geometry = geometry_of(layouts, what[1], views=what[2])
+                    geometry = geometry_of(index.tiling(what[0]), what[1], views=what[2])
                 except ValueError as error:
                     raise ValueError(f"{key}: {error} in {self.directory}") from None
                 cached[what] = geometry
@@ -191,64 +223,87 @@ class ShardedReader:
         self,
         requests: Sequence[Request],
         geometries: list[Geometry],
-        pieces: Pieces,
         max_inflight_bytes: int,
     ) -> Iterator[tuple[int, Arrays]]:
+        self._check_files(requests, geometries)
+        pieces = Pieces.of(self.index, requests, geometries)
         assembly = _Assembly(geometries, pieces)
-        runs = runs_of(pieces, self._stacks)
+        runs = runs_of(pieces, self.index)
         memory = _Memory(sum(run.nbytes for run in runs))
-        reads = (read for run in runs for read in run.reads(self._stacks))
-        in_flight: deque[tuple[RangeRead, ts.WriteFutures]] = deque()
+        reads = (read for run in runs for read in run.reads())
+        in_flight: deque[tuple[RangeRead, Future[None]]] = deque()
         held = 0
         waiting = next(reads, None)
-        try:
-            yield from assembly.finished()
-            while waiting is not None or in_flight:
-                while waiting is not None and (
-                    not in_flight or held + waiting.nbytes <= max_inflight_bytes
-                ):
+        threads = min(cores(), len(runs) + sum(run.nbytes // RUN_NBYTES for run in runs))
+        with Workers(threads if threads > 1 else 0, "ckpt-read") as workers:
+            try:
+                yield from assembly.finished()
+                while waiting is not None or in_flight:
+                    while waiting is not None and (
+                        not in_flight or held + waiting.nbytes <= max_inflight_bytes
+                    ):
+                        try:
+                            future = self._start(waiting, memory, workers)
+                        except CorruptCheckpointError as error:
+                            raise _corrupt(error, waiting, pieces, requests) from error
+                        in_flight.append((waiting, future))
+                        held += waiting.nbytes
+                        waiting = next(reads, None)
+                    read, future = in_flight.popleft()
                     try:
-                        in_flight.append((waiting, self._start(waiting, memory)))
-                    except ValueError as error:
-                        raise self._corrupt(error, waiting, pieces, requests) from error
-                    held += waiting.nbytes
-                    waiting = next(reads, None)
-                read, future = in_flight.popleft()
-                try:
-                    future.result()
-                except ValueError as error:
-                    raise self._corrupt(error, read, pieces, requests) from error
-                held -= read.nbytes
-                if read.last:
-                    assembly.arrived(read.run, memory)
-                    yield from assembly.finished()
-        finally:
-            for _, future in in_flight:  # reads that still write into our buffers
-                future.commit.exception()
+                        future.result()
+                    except _Damaged as damage:
+                        raise _corrupt(damage, read, pieces, requests) from damage
+                    held -= read.nbytes
+                    if read.last:
+                        assembly.arrived(read.run, memory)
+                        yield from assembly.finished()
+            finally:
+                wait([future for _, future in in_flight])  # they still write into our buffers
 
-    def _start(self, read: RangeRead, memory: _Memory) -> ts.WriteFutures:
+    def _check_files(self, requests: Sequence[Request], geometries: list[Geometry]) -> None:
+        """Checks the sizes of the files that are needed, once for each shard."""
+        index = self.index
+        for number in self._shards_of(requests, geometries) - self._checked:
+            try:
+                check_files(self._path(number), index.shards[number])
+            except CorruptCheckpointError as error:
+                here = [
+                    request[0]
+                    for request, geometry in zip(requests, geometries, strict=True)
+                    if number in self._shards_of([request], [geometry])
+                ]
+                raise _concerning(here, str(error), error.file) from error
+            self._checked.add(number)
+
+    def _shards_of(self, requests: Sequence[Request], geometries: list[Geometry]) -> set[int]:
+        """The numbers of the shards that are needed."""
+        index = self.index
+        alike = {
+            (index.tiling_number(key), id(geometry)): geometry
+            for (key, _), geometry in zip(requests, geometries, strict=True)
+        }
+        found = [index.tiling(tiling).shard[each.slices] for (tiling, _), each in alike.items()]
+        return {*np.unique(np.concatenate(found)).tolist()} if found else set()
+
+    def _start(self, read: RangeRead, memory: _Memory, workers: Workers) -> Future[None]:
         run = read.run
-        store = self._store(run.stack)
+        stream = self._stream(run.shard)
         if run.buffer is None:
             run.buffer = memory.take(run.nbytes, scratch=not run.viewed)
-        rows = run.buffer[: run.nbytes].reshape(-1, run.pitch)
-        self.bytes_read += self._stacks.nbytes_decoded(read)
-        target = rows[:, read.start - run.start : read.stop - run.start]
-        source = store[run.row : run.row + len(rows), read.start : read.stop]
-        return ts.array(target).write(source.translate_to[0])
+        self.bytes_read += read.nbytes
+        target = run.buffer[read.start - run.start : read.stop - run.start]
+        return workers.submit(stream.read, read.start, target)
 
-    def _store(self, stack: int) -> ts.TensorStore:
-        if self._stores is None:
+    def _stream(self, number: int) -> _StreamReader:
+        if not self._is_open:
             raise RuntimeError(f"{self.directory}: the reader is closed")
-        if stack not in self._stores:
-            number = self._stacks.shard[stack]
-            shard = self.index.shards[number]
-            self._check_files(number)
-            place = self._stacks.number[stack]
-            self._stores[stack] = open_stack(
-                self.directory, self._context, shard.id, place, shard.stacks[place]
+        found = self._streams.get(number)
+        if found is None:
+            found = self._streams[number] = _StreamReader(
+                self._path(number), self.index.shards[number]
             )
-        return self._stores[stack]
+        return found
 
     def check_files(self) -> None:
         """Compares the sizes of all data files with what the index lists; reads no value.
@@ -257,68 +312,261 @@ class ShardedReader:
           CorruptCheckpointError: a shard's files are truncated or missing.
         """
         for number, shard in enumerate(self.index.shards):
-            try:
-                self._check_files(number)
-            except (ValueError, OSError) as error:
-                path = self._path(shard)
-                raise CorruptCheckpointError(f"{path}: {error}", file=path) from error
+            check_files(self._path(number), shard)
 
-    def _check_files(self, number: int) -> None:
-        """Raises if the files of a shard are too small for what the index lists.
+    def damage(
+        self,
+        keys: Collection[str] | None = None,
+        sample: float = 1.0,
+        read: Callable[[int], object] = lambda nbytes: None,
+    ) -> Iterator[tuple[str, list[str], str]]:
+        """Reads blocks and compares them with their checksums. No array is assembled, so little
+        memory is taken, however large arrays are.
 
-        So no memory is allocated for bytes that do not exist.
+        Args:
+          keys: whose blocks are read; by default those of all values.
+          sample: the part of the blocks that is read, chosen by chance.
+          read: called with numbers of bytes while blocks are read.
+
+        Yields:
+          (file, the keys in it that are concerned, what is wrong) for each damaged block, and for
+          each shard that cannot be read at all.
         """
+        chance = random.Random()
+        with Workers(cores() if cores() > 1 else 0, "ckpt-verify") as workers:
+            for number, shard in enumerate(self.index.shards):
+                path = self._path(number)
+                try:
+                    stream = _StreamReader(path, shard)
+                except CorruptCheckpointError as error:
+                    yield error.file or path, self._keys_in(number, 0, shard.nbytes), str(error)
+                    continue
+                blocks = self._blocks(number, keys)
+                if sample < 1:
+                    blocks = sorted(chance.sample(blocks, round(sample * len(blocks))))
+                checks = [
+                    workers.submit(stream.damage, start, stop)
+                    for start, stop in _ranges(blocks, shard)
+                ]
+                for check in checks:
+                    nbytes, found = check.result()
+                    self.bytes_read += nbytes
+                    read(nbytes)
+                    for each in found:
+                        yield each.file, self._keys_in(number, each.start, each.stop), str(each)
+
+    def _blocks(self, number: int, keys: Collection[str] | None) -> list[int]:
+        """The blocks of a shard in which values of these keys lie."""
         shard = self.index.shards[number]
-        if number in self._checked or not shard.stacks:
+        if keys is None:
+            return list(range(shard.blocks))
+        table = self.index.tables[self.index.table[number]]
+        chosen = np.array([key in keys for key in table.keys], bool)[table.key]
+        rows = np.flatnonzero(chosen & (table.nbytes > 0))
+        first = table.offset[rows] // shard.block_nbytes
+        last = (table.offset[rows] + table.nbytes[rows] - 1) // shard.block_nbytes
+        return sorted({b for a, z in zip(first, last, strict=True) for b in range(a, z + 1)})
+
+    def _keys_in(self, number: int, start: int, stop: int) -> list[str]:
+        """The keys whose values lie in a range of the stream of a shard, at least in part."""
+        table = self.index.tables[self.index.table[number]]
+        touched = (table.offset < stop) & (table.offset + table.nbytes > start)
+        return [table.keys[i] for i in np.unique(table.key[touched]).tolist()]
+
+    def _path(self, number: int) -> str:
+        directory = self.index.shards[number].directory
+        return os.path.normpath(os.path.join(self.directory, directory))
+
+
+def _corrupt(
+    damage: _Damaged | CorruptCheckpointError,
+    read: RangeRead,
+    pieces: Pieces,
+    requests: Sequence[Request],
+) -> CorruptCheckpointError:
+    """The error for damage that a read has met; it names the keys that are concerned."""
+    here = slice(read.run.first, read.run.last)
+    request = pieces.request[here]
+    what = str(damage)
+    if isinstance(damage, _Damaged):
+        touched = (pieces.start[here] < damage.stop) & (pieces.stop[here] > damage.start)
+        request = request[touched]
+        what = f"{damage.file} is damaged or incomplete: {damage}"
+    return _concerning([requests[i][0] for i in request.tolist()], what, damage.file)
+
+
+def _concerning(keys: Sequence[str], what: str, file: str | None) -> CorruptCheckpointError:
+    keys = sorted({*keys})
+    names = ", ".join(keys[:8])
+    if len(keys) > 8:
+        names += f" and {len(keys) - 8} more keys"
+    return CorruptCheckpointError(f"{names}: {what}", file=file, key=keys[0] if keys else None)
+
+
+def _ranges(blocks: Sequence[int], shard: Shard) -> Iterator[tuple[int, int]]:
+    """Ranges of a stream that hold these blocks, each of bounded size."""
+    size = shard.block_nbytes
+    most = max(1, RUN_NBYTES // size)
+    begin = 0
+    for i, block in enumerate(blocks):
+        following = blocks[i + 1] if i + 1 < len(blocks) else None
+        if following != block + 1 or i + 1 - begin == most:
+            yield blocks[begin] * size, min((block + 1) * size, shard.nbytes)
+            begin = i + 1
+
+
+def check_files(directory: str, shard: Shard) -> None:
+    """Checks that the files of a shard have the sizes that they need.
+
+    So no memory is allocated for bytes that do not exist.
+
+    Raises:
+      CorruptCheckpointError: a file is truncated or missing.
+    """
+    total = 0
+    for number in range(shard.files):
+        path, expected = file_path(directory, number), file_size(shard, number)
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise CorruptCheckpointError(f"{path}: the file is missing", file=path) from error
+        found = status.st_size
+        total += found
+        if not stat.S_ISREG(status.st_mode):
+            raise CorruptCheckpointError(f"{path}: this is not a regular file", file=path)
+        if found < expected or (found > expected and not shard.compression):
+            what = f"the file has {found} bytes, expected {expected}: it is truncated or replaced"
+            raise CorruptCheckpointError(f"{path}: {what}", file=path)
+    if total != shard.stored_nbytes:
+        what = f"its files have {total} bytes, expected {shard.stored_nbytes}"
+        raise CorruptCheckpointError(
+            f"{directory}: {what}: one is truncated or replaced", file=directory
+        )
+
+
+class _StreamReader:
+    """Reads ranges of whole blocks of a stream, and verifies them; on any thread."""
+
+    def __init__(self, directory: str, shard: Shard):
+        self._directory = directory
+        self._shard = shard
+        self._checksums = _checksums(directory, shard)
+        self._store = open_stream(directory, shard, new_context()) if shard.compression else None
+
+    def read(self, start: int, target: np.ndarray) -> None:
+        """Reads the range from `start` on into `target`."""
+        if self._store is not None:
+            self._read_compressed(self._store, start, target)
             return
-        declared = sum(s.rows * s.row_nbytes for s in shard.stacks)
-        listed = max(shard.files_nbytes, declared // MAX_EXPANSION, 1)
-        found = files_nbytes(self._path(shard))
-        if found < listed:
-            raise ValueError(
-                f"its files have {found} bytes, the index lists {listed}: a file is truncated "
-                "or missing"
-            )
-        self._checked.add(number)
+        size = self._shard.file_nbytes
+        done = 0
+        while done < target.size:
+            number, offset = divmod(start + done, size)
+            part = target[done : done + size - offset]
+            self._read_file(number, offset, part)
+            done += part.size
 
-    def _path(self, shard: Shard) -> str:
-        return os.path.normpath(os.path.join(self.directory, shard.directory))
+    def damage(self, start: int, stop: int) -> tuple[int, list[_Damaged]]:
+        """Reads a range; returns the number of bytes, and what is wrong with its blocks."""
+        buffer = np.empty(stop - start, np.uint8)
+        try:
+            self.read(start, buffer)
+            return stop - start, []
+        except _Damaged:
+            pass
+        found: list[_Damaged] = []
+        size = self._shard.block_nbytes
+        for begin in range(start, stop, size):
+            try:
+                self.read(begin, buffer[: min(size, stop - begin)])
+            except _Damaged as damage:
+                found.append(damage)
+        return stop - start, found
 
-    def _corrupt(
-        self, error: ValueError, read: RangeRead, pieces: Pieces, requests: Sequence[Request]
-    ) -> Exception:
-        run = read.run
-        here = range(run.first, run.last)
-        chunk = _CHUNK.search(str(error))
-        if chunk is not None:
-            row, column = int(chunk[1]), int(chunk[2])
-            size = self._stacks.chunk_nbytes[run.stack]
-            touched = (pieces.row[run.first : run.last] == row) & (
-                (pieces.start[run.first : run.last] // size <= column)
-                & ((pieces.stop[run.first : run.last] - 1) // size >= column)
-            )
-            here = [p for p, hit in zip(here, touched, strict=True) if hit] or here
-        keys = sorted({requests[pieces.request[p]][0] for p in here})
-        shard = self.index.shards[self._stacks.shard[run.stack]]
-        what = keys[0] if len(keys) == 1 else f"{', '.join(keys[:8])}"
-        if len(keys) > 8:
-            what += f" and {len(keys) - 8} more keys"
-        return _damage(error, self._path(shard), what, keys[0])
+    def _read_file(self, number: int, offset: int, target: np.ndarray) -> None:
+        path = file_path(self._directory, number)
+        size = self._shard.file_nbytes
+        begin = number * size + offset
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            end = begin + target.size
+            raise _Damaged(path, begin, end, "the file is missing") from error
+        try:
+            with naming(path):
+                block = self._shard.block_nbytes
+                for start in range(0, target.size, block):
+                    part = target[start : start + block]
+                    self._fill(descriptor, offset + start, part, path, begin + start)
+                    self._verify(path, begin + start, part)
+                if begin + target.size in (size * (number + 1), self._shard.nbytes):
+                    self._verify_end(descriptor, number, path, offset + target.size)
+        finally:
+            os.close(descriptor)
+
+    def _verify_end(self, descriptor: int, number: int, path: str, offset: int) -> None:
+        """Verifies the bytes that follow the last block of a file."""
+        expected = file_end(self._shard, number)
+        found = np.empty(len(expected), np.uint8)
+        stop = min((number + 1) * self._shard.file_nbytes, self._shard.nbytes)
+        self._fill(descriptor, offset, found, path, stop - 1)
+        if found.tobytes() != expected:
+            what = "its end, after the last block, is not as it was written"
+            raise _Damaged(path, stop - 1, stop, what)
+
+    def _fill(
+        self, descriptor: int, offset: int, target: np.ndarray, path: str, begin: int
+    ) -> None:
+        done = 0
+        while done < target.size:
+            # Arrays are buffers; numpy's stubs say so from Python 3.12 on.
+            rest: Any = target[done:]
+            count = os.preadv(descriptor, [rest], offset + done)
+            if not count:
+                raise _Damaged(path, begin, begin + target.size, "the file is truncated")
+            done += count
+
+    def _read_compressed(self, store: ts.TensorStore, start: int, target: np.ndarray) -> None:
+        end = start + target.size
+        path = file_path(self._directory, start // self._shard.file_nbytes)
+        try:
+            ts.array(target).write(store[start:end].translate_to[0]).result()
+        except ValueError as error:
+            cause = storage_error(error, self._directory)
+            if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+                raise cause from error
+            raise _Damaged(path, start, end, str(error)) from error
+        block = self._shard.block_nbytes
+        for begin in range(0, target.size, block):
+            path = file_path(self._directory, (start + begin) // self._shard.file_nbytes)
+            self._verify(path, start + begin, target[begin : begin + block])
+
+    def _verify(self, path: str, start: int, data: np.ndarray) -> None:
+        number = start // self._shard.block_nbytes
+        found, expected = checksum_of(data), int(self._checksums[number])
+        if found != expected:
+            what = f"the checksum of block {number} is {found:#010x}, expected {expected:#010x}"
+            raise _Damaged(path, start, start + data.size, what)
 
 
-_CHUNK = re.compile(r"[0-9a-f]{16}/\d+/c/(\d+)/(\d+)")
-_FILE = re.compile(r'local file "([^"]+[^"/])"')
+def _checksums(directory: str, shard: Shard) -> np.ndarray:
+    """The checksums of a shard's blocks: from its own index, if this is the entry of a checkpoint.
 
-
-def _damage(error: ValueError, directory: str, what: str, key: str | None = None) -> Exception:
-    cause = storage_error(error, directory)
-    if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
-        return cause
-    files = _FILE.findall(str(error))
-    file = files[-1] if files else directory
-    return CorruptCheckpointError(
-        f"{what}: {file} is damaged or incomplete: {error}", file=file, key=key
-    )
+    Raises:
+      CorruptCheckpointError: its index is not the one that was committed.
+    """
+    checksums = shard.checksums
+    if shard.directory != ".":
+        path = os.path.join(directory, INDEX)
+        data = read_digested(path, shard.digest)
+        try:
+            checksums = own_checksums(data)
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{path}: {error}", file=path) from error
+        if len(checksums) != shard.blocks * CHECKSUM.itemsize:
+            what = f"{path}: has {len(checksums)} bytes of checksums for {shard.blocks} blocks"
+            raise CorruptCheckpointError(what, file=path)
+    return np.frombuffer(checksums, CHECKSUM)
 
 
 class _Memory:
@@ -380,7 +628,7 @@ class _Assembly:
             results = boxes.get(request)
             if results is None:
                 results = boxes[request] = [None] * len(geometry.shapes)
-            if use.where is None and not offset % ALIGNMENT:
+            if run.viewed and use.where is None and not offset % ALIGNMENT:
                 results[use.box] = np.ndarray(use.shape, geometry.dtype, buffer, offset)
             else:
                 target = results[use.box]

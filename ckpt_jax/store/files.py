@@ -1,16 +1,27 @@
-"""Small files beside the checkpoints. They are read as a whole, and replaced in one step."""
+"""Small files beside the checkpoints. They are read as a whole, and replaced in one step.
+
+Anything may have been put in their place: a pipe, a device, a link, a file that fills the memory.
+So only regular files of bounded size are read, without waiting, and a new file is written through
+the descriptor that has created it.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
 import stat
-from pathlib import Path
 
 from ckpt_jax.store.durable import fsync_directory, naming
-from ckpt_jax.store.staging import claim, new_file, remove_leftovers
+from ckpt_jax.store.staging import new_file, remove_leftovers
 
-_MAX_NBYTES = 1 << 26  # of a file beside the checkpoints
+_MAX_NBYTES = 1 << 23  # of a file beside the checkpoints: about 100,000 of them can be listed
+_CHUNK_NBYTES = 1 << 18  # that is read at once
+_MAX_SHOWN = 300  # characters of what was found, in errors and warnings
+
+
+def shortened(text: str) -> str:
+    """A text of bounded length that begins like a given one."""
+    return text if len(text) <= _MAX_SHOWN else f"{text[:_MAX_SHOWN]} ..."
 
 
 def read_file(path: str) -> str | None:
@@ -30,11 +41,15 @@ def read_file(path: str) -> str | None:
         if error.errno in (errno.ENXIO, errno.ENODEV, errno.ELOOP):
             raise ValueError(f"it cannot be read ({error.strerror})") from error
         raise
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    contents = bytearray()
+    try:
+        with naming(path):
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError("it is not a regular file")
+            while chunk := os.read(descriptor, min(_CHUNK_NBYTES, _MAX_NBYTES + 1 - len(contents))):
+                contents += chunk
+    finally:
         os.close(descriptor)
-        raise ValueError("it is not a regular file")
-    with open(descriptor, "rb") as file:
-        contents = file.read(_MAX_NBYTES + 1)
     if len(contents) > _MAX_NBYTES:
         raise ValueError(f"it has more than {_MAX_NBYTES} bytes")
     return contents.decode("utf-8")
@@ -44,11 +59,23 @@ def replace_file(path: str, text: str) -> None:
     """Replaces a small file durably in one step. If that fails, the file is as it was before.
 
     Raises:
-      OSError: the file could not be replaced; the error names it.
+      OSError: the file could not be replaced, or would be larger than `read_file` reads; the error
+        names it.
     """
-    before = Path(path).read_bytes() if os.path.isfile(path) else None
+    contents = text.encode("utf-8")
+    if len(contents) > _MAX_NBYTES:
+        raise OSError(
+            errno.EFBIG,
+            f"expected at most {_MAX_NBYTES} bytes about the checkpoints of a directory, got "
+            f"{len(contents)}. Keep fewer checkpoints or metrics, or save into another directory",
+            path,
+        )
+    try:
+        before = read_file(path)
+    except ValueError:  # it is odd, and nobody needs it back
+        before = None
     remove_leftovers(path)
-    _put(path, text.encode("ascii"))
+    _put(path, contents)
     try:
         fsync_directory(os.path.dirname(path) or os.curdir)
     except OSError:
@@ -56,14 +83,14 @@ def replace_file(path: str, text: str) -> None:
         if before is None:
             os.unlink(path)
         else:
-            _put(path, before)
+            _put(path, before.encode("utf-8"))
         raise
 
 
 def _put(path: str, contents: bytes) -> None:
-    with claim(path, new_file) as temporary:
-        with naming(temporary), open(temporary, "wb") as file:
+    with new_file(path) as staging:
+        with naming(staging.path), open(staging.descriptor, "wb", closefd=False) as file:
             file.write(contents)
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.fsync(staging.descriptor)
+        os.replace(staging.path, path)

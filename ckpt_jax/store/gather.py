@@ -1,15 +1,12 @@
 """Gathering: works out which bytes to read for the wanted boxes. Nothing is read here.
 
 Terms. A *request* asks for boxes of one array. A *piece* is the range of bytes of one stored
-slice that one wanted box needs. A *run* is a range of consecutive rows of a stack, or of the
-bytes of one row; all pieces in it are read together.
+slice that one wanted box needs. A *run* is a range of a stream; all pieces in it are read together.
 
 1. *Geometry.* Wanted boxes are intersected with stored slices. The result depends only on the
-   array's pattern of layouts and the boxes, so it is worked out once for all arrays that share
-   these.
-2. *Runs.* All pieces are sorted by place and joined to runs of bounded size, by operations on
-   whole columns. Pieces in the same chunk go into the same run, because a chunk has to be read as
-   a whole to be verified.
+   array's tiling and the boxes, so it is worked out once for all arrays that share these.
+2. *Runs.* All pieces are sorted by place and joined to runs of bounded size. A run consists of
+   whole blocks, because a block has to be read as a whole to be verified.
 """
 
 from __future__ import annotations
@@ -23,38 +20,13 @@ import numpy as np
 
 from ckpt_jax.graph.boxes import Box, Shape, inside, intersect, shape_of, size_of, slices
 from ckpt_jax.graph.dtypes import dtype_of
-from ckpt_jax.store.index import Index, Layout
-from ckpt_jax.store.stack import ALIGNMENT, round_up
+from ckpt_jax.store.index import Index
+from ckpt_jax.store.stream import ALIGNMENT
+from ckpt_jax.store.tiling import Tiling
 
 RUN_NBYTES = 16 << 20  # runs are joined, and ranges read, up to about this size
 
 Request = tuple[str, Sequence[Box]]
-
-
-class StackTable:
-    """The stacks of all shards, as columns with one row for each stack.
-
-    Attributes:
-      base: for each shard, the number of its first stack in this table.
-      shard: for each stack, the number of its shard.
-      number: for each stack, its number in its shard.
-      chunk_nbytes, row_nbytes: for each stack, its sizes.
-    """
-
-    def __init__(self, index: Index):
-        shards = index.shards
-        stacks = [stack for shard in shards for stack in shard.stacks]
-        self.base = np.cumsum([0, *[len(shard.stacks) for shard in shards]])
-        self.shard = [i for i, shard in enumerate(shards) for _ in shard.stacks]
-        self.number = [j for shard in shards for j in range(len(shard.stacks))]
-        self.chunk_nbytes = np.array([s.chunk_nbytes for s in stacks], np.int64)
-        self.row_nbytes = np.array([s.row_nbytes for s in stacks], np.int64)
-
-    def nbytes_decoded(self, read: RangeRead) -> int:
-        """The size of all chunks that a read touches."""
-        chunk = int(self.chunk_nbytes[read.run.stack])
-        stop = min(round_up(read.stop, chunk), int(self.row_nbytes[read.run.stack]))
-        return (stop - read.start // chunk * chunk) * (read.run.nbytes // read.run.pitch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +49,12 @@ class Use:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Geometry:
-    """How wanted boxes are made of stored slices, for all arrays of one pattern.
+    """How wanted boxes are made of stored slices, for all arrays of one tiling.
 
     Attributes:
       dtype: the dtype of the arrays.
       shapes: the shapes of the wanted boxes.
-      slices: for each piece, the position of its slice among the array's slices.
+      slices: for each piece, the number of its slice in the tiling.
       starts, stops: for each piece, its bytes, counted from the start of its slice.
       uses: for each piece, the part of a wanted box that it holds.
     """
@@ -95,33 +67,33 @@ class Geometry:
     uses: tuple[Use, ...]
 
 
-def geometry_of(layouts: Sequence[Layout], wanted: Sequence[Box], *, views: bool) -> Geometry:
-    """The geometry for an array with these layouts.
+def geometry_of(tiling: Tiling, wanted: Sequence[Box], *, views: bool) -> Geometry:
+    """The geometry for an array with this tiling.
 
     Args:
-      layouts: of the stored slices.
+      tiling: the stored slices.
       wanted: the wanted boxes.
       views: whether results may be views of what is read.
 
     Raises:
       ValueError: a box does not lie inside the array, or not all of it is stored.
     """
-    shape = layouts[0].shape
-    dtype = np.dtype(np.uint8) if layouts[0].is_bytes else dtype_of(layouts[0].dtype)
-    stored = [layout.box for layout in layouts]
-    if layouts[0].is_bytes:
+    first = tiling.first
+    shape = first.shape
+    dtype = np.dtype(np.uint8) if first.is_bytes else dtype_of(first.dtype)
+    if first.is_bytes:
         if any(box != () for box in wanted):
             raise ValueError("is a byte string, its only box is ()")
-        shape = (layouts[0].nbytes,)
-        stored = [((0, shape[0]),)]
-        wanted = stored * len(wanted)
+        shape = (first.nbytes,)
+        wanted = [((0, first.nbytes),)] * len(wanted)
     pieces: list[tuple[int, int, int, Use]] = []
     viewed: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for number, box in enumerate(wanted):
         if not inside(box, shape):
             raise ValueError(f"box {box} does not lie inside shape {shape}")
         held = 0
-        for i, origin in enumerate(stored):
+        for i in (0,) if first.is_bytes else tiling.touching(box):
+            origin = box if first.is_bytes else tiling.box(i)
             common = intersect(origin, box)
             if common is None:
                 continue
@@ -173,174 +145,153 @@ class Pieces:
 
     Attributes:
       request, use: position of the request, and of the use in the request's geometry.
-      stack, row, start, stop: the place of the bytes; the stack as a row of the `StackTable`.
+      shard, start, stop: the place of the bytes: a range of the stream of a shard.
       view: whether a view is enough.
     """
 
     request: np.ndarray
     use: np.ndarray
-    stack: np.ndarray
-    row: np.ndarray
+    shard: np.ndarray
     start: np.ndarray
     stop: np.ndarray
     view: np.ndarray
 
     @classmethod
     def of(
-        cls,
-        index: Index,
-        stacks: StackTable,
-        requests: Sequence[Request],
-        geometries: Sequence[Geometry],
+        cls, index: Index, requests: Sequence[Request], geometries: Sequence[Geometry]
     ) -> Pieces:
-        number = index.number
-        alike: dict[int, list[int]] = defaultdict(list)
-        for i, geometry in enumerate(geometries):
-            alike[id(geometry)].append(i)
+        alike: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for i, (geometry, (key, _)) in enumerate(zip(geometries, requests, strict=True)):
+            alike[id(geometry), index.tiling_number(key)].append(i)
         parts = []
-        for members in alike.values():
-            geometry = geometries[members[0]]
-            keys = [number[requests[i][0]] for i in members]
-            rows = (index.starts[keys][:, None] + geometry.slices).ravel()
+        for (_, number), members in alike.items():
+            geometry, tiling = geometries[members[0]], index.tiling(number)
+            keys = np.array([index.number[requests[i][0]] for i in members], np.int64)
+            offset = _offsets(index, tiling, geometry.slices, keys)
             many = len(members)
-            start = index.offset[rows]
             parts.append(
                 (
                     np.repeat(np.array(members), len(geometry.uses)),
                     np.tile(np.arange(len(geometry.uses)), many),
-                    stacks.base[index.shard[rows]] + index.stack[rows],
-                    index.row[rows],
-                    start + np.tile(geometry.starts, many),
-                    start + np.tile(geometry.stops, many),
+                    np.tile(tiling.shard[geometry.slices], many),
+                    offset + np.tile(geometry.starts, many),
+                    offset + np.tile(geometry.stops, many),
                     np.tile(np.array([u.where is None for u in geometry.uses], bool), many),
                 )
             )
         if not parts:
-            return cls(*[np.empty(0, np.int64)] * 7)
+            return cls(*[np.empty(0, np.int64)] * 6)
         columns = [np.concatenate(column) for column in zip(*parts, strict=True)]
-        order = np.lexsort((columns[4], columns[3], columns[2]))
+        order = np.lexsort((columns[3], columns[2]))
         return cls(*[column[order] for column in columns])
+
+
+def _offsets(index: Index, tiling: Tiling, slices: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Where these slices of these keys, which share a tiling, begin: key by key."""
+    found = np.empty((len(keys), len(slices)), np.int64)
+    tables = np.array(index.table, np.int64)[tiling.shard[slices]]
+    for number in np.unique(tables).tolist():
+        table = index.tables[number]
+        first = table.first[np.searchsorted(index.key_numbers[number], keys)]
+        here = np.flatnonzero(tables == number)
+        found[:, here] = table.offset[first[:, None] + tiling.row[slices[here]]]
+    return found.ravel()
 
 
 @dataclass(slots=True)
 class Run:
-    """Rows of a stack from `row` on, or a range of one row, and the pieces in it.
+    """A range of a stream that consists of whole blocks, and the pieces in it.
 
     Attributes:
-      stack, row: the stack, as a row of the `StackTable`, and the first row in it.
-      start, stop: the range of bytes of each row.
-      nbytes: size of the buffer, in which rows lie `pitch` bytes apart.
+      shard: the number of the shard.
+      start, stop: the range.
+      block_nbytes: the size of a block.
       first, last: the range of its pieces in `Pieces`.
       offset: for each piece, where it starts in the buffer.
-      viewed: whether results will be views of the buffer.
+      viewed: whether results may be views of the buffer.
       buffer: where it is read to; None until reading begins.
     """
 
-    stack: int
-    row: int
+    shard: int
     start: int
     stop: int
-    nbytes: int
-    pitch: int
+    block_nbytes: int
     first: int
     last: int
     offset: list[int]
     viewed: bool
     buffer: np.ndarray | None = field(default=None)
 
-    def reads(self, stacks: StackTable) -> Iterator[RangeRead]:
-        """This run in one read, or in several if it is too large; each ends where a chunk ends."""
-        chunk = int(stacks.chunk_nbytes[self.stack])
-        step = max(1, RUN_NBYTES // chunk) * chunk
-        start = self.start
-        while start < self.stop:
-            stop = self.stop
-            if stop - start > RUN_NBYTES:
-                stop = min(stop, start // chunk * chunk + step)
-            nbytes = (stop - start) * (self.nbytes // self.pitch)
-            yield RangeRead(self, start, stop, nbytes, stop == self.stop)
-            start = stop
+    @property
+    def nbytes(self) -> int:
+        """The size of the buffer."""
+        return self.stop - self.start
+
+    def reads(self) -> Iterator[RangeRead]:
+        """This run in one read, or in several if it is too large; each ends where a block ends."""
+        step = max(1, RUN_NBYTES // self.block_nbytes) * self.block_nbytes
+        for start in range(self.start, self.stop, step):
+            stop = min(start + step, self.stop)
+            yield RangeRead(self, start, stop, stop == self.stop)
 
 
 @dataclass(frozen=True, slots=True)
 class RangeRead:
-    """The bytes from `start` to `stop` of the rows of a run; `last` says that the run ends here."""
+    """The range from `start` to `stop` of a run; `last` says that the run ends here."""
 
     run: Run
     start: int
     stop: int
-    nbytes: int
     last: bool
 
+    @property
+    def nbytes(self) -> int:
+        """The size of the range."""
+        return self.stop - self.start
 
-def runs_of(pieces: Pieces, stacks: StackTable) -> list[Run]:
+
+def runs_of(pieces: Pieces, index: Index) -> list[Run]:
     """Joins pieces to runs. The runs are in the order in which requests need them."""
-    if not pieces.row.size:
+    count = len(pieces.shard)
+    if not count:
         return []
-    chunk = stacks.chunk_nbytes[pieces.stack]
-    begin = _first_of_ranges(pieces, chunk)
-    # From here on, a column has one number for each range.
-    stack, row = pieces.stack[begin], pieces.row[begin]
-    start = pieces.start[begin] // ALIGNMENT * ALIGNMENT
-    stop = np.maximum.reduceat(pieces.stop, begin)
-    pitch = -(-(stop - start) // ALIGNMENT) * ALIGNMENT
-    follows = np.zeros(len(begin), bool)
-    follows[1:] = (np.diff(stack) == 0) & (np.diff(row) == 1)
-    follows[1:] &= (np.diff(start) == 0) & (np.diff(stop) == 0)
-    chain = np.flatnonzero(~follows)
-    along = np.arange(len(begin)) - np.repeat(chain, np.diff(chain, append=len(begin)))
-    begins = np.flatnonzero(along % np.maximum(1, RUN_NBYTES // pitch) == 0)
+    block = np.array([shard.block_nbytes for shard in index.shards], np.int64)[pieces.shard]
+    begin = np.array(_begins(pieces, block), np.int64)
     # From here on, a column has one number for each run.
-    rows = np.diff(begins, append=len(begin))
-    piece = np.append(begin[begins], len(pieces.row))
-    pieces_in = np.diff(piece)
-    offset = (pieces.row - np.repeat(row[begins], pieces_in)) * np.repeat(pitch[begins], pieces_in)
-    offset += pieces.start - np.repeat(start[begins], pieces_in)
-    viewed = np.logical_or.reduceat(pieces.view & (offset % ALIGNMENT == 0), piece[:-1])
-    columns = (
-        stack[begins],
-        row[begins],
-        start[begins],
-        stop[begins],
-        rows * pitch[begins],
-        pitch[begins],
-        piece[:-1],
-        piece[1:],
-        viewed,
-    )
+    end = np.append(begin[1:], count)
+    shard, block = pieces.shard[begin], block[begin]
+    start = pieces.start[begin] // block * block
+    sizes = np.array([shard.nbytes for shard in index.shards], np.int64)[shard]
+    stop = np.minimum(-(-np.maximum.reduceat(pieces.stop, begin) // block) * block, sizes)
+    offset = pieces.start - np.repeat(start, end - begin)
+    # A view keeps the whole buffer, so most of it has to be views.
+    views = np.where(pieces.view & (offset % ALIGNMENT == 0), pieces.stop - pieces.start, 0)
+    viewed = 2 * np.add.reduceat(views, begin) >= stop - start
+    columns = (shard, start, stop, block, begin, end, viewed)
     runs = [
-        Run(s, r, a, b, nbytes, p, first, last, offset[first:last].tolist(), view)
-        for s, r, a, b, nbytes, p, first, last, view in zip(
-            *[c.tolist() for c in columns], strict=True
-        )
+        Run(s, a, b, c, first, last, offset[first:last].tolist(), view)
+        for s, a, b, c, first, last, view in zip(*[x.tolist() for x in columns], strict=True)
     ]
-    needed = np.minimum.reduceat(pieces.request, piece[:-1])
+    needed = np.minimum.reduceat(pieces.request, begin)
     return [runs[i] for i in np.argsort(needed, kind="stable")]
 
 
-def _first_of_ranges(pieces: Pieces, chunk: np.ndarray) -> np.ndarray:
-    """The pieces that begin a range. Pieces that touch the same chunk are in the same range."""
-    same_row = (np.diff(pieces.stack) == 0) & (np.diff(pieces.row) == 0)
-    begins = np.ones(len(pieces.row), bool)
-    reach = _reach(np.cumsum(~np.append(False, same_row)), pieces.stop)
-    begins[1:] = ~same_row | (pieces.start[1:] // chunk[1:] > (reach[:-1] - 1) // chunk[1:])
-    first = np.flatnonzero(begins)
-    last = np.append(first[1:], len(begins))
-    length = np.maximum.reduceat(pieces.stop, first) - pieces.start[first]
-    for i in np.flatnonzero((length > RUN_NBYTES) & (last - first > 1)).tolist():
-        # The range is too long. It is cut where at most one chunk, at the seam, is read twice.
-        start, stop = pieces.start[first[i]], pieces.stop[first[i]]
-        for j in range(first[i] + 1, last[i]):
-            if pieces.stop[j] - start > RUN_NBYTES and stop - pieces.start[j] < chunk[j]:
-                begins[j] = True
-                start, stop = pieces.start[j], pieces.stop[j]
-            else:
-                stop = max(stop, pieces.stop[j])
-    return np.flatnonzero(begins)
+def _begins(pieces: Pieces, block: np.ndarray) -> list[int]:
+    """The pieces that begin a run.
 
-
-def _reach(group: np.ndarray, stop: np.ndarray) -> np.ndarray:
-    """The running maximum of `stop` inside each group. Group numbers ascend."""
-    values, rank = np.unique(stop, return_inverse=True)
-    base = group * len(values)
-    return values[np.maximum.accumulate(base + rank) - base]
+    A run ends where blocks follow that nobody needs. One that is too long ends where at most one
+    block, at the seam, is read twice.
+    """
+    found: list[int] = []
+    last, begin, reach = -1, 0, 0
+    columns = (pieces.shard, pieces.start, pieces.stop, block)
+    for i, (shard, start, stop, size) in enumerate(
+        zip(*[c.tolist() for c in columns], strict=True)
+    ):
+        gap = start // size > -(-reach // size)
+        if shard != last or gap or (stop - begin > RUN_NBYTES and reach - start < size):
+            found.append(i)
+            last, begin, reach = shard, start, stop
+        else:
+            reach = max(reach, stop)
+    return found

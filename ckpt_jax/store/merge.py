@@ -1,32 +1,31 @@
 """Merging shards into a checkpoint, by reference.
 
-A checkpoint's database holds no array data. It refers to ranges of the shards' data files by
-names relative to the checkpoint's directory, so the directory can be renamed and copied. The
-database is written in one transaction, which creates the manifest. So a directory without a
-manifest is not a checkpoint yet, and a directory with a manifest is a complete one.
+No byte of a shard is read or copied, but for its index. The index of the checkpoint names the
+directories of the shards relative to its own, so the checkpoint can be moved and copied. The
+manifest is written last: with it, the directory is a checkpoint.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from types import MappingProxyType
 
-import tensorstore as ts
-
-from ckpt_jax.errors import CheckpointError
-from ckpt_jax.store.durable import fsync_directory, fsync_file
-from ckpt_jax.store.fetch import read_index
-from ckpt_jax.store.index import INDEX_KEY, Index, merge_indexes
-from ckpt_jax.store.stack import (
-    DATA,
+from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, ShardError
+from ckpt_jax.store.durable import fsync_directory
+from ckpt_jax.store.index import Index, Shard, Table, merge_indexes
+from ckpt_jax.store.manifest import (
+    INDEX,
+    INDEX_KEY,
     MANIFEST,
-    SHARDS,
-    files_nbytes,
-    new_context,
-    open_database,
-    storage_error,
+    read_file,
+    write_manifest,
+    write_parts,
 )
+
+SHARDS = "shards"  # the directory of a checkpoint's shards
 
 
 def merge_shards(
@@ -43,37 +42,105 @@ def merge_shards(
       destination: directory of the checkpoint; it may exist, but not be a checkpoint already.
       extra: small values that are committed with the index, for `ShardedReader.extra`.
       durable: return only when the checkpoint would survive a power failure. The contents of the
-        shards have been flushed by `write_shard`.
+        shards have been flushed when they were written.
 
     Returns:
       `destination`.
 
     Raises:
-      ShardError: the shards do not make up whole arrays; nothing was changed.
+      ShardError: the shards do not make up whole arrays, or cut them in so many different ways
+        that a reader would refuse the index; nothing was changed.
       FileExistsError: `destination` already is a checkpoint.
       CorruptCheckpointError: a shard is damaged or its write was interrupted.
     """
+    shards = [read_shard(directory) for directory in directories]
+    tables = {table.digest: table for _, table in shards}
+    entries = [(shard, table.digest) for shard, table in shards]
+    return commit(entries, tables, destination, extra, durable=durable)
+
+
+def read_shard(directory: str) -> tuple[Shard, Table]:
+    """The entry of a shard in the index of a checkpoint, with this directory, and its table.
+
+    Raises:
+      CheckpointError: it is a checkpoint, and no shard.
+      CorruptCheckpointError: it is damaged or its write was interrupted.
+    """
+    path = os.path.join(directory, INDEX)
+    if os.path.lexists(os.path.join(directory, MANIFEST)):
+        raise CheckpointError(f"{directory} is a checkpoint, not a shard")
+    try:
+        data = read_file(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CorruptCheckpointError(
+            f"{directory}: has no index, because its write was interrupted", file=directory
+        ) from error
+    try:
+        index = Index.from_bytes(data)
+        if not index.is_shard:
+            raise CorruptCheckpointError("this is not the index of a shard")
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(f"{directory}: {error}", file=path) from error
+    (shard,), (table,) = index.shards, index.tables
+    digest = hashlib.sha256(data).digest()
+    return replace(shard, directory=directory, checksums=b"", digest=digest), table
+
+
+def commit(
+    shards: Sequence[tuple[Shard, bytes]],
+    tables: Mapping[bytes, Table],
+    destination: str,
+    extra: Mapping[str, bytes] = MappingProxyType({}),
+    *,
+    durable: bool = True,
+) -> str:
+    """`merge_shards`, if much is known already: only the tables that are not are read.
+
+    Args:
+      shards: the entry of each shard, and the digest of its table.
+      tables: some tables, by digest.
+      destination, extra, durable: as for `merge_shards`.
+    """
     if INDEX_KEY in extra:
         raise ValueError(f"{INDEX_KEY} is the name of the index")
-    if os.path.exists(os.path.join(destination, MANIFEST)):
+    if os.path.lexists(os.path.join(destination, MANIFEST)):
         raise FileExistsError(f"{destination} already is a checkpoint")
-    targets = _targets(directories, destination)
-    parts = [
-        _shard_index(source).moved(target, files_nbytes(source))
-        for source, target in zip(directories, targets, strict=True)
-    ]
-    merged = merge_indexes(parts)
+    known = dict(tables)
+    for shard, digest in shards:
+        if digest not in known:
+            table = read_shard(shard.directory)[1]
+            if table.digest != digest:
+                what = f"{shard.directory}: is not the shard that its writer has reported"
+                raise CorruptCheckpointError(what, file=shard.directory)
+            known[digest] = table
+    sources = [shard.directory for shard, _ in shards]
+    targets = _targets(sources, destination)
+    merged = merge_indexes(
+        [
+            (replace(shard, directory=target), known[digest])
+            for (shard, digest), target in zip(shards, targets, strict=True)
+        ]
+    )
+    index = merged.to_bytes()
+    if not merged.is_readable(len(index)):
+        raise ShardError(
+            f"{destination}: {len(merged.keys)} arrays are cut in too many different ways over "
+            f"{len(shards)} shards. Cut arrays of one shape alike; nothing was changed."
+        )
     os.makedirs(os.path.join(destination, SHARDS), exist_ok=True)
-    for source, target in zip(directories, targets, strict=True):
+    for source, target in zip(sources, targets, strict=True):
         path = os.path.join(destination, target)
         if os.path.abspath(source) != os.path.abspath(path):
             os.rename(source, path)
-    try:
-        _commit(merged, destination, extra)
-    except ValueError as error:
-        raise storage_error(error, destination) from error
+    values = {INDEX_KEY: index, **extra}
+    parts = write_parts(destination, values, durable=durable)
     if durable:
-        _flush(destination, targets)
+        parents = {os.path.dirname(os.path.join(destination, target)) for target in targets}
+        for directory in sorted({*parents, destination}, key=len, reverse=True):
+            fsync_directory(directory)
+    write_manifest(destination, parts, durable=durable)
+    if durable:
+        fsync_directory(os.path.dirname(os.path.abspath(destination)))
     return destination
 
 
@@ -96,39 +163,3 @@ def _targets(directories: Sequence[str], destination: str) -> list[str]:
         os.path.relpath(path, root).replace(os.sep, "/") if path in inside else next(free)
         for path in paths
     ]
-
-
-def _shard_index(directory: str) -> Index:
-    index = read_index(directory)
-    if not index.is_shard:
-        raise CheckpointError(f"{directory} is a checkpoint, not a shard")
-    return index
-
-
-def _commit(merged: Index, destination: str, extra: Mapping[str, bytes]) -> None:
-    transaction = ts.Transaction(atomic=True)
-    context = new_context()
-    root = open_database(destination, context).with_transaction(transaction)
-    writes = []
-    for shard in merged.shards:
-        if shard.stacks:
-            prefix = f"{shard.id}/"
-            source = open_database(os.path.join(destination, shard.directory), context, prefix)
-            target = open_database(destination, context, prefix).with_transaction(transaction)
-            writes.append(source.experimental_copy_range_to(target))
-    values = {**extra, INDEX_KEY: merged.to_bytes()}
-    writes += [root.write(key, value) for key, value in values.items()]
-    for write in writes:
-        write.result()
-    transaction.commit_async().result()
-
-
-def _flush(destination: str, targets: Sequence[str]) -> None:
-    data = os.path.join(destination, DATA)
-    files = [os.path.join(data, name) for name in os.listdir(data)]
-    for file in [*files, os.path.join(destination, MANIFEST)]:
-        fsync_file(file)
-    parents = {os.path.dirname(os.path.join(destination, target)) for target in targets}
-    above = os.path.dirname(os.path.abspath(destination))
-    for directory in sorted({data, *parents, destination, above}, key=len, reverse=True):
-        fsync_directory(directory)

@@ -1,10 +1,12 @@
 """Notes: facts about checkpoints that a manager needs and that the state file cannot hold.
 
 They are in the file `checkpoint-metrics.json` beside the state file: the metrics of each checkpoint
-by its name, and the names of the checkpoints on an *abandoned branch* (the program went back to an
+by its name, the number of the checkpoint that its program had saved or restored before (its
+*origin*), and the names of the checkpoints on an *abandoned branch* (the program went back to an
 earlier step and went on from there):
 
-    {"ckpt-3": {"loss": 0.25}, "ckpt-4": {"loss": "nan"}, "abandoned": ["ckpt-4"]}
+    {"ckpt-3": {"loss": 0.25}, "ckpt-4": {"loss": "nan"}, "abandoned": ["ckpt-4"],
+     "origins": {"ckpt-4": 3}}
 
 They are not in the checkpoints, because a manager needs them to choose between checkpoints, and
 reads one small file instead of opening them all. They are not in the state file, because its other
@@ -20,10 +22,13 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ckpt_jax.store.files import read_file, replace_file
+from ckpt_jax.store.files import read_file, replace_file, shortened
+from ckpt_jax.store.presence import is_taken
 
 NOTES_FILE = "checkpoint-metrics.json"
-_ABANDONED = "abandoned"  # not the name of a managed checkpoint, which would have a number
+# Not the names of managed checkpoints, which would have a number.
+_ABANDONED = "abandoned"
+_ORIGINS = "origins"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +38,12 @@ class Notes:
     Attributes:
       metrics: the metrics of each checkpoint.
       abandoned: the checkpoints on abandoned branches.
+      origins: the number of the origin of each checkpoint, if it is known.
     """
 
     metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     abandoned: frozenset[str] = frozenset()
+    origins: Mapping[str, int] = field(default_factory=dict)
 
 
 def read_notes(directory: str) -> Notes | None:
@@ -54,13 +61,14 @@ def read_notes(directory: str) -> Notes | None:
         abandoned = content.pop(_ABANDONED, [])
         if not isinstance(abandoned, list):
             raise ValueError(f"{_ABANDONED!r} is not a list")
+        origins = {name: int(number) for name, number in content.pop(_ORIGINS, {}).items()}
         metrics = {
             name: {metric: float(value) for metric, value in own.items()}
             for name, own in content.items()
         }
-        return Notes(metrics, frozenset([str(name) for name in abandoned]))
+        return Notes(metrics, frozenset([str(name) for name in abandoned]), origins)
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(shortened(str(error))) from error
 
 
 def write_notes(directory: str, notes: Notes) -> None:
@@ -77,5 +85,7 @@ def write_notes(directory: str, notes: Notes) -> None:
     }
     if notes.abandoned:
         content[_ABANDONED] = sorted(notes.abandoned)
-    if content or os.path.lexists(path):
+    if notes.origins:
+        content[_ORIGINS] = dict(notes.origins)
+    if content or is_taken(path):
         replace_file(path, json.dumps(content, indent=1, sort_keys=True) + "\n")

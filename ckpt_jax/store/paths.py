@@ -16,6 +16,7 @@ import re
 from typing import Any
 
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.store.presence import is_taken
 
 _URL = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*)://", re.DOTALL)
 # `pathlib` takes "gs://bucket" for "gs:/bucket".
@@ -175,7 +176,7 @@ def require_room(path: str, suffix: str = "") -> None:
       OSError: a name, or the path, is longer than the file system allows (ENAMETOOLONG).
     """
     above, names = path, []
-    while not os.path.lexists(above) and above != os.path.dirname(above):
+    while not _is_there(above) and above != os.path.dirname(above):
         above, name = os.path.split(above)
         names.append(name)
     if not names:
@@ -200,6 +201,15 @@ def require_room(path: str, suffix: str = "") -> None:
             "Nothing was changed. Use a shorter path",
             path,
         )
+
+
+def _is_there(path: str) -> bool:
+    try:
+        return is_taken(path)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        return False
 
 
 def _limits(directory: str) -> tuple[int, int]:

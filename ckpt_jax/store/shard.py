@@ -1,47 +1,63 @@
-"""Writing a shard: the slices of one call, in a database of their own.
+"""Writing shards: the slices of one call, as streams of bytes in directories of their own.
 
-A *stack* is a two-dimensional array of bytes in the database. Big slices become rows of stacks,
-one stack for each size, straight from the memory that they lie in. Small slices are copied one
-after the other into *packs*, which are stacks of one row, so that ten thousand small slices cost no
-more than a few big ones.
+The slices of a shard follow each other in its stream, in the order of their keys. The stream is
+written file by file, by as many threads as there are cores, whether it is the only one or one of
+many. Chunks that lie within one large slice are written straight from the memory that it lies in.
+Other chunks are copied together from the slices in them. The thread that writes a file also
+computes the checksums of its blocks, and flushes it, while other threads write.
 
-The bytes reach the database in groups of bounded size, one transaction for each group, because
-TensorStore keeps an encoded copy of everything in a transaction. The last transaction contains the
-index. So a database without an index is the remains of an interrupted write.
+The index of a shard is written last. So a directory without an index is the remains of an
+interrupted write.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
-import secrets
+import threading
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import dataclass
-from typing import Any
+from concurrent.futures import FIRST_EXCEPTION, wait
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
 
 import numpy as np
 import tensorstore as ts
 
 from ckpt_jax.graph.boxes import Box, Shape, inside, shape_of, whole
 from ckpt_jax.graph.dtypes import BYTES, dtype_name
-from ckpt_jax.store.batches import batches
 from ckpt_jax.store.durable import fsync_directory, fsync_file
-from ckpt_jax.store.index import INDEX_KEY, Index, Layout, Shard, StackShape
-from ckpt_jax.store.stack import (
+from ckpt_jax.store.index import CHECKSUM, Index, Shard, Table
+from ckpt_jax.store.manifest import INDEX, write_file
+from ckpt_jax.store.stream import (
     ALIGNMENT,
+    CHUNKS,
     DATA,
-    LEVELS,
-    chunk_nbytes,
+    FILE_NBYTES,
+    block_nbytes,
+    checksum_of,
+    file_nbytes,
+    file_path,
+    files_nbytes,
     new_context,
-    open_database,
-    open_stack,
+    open_stream,
     round_up,
     storage_error,
 )
-from ckpt_jax.store.workers import Workers
+from ckpt_jax.store.tiling import Layout
+from ckpt_jax.store.workers import Workers, cores
 
-BIG_NBYTES = 256 << 10  # from here on a slice is a row of its own
-PACK_NBYTES = 16 << 20  # the largest size of a pack; the reader reads a pack in one go
+
+class Later(Protocol):
+    """An array whose contents are still on their way."""
+
+    @property
+    def dtype(self) -> np.dtype: ...
+    @property
+    def shape(self) -> Shape: ...
+    @property
+    def nbytes(self) -> int: ...
+    def wait(self) -> np.ndarray: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,108 +80,130 @@ class Slice:
 
 
 Value = np.ndarray | bytes | Slice | Sequence[Slice]
+Source = np.ndarray | bytes | Later
 
 
-def write_shard(
-    directory: str,
-    slices: Mapping[str, Value],
+def write_shards(
+    shards: Mapping[str, Mapping[str, Value]],
     *,
     compression: str | None = None,
     durable: bool = True,
-    max_inflight_bytes: int = 16 << 20,
+    max_inflight_bytes: int = FILE_NBYTES,
     written: Callable[[int], object] = lambda nbytes: None,
-) -> int:
-    """Writes `slices` and their index to a new database in `directory`.
+) -> list[tuple[Shard, Table]]:
+    """Writes shards and their indexes to new directories.
 
     Contiguous arrays are not copied, so they must not change until the call returns.
 
     Args:
-      directory: a directory that does not exist yet or is empty.
-      slices: by key, a whole array, a byte string, or boxes of an array.
+      shards: for each directory, which does not exist yet or is empty, its slices: by key, a whole
+        array, a byte string, or boxes of an array.
       compression: None or "zstd".
-      durable: return only when the shard would survive a power failure.
-      max_inflight_bytes: bound on the memory for encoded copies and packs.
-      written: called with the number of bytes of slices that were written since the last call.
+      durable: return only when the shards would survive a power failure.
+      max_inflight_bytes: bound on the memory for copies and for compressed bytes.
+      written: called with the number of bytes of slices that were written since the last call, on
+        several threads. An error that it raises ends the write.
 
     Returns:
-      The number of bytes of all slices.
+      For each shard, its entry in the index of a checkpoint, with the directory as it was given,
+      and its table.
 
     Raises:
-      FileExistsError: `directory` is not empty.
+      FileExistsError: a directory is not empty.
       OSError: the file system refused, for lack of space or permission for example.
       ValueError: an array has a dtype that cannot be stored, or another shape than its box.
     """
-    if compression not in LEVELS:
+    if compression not in (None, "zstd"):
         raise ValueError(f"compression is {compression!r}, expected None or 'zstd'")
-    plan = _plan(slices, max_inflight_bytes)
-    os.makedirs(directory, exist_ok=True)
-    if os.listdir(directory):
-        raise FileExistsError(f"{directory}: a shard needs a new directory, but this has files")
-    level = LEVELS[compression]
-    groups = batches(_transfers(plan, max_inflight_bytes), _nbytes_held, max_inflight_bytes)
-    group: list[_Transfer] | None = next(groups, [])
-    context = new_context()
-    flushed: set[str] = set()
-    flushes: list[Future[None]] = []
-    data = os.path.join(directory, DATA)
-    with Workers(1 if durable else 0, "ckpt-flush") as flusher:
-        created: set[int] = set()
-        try:
-            while group is not None:
-                following = next(groups, None)
-                last = following is None
-                _write_group(directory, context, plan.index, group, created, level, last=last)
-                written(sum([transfer.payload for transfer in group]))
-                group = following
+    streams = [
+        _Stream(directory, *plan_shard(slices, compression or "", max_inflight_bytes))
+        for directory, slices in shards.items()
+    ]
+    for stream in streams:
+        os.makedirs(stream.directory, exist_ok=True)
+        if os.listdir(stream.directory):
+            what = "a shard needs a new directory, but this has files"
+            raise FileExistsError(f"{stream.directory}: {what}")
+    room = _Room(max_inflight_bytes)
+    jobs = [(stream, number) for stream in streams for number in range(stream.shard.files)]
+    given_up = threading.Event()
+
+    def write_one(stream: _Stream, number: int) -> None:
+        with room.taken(stream.held_nbytes(number)):
+            if given_up.is_set():  # another part failed, which is raised, or was interrupted
+                return
+            try:
+                stream.write(number)
                 if durable:
-                    new = set(os.listdir(data)) - flushed
-                    flushed |= new
-                    flushes += [flusher.submit(fsync_file, os.path.join(data, f)) for f in new]
-        except ValueError as error:
-            raise storage_error(error, directory) from error
-        for flush in flushes:
-            flush.result()
+                    fsync_file(file_path(stream.directory, number))
+                written(stream.payload_nbytes(number))
+            except BaseException:
+                given_up.set()
+                raise
+
+    threads = min(cores(), len(jobs))
+    with Workers(threads if threads > 1 else 0, "ckpt-write") as workers:
+        try:
+            writes = [workers.submit(write_one, *job) for job in jobs]
+            for write in wait(writes, return_when=FIRST_EXCEPTION).done:
+                write.result()
+        except BaseException:
+            given_up.set()
+            raise
+        ends = [workers.submit(stream.finish, durable=durable) for stream in streams]
+        finished = [end.result() for end in ends]
     if durable:
-        with os.scandir(directory) as files:
-            for file in files:
-                fsync_file(file.path)
-        fsync_directory(directory)
-        fsync_directory(os.path.dirname(os.path.abspath(directory)))
-    return plan.index.total_nbytes
+        for parent in {os.path.dirname(os.path.abspath(stream.directory)) for stream in streams}:
+            fsync_directory(parent)
+    return finished
+
+
+class _Room:
+    """Bounds a number of bytes that several threads hold. More than all is held by one alone."""
+
+    def __init__(self, nbytes: int):
+        self._nbytes = nbytes
+        self._held = 0
+        self._changed = threading.Condition()
+
+    def taken(self, nbytes: int) -> _Taken:
+        return _Taken(self, nbytes)
+
+    def add(self, nbytes: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._held or self._held + nbytes <= self._nbytes)
+            self._held += nbytes
+
+    def remove(self, nbytes: int) -> None:
+        with self._changed:
+            self._held -= nbytes
+            self._changed.notify_all()
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """The index of the shard, and where the bytes of its stacks come from.
+class _Taken:
+    room: _Room
+    nbytes: int
 
-    Attributes:
-      index: the index.
-      rows: by stack number, the rows of each stack of big slices.
-      packs: by stack number, the buffers that follow each other in each pack.
-      payloads: by stack number, the size of each pack without padding.
-    """
+    def __enter__(self) -> None:
+        self.room.add(self.nbytes)
 
-    index: Index
-    rows: dict[int, list[np.ndarray | bytes]]
-    packs: dict[int, list[np.ndarray | bytes]]
-    payloads: dict[int, int]
+    def __exit__(self, *exception: object) -> None:
+        self.room.remove(self.nbytes)
 
 
-_PADDING = [bytes(n) for n in range(ALIGNMENT)]
-
-
-def _plan(slices: Mapping[str, Value], max_pack_nbytes: int) -> _Plan:
-    max_pack_nbytes = min(PACK_NBYTES, max_pack_nbytes)
+def plan_shard(
+    slices: Mapping[str, Value], compression: str, max_inflight_bytes: int
+) -> tuple[Shard, Table, list[int], list[Source]]:
+    """The entry and the table of a shard, and the offsets and contents of its slices."""
     keys = tuple(sorted(slices))
-    layouts: dict[Layout, int] = {}
-    seen: dict[tuple[object, ...], tuple[int, int]] = {}  # -> number of the layout, nbytes
-    places: list[tuple[int, int, int, int, int]] = []  # key, layout, stack, row, offset
-    rows: dict[int, list[np.ndarray | bytes]] = {}
-    packs: dict[int, list[np.ndarray | bytes]] = {}
-    payloads: dict[int, int] = {}
-    sizes: list[int] = []  # of the rows of each stack
-    stack_of_size: dict[int, int] = {}
-    pack = -1
+    layouts: list[Layout] = []
+    starts: list[tuple[int, ...]] = []  # of the box of each layout
+    seen: dict[tuple[object, ...], int] = {}  # -> number of the layout
+    rows: list[tuple[int, int, int]] = []  # key, layout, offset
+    offsets: list[int] = []
+    sources: list[Source] = []
+    end = 0
     for number, key in enumerate(keys):
         for part in _parts(slices[key]):
             # The layout is worked out once for all slices that share it.
@@ -174,60 +212,38 @@ def _plan(slices: Mapping[str, Value], max_pack_nbytes: int) -> _Plan:
             else:
                 source = part.array
                 alike = (source.dtype, source.shape, part.box, part.global_shape)
-            known = seen.get(alike)
-            if known is None:
-                new = _layout(key, part)
-                known = seen[alike] = (layouts.setdefault(new, len(layouts)), new.nbytes)
-            layout, nbytes = known
-            if nbytes == 0:
-                places.append((number, layout, 0, 0, 0))
-            elif nbytes >= BIG_NBYTES:
-                stack = stack_of_size.setdefault(nbytes, len(sizes))
-                if stack == len(sizes):
-                    sizes.append(nbytes)
-                    rows[stack] = []
-                places.append((number, layout, stack, len(rows[stack]), 0))
-                rows[stack].append(source)
-            else:
-                offset = round_up(sizes[pack]) if packs else 0
-                if not packs or offset + nbytes > max_pack_nbytes:
-                    pack, offset = len(sizes), 0
-                    sizes.append(0)
-                    packs[pack] = []
-                    payloads[pack] = 0
-                if offset != sizes[pack]:
-                    packs[pack].append(_PADDING[offset - sizes[pack]])
-                places.append((number, layout, pack, 0, offset))
-                packs[pack].append(source)
-                payloads[pack] += nbytes
-                sizes[pack] = offset + nbytes
-    stacks = [
-        StackShape(len(rows.get(i, "1")), nbytes, chunk_nbytes(nbytes))
-        for i, nbytes in enumerate(sizes)
-    ]
-    shard = Shard(secrets.token_hex(8), ".", tuple(stacks))
-    return _Plan(_index(shard, keys, list(layouts), places), rows, packs, payloads)
-
-
-def _index(
-    shard: Shard,
-    keys: tuple[str, ...],
-    layouts: list[Layout],
-    places: list[tuple[int, int, int, int, int]],
-) -> Index:
-    in_order = sorted(range(len(layouts)), key=layouts.__getitem__)
-    rank = np.argsort(in_order)
-    key, layout, stack, row, offset = np.array(places, np.int64).reshape(-1, 5).T
-    layout = rank[layout] if len(layouts) else layout
-    order = np.lexsort((layout, key))
-    columns = [c[order] for c in (key, layout, np.zeros_like(key), stack, row, offset)]
-    return Index((shard,), tuple([layouts[i] for i in in_order]), keys, *columns)
+            layout = seen.get(alike)
+            if layout is None:
+                layout = seen[alike] = len(layouts)
+                layouts.append(_layout(key, part))
+                box = part.box if isinstance(part, Slice) else ()
+                starts.append(tuple([start for start, _ in box]))
+            nbytes = layouts[layout].nbytes
+            offset = round_up(end) if nbytes else 0
+            rows.append((number, layout, offset))
+            if nbytes:
+                offsets.append(offset)
+                sources.append(source)
+                end = offset + nbytes
+    columns = np.array(rows, np.int64).reshape(-1, 3).T
+    table = Table(keys, tuple(layouts), *columns)
+    block = block_nbytes(end)
+    # Files are small enough that several fit into the memory for copies.
+    sizes = (block // CHUNKS, block, file_nbytes(end, block, max_inflight_bytes // 2))
+    flat = tuple([start for box in starts for start in box])
+    return Shard(".", flat, end, *sizes, compression), table, offsets, sources
 
 
 def _parts(value: Value) -> Sequence[bytes | Slice]:
     if isinstance(value, np.ndarray):
         return (Slice(value, whole(value.shape), value.shape),)
-    return (value,) if isinstance(value, bytes | Slice) else value
+    if isinstance(value, bytes | Slice):
+        return (value,)
+    return sorted(value, key=_box)
+
+
+def _box(part: Slice) -> Box:
+    return part.box
 
 
 def _layout(key: str, part: bytes | Slice) -> Layout:
@@ -239,101 +255,204 @@ def _layout(key: str, part: bytes | Slice) -> Layout:
             f"{key}: contents of shape {array.shape} for box {box} of an array of shape {shape}"
         )
     try:
-        return Layout(dtype_name(array.dtype), shape, box, array.nbytes)
+        return Layout(dtype_name(array.dtype), shape, array.shape, array.nbytes)
     except ValueError as error:
         raise ValueError(f"{key}: {error}") from None
 
 
-def _buffer(source: np.ndarray | bytes) -> np.ndarray | bytes:
-    """An object that exports the bytes of `source` as they are stored: itself, if it can."""
-    if isinstance(source, bytes):
-        return source
-    if source.dtype.byteorder == ">":
-        source = source.astype(source.dtype.newbyteorder("<"))
-    source = np.ascontiguousarray(source)
-    exports = source.dtype.kind in "biufc" and source.dtype.isbuiltin == 1
-    return source if exports else source.reshape(-1).view(np.uint8)
+_PADDING = np.zeros(ALIGNMENT, np.uint8)
 
 
-def _as_bytes(source: np.ndarray | bytes) -> np.ndarray:
-    source = _buffer(source)
-    if isinstance(source, bytes):
-        return np.frombuffer(source, np.uint8)
-    return source.reshape(-1).view(np.uint8)
+class _Stream:
+    """The stream of a shard while it is written, each file on any thread."""
 
+    def __init__(
+        self,
+        directory: str,
+        shard: Shard,
+        table: Table,
+        offsets: list[int],
+        sources: list[Source],
+    ):
+        self.directory = directory
+        self.shard = shard
+        self._table = table
+        self._offsets = offsets
+        self._sources = [_Contents(source) for source in sources]
+        self._checksums = np.zeros(shard.blocks, CHECKSUM)
+        self._store = open_stream(directory, shard, new_context()) if shard.files else None
 
-@dataclass(frozen=True, slots=True)
-class _Transfer:
-    """The bytes from `start` to `stop` of one row of a stack; `payload` of them are no padding."""
+    def _within(self, number: int) -> Iterator[tuple[int, int, int, _Contents]]:
+        """(offset, start, stop, contents) of each slice with bytes in a file: its offset in the
+        stream, and the range of its own bytes that lie in the file."""
+        begin = number * self.shard.file_nbytes
+        end = min(begin + self.shard.file_nbytes, self.shard.nbytes)
+        first = max(bisect_right(self._offsets, begin) - 1, 0)
+        for i in range(first, len(self._offsets)):
+            offset, contents = self._offsets[i], self._sources[i]
+            if offset >= end:
+                return
+            start, stop = max(begin - offset, 0), min(end - offset, contents.nbytes)
+            if start < stop:
+                yield offset, start, stop, contents
 
-    stack: int
-    row: int
-    start: int
-    stop: int
-    source: np.ndarray | list[np.ndarray | bytes]
-    payload: int
+    def payload_nbytes(self, number: int) -> int:
+        """The bytes of slices in a file, without padding."""
+        return sum(stop - start for _, start, stop, _ in self._within(number))
 
+    def held_nbytes(self, number: int) -> int:
+        """About the memory that writing a file takes, besides the arrays."""
+        held = [(stop - start, each.is_copied) for _, start, stop, each in self._within(number)]
+        copied = sum([nbytes for nbytes, is_copied in held if is_copied])
+        if self.shard.compression:
+            return copied + 2 * self.shard.file_nbytes
+        # Chunks at the ends of a slice are copied together with those of its neighbours.
+        chunk = self.shard.chunk_nbytes
+        return copied + sum([min(nbytes, 2 * chunk) for nbytes, _ in held])
 
-def _transfers(plan: _Plan, max_nbytes: int) -> Iterator[_Transfer]:
-    (shard,) = plan.index.shards
-    for number, sources in plan.rows.items():
-        stack = shard.stacks[number]
-        step = max(1, max_nbytes // stack.chunk_nbytes) * stack.chunk_nbytes
-        for row, source in enumerate(sources):
-            source = _as_bytes(source)  # only now, so that copies live no longer than their group
-            for start in range(0, stack.row_nbytes, step):
-                stop = min(start + step, stack.row_nbytes)
-                yield _Transfer(number, row, start, stop, source, stop - start)
-    for number, parts in plan.packs.items():
-        nbytes = shard.stacks[number].row_nbytes
-        yield _Transfer(number, 0, 0, nbytes, parts, plan.payloads[number])
+    def write(self, number: int) -> None:
+        """Writes a file, in one piece."""
+        assert self._store is not None
+        chunk = self.shard.chunk_nbytes
+        begin = position = number * self.shard.file_nbytes
+        end = min(begin + self.shard.file_nbytes, self.shard.nbytes)
+        transaction = ts.Transaction()
+        store = self._store.with_transaction(transaction)
+        writes: list[ts.WriteFutures] = []
+        gathered: list[np.ndarray] = []  # from `begin` to `position`
 
+        def put(data: np.ndarray) -> None:
+            nonlocal begin
+            self._sum_up(begin, data)
+            target = store[begin : begin + data.size]
+            writes.append(target.write(data, can_reference_source_data_indefinitely=True))
+            begin += data.size
 
-def _nbytes_held(transfer: _Transfer) -> int:
-    nbytes = transfer.stop - transfer.start
-    return 2 * nbytes if isinstance(transfer.source, list) else nbytes  # a pack is itself a copy
+        def put_gathered() -> None:
+            joined = np.empty(sum(part.size for part in gathered), np.uint8)
+            done = 0
+            for part in gathered:
+                joined[done : done + part.size] = part
+                done += part.size
+            gathered.clear()
+            if done:
+                put(joined)
 
+        try:
+            for offset, start, stop, contents in self._within(number):
+                if offset + start > position:
+                    gathered.append(_PADDING[: offset + start - position])
+                data = contents.bytes(start, stop)
+                position = offset + start
+                # The chunks that lie wholly within this slice need no copy.
+                head = round_up(position, chunk) - position
+                tail = (position + data.size) % chunk if offset + stop < end else 0
+                if data.size - head - tail >= chunk:
+                    gathered.append(data[:head])
+                    put_gathered()
+                    put(data[head : data.size - tail])
+                    data = data[data.size - tail :]
+                if data.size:
+                    gathered.append(data)
+                position = offset + stop
+            if position < end:  # the next slice begins in the next file
+                gathered.append(_PADDING[: end - position])
+            put_gathered()
+            for write in writes:
+                write.copy.result()
+            transaction.commit_async().result()
+        except ValueError as error:
+            raise storage_error(error, self.directory) from error
 
-def _write_group(
-    directory: str,
-    context: ts.Context,
-    index: Index,
-    group: list[_Transfer],
-    created: set[int],
-    level: int,
-    *,
-    last: bool,
-) -> None:
-    (shard,) = index.shards
-    transaction = ts.Transaction(atomic=True)
-    stores: dict[int, ts.TensorStore] = {}
-    writes = []
-    for t in group:
-        if t.stack not in stores:
-            stores[t.stack] = open_stack(
-                directory,
-                context,
-                shard.id,
-                t.stack,
-                shard.stacks[t.stack],
-                create=t.stack not in created,
-                level=level,
-                transaction=transaction,
-            )
-            created.add(t.stack)
-        source = t.source
-        if isinstance(source, list):
-            # Arrays are buffers; numpy's stubs say so from Python 3.12 on.
-            joined = b"".join(map(_buffer, source))  # pyright: ignore[reportArgumentType]
-            source = np.frombuffer(joined, np.uint8)
-        writes.append(
-            stores[t.stack][t.row, t.start : t.stop].write(
-                source[t.start : t.stop], can_reference_source_data_indefinitely=True
-            )
+    def _sum_up(self, begin: int, data: np.ndarray) -> None:
+        """Goes on with the checksums of blocks. A file is summed up from its beginning on."""
+        size, done = self.shard.block_nbytes, 0
+        while done < data.size:
+            number, at = divmod(begin + done, size)
+            part = data[done : done + size - at]
+            before = int(self._checksums[number]) if at else 0
+            self._checksums[number] = checksum_of(part, before)
+            done += part.size
+
+    def finish(self, *, durable: bool) -> tuple[Shard, Table]:
+        """Writes the index of the shard, after all files."""
+        shard = replace(
+            self.shard,
+            stored_nbytes=files_nbytes(self.directory),
+            checksums=self._checksums.tobytes(),
         )
-    if last:
-        database = open_database(directory, context).with_transaction(transaction)
-        writes.append(database.write(INDEX_KEY, index.to_bytes()))
-    for write in writes:
-        (write.copy if isinstance(write, ts.WriteFutures) else write).result()
-    transaction.commit_async().result()
+        data = Index((self._table,), (shard,), (0,)).to_bytes()
+        write_file(os.path.join(self.directory, INDEX), data, durable=durable)
+        if durable:
+            if shard.files:
+                fsync_directory(os.path.join(self.directory, DATA))
+            fsync_directory(self.directory)
+        digest = hashlib.sha256(data).digest()
+        return replace(shard, directory=self.directory, checksums=b"", digest=digest), self._table
+
+
+class _Contents:
+    """The bytes of a slice, for several threads."""
+
+    def __init__(self, source: Source):
+        self.nbytes = len(source) if isinstance(source, bytes) else source.nbytes
+        self._source: Source | None = source
+        self._left = self.nbytes
+        self._lock = threading.Lock()
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether its bytes do not lie in memory as they are stored."""
+        return isinstance(self._source, np.ndarray) and not _is_as_stored(self._source)
+
+    def bytes(self, start: int, stop: int) -> np.ndarray:
+        """A range of the bytes as they are stored. No range is asked for twice."""
+        with self._lock:
+            source = self._source
+            assert source is not None
+            if isinstance(source, bytes):
+                source = np.frombuffer(source, np.uint8)
+            elif not isinstance(source, np.ndarray):
+                source = self._source = source.wait()
+            self._left -= stop - start
+            if not self._left:
+                self._source = None
+        if _is_as_stored(source):
+            return source.reshape(-1).view(np.uint8)[start:stop]
+        copy = np.empty(stop - start, np.uint8)
+        _copy(source, start, copy)
+        return copy
+
+
+def _is_as_stored(array: np.ndarray) -> bool:
+    return array.flags.c_contiguous and array.dtype.byteorder != ">"
+
+
+def _copy(array: np.ndarray, start: int, target: np.ndarray) -> None:
+    """Fills `target` with the bytes of an array, as they are stored, from byte `start` on."""
+    row = array.nbytes // len(array)
+    stop = start + target.size
+    first, last = -(-start // row), stop // row  # the rows that are copied as a whole
+    if first > last:
+        _copy_row(array, last, start - last * row, target)
+        return
+    head, tail = first * row - start, stop - last * row
+    if head:
+        _copy_row(array, first - 1, row - head, target[:head])
+    if first < last:
+        rows = target[head : target.size - tail].view(_stored_dtype(array))
+        rows.reshape(last - first, *array.shape[1:])[...] = array[first:last]
+    if tail:
+        _copy_row(array, last, 0, target[target.size - tail :])
+
+
+def _copy_row(array: np.ndarray, number: int, start: int, target: np.ndarray) -> None:
+    if array.ndim > 1:
+        _copy(array[number], start, target)
+    else:  # a part of an element
+        element = array[number : number + 1].astype(_stored_dtype(array)).view(np.uint8)
+        target[:] = element[start : start + target.size]
+
+
+def _stored_dtype(array: np.ndarray) -> np.dtype:
+    return array.dtype.newbyteorder("<") if array.dtype.byteorder == ">" else array.dtype

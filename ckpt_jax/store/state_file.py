@@ -13,24 +13,36 @@ the file, the path is relative to that directory, so that the directory can be m
 is absolute. `stored_form` turns usable paths into stored ones, `get_checkpoint_state` does the
 reverse.
 
-The file is replaced in one step, so a reader sees the old state or the new one.
+The file is replaced in one step, so a reader sees the old state or the new one. Who changes it has
+the guard of the directory (`store.guard`), so no change is lost.
+
+Comments at its beginning name the *writers* (`manage.fence`): for each name of managed checkpoints,
+the manager that records them, and a number that grows whenever another one takes over. They are
+comments, because other readers of the file refuse fields that they do not know.
+
+    # ckpt_jax writer {"host": "node-7", "name": "ckpt", "number": 2, "process": 812, "run": "5c9d"}
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from google.protobuf import text_format
 
 from ckpt_jax.graph._proto import checkpoint_state_pb2
-from ckpt_jax.store.files import read_file, replace_file
+from ckpt_jax.store.files import read_file, replace_file, shortened
+from ckpt_jax.store.guard import guarded
 from ckpt_jax.store.paths import as_path
 
 STATE_FILE = "checkpoint"
+_MAX_PATH, _MAX_NAME = 4096, 255  # characters; no system takes more bytes
+_WRITER = re.compile(r"^# ckpt_jax writer (\{.{1,4000}\})\n", re.MULTILINE)
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -53,6 +65,41 @@ class CheckpointState:
     all_model_checkpoint_paths: tuple[str, ...] = ()
     all_model_checkpoint_timestamps: tuple[float, ...] = ()
     last_preserved_timestamp: float = 0.0
+
+    @property
+    def managed(self) -> dict[str, float]:
+        """The checkpoints that managers manage, with their times; none if some have no time.
+
+        The latest has to be listed, managed or not. A time that is the last preserved timestamp
+        says that it is not managed.
+        """
+        paths, times = self.all_model_checkpoint_paths, self.all_model_checkpoint_timestamps
+        if len(paths) != len(times):
+            return {}
+        listed = dict(zip(paths, times, strict=True))
+        return {
+            path: time for path, time in listed.items() if time != self.last_preserved_timestamp
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """A manager that records the checkpoints of one name.
+
+    Attributes:
+      number: larger than that of all its predecessors.
+      run: random digits that distinguish it.
+      process: the number of its process.
+      host: the name of its machine.
+    """
+
+    number: int
+    run: str
+    process: int
+    host: str
+
+    def __str__(self) -> str:
+        return f"process {self.process} on {self.host}"
 
 
 def get_checkpoint_state(
@@ -86,10 +133,8 @@ def get_checkpoint_state(
         text = read_file(path)
         if text is None:
             return None
-        state = parse(text)
-        if "\0" in "".join([state.model_checkpoint_path, *state.all_model_checkpoint_paths]):
-            raise ValueError("a path in it has a NUL character")
-    except (ValueError, text_format.ParseError) as error:
+        state = _understood(text)
+    except ValueError as error:
         _log.warning(
             "%s is ignored, because it is not a checkpoint state file: %s. Restore the file from a "
             "copy, or delete it: the next save writes a new one.",
@@ -104,19 +149,40 @@ def get_checkpoint_state(
     return _with_paths(state, lambda stored: os.path.join(directory, stored))
 
 
+def _understood(text: str) -> CheckpointState:
+    """The state in a text.
+
+    Raises:
+      ValueError: it is not a state file, or a path in it cannot be one.
+    """
+    try:
+        state = parse(text)
+    except text_format.ParseError as error:
+        raise ValueError(shortened(str(error))) from error
+    for path in (state.model_checkpoint_path, *state.all_model_checkpoint_paths):
+        if "\0" in path:
+            raise ValueError(f"the path {shortened(repr(path))} in it has a NUL character")
+        if len(path) > _MAX_PATH or max(map(len, path.split("/"))) > _MAX_NAME:
+            raise ValueError(f"the path {shortened(path)} in it is longer than any can be")
+    return state
+
+
 def update_checkpoint_state(
     directory: str | bytes | os.PathLike[Any],
     state: CheckpointState,
     latest_filename: str | None = None,
+    *,
+    writers: Mapping[str, Writer] | None = None,
 ) -> None:
     """Replaces the state file of a directory (`tf.train.update_checkpoint_state`).
 
-    The file is written beside its target, flushed to disk and renamed.
+    The file is written beside its target, flushed to disk and renamed. Its writers stay.
 
     Args:
       directory: the directory of the state file; it must exist.
       state: the new state; see `stored_form` for how its paths are stored.
       latest_filename: its name, "checkpoint" by default.
+      writers: take the place of those that the file names.
 
     Raises:
       ValueError: the state is incomplete; see `stored_form`.
@@ -131,7 +197,96 @@ def update_checkpoint_state(
             f"{path}: expected different names for checkpoint and state file, got the same. "
             "Save under another name, or pass another latest_filename."
         )
-    replace_file(path, render(stored))
+    with guarded(directory):
+        text = state_text(directory, os.path.basename(path))
+        before = writers_in(text) if writers is None else writers
+        replace_file(path, _rendered(before) + render(stored))
+
+
+def record_latest(directory: str, name: str, path: str) -> None:
+    """Makes a checkpoint that no manager manages the latest of a directory.
+
+    Managed checkpoints with other names stay listed. The others do not, as in TensorFlow.
+
+    Args:
+      directory: of the state file.
+      name: of the checkpoint, without its number.
+      path: of the checkpoint.
+    """
+    with guarded(directory):
+        try:
+            before = _understood(state_text(directory))
+        except ValueError:
+            before = CheckpointState("")
+        before = _with_paths(before, lambda stored: os.path.join(directory, stored))
+        others = {
+            other: time
+            for other, time in before.managed.items()
+            if not re.fullmatch(re.escape(name) + r"-\d+", os.path.basename(other))
+        }
+        state = CheckpointState(path)
+        if others:
+            last = before.last_preserved_timestamp
+            state = CheckpointState(path, (*others, path), (*others.values(), last), last)
+        update_checkpoint_state(directory, state)
+
+
+def state_text(directory: str, latest_filename: str = STATE_FILE) -> str:
+    """The text of a state file; an empty one if there is none, or if it is no text.
+
+    Raises:
+      OSError: it cannot be read.
+    """
+    try:
+        return read_file(os.path.join(directory, latest_filename)) or ""
+    except ValueError:
+        return ""
+
+
+def writers_of(directory: str) -> dict[str, Writer]:
+    """The writers that the state file of a directory names; raises like `state_text`."""
+    return writers_in(state_text(directory))
+
+
+def writers_in(text: str) -> dict[str, Writer]:
+    """The writers that the text of a state file names. What cannot be understood is left out."""
+    found: dict[str, Writer] = {}
+    for match in _WRITER.finditer(text):
+        try:
+            said = json.loads(match[1])
+            name, number, process = said["name"], said["number"], said["process"]
+            writer = Writer(int(number), str(said["run"]), int(process), str(said["host"]))
+            if not 0 <= writer.number < 1 << 60:
+                continue
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+            continue
+        if isinstance(name, str) and not (name in found and found[name].number > writer.number):
+            found[name] = writer
+    return found
+
+
+def replace_writers(directory: str, writers: Mapping[str, Writer]) -> bool:
+    """Replaces the writers in the state file of a directory; all else in it stays.
+
+    Returns:
+      Whether there is a state file.
+
+    Raises:
+      OSError: it could not be replaced.
+    """
+    path = os.path.join(directory, STATE_FILE)
+    with guarded(directory):
+        text = state_text(directory)
+        if text:
+            replace_file(path, _rendered(writers) + _WRITER.sub("", text))
+    return bool(text)
+
+
+def _rendered(writers: Mapping[str, Writer]) -> str:
+    return "".join(
+        f"# ckpt_jax writer {json.dumps({'name': name, **asdict(writer)}, sort_keys=True)}\n"
+        for name, writer in sorted(writers.items())
+    )
 
 
 def stored_form(

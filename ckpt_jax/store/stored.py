@@ -110,7 +110,8 @@ class ExtentsReader:
         for key, stored in values.items():
             problem = _problem(stored, files)
             if problem is not None:
-                raise files.damage(stored.extents[0].file if stored.extents else path, problem, key)
+                what, file = problem
+                raise files.damage(file or path, what, key)
 
     def graph(self) -> ObjectGraph | None:
         """The object graph.
@@ -162,6 +163,9 @@ class ExtentsReader:
         refused = [f"{key}: {spec.refusal}" for key, spec in specs.items() if not is_readable(spec)]
         if refused:
             raise UnsupportedFormatError("\n  ".join([f"{self.path}: {refused[0]}", *refused[1:]]))
+        for key, _ in requests:
+            if damage := self.index.values[key].damage:
+                raise self._files.damage(self.path, damage, key)
         checked: set[tuple[Shape, tuple[Box, ...]]] = set()  # a model has few shapes
         wanted: list[_Request] = []
         for key, boxes in requests:
@@ -172,6 +176,8 @@ class ExtentsReader:
                         raise ValueError(f"{key}: the box {box} lies outside of shape {spec.shape}")
                 checked.add((spec.shape, boxes))
             stored = self.index.values[key]
+            if stored.damage:
+                raise self._files.damage(self.path, stored.damage, key)
             wanted.append(_Request(key, stored, boxes, _nbytes_of(stored, boxes)))
         return self._results(wanted, max_inflight_bytes)
 
@@ -220,22 +226,23 @@ class _Request:
     nbytes: int
 
 
-def _problem(stored: Stored, files: Files) -> str | None:
-    """What is wrong with the extents of a value; None if nothing is."""
+def _problem(stored: Stored, files: Files) -> tuple[str, str] | None:
+    """What is wrong with the extents of a value, and the file of one; None if nothing is."""
     spec, extents = stored.spec, stored.extents
-    if not is_readable(spec):
+    if not is_readable(spec) or stored.damage:
         return None
     if spec.is_bytes:
         itemsize, boxes = stored.nbytes, [()]
     else:
         itemsize, boxes = _dtype_of(spec).itemsize, [extent.box for extent in extents]
     if boxes != [whole(spec.shape)] and (problem := tiling_problem(boxes, spec.shape)):
-        return problem
+        return problem, extents[0].file if extents else ""
     for extent in extents:
         size = files.size(extent.file) if stored.contents is None else stored.nbytes
         end = extent.offset + extent.span * itemsize
         if extent.offset < 0 or min(extent.steps, default=0) < 0 or end > size:
-            return f"it has {size} bytes, the value lies at {extent.offset} to {end}"
+            what = f"it has {size} bytes, the value lies at {extent.offset} to {end}"
+            return what, extent.file
     return None
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import ShapedArray
 
-from ckpt_jax.graph.boxes import Box, Shape, from_index, size_of, slices, whole
+from ckpt_jax.graph.boxes import Box, Shape, from_index, size_of, slices
 from ckpt_jax.values.jax_internals import held_shards, place_shards
 
 _log = logging.getLogger("ckpt_jax")
@@ -70,18 +71,9 @@ def _shard_numbers(sharding: jax.sharding.Sharding, shape: Shape) -> dict[int, i
     return {device.id: number for number, device in enumerate(devices)}
 
 
-def part_of(array: jax.Array, device: int, part: Box) -> jax.Array | np.ndarray:
-    """A part of the shard on one device, for `to_host`; a view if the shard lies on the host.
-
-    Args:
-      array: the array.
-      device: id of a device of this process.
-      part: a box relative to the shard.
-    """
-    shard = held_shards(array)[_shard_numbers(array.sharding, array.shape)[device]]
-    if part == whole(shard.shape):
-        return shard
-    return (np.asarray(shard) if _on_host(shard.sharding) else shard)[slices(part)]
+def shard_on(array: jax.Array, device: int) -> jax.Array:
+    """The shard on the device of this process with this id."""
+    return held_shards(array)[_shard_numbers(array.sharding, array.shape)[device]]
 
 
 @lru_cache(maxsize=4096)
@@ -105,20 +97,32 @@ def owned_shards(array: jax.Array) -> list[tuple[Box, int, jax.Array]]:
 
 
 class Arriving:
-    """A copy of a single-device array that is on its way to pinned host memory.
+    """A copy of a single-device array, or a part of one, that is on its way to pinned host memory.
 
     The runtime orders everything that the program does to the array behind the copy. So the array
-    may be donated or deleted before the copy arrives.
+    may be donated or deleted before the copy arrives. Parts are cut on the host: on a device, that
+    would compile a program for each shape.
     """
 
-    def __init__(self, started: jax.Array):
-        self._started = started
-        self.shape, self.nbytes = started.shape, started.nbytes
+    def __init__(self, started: jax.Array, where: tuple[slice, ...] = ()):
+        self._started, self._where = started, where
+        self.dtype = started.dtype
+        cut = tuple([part.stop - part.start for part in where])
+        self.shape: Shape = (*cut, *started.shape[len(cut) :])
+        self.nbytes = math.prod(self.shape) * started.dtype.itemsize
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Arriving:
+        origin = self._where or tuple([slice(0, size) for size in self.shape])
+        inside = [
+            slice(a.start + b.start, a.start + b.stop) for a, b in zip(origin, where, strict=True)
+        ]
+        return Arriving(self._started, tuple(inside))
 
     def wait(self) -> np.ndarray:
         """The contents; on any thread."""
         with transfers_allowed(), jax.enable_x64(True):
-            return np.asarray(self._started)
+            whole_array = np.asarray(self._started)
+            return whole_array[self._where] if self._where else whole_array
 
 
 def to_host(

@@ -226,10 +226,12 @@ def test_variables_made_by_helpers_have_plain_keys(path):
     root.add_variable("a", initializer=1.0)
     root.leaf.add_variable("v", (2,), initializer=jnp.ones)
     ckpt.Checkpoint(root).write(path)
-    assert ckpt.list_variables(path) == [
-        ("a/.ATTRIBUTES/VARIABLE_VALUE", ()),
-        ("leaf/v/.ATTRIBUTES/VARIABLE_VALUE", (2,)),
-    ]
+    with ckpt.load_checkpoint(path) as reader:
+        assert reader.get_variable_to_shape_map() == {
+            "a/.ATTRIBUTES/VARIABLE_VALUE": (),
+            "leaf/v/.ATTRIBUTES/VARIABLE_VALUE": (2,),
+        }
+    assert ckpt.list_variables(path) == [("a", ()), ("leaf/v", (2,))]
 
 
 @pytest.mark.parametrize("name", ["a/b", "a.b", "c/", "d/.ATTRIBUTES/f", ".ATTRIBUTES", "", "ü"])
@@ -341,7 +343,8 @@ def test_python_state_gives_text_or_bytes_and_gets_bytes(path):
     fresh = ckpt.Checkpoint(t=Raw(""), b=Raw(""), e=Raw("x"))
     fresh.read(path).assert_consumed()
     assert (fresh.t.state, fresh.b.state, fresh.e.state) == ("ü\0".encode(), b"\xff\0", b"")
-    assert ("t/.ATTRIBUTES/py_state", ()) in ckpt.list_variables(path)
+    with ckpt.load_checkpoint(path) as reader:
+        assert "t/.ATTRIBUTES/py_state" in set(reader.keys())
 
 
 @pytest.mark.behaviour(274, 276)
@@ -373,9 +376,9 @@ def test_slots_are_restored_through_their_variables(path):
     optimizer = Optimizer(0.0, v)
     ckpt.Checkpoint(opt=optimizer, model=Model(w=v)).read(path).assert_consumed()
     assert (value(v), value(optimizer.state["m", v]), value(optimizer.rate)) == (1.0, 7.0, 0.5)
-    assert "model/w/.OPTIMIZER_SLOT/opt/m/.ATTRIBUTES/VARIABLE_VALUE" in dict(
-        ckpt.list_variables(path)
-    )
+    with ckpt.load_checkpoint(path) as reader:
+        assert "model/w/.OPTIMIZER_SLOT/opt/m/.ATTRIBUTES/VARIABLE_VALUE" in set(reader.keys())
+    assert "opt/m/model/w" in dict(ckpt.list_variables(path))
 
 
 @pytest.mark.behaviour(310)
@@ -401,9 +404,7 @@ def test_state_of_a_checkpoint_is_not_replaced_by_what_cannot_be_saved(tmp_path:
     with pytest.raises(ValueError, match="state=Unknown: nothing is known"):
         checkpoint.state = Unknown(1)
     assert checkpoint.state["w"].tolist() == [1, 1]
-    assert "state/w/.ATTRIBUTES/VARIABLE_VALUE" in dict(
-        ckpt.list_variables(checkpoint.save(tmp_path / "ckpt"))
-    )
+    assert "state/w" in dict(ckpt.list_variables(checkpoint.save(tmp_path / "ckpt")))
     checkpoint.state = ckpt.NoDependency(Unknown(1))  # said in so many words
     checkpoint.other = Unknown(1)  # never was state
     assert set(checkpoint.trackable_children()) == {"save_counter"}
@@ -556,7 +557,7 @@ def test_the_counter_of_a_rooted_checkpoint_is_not_put_on_the_root(prefix):
     checkpoint = ckpt.Checkpoint(root)
     assert checkpoint.save(prefix) == f"{prefix}-1"
     assert list(root.trackable_children()) == ["v"]
-    assert "save_counter/.ATTRIBUTES/VARIABLE_VALUE" in dict(ckpt.list_variables(f"{prefix}-1"))
+    assert "save_counter" in dict(ckpt.list_variables(f"{prefix}-1"))
 
 
 def test_the_counter_comes_from_the_newest_restore(tmp_path):

@@ -22,7 +22,8 @@ TREE = {"layers": [{"w": W, "b": B}, {"w": W + 1, "b": B}], "step": 7}
 
 
 def names_of(path):
-    return dict(ckpt.list_variables(path))
+    with ckpt.load_checkpoint(path) as reader:
+        return reader.get_variable_to_shape_map()
 
 
 def is_empty(directory, *but):

@@ -20,7 +20,7 @@ from ckpt_jax.api.latest import (
     problem_with,
     remove_checkpoint,
 )
-from ckpt_jax.store.stack import MANIFEST
+from ckpt_jax.store.manifest import MANIFEST
 from ckpt_jax.store.state_file import CheckpointState, update_checkpoint_state
 
 pytestmark = pytest.mark.usefixtures("no_flushing")
@@ -32,7 +32,7 @@ def checkpoint():
 
 
 def damage(path):
-    os.unlink(os.path.join(path, "manifest.ocdbt"))
+    os.unlink(os.path.join(path, "manifest.ckpt"))
 
 
 # --- latest ---------------------------------------------------------------------------------
@@ -84,9 +84,9 @@ def test_a_damaged_latest_falls_back_to_the_next_lower_number_with_a_warning(
 def test_a_truncated_or_missing_file_of_arrays_makes_a_checkpoint_unusable(tmp_path, checkpoint):
     checkpoint.big = ckpt.Variable(jnp.ones(10_000))
     paths = [checkpoint.save(tmp_path / "ckpt") for _ in range(3)]
-    (data,) = glob.glob(f"{paths[2]}/shards/*/d/*")
+    (data,) = glob.glob(f"{paths[2]}/shards/*/c/*")
     os.truncate(data, os.path.getsize(data) // 2)
-    (data,) = glob.glob(f"{paths[1]}/shards/*/d/*")
+    (data,) = glob.glob(f"{paths[1]}/shards/*/c/*")
     os.unlink(data)
     assert latest_checkpoint(tmp_path) == paths[0]
 
@@ -94,7 +94,7 @@ def test_a_truncated_or_missing_file_of_arrays_makes_a_checkpoint_unusable(tmp_p
 def test_the_fall_back_goes_by_number_and_never_by_time(tmp_path, checkpoint):
     paths = [checkpoint.save(tmp_path / "ckpt") for _ in range(3)]
     os.utime(paths[0])
-    os.utime(os.path.join(paths[0], "manifest.ocdbt"))
+    os.utime(os.path.join(paths[0], "manifest.ckpt"))
     damage(paths[2])
     assert latest_checkpoint(tmp_path) == paths[1]
 
@@ -170,7 +170,7 @@ def test_a_checkpoint_with_a_truncated_shard_is_not_the_latest(tmp_path):
     checkpoint = ckpt.Checkpoint(x=LARGE)
     first = checkpoint.save(tmp_path / "ckpt")
     second = checkpoint.save(tmp_path / "ckpt", x=LARGE + 1)
-    largest = max(Path(second).glob("shards/*/d/*"), key=lambda file: file.stat().st_size)
+    largest = max(Path(second).glob("shards/*/c/*"), key=lambda file: file.stat().st_size)
     os.truncate(largest, largest.stat().st_size // 2)
     assert ckpt.latest_checkpoint(tmp_path) == first
 
@@ -241,7 +241,7 @@ def test_a_removal_that_is_cut_short_leaves_no_checkpoint(tmp_path, checkpoint, 
         remove_checkpoint(path)
     (left,) = set(os.listdir(tmp_path)) - {"checkpoint"}
     assert left.startswith("ckpt-1.staging-")
-    assert os.path.exists(tmp_path / left / "manifest.ocdbt")
+    assert os.path.exists(tmp_path / left / "manifest.ckpt")
     assert not checkpoint_exists(path) and not checkpoint_exists(tmp_path / left)
 
 

@@ -1,10 +1,18 @@
 """Lists and dicts of trackables that hold plain data come back whole from `load_object`."""
 
 import enum
+import math
+import struct
+import tempfile
+from collections import OrderedDict
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pytrees import arrays, labels
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph import plain
@@ -70,9 +78,115 @@ def test_an_enum_member_comes_back_as_its_name(tmp_path):
     assert ckpt.load_object(path).parts[1] == "RED"
 
 
+def comparable(found):
+    """What a tree consists of, so that only equal trees of equal types are equal."""
+    match found:
+        case ckpt.Variable() | jax.Ref():
+            return "box", comparable(
+                found.value if isinstance(found, ckpt.Variable) else found[...]
+            )
+        case ckpt.AutoTrackable():
+            return "object", comparable(found.trackable_children())
+        case jax.Array() if jax.dtypes.issubdtype(found.dtype, jax.dtypes.prng_key):
+            return "key", comparable(jax.random.key_data(found))
+        case jax.Array():
+            return "array", comparable(np.asarray(found))
+        case np.ndarray():
+            return "numpy", found.dtype, found.shape, found.tobytes()
+        case str() | bytes():
+            return type(found).__name__.rstrip("_"), found
+        case np.generic():
+            return "scalar", found.dtype, found.tobytes()
+        case list():
+            return "list", *map(comparable, found)
+        case tuple():
+            return "tuple", *map(comparable, found)
+        case dict():
+            return "dict", *[(comparable(key), comparable(part)) for key, part in found.items()]
+        case float():
+            return "float", "nan" if math.isnan(found) else struct.pack("d", found)
+        case complex():
+            return "complex", comparable(found.real), comparable(found.imag)
+    return type(found).__name__, found
+
+
+plain_data = st.one_of(
+    st.integers(),
+    st.floats(),
+    st.complex_numbers(),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=3),
+    st.binary(max_size=3),
+    st.none(),
+    st.booleans(),
+    st.sampled_from([np.float32(2), np.int8(3), np.bool_(True), np.float64(1.5)]),
+    st.sampled_from([jnp.bfloat16(1), np.str_("q"), np.bytes_(b"q")]),
+)
+state = st.one_of(
+    arrays,
+    arrays.map(jnp.asarray),
+    arrays.map(ckpt.Variable),
+    st.integers(0, 3).map(jax.random.key),
+    st.builds(lambda: jax.new_ref(jnp.ones(2))),
+    arrays.map(lambda array: model([3, ckpt.Variable(array)])),
+)
+
+
+def nested(inner):
+    some, mixed = st.lists(inner, max_size=4), st.dictionaries(labels, inner, max_size=4)
+    return st.one_of(some, some.map(tuple), mixed, mixed.map(OrderedDict))
+
+
+containers = nested(st.recursive(plain_data | state, nested, max_leaves=12))
+
+
+def assert_comes_back(root, expected, get=lambda found: found):
+    with tempfile.TemporaryDirectory() as directory:
+        path = ckpt.save_object(root, f"{directory}/a")
+        assert ckpt.verify(path).ok
+        assert comparable(get(ckpt.load_object(path))) == comparable(expected)
+
+
+@given(containers)
+def test_any_container_comes_back(container):
+    assert_comes_back(container, container)
+    assert_comes_back(ckpt.Checkpoint(parts=container), container, lambda found: found.parts)
+
+
+@given(containers)
+def test_any_container_in_an_attribute_comes_back_if_it_is_state(container):
+    root = model(container)
+    if "parts" in root.trackable_children():
+        assert_comes_back(root, root.parts, lambda found: found.parts)
+
+
+def deep(levels):
+    value = ("x",)
+    for _ in range(levels):
+        value = (value,)
+    return value
+
+
+@pytest.mark.parametrize("container", [tuple, list, lambda parts: {"a": parts}])
+def test_a_marked_element_is_refused_by_name(tmp_path, container):
+    parts = container([ckpt.Variable(1.0), ckpt.NoDependency({"a": 1})])
+    with pytest.raises(ckpt.UnsaveableError, match=r"parts.*: .*NoDependency"):
+        ckpt.save_object(model(parts), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+def test_plain_data_is_refused_by_name_if_it_is_nested_too_deeply_to_be_read_back(tmp_path):
+    with pytest.raises(ckpt.UnsaveableError, match="parts: its element 1: it is nested too"):
+        ckpt.save_object(model([ckpt.Variable(1.0), deep(3000)]), tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    with pytest.raises(ckpt.UnsaveableError, match="parts: its element 1: plain data is nested"):
+        ckpt.save_object(model([ckpt.Variable(1.0), deep(200)]), tmp_path / "a")
+    parts = [ckpt.Variable(1.0), deep(90)]
+    assert_comes_back(model(parts), parts, lambda found: found.parts)
+
+
 def test_an_element_that_is_neither_state_nor_plain_data_is_refused_by_name(tmp_path):
     root = model([ckpt.Variable(jnp.zeros(2)), lambda: 0])
-    with pytest.raises(ckpt.UnsaveableError, match="parts: its element 1 is of type function"):
+    with pytest.raises(ckpt.UnsaveableError, match="parts: its element 1: function is neither"):
         ckpt.save_object(root, tmp_path / "a")
     assert not (tmp_path / "a").exists()
 

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tensorstore as ts
 from flax import nnx, struct
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.protobuf.wrappers_pb2 import StringValue
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from parts import part, replace_part
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph._proto import saved_object_graph_pb2 as pb
@@ -30,18 +30,8 @@ def scope():
         yield
 
 
-def entry(path, key):
-    spec = {"driver": "ocdbt", "base": f"file://{path}/"}
-    return ts.KvStore.open(spec).result().read(key).result().value
-
-
-def overwrite(path, key, value):
-    spec = {"driver": "ocdbt", "base": f"file://{path}/"}
-    ts.KvStore.open(spec).result().write(key, value).result()
-
-
 def saved_objects(path):
-    return pb.SavedObjectGraph.FromString(unseal(entry(path, SAVED_OBJECTS_KEY)))
+    return pb.SavedObjectGraph.FromString(unseal(part(path, SAVED_OBJECTS_KEY)))
 
 
 def anew(obj, path):
@@ -53,7 +43,7 @@ def cycle(obj, directory, cycles=3):
     graphs = set()
     for number in range(cycles):
         path = ckpt.save_object(obj, directory / f"cycle-{number}")
-        graphs.add((entry(path, OBJECT_GRAPH_KEY), entry(path, SAVED_OBJECTS_KEY)))
+        graphs.add((part(path, OBJECT_GRAPH_KEY), part(path, SAVED_OBJECTS_KEY)))
         obj = ckpt.load_object(path)
     assert len(graphs) == 1
     return obj
@@ -195,9 +185,9 @@ def test_other_containers_become_dicts_and_enums_strings_as_load_gives_them(tmp_
     assert repr(back) == repr(ckpt.load(path))
     assert back[0] == {"mu": 1, "nu": {"x": 2}}
     assert back[2] == "TRAIN"
-    objects = entry(path, SAVED_OBJECTS_KEY)
+    objects = part(path, SAVED_OBJECTS_KEY)
     again = ckpt.save_object(back, tmp_path / "b")
-    assert entry(again, SAVED_OBJECTS_KEY) == objects
+    assert part(again, SAVED_OBJECTS_KEY) == objects
 
 
 def test_flax_modules_become_trackables_of_variables(tmp_path):
@@ -771,7 +761,7 @@ def tamper(path, change):
     graph = saved_objects(path)
     change(graph)
     graph.ClearField("checksum")
-    overwrite(path, SAVED_OBJECTS_KEY, seal(graph.SerializeToString(deterministic=True)))
+    replace_part(path, SAVED_OBJECTS_KEY, seal(graph.SerializeToString(deterministic=True)))
 
 
 def drop_last(graph):
@@ -864,9 +854,9 @@ def test_objects_of_a_newer_format_say_so(tmp_path):
 
 def test_bytes_that_are_damaged_or_no_message_are_refused(tmp_path):
     path = ckpt.save_object({"x": 1}, tmp_path / "a")
-    data = entry(path, SAVED_OBJECTS_KEY)
+    data = part(path, SAVED_OBJECTS_KEY)
     for damaged in (data[:-1], b"", seal(b"\xff" * 9), bytes([data[0] ^ 1]) + data[1:]):
-        overwrite(path, SAVED_OBJECTS_KEY, damaged)
+        replace_part(path, SAVED_OBJECTS_KEY, damaged)
         with pytest.raises(ckpt.CorruptCheckpointError, match=SAVED_OBJECTS_KEY):
             ckpt.load_object(path)
         assert not ckpt.verify(path).ok
@@ -875,13 +865,13 @@ def test_bytes_that_are_damaged_or_no_message_are_refused(tmp_path):
 def test_changed_bytes_are_refused_or_harmless(tmp_path):
     root = module(v=ckpt.Variable(jnp.ones(2)), rest=[{"a": (1, None)}, np.ones(2)])
     path = ckpt.save_object(root, tmp_path / "a")
-    message = unseal(entry(path, SAVED_OBJECTS_KEY))
+    message = unseal(part(path, SAVED_OBJECTS_KEY))
     choice = np.random.default_rng(5)
     refused = 0
     for _ in range(100):
         changed = bytearray(message)
         changed[choice.integers(len(changed))] = choice.integers(256)
-        overwrite(path, SAVED_OBJECTS_KEY, seal(bytes(changed)))
+        replace_part(path, SAVED_OBJECTS_KEY, seal(bytes(changed)))
         try:
             ckpt.load_object(path)
         except ckpt.CheckpointError:

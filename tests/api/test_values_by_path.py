@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from parts import data_files
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph import codec
@@ -30,6 +31,23 @@ def test_the_paths_of_all_values_are_listed(path):
             "params/dense/w",
             "step",
         ]
+
+
+def test_the_list_of_variables_has_the_paths_that_reports_patterns_and_rules_use(path):
+    listed = dict(ckpt.list_variables(path))
+    with ckpt.load_checkpoint(path) as reader:
+        assert list(listed) == reader.paths()
+        for name, shape in listed.items():
+            assert np.shape(ckpt.load_variable(path, name)) == shape
+            assert ckpt.load(path, only=name)
+    report = ckpt.plan_restore(path, {})
+    assert {entry.path for entry in report.unexpected} <= listed.keys()
+
+
+def test_what_has_no_path_is_listed_under_its_key(tmp_path):
+    shard = ckpt.io.write_shard(tmp_path / "s", {"a": np.ones(2), "b/c": np.ones(3)})
+    merged = ckpt.io.merge_shards([shard], tmp_path / "m")
+    assert ckpt.list_variables(merged) == [("a", (2,)), ("b/c", (3,))]
 
 
 def test_every_value_is_read_by_its_path_as_by_its_key(path):
@@ -89,7 +107,7 @@ def test_object_metadata_gives_the_protobuf(path):
 
 
 def damaged(path):
-    file = max(Path(path).rglob("d/*"), key=lambda file: file.stat().st_size)
+    (file,) = data_files(path)
     data = bytearray(file.read_bytes())
     for position in range(len(data) // 4, len(data) // 2, 100):
         data[position] ^= 1
@@ -112,6 +130,6 @@ def test_the_text_of_a_verification_has_one_short_line_for_each_file(tmp_path):
 
 def test_damage_without_values_is_named_by_file(tmp_path):
     path = ckpt.save(tmp_path / "a", {"w": np.arange(10)})
-    (Path(path) / "manifest.ocdbt").write_bytes(b"x")
+    (Path(path) / "manifest.ckpt").write_bytes(b"x")
     head, line, _ = str(ckpt.verify(path)).splitlines()
     assert "1 problem in 1 file" in head and len(line) < 250

@@ -15,6 +15,7 @@ from places import PYTHONPATH
 
 import ckpt_jax as ckpt
 from ckpt_jax.api import latest
+from ckpt_jax.store import fetch
 
 # One device, because these programs only have to start quickly.
 ENVIRONMENT = {
@@ -246,6 +247,76 @@ def test_what_goes_while_it_is_being_read_is_not_called_corrupt(tmp_path, how):
         else:
             shutil.rmtree(path)
         reader.get_tensor("big/.ATTRIBUTES/VARIABLE_VALUE")
+
+
+READS = {
+    "get_tensor": lambda path: ckpt.load_checkpoint(path).get_tensor("big"),
+    "load": ckpt.load,
+    "restore": lambda path: ckpt.restore(path, tree_of(0)),
+    "read": lambda path: checkpoint_of(0).read(path),
+    "load_variable": lambda path: ckpt.load_variable(path, "big"),
+    "read_slices": lambda path: ckpt.io.read_slices(path, {KEY: None}),
+    "verify": ckpt.verify,
+}
+KEY = "big/.ATTRIBUTES/VARIABLE_VALUE"
+
+
+def replace_it(path):
+    ckpt.save(path, tree_of(2), overwrite=True)
+
+
+def begin_to_remove_it(path):
+    """As `rm -r` does, which may take the manifest last."""
+    for shard in Path(path, "shards").iterdir():
+        shutil.rmtree(shard)
+
+
+def begin_to_remove_its_index(path):
+    shutil.rmtree(Path(path, "d"))
+
+
+@pytest.mark.parametrize(
+    ("when", "change"),
+    [
+        *[("before the values", change) for change in (replace_it, begin_to_remove_it)],
+        *[("before the index", change) for change in (replace_it, begin_to_remove_its_index)],
+        *[(when, shutil.rmtree) for when in ("before the values", "before the index")],
+    ],
+)
+@pytest.mark.parametrize("read", READS)
+def test_replaced_comes_before_damaged_everywhere(tmp_path, monkeypatch, read, change, when):
+    path = ckpt.save(tmp_path / "a", tree_of(1))
+    changed = []
+
+    def change_once(real):
+        def call(*arguments, **options):
+            if not changed:
+                changed.append(True)
+                change(path)
+            return real(*arguments, **options)
+
+        return call
+
+    if when == "before the index":
+        monkeypatch.setattr(fetch, "read_index", change_once(fetch.read_index))
+    else:
+        monkeypatch.setattr(fetch.ShardedReader, "read", change_once(fetch.ShardedReader.read))
+    if (read, when, change) == ("read_slices", "before the index", replace_it):
+        assert READS[read](path)[KEY].tobytes() == tree_of(2)["big"].tobytes()  # all of the new one
+        return
+    with pytest.raises(ckpt.CheckpointNotFoundError, match="replaced or removed while it was"):
+        READS[read](path)
+    assert changed
+
+
+def test_damage_that_was_there_before_is_damage(tmp_path):
+    path = ckpt.save(tmp_path / "a", tree_of(1))
+    begin_to_remove_it(path)
+    assert not ckpt.verify(path).ok
+    with pytest.raises(ckpt.CorruptCheckpointError):
+        ckpt.load(path)
+    with pytest.raises(ckpt.CorruptCheckpointError):
+        ckpt.io.read_slices(path, {KEY: None})
 
 
 def test_the_latest_is_looked_for_again_where_it_goes_in_this_moment(tmp_path, monkeypatch):

@@ -166,8 +166,10 @@ POINTS = [
     ("os.mkdir", 1),  # the staging directory
     ("os.mkdir", 2),  # its shards
     ("os.mkdir", 3),  # a shard
-    ("os.rename", 1),  # the checkpoint takes its name
-    ("os.rename", 2),  # the state file takes its name
+    ("os.mkdir", 4),  # the parts
+    ("os.rename", 1),  # the manifest takes its name
+    ("os.rename", 2),  # the checkpoint takes its name
+    ("os.rename", 3),  # the state file takes its name
     ("open", 1),  # the staging directory is locked
     ("open", 2),  # the first file that is flushed
     ("open", 5),
@@ -183,7 +185,7 @@ def test_a_writer_killed_at_a_chosen_call_leaves_whole_checkpoints(
         output, errors = writer.communicate()
     assert writer.returncode == -signal.SIGKILL, output + errors
     assert {str(directory / f"ckpt-{n}") for n in (1, 2)} <= set(checkpoints_below(directory))
-    finished = (event, count) == ("os.rename", 2)
+    finished = (event, count) == ("os.rename", 3)
     assert (len(checkpoints_below(directory)) == 3) == finished
     assert assert_goes_on(directory) == 3
 
@@ -211,7 +213,7 @@ ckpt.save(path, {"x": np.ones(100_000)}, overwrite=True)
 
 def test_what_a_killed_writer_leaves_is_no_checkpoint(tmp_path, with_two):
     directory = with_two(tmp_path / "run")
-    with child(SAVE_ONCE, directory, "os.rename", 1) as writer:
+    with child(SAVE_ONCE, directory, "os.rename", 2) as writer:
         writer.communicate()
     (staging,) = directory.glob("*.staging-*")
     with pytest.raises(ckpt.CheckpointNotFoundError, match=r"staging.*ckpt-1, ckpt-2"):

@@ -3,12 +3,12 @@
 Work is counted, never timed: how often a node is looked at, and how many functions are called.
 """
 
-import sys
 from collections import Counter
 from typing import ClassVar
 
 import jax.numpy as jnp
 import pytest
+from calls import calls
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph.nodes import ObjectGraph
@@ -76,23 +76,6 @@ def test_every_node_is_looked_at_a_few_times_however_many_there_are(count, width
     assert len(found.bound) == count and not found.frontier and not found.conflicts
     assert saved.nodes.looks <= 2 * edges
     assert live.nodes.looks <= 2 * edges
-
-
-def calls(work):
-    """How many functions, of Python and of C, `work` calls."""
-    number = 0
-
-    def count(frame, event, argument):
-        nonlocal number
-        number += event in ("call", "c_call")
-
-    before = sys.getprofile()
-    sys.setprofile(count)
-    try:
-        work()
-    finally:
-        sys.setprofile(before)
-    return number
 
 
 @pytest.mark.parametrize("width", [1, 10, 10_000], ids=["chain", "tree", "flat"])

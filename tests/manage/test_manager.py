@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from owners import digits_of, ended_process
 
 import ckpt_jax as ckpt
 from ckpt_jax.api.latest import (
@@ -22,7 +23,7 @@ from ckpt_jax.api.latest import (
     remove_checkpoint,
 )
 from ckpt_jax.manage.manager import CheckpointManager, as_integer
-from ckpt_jax.retention import (
+from ckpt_jax.manage.retention import (
     KeepBest,
     KeepEveryNSteps,
     KeepLatest,
@@ -30,6 +31,7 @@ from ckpt_jax.retention import (
 from ckpt_jax.store.state_file import get_checkpoint_state
 
 HOUR = 3600.0
+ENDED = digits_of(ended_process())  # tells a process that is gone, in the name of staging
 
 
 class Clock:
@@ -71,12 +73,12 @@ def save_all(manager, numbers, **arguments):
 
 
 def truncate(path):
-    (data,) = glob.glob(f"{path}/shards/*/d/*")
+    (data,) = glob.glob(f"{path}/shards/*/c/*")
     os.truncate(data, 0)
 
 
 def staging(path):
-    return f"{path}.staging-0123456789abcdef"
+    return f"{path}.staging-{ENDED}"
 
 
 # --- construction ---------------------------------------------------------------------------
@@ -434,7 +436,7 @@ def test_a_half_deleted_checkpoint_is_no_checkpoint(tmp_path, checkpoint, monkey
     def cut_short(path, *arguments, **options):
         if not os.path.exists(path):
             return
-        os.unlink(glob.glob(f"{path}/shards/*/d/*")[0])
+        os.unlink(glob.glob(f"{path}/shards/*/c/*")[0])
         raise OSError(5, "Input/output error", path)
 
     with monkeypatch.context() as patch:
@@ -473,12 +475,11 @@ def test_a_dry_run_says_what_would_be_removed_and_removes_nothing(tmp_path, chec
 def test_only_staging_that_a_later_save_made_pointless_is_collected(tmp_path, checkpoint):
     manager = CheckpointManager(checkpoint, tmp_path)
     save_all(manager, [3, 5])
-    keep = ["ckpt-6.staging-0123456789abcdef", "other-1.staging-0123456789abcdef",
-            "ckpt-1.staging-0123", "ckpt-1.staging-0123456789abcdef.bak", "ckpt-x", "ckpt-1",
-            "ckpt-eval-1.staging-0123456789abcdef"]  # fmt: skip
-    for name in [*keep, "ckpt-4.staging-0123456789abcdef"]:
+    keep = [staging("ckpt-6"), staging("other-1"), staging("ckpt-1") + ".bak", "ckpt-x", "ckpt-1",
+            "ckpt-1.staging-0123", staging("ckpt-eval-1")]  # fmt: skip
+    for name in [*keep, staging("ckpt-4")]:
         (tmp_path / name).mkdir()
-    assert names(manager.gc()) == ["ckpt-4.staging-0123456789abcdef"]
+    assert names(manager.gc()) == [staging("ckpt-4")]
     assert on_disk(tmp_path) == sorted([*keep, "ckpt-3", "ckpt-5"])
 
 
@@ -491,7 +492,7 @@ def test_while_the_latest_is_unusable_nothing_is_collected(tmp_path, checkpoint)
     assert manager.gc(dry_run=True) == manager.gc() == []
     remove_checkpoint(paths[2])
     assert manager.gc() == []
-    assert on_disk(tmp_path) == ["ckpt-1", "ckpt-1.staging-0123456789abcdef", "ckpt-2"]
+    assert on_disk(tmp_path) == ["ckpt-1", staging("ckpt-1"), "ckpt-2"]
 
 
 def test_collecting_keeps_the_latest_where_it_is_not_managed(tmp_path, checkpoint):
@@ -861,7 +862,7 @@ def test_a_save_that_fails_in_the_background_is_raised_and_can_be_repeated(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ckpt_jax.io.merge_shards", full)
+        patch.setattr("ckpt_jax.saving.pipeline.commit", full)
         assert manager.save(options=ckpt.CheckpointOptions(enable_async=True))
         with pytest.raises(ckpt.AsyncSaveError, match="No space left"):
             manager.sync()

@@ -76,7 +76,7 @@ def test_a_step_that_is_saved_again_belongs_to_the_live_branch(tmp_path):
 def test_after_a_restart_that_fell_back_the_damaged_one_is_abandoned(tmp_path):
     manager = run_in(tmp_path)
     path = save(manager, 1, 2, 3)
-    os.unlink(os.path.join(path, "manifest.ocdbt"))
+    os.unlink(os.path.join(path, "manifest.ckpt"))
     again = run_in(tmp_path, max_to_keep=2)
     again.restore_or_initialize()
     save(again, 4)
@@ -94,6 +94,38 @@ def test_policies_still_keep_their_own_of_an_abandoned_branch(tmp_path):
     assert manager.steps == (25, 20, 21)
 
 
+@pytest.mark.parametrize("is_new_program", [False, True])
+def test_after_going_back_onto_an_abandoned_branch_all_that_led_to_it_is_live(
+    tmp_path, is_new_program
+):
+    manager = run_in(tmp_path, max_to_keep=None)
+    save(manager, 10, 20, 30, 40)
+    manager.restore(20)
+    save(manager, 25, 35)
+    assert manager.steps == (30, 40, 10, 20, 25, 35)
+    if is_new_program:
+        manager = run_in(tmp_path, max_to_keep=None)
+    manager.restore(40)
+    path = save(manager, 50)
+    assert manager.steps == run_in(tmp_path).steps == (25, 35, 10, 20, 30, 40, 50)
+    shutil.rmtree(path)
+    shutil.rmtree(tmp_path / "ckpt-40")
+    assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-30")
+    assert run_in(tmp_path).restore_or_initialize() == str(tmp_path / "ckpt-30")
+
+
+def test_a_removed_or_replaced_checkpoint_does_not_cut_its_branch(tmp_path):
+    manager = run_in(tmp_path, max_to_keep=None)
+    save(manager, 10, 20, 30, 40)
+    manager.restore(10)
+    save(manager, 20)  # another one; the old 30 and 40 came from 10
+    assert manager.steps == (30, 40, 10, 20)
+    manager.restore(30)
+    manager.delete(10)
+    save(manager, 50)
+    assert manager.steps == (20, 40, 30, 50)
+
+
 @st.composite
 def histories(draw):
     """Saves, steps back, restarts, restarts after damage, and saves that are not recorded."""
@@ -104,55 +136,64 @@ def histories(draw):
     return draw(st.lists(events, max_size=14)), draw(st.none() | st.integers(1, 4))
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(histories())
 def test_the_directory_holds_the_newest_of_the_live_branch(history):
-    """The oracle: `live` and `abandoned` are sets of numbers, `at` is where the program is."""
+    """The oracle keeps every save that there ever was, with the one that it came from."""
     events, limit = history
     with tempfile.TemporaryDirectory() as directory:
         manager = run_in(directory, max_to_keep=limit)
-        live: set[int] = set()
-        abandoned: set[int] = set()
-        unrecorded: set[int] = set()
+        came_from: list[int | None] = []  # by save
+        numbers: list[int] = []  # by save
+        managed: dict[int, int] = {}  # number -> save, of those that are recorded
+        unrecorded: dict[int, int] = {}
+        live: set[int] = set()  # numbers
         latest: int | None = None
-        at = 0
+        at: int | None = None  # the save from which the program goes on
+
+        def new_save(number):
+            came_from.append(at)
+            numbers.append(number)
+            return len(numbers) - 1
+
+        def branch(save):
+            while save is not None:
+                yield save
+                save = came_from[save]
 
         def fail():
             raise ValueError("not today")
 
         for kind, by in events:
+            number = by if at is None else numbers[at] + by
             if kind == "save":
-                number = at + by
                 save(manager, number)
-                everything = live | abandoned | unrecorded | {number}
-                newer = {n for n in live | unrecorded if n > at}
-                abandoned = (abandoned | newer) - {at, number}
-                live = everything - abandoned
-                unrecorded = set()
-                latest = at = number
-                order = sorted(abandoned) + sorted(live)
-                for n in order[: -limit if limit is not None else 0]:
-                    live.discard(n)
-                    abandoned.discard(n)
-                assert manager.steps == tuple(sorted(abandoned) + sorted(live))
+                at = new_save(number)
+                managed = {**managed, **unrecorded, number: at}
+                unrecorded = {}
+                latest = number
+                live = {numbers[each] for each in branch(at) if managed.get(numbers[each]) == each}
+                order = sorted(managed.keys() - live) + sorted(live)
+                kept = order[-limit:] if limit is not None else order
+                managed = {each: managed[each] for each in kept}
+                live &= managed.keys()
+                assert manager.steps == tuple(kept)
             elif kind == "callback":
-                number = at + by
                 with pytest.raises(ValueError, match="not today"):
                     save(manager, number, options=ckpt.CheckpointOptions(write_callbacks=[fail]))
-                if number in live | abandoned:
+                if number in managed:
+                    managed.pop(number)
                     live.discard(number)
-                    abandoned.discard(number)
                     if number == latest:
                         latest = None  # it is there, with other values
                 if latest is None:
                     return
-                unrecorded.add(number)
-                at = number
-            elif kind == "back" and live | abandoned:
-                there = sorted((live | abandoned) & set(numbers_in(directory)))
-                at = there[by % len(there)]
-                manager.restore(at)
-                assert manager.checkpoint.step == at
+                at = unrecorded[number] = new_save(number)
+            elif kind == "back" and managed:
+                there = sorted(managed.keys() & set(numbers_in(directory)))
+                at = managed[there[by % len(there)]]
+                manager.restore(numbers[at])
+                assert manager.checkpoint.step == numbers[at]
             elif kind in ("restart", "damage") and latest is not None and not unrecorded:
                 if kind == "damage":
                     if len(live & set(numbers_in(directory))) < 2:
@@ -160,10 +201,10 @@ def test_the_directory_holds_the_newest_of_the_live_branch(history):
                     shutil.rmtree(f"{directory}/ckpt-{latest}", ignore_errors=True)
                 manager = run_in(directory, max_to_keep=limit)
                 manager.restore_or_initialize()
-                at = max(live & set(numbers_in(directory)))
-                assert manager.checkpoint.step == at
+                at = managed[max(live & set(numbers_in(directory)))]
+                assert manager.checkpoint.step == numbers[at]
             there = set(numbers_in(directory))
-            assert there <= live | abandoned | unrecorded
+            assert there <= managed.keys() | unrecorded.keys()
             if limit is not None and not unrecorded:
                 assert len(there) <= limit
 

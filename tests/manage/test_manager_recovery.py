@@ -92,7 +92,7 @@ def test_a_program_that_restores_nothing_does_not_overwrite_in_silence(tmp_path,
 def test_a_damaged_newest_falls_back_by_name_without_a_state_file(tmp_path):
     path = save(run_in(tmp_path), 1, 2, 3)
     (tmp_path / "checkpoint").unlink()
-    os.unlink(os.path.join(path, "manifest.ocdbt"))
+    os.unlink(os.path.join(path, "manifest.ckpt"))
     assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-2")
     assert run_in(tmp_path).restore_or_initialize() == str(tmp_path / "ckpt-2")
 
@@ -413,11 +413,11 @@ def test_a_directory_of_another_library_is_refused_by_name(tmp_path, library):
         assert str(tmp_path / "run") in str(raised.value)
 
 
-def test_a_state_file_that_names_a_checkpoint_of_another_library_is_refused(tmp_path):
+def test_a_state_file_that_names_a_damaged_checkpoint_of_another_library_says_so(tmp_path, caplog):
     tensorflow(tmp_path)
     update_checkpoint_state(tmp_path, CheckpointState("ckpt-3"))
-    with pytest.raises(ckpt.UnsupportedFormatError, match="TensorFlow"):
-        ckpt.latest_checkpoint(tmp_path)
+    assert ckpt.latest_checkpoint(tmp_path) is None
+    assert "ckpt-3 is not usable" in caplog.text
 
 
 def test_our_own_checkpoints_beside_those_of_another_library_count(tmp_path):

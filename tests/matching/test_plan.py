@@ -378,7 +378,8 @@ def test_a_report_says_how_values_change_and_what_there_is_to_read():
 
 
 def test_the_table_of_a_notebook_escapes_names_and_shows_problems_first():
-    restored = tuple(ReportEntry(f"v{i}", "int") for i in range(50))
+    letters = [a + b for a in "abcde" for b in "abcdefghij"]
+    restored = tuple(ReportEntry(name, "int") for name in letters)
     report = RestoreReport(
         "<dir>", restored=restored, missing=(ReportEntry("<u>&", "int", nearest=("<i>",)),)
     )

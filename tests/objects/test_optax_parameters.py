@@ -1,10 +1,15 @@
 """Which parts of an optax state belong to parameters, and parameters that fit nothing."""
 
+import dataclasses
+from collections import namedtuple
+
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax.training.train_state import TrainState
 
 import ckpt_jax as ckpt
 
@@ -87,3 +92,63 @@ def test_parameters_that_fit_nothing_are_refused_at_the_call(tx, wrong):
 def test_states_without_moments_of_single_parameters_are_accepted(tx):
     ckpt.optax_state(tx.init(PARAMS), PARAMS)
     ckpt.optax_state(jax.eval_shape(tx.init, PARAMS), PARAMS)
+
+
+# --- moments that are not recognised --------------------------------------------------------------
+
+
+def as_namedtuple():
+    return namedtuple("State", ["params", "opt_state"])
+
+
+def as_dataclass():
+    return dataclasses.make_dataclass("State", ["params", "opt_state"])
+
+
+def as_flax():
+    return flax.struct.dataclass(
+        type("State", (), {"__annotations__": {"params": object, "opt_state": object}})
+    )
+
+
+def as_train_state():
+    class State(TrainState):
+        pass
+
+    return lambda params, opt_state: State(0, None, params, optax.adam(0.1), opt_state)
+
+
+@pytest.mark.parametrize("kind", [as_namedtuple, as_dataclass, as_flax])
+def test_a_class_that_is_almost_a_train_state_is_told_once_that_positions_count(
+    tmp_path, caplog, kind
+):
+    make = kind()
+    for number in range(2):
+        path = ckpt.save(tmp_path / f"{number}", make(PARAMS, optax.adam(0.1).init(PARAMS)))
+        ckpt.restore(path, make(PARAMS, optax.adam(0.1).init(PARAMS)))
+    (record,) = caplog.records
+    assert "State" in record.getMessage() and "by their position" in record.getMessage()
+    assert "ckpt.optax_state(opt_state, params)" in record.getMessage()
+
+
+def test_a_train_state_whose_moments_fit_no_parameters_is_told_once(tmp_path, caplog):
+    make = as_train_state()
+    for number in range(2):
+        state = make({"params": PARAMS}, optax.adam(0.1).init(PARAMS))
+        ckpt.restore(ckpt.save(tmp_path / f"{number}", state), state)
+    (record,) = caplog.records
+    assert "ScaleByAdamState.mu.enc.a" in record.getMessage()
+    assert "tx.init(params)" in record.getMessage()
+
+
+@pytest.mark.parametrize("kind", [as_namedtuple, as_dataclass, as_flax, as_train_state])
+@pytest.mark.parametrize("has_moments", [False, True])
+def test_nothing_is_said_if_there_are_no_moments_or_they_are_recognised(
+    tmp_path, caplog, kind, has_moments
+):
+    make = kind()
+    state = optax.adam(0.1).init(PARAMS) if has_moments else optax.sgd(0.1).init(PARAMS)
+    if has_moments and kind is not as_train_state:
+        state = ckpt.optax_state(state, PARAMS)
+    ckpt.save(tmp_path / "a", make(PARAMS, state))
+    assert not caplog.records

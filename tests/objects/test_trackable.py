@@ -405,7 +405,7 @@ class Configured(ckpt.AutoTrackable):
 @pytest.mark.behaviour(190)
 def test_an_objects_configuration_is_not_saved(path):
     ckpt.Checkpoint(o=Configured({"width": 3})).write(path)
-    assert ckpt.list_variables(path) == [("o/v/.ATTRIBUTES/VARIABLE_VALUE", ())]
+    assert ckpt.list_variables(path) == [("o/v", ())]
     plain = ckpt.Trackable()
     v = plain.track("v", var(0.0))
     ckpt.Checkpoint(o=plain).read(path).assert_consumed()
@@ -550,7 +550,8 @@ def test_python_state_that_is_a_trackable_too_is_saved_in_either_order_of_bases(
             return "x"
 
     ckpt.Checkpoint(p=State()).write(path)
-    assert ckpt.list_variables(path) == [("p/.ATTRIBUTES/py_state", ())]
+    with ckpt.load_checkpoint(path) as reader:
+        assert reader.keys() == ["p/.ATTRIBUTES/py_state"]
 
 
 class NumpyState(ckpt.PythonState):

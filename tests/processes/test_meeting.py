@@ -10,6 +10,7 @@ import pytest
 import ckpt_jax as ckpt
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.processes.meeting import COMMIT, Processes
+from ckpt_jax.saving import pipeline
 from ckpt_jax.store import staging
 from ckpt_jax.testing import MemoryService, run_processes
 
@@ -701,13 +702,13 @@ def test_who_does_not_know_whether_process_0_goes_on_leaves_it_what_it_has_writt
     tmp_path, monkeypatch
 ):
     is_gone = threading.Event()
-    merge = ckpt.io.merge_shards
+    merge = pipeline.commit
 
     def merge_slowly(*arguments, **options):
         merge(*arguments, **options)
         assert is_gone.wait(SECONDS)
 
-    monkeypatch.setattr(ckpt.io, "merge_shards", merge_slowly)
+    monkeypatch.setattr(pipeline, "commit", merge_slowly)
 
     def program(processes):
         seconds = SHORT if processes.index else SECONDS
@@ -805,7 +806,7 @@ def test_all_find_the_same_steps_due_whenever_they_hear_of_a_save_that_failed(tm
 
 def test_all_find_the_same_steps_due_after_one_did_not_know_of_a_failure(tmp_path, monkeypatch):
     is_gone = threading.Event()
-    merge = ckpt.io.merge_shards
+    merge = pipeline.commit
 
     def fail_once(*arguments, **options):
         if not is_gone.is_set():
@@ -813,7 +814,7 @@ def test_all_find_the_same_steps_due_after_one_did_not_know_of_a_failure(tmp_pat
             raise OSError("no space")
         merge(*arguments, **options)
 
-    monkeypatch.setattr(ckpt.io, "merge_shards", fail_once)
+    monkeypatch.setattr(pipeline, "commit", fail_once)
 
     def program(processes):
         step = ckpt.Variable(0)

@@ -10,6 +10,7 @@ from real_processes import outputs_of, running
 from trees import LAYOUTS, differences, placed_tree
 
 import ckpt_jax as ckpt
+from ckpt_jax.store.fetch import read_index
 
 SAVE = """
 import ckpt_jax as ckpt
@@ -47,7 +48,7 @@ def shards_of(path):
     sizes = {}
     for shard in Path(path, "shards").iterdir():
         process = int(shard.name.partition("-")[0])
-        nbytes = sum(file.stat().st_size for file in Path(shard, "d").iterdir())
+        nbytes = sum(file.stat().st_size for file in Path(shard, "c").iterdir())
         sizes[process] = sizes.get(process, 0) + nbytes
     return sizes
 
@@ -200,13 +201,30 @@ def test_with_broadcast_large_replicated_arrays_are_read_once(tmp_path):
     ckpt.save(tmp_path / "saved", tree)
     ckpt.save(tmp_path / "w0", {"w": tree["arrays"]["large2"]})
     ckpt.save(tmp_path / "w1", {"w": tree["arrays"]["large"]})
-    # Of the other large array only the columns can be parted, and rows are read as a whole.
-    parted = tree["arrays"]["large"].nbytes
-    for output in outputs_of(RESTORE_ONCE, 2, 4, tmp_path, "4x2"):
+    start, stop, chunk = place_of(tmp_path / "saved", "arrays/large")
+    middle = (start + stop) // 2
+    outputs = outputs_of(RESTORE_ONCE, 2, 4, tmp_path, "4x2")
+    for output, unread in zip(outputs, [(middle, stop), (start, middle)], strict=True):
         said = re.search(r"found \[\] read \[(\d+), (\d+)\] refused \(1,\)", output)
         assert said, output
         without, with_broadcast = map(int, said.groups())
-        assert without - with_broadcast == parted // 2
+        # Chunks are read as a whole. Of the other large array only the columns can be parted.
+        chunks = unread[1] // chunk - -(-unread[0] // chunk)
+        assert chunks > 2
+        assert without - with_broadcast == chunks * chunk
+
+
+def place_of(path, name):
+    """The range of a value in the stream that it is stored in, and the size of the chunks there."""
+    index = read_index(str(path))
+    ((key, shard, table),) = [
+        (key, shard, index.tables[number])
+        for shard, number in zip(index.shards, index.table, strict=True)
+        for key in index.tables[number].keys
+        if key.startswith(f"{name}/.ATTRIBUTES/")
+    ]
+    start = int(table.offset[table.first[table.keys.index(key)]])
+    return start, start + index.nbytes(key), shard.chunk_nbytes
 
 
 @pytest.mark.slow

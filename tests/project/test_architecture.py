@@ -39,7 +39,10 @@ DOORS: dict[str, tuple[str, ...]] = {
     "ckpt_jax.graph._proto": (
         "ckpt_jax.graph.codec",
         "ckpt_jax.graph.saved_objects",
+        "ckpt_jax.restoring.formats.tensorflow",
+        "ckpt_jax.store.glance",
         "ckpt_jax.store.index",
+        "ckpt_jax.store.manifest",
         "ckpt_jax.store.state_file",
         "ckpt_jax.graph._proto",
     ),

@@ -48,6 +48,7 @@ def rows(output):
 def test_every_example_is_tested():
     tested = {
         "custom_sharded_saver.py",
+        "from_tensorflow.py",
         "linen_train_state.py",
         "multi_process.py",
         "quantized_saver.py",
@@ -146,3 +147,14 @@ def test_an_encoder_and_its_moments_go_into_another_model(run):
     assert code == 0, output
     assert "6 missing, 6 unexpected" in output
     assert output.endswith("the encoder and its moments came along; the head is new\n")
+
+
+def test_a_keras_model_goes_on_training_in_flax(run):
+    code, output = run("from_tensorflow.py")
+    assert code == 0, output
+    assert "FAILED" not in output
+    assert output.count("ok     ") == 4
+    assert "1 unexpected" in output
+    steps, theirs, ours = re.findall(r"^(?:step|Keras|Flax) +(\S+) +(\S+) +(\S+)$", output, re.M)
+    assert steps == ("60", "70", "80")
+    assert theirs == ours

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 
@@ -14,6 +15,7 @@ from flax import nnx
 from places import DOCS, README, ROOT
 
 import ckpt_jax as ckpt
+from ckpt_jax.showing.commands import main
 
 MIGRATING = DOCS / "migrating.md"
 
@@ -60,6 +62,7 @@ def test_every_block_of_python_on_a_page_is_run():
     pages = {page.name for page in [README, *DOCS.glob("*.md")] if blocks(page)}
     assert pages == {
         "README.md",
+        "command.md",
         "guide.md",
         "migrating.md",
         "renaming.md",
@@ -122,6 +125,22 @@ def test_the_page_on_renaming_runs_and_the_rules_do_what_it_says(tmp_path, monke
     assert restored["embed"].dtype == jnp.bfloat16
 
 
+def test_the_page_on_the_command_shows_what_is_printed(tmp_path, monkeypatch, capsys):
+    """Up to the times."""
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / "command.md"
+    execute(page, {})
+    consoles = re.findall(r"^```console\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    commands = [each for text in consoles for each in re.split(r"^\$ ckpt_jax ", text, flags=re.M)]
+    commands = [each for each in commands if each]
+    assert len(commands) == 6
+    for text in commands:
+        command, _, expected = text.partition("\n")
+        main(shlex.split(command))
+        times = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d")
+        assert times.sub("T", capsys.readouterr().out) == times.sub("T", expected)
+
+
 def test_the_error_that_readme_shows_is_the_one_that_is_raised(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = ckpt.save(
@@ -154,15 +173,16 @@ def test_the_page_on_several_processes_runs_on_one(tmp_path):
 
 # What has to hold after the code of docs/migrating.md.
 CHECKS = """
+import numpy as np
 whole = train("runs/b", 40)
 np.testing.assert_array_equal(resumed.kernel[...], whole.kernel[...])
 np.testing.assert_array_equal(checkpoint.model.kernel[...], whole.kernel[...])
 assert checkpoint.step == 40
 assert [entry.path for entry in status.report.missing] == ["model/bias"]
-assert params["kernel"].sum() == 32
 assert ckpt.latest_checkpoint("runs/orbax") == "runs/orbax/ckpt-301"
 np.testing.assert_array_equal(back["state"].params["w"], ours.state.params["w"])
 assert back["state"].opt_state[0].count == 0
+assert any("/_kernel/.OPTIMIZER_SLOT/" in key for key in ckpt.load_checkpoint("keras-1").keys())
 """
 
 

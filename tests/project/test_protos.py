@@ -14,7 +14,9 @@ from places import PROTOS
 from ckpt_jax.graph._proto import (
     checkpoint_state_pb2,
     index_pb2,
+    manifest_pb2,
     saved_object_graph_pb2,
+    tensor_bundle_pb2,
     trackable_object_graph_pb2,
 )
 
@@ -23,7 +25,9 @@ MODULES = {
     for module in (
         checkpoint_state_pb2,
         index_pb2,
+        manifest_pb2,
         saved_object_graph_pb2,
+        tensor_bundle_pb2,
         trackable_object_graph_pb2,
     )
 }
@@ -98,6 +102,23 @@ TensorShapeProto
 TensorShapeProto.Dim
   1 size int64
   2 name string
+BundleHeaderProto
+  1 num_shards int32
+  2 endianness Endianness
+  3 version VersionDef
+BundleEntryProto
+  1 dtype DataType
+  2 shape TensorShapeProto
+  3 shard_id int32
+  4 offset int64
+  5 size int64
+  6 crc32c fixed32
+  7 slices TensorSliceProto*
+TensorSliceProto
+  1 extent Extent*
+TensorSliceProto.Extent
+  1 start int64
+  2 length int64
 """
 
 ADDITIONS = """
@@ -120,6 +141,46 @@ TrackableObjectGraph.TrackableObject.SerializedTensor
 SavedObjectGraph
   100 format_version uint32
   1000 checksum fixed32
+"""
+
+# The messages that TensorFlow does not have, and that checkpoints are opened with.
+OWN = """
+Manifest
+  1 format_version uint32
+  2 parts Part*
+  1000 checksum fixed32
+Part
+  1 name string
+  2 file string
+  3 nbytes uint64
+  4 digest bytes
+Index
+  1 format_version uint32
+  2 tables Table*
+  3 shards Shard*
+  1000 checksum fixed32
+Table
+  1 keys string*
+  2 layouts Layout*
+  3 key bytes
+  4 layout bytes
+  5 offset bytes
+Layout
+  1 dtype string
+  2 shape uint64*
+  3 extent uint64*
+  4 nbytes uint64
+Shard
+  1 directory string
+  2 table uint32
+  3 starts uint64*
+  4 nbytes uint64
+  5 chunk_nbytes uint64
+  6 file_nbytes uint64
+  7 compression string
+  8 stored_nbytes uint64
+  9 checksums bytes
+  10 digest bytes
 """
 
 # tf.train.Checkpoint(v=tf.Variable(1.0)) after one save, as TensorFlow 2.21 wrote it.
@@ -177,6 +238,11 @@ def test_fields_from_100_up_are_the_documented_additions(name):
     assert added == table(ADDITIONS).get(name, set())
 
 
+@pytest.mark.parametrize("name", table(OWN))
+def test_fields_of_manifest_and_index_keep_their_numbers(name):
+    assert set(fields_of(ALL_MESSAGES[name]).values()) == table(OWN)[name]
+
+
 def test_key_kinds_keep_their_numbers():
     reference = ALL_MESSAGES["TrackableObjectGraph.TrackableObject.ObjectReference"]
     assert {v.name: v.number for v in reference.enum_types_by_name["KeyKind"].values} == {
@@ -199,7 +265,7 @@ def test_presence_of_has_checkpoint_values_is_kept():
     assert node.FromString(b"\x2a\x00").HasField("has_checkpoint_values")
 
 
-@pytest.mark.parametrize("name", ["TrackableObjectGraph", "SavedObjectGraph", "Index"])
+@pytest.mark.parametrize("name", ["TrackableObjectGraph", "SavedObjectGraph", "Index", "Manifest"])
 def test_the_checksum_is_written_last_with_its_four_bytes_bare(name):
     module = next(m for m in MODULES.values() if hasattr(m, name))
     message = getattr(module, name)(format_version=1, checksum=0x04030201)
@@ -367,16 +433,19 @@ def tensorflow_class(name: str) -> type[Message]:
         "tensorflow", reason="TensorFlow is not installed. scripts/interop runs this test with it."
     )
     from tensorflow.core.protobuf import saved_object_graph_pb2 as saved
+    from tensorflow.core.protobuf import tensor_bundle_pb2 as bundle
     from tensorflow.core.protobuf import trackable_object_graph_pb2 as trackable
     from tensorflow.python.training import checkpoint_state_pb2 as state
 
-    return next(getattr(m, name) for m in (saved, trackable, state) if hasattr(m, name))
+    return next(getattr(m, name) for m in (saved, trackable, bundle, state) if hasattr(m, name))
 
 
 OURS = [
     trackable_object_graph_pb2.TrackableObjectGraph,
     saved_object_graph_pb2.SavedObjectGraph,
     checkpoint_state_pb2.CheckpointState,
+    tensor_bundle_pb2.BundleHeaderProto,
+    tensor_bundle_pb2.BundleEntryProto,
 ]
 
 

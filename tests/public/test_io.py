@@ -34,10 +34,9 @@ def read(path, key, request=None):
     return read_slices(path, {key: request})[key]
 
 
-def data_nbytes(directory):
-    """Sizes of the data files of one database, shards excluded."""
-    files = os.scandir(os.path.join(directory, "d"))
-    return sum(file.stat().st_size for file in files)
+def data_nbytes(shard):
+    """The size of the data files of a shard."""
+    return sum(file.stat().st_size for file in Path(shard, "c").iterdir())
 
 
 # --- writing ---------------------------------------------------------------------------
@@ -187,10 +186,12 @@ def test_merging_copies_no_array_byte(tmp_path):
     ]
     nbytes = [data_nbytes(path) for path in paths]
     assert sum(nbytes) >= array.nbytes
-    root = merge_shards(paths, str(tmp_path / "root"))
-    assert data_nbytes(root) < array.nbytes / 100
-    kept = [data_nbytes(os.path.join(root, "shards", f"{i:05d}")) for i in range(4)]
+    files = {file.stat().st_ino for path in paths for file in Path(path).rglob("*")}
+    root = Path(merge_shards(paths, str(tmp_path / "root")))
+    kept = [data_nbytes(root / "shards" / f"{i:05d}") for i in range(4)]
     assert kept == nbytes
+    new = [file for file in root.rglob("*") if file.is_file() and file.stat().st_ino not in files]
+    assert sum(file.stat().st_size for file in new) < array.nbytes / 100
     np.testing.assert_array_equal(read(root, "x"), array)
 
 

@@ -43,6 +43,18 @@ def test_a_table_groups_too_and_counts_what_it_leaves_out():
     ]
 
 
+def test_the_table_of_a_notebook_groups_too_and_suggests_the_rule():
+    missing = [ReportEntry(f"net/block_{i}/w", "int") for i in range(4000)]
+    others = [ReportEntry(a + b, "int") for a in "abcde" for b in "abcdef"]
+    report = RestoreReport(
+        "p", missing=(*missing, *others), suggested_renames=(("<a>/**", "net/**"),)
+    )
+    text = report._repr_html_()
+    assert "<code>net/block_*/w x 4000</code>" in text and text.count("<code>") == 31
+    assert "missing</b> (4030)" in text and "<summary>11 more</summary>" in text
+    assert "rename=[(&quot;&lt;a&gt;/**&quot;, &quot;net/**&quot;)]" in text
+
+
 def test_few_values_have_a_row_each():
     report = RestoreReport("p", missing=tuple(ReportEntry(f"v{i}", "int") for i in range(20)))
     assert "v19: int" in describe_problems(report, "Do.") and " x " not in str(report)

@@ -93,7 +93,7 @@ def test_one_array_alone_is_the_root(tmp_path_factory, data):
     np.save(path, x, allow_pickle=False)
     np.testing.assert_array_equal(ckpt.load(path), x)
     np.testing.assert_array_equal(ckpt.restore(path, jnp.zeros(shape)), x)
-    assert ckpt.list_variables(path) == [("array", shape)]
+    assert ckpt.list_variables(path) == [("", shape)]
 
 
 def test_bfloat16_alone_and_bytes_of_any_meaning(tmp_path):

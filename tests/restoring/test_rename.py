@@ -383,13 +383,15 @@ def test_unstacking_reads_only_the_rows_that_the_target_has(tmp_path, monkeypatc
 class Optimizer(ckpt.AutoTrackable):
     """One moment for each variable."""
 
+    slot_name = "m"
+
     def __init__(self, variables):
         moments = {v: ckpt.Variable(jnp.zeros_like(v.value)) for v in variables}
         self._moments = ckpt.NoDependency(moments)
         self.rate = ckpt.Variable(0.0)
 
     def slots(self):
-        return {("m", variable): moment for variable, moment in self._moments.items()}
+        return {(self.slot_name, v): moment for v, moment in self._moments.items()}
 
     def set(self, variable, value):
         self._moments[variable].assign(value)
@@ -402,13 +404,19 @@ class Net(ckpt.AutoTrackable):
     pass
 
 
-def net(**values):
+class Momentum(Optimizer):
+    """The same under another name, and at another place."""
+
+    slot_name = "momentum"
+
+
+def net(cls=Optimizer, **values):
     """A net of variables, their optimizer, and a checkpoint of both."""
     model = Net()
     variables = {name: ckpt.Variable(jnp.asarray(value)) for name, value in values.items()}
     for name, variable in variables.items():
         setattr(model, name, variable)
-    optimizer = Optimizer(variables.values())
+    optimizer = cls(variables.values())
     for variable in variables.values():
         optimizer.set(variable, variable.value * 10)
     return variables, optimizer, ckpt.Checkpoint(model=model, optimizer=optimizer)
@@ -457,6 +465,72 @@ def test_slots_of_some_of_the_stacked_variables_are_left_over(tmp_path):
     }
     with pytest.raises(AssertionError):
         status.assert_consumed()
+
+
+@pytest.mark.parametrize("end", ["", "/**"])
+@pytest.mark.parametrize("wildcard", ["optimizer", "*"])
+def test_slots_of_one_name_get_another(tmp_path, end, wildcard):
+    _, _, saved = net(w=jnp.arange(3.0), b=jnp.ones(1))
+    path = saved.write(tmp_path / "a")
+    variables, optimizer, checkpoint = net(Momentum, w=jnp.zeros(3), b=jnp.zeros(1))
+    rules = [(f"{wildcard}/m{end}", f"{wildcard}/momentum{end}")]
+    status = checkpoint.read(path, rename=rules)
+    status.assert_consumed()
+    np.testing.assert_array_equal(optimizer.get(variables["w"]), [0, 10, 20])
+    renamed = {entry.path: entry.saved_path for entry in status.report.renamed}
+    assert renamed["optimizer/momentum/model/w"] == "optimizer/m/model/w"
+
+
+def test_slots_get_another_name_where_their_optimizer_and_variables_move_and_change(tmp_path):
+    _, _, saved = net(w=jnp.arange(6.0).reshape(2, 3), b=jnp.ones(1))
+    path = saved.write(tmp_path / "a")
+    variables, optimizer, checkpoint = net(Momentum, w=jnp.zeros((3, 2)), b=jnp.zeros(1))
+    checkpoint.opt = checkpoint.optimizer
+    del checkpoint.optimizer
+    rules = [
+        ("model/w", "model/w", ckpt.Transpose()),
+        ("optimizer/m", "opt/momentum"),
+        ("optimizer/**", "opt/**"),
+    ]
+    checkpoint.read(path, rename=rules).assert_consumed()
+    np.testing.assert_array_equal(variables["w"].value, np.arange(6.0).reshape(2, 3).T)
+    np.testing.assert_array_equal(optimizer.get(variables["w"]), variables["w"].value * 10)
+    np.testing.assert_array_equal(optimizer.get(variables["b"]), [10])
+
+
+def test_slots_of_one_name_are_transformed(tmp_path):
+    _, _, saved = net(w=jnp.arange(6).reshape(2, 3), u=jnp.arange(4).reshape(2, 2))
+    path = saved.write(tmp_path / "a")
+    variables, optimizer, checkpoint = net(
+        Momentum, w=jnp.zeros((2, 3), int), u=jnp.zeros((2, 2), int)
+    )
+    for variable in variables.values():
+        moment = ckpt.Variable(jnp.zeros(variable.value.T.shape, jnp.float16))
+        optimizer._moments[variable] = moment
+    rules = [("optimizer/m", "optimizer/momentum", ckpt.Transpose(), ckpt.Cast())]
+    checkpoint.read(path, rename=rules).assert_consumed()
+    for variable in variables.values():
+        np.testing.assert_array_equal(optimizer.get(variable), variable.value.T * 10)
+        assert optimizer.get(variable).dtype == jnp.float16
+
+
+def test_slots_stay_with_their_optimizer(tmp_path):
+    _, _, saved = net(w=jnp.zeros(3))
+    path = saved.write(tmp_path / "a")
+    _, _, checkpoint = net(w=jnp.zeros(3))
+    with pytest.raises(ckpt.RestoreMismatchError, match="has to name a slot of 'optimizer'"):
+        checkpoint.read(path, rename=[("optimizer/m", "elsewhere/m")])
+    with pytest.raises(ckpt.RestoreMismatchError, match=r"matches nothing .*optimizer/m\b"):
+        checkpoint.read(path, rename=[("optimizer/n", "optimizer/m")])
+
+
+def test_a_rule_for_many_values_names_no_slots(tmp_path):
+    _, _, saved = net(m=jnp.arange(3.0))  # a variable of the name of a slot
+    path = saved.write(tmp_path / "a")
+    variables, optimizer, checkpoint = net(m=jnp.zeros(3))
+    rules = [("model/*", "model/*", ckpt.Cast()), ("optimizer/*", "optimizer/*", ckpt.Cast())]
+    checkpoint.read(path, rename=rules).assert_consumed()
+    np.testing.assert_array_equal(optimizer.get(variables["m"]), [0, 10, 20])
 
 
 def test_slots_are_grouped_by_optimizer_and_name(tmp_path):
@@ -573,3 +647,52 @@ def test_an_array_that_is_shared_may_be_renamed_at_one_of_its_places(tmp_path):
     z = np.zeros(3, int)
     f = ckpt.restore(path, {"c": z, "b": z}, rename=[("a", "c")])
     assert f["c"].tolist() == [0, 1, 2] and f["c"] is f["b"]
+
+
+# --- shared objects --------------------------------------------------------------------
+
+
+class Shared(nnx.Module):
+    """One block under two names, and its kernel under a third."""
+
+    def __init__(self, value):
+        self.first = block = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+        self.second = block
+        block.kernel[...] = value
+        self.layers = nnx.List([block.kernel])
+
+
+def test_a_rule_may_name_any_path_of_a_shared_object(tmp_path):
+    path = ckpt.save(tmp_path / "a", Shared(jnp.arange(6.0).reshape(2, 3)))
+    for where in ("first", "second"):
+        rules = [(f"{where}/kernel", "dense/w"), (f"{where}/bias", "dense/b")]
+        target = {"dense": {"w": abstract(2, 3), "b": abstract(3)}}
+        found = ckpt.restore(path, target, rename=rules)
+        np.testing.assert_array_equal(found["dense"]["w"], np.arange(6.0).reshape(2, 3))
+    found = ckpt.restore(path, {"w": abstract(2, 3)}, rename=[("layers/0", "w")], strict=False)
+    np.testing.assert_array_equal(found["w"], np.arange(6.0).reshape(2, 3))
+
+
+def test_a_value_that_a_rule_has_used_needs_no_place_at_its_other_paths(tmp_path):
+    path = ckpt.save(tmp_path / "a", Shared(jnp.arange(6.0).reshape(2, 3)))
+    rules = [("first/kernel", "w", ckpt.Transpose()), ("first/bias", "b")]
+    found = ckpt.restore(path, {"w": abstract(3, 2), "b": abstract(3)}, rename=rules)
+    np.testing.assert_array_equal(found["w"], np.arange(6.0).reshape(2, 3).T)
+    # Another path still leads to the value, if the program asks for it.
+    target = {"w": abstract(3, 2), "b": abstract(3), "layers": [abstract(2, 3)]}
+    found = ckpt.restore(path, target, rename=rules)
+    np.testing.assert_array_equal(found["layers"][0], found["w"].T)
+    # A derived value without a place is still reported.
+    with pytest.raises(ckpt.RestoreMismatchError, match="unexpected"):
+        ckpt.restore(path, {"b": abstract(3)}, rename=rules)
+
+
+def test_objects_are_not_told_of_values_that_a_rule_has_used(tmp_path, caplog):
+    path = ckpt.Checkpoint(net=Shared(jnp.ones((2, 3)))).write(tmp_path / "a")
+    mine = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    mine.bias = nnx.Param(jnp.zeros(3))
+    checkpoint = ckpt.Checkpoint(mine=mine)
+    rules = [("net/first/kernel", "mine/kernel", ckpt.Transpose()), ("net/first/bias", "mine/bias")]
+    checkpoint.read(path, rename=rules).assert_consumed()
+    del checkpoint
+    assert "never used" not in caplog.text

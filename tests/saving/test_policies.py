@@ -3,6 +3,7 @@
 import itertools
 import math
 import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -30,11 +31,7 @@ def boxes(groups):
 
 
 def data_files(path):
-    return [
-        name
-        for shard in os.listdir(os.path.join(path, "shards"))
-        for name in os.listdir(os.path.join(path, "shards", shard, "d"))
-    ]
+    return list(Path(path).glob("shards/*/c/*"))
 
 
 # --- the two that group without cutting ------------------------------------------------
@@ -396,7 +393,7 @@ def shards(path):
 def test_one_value_makes_one_shard_in_a_directory(tmp_path):
     checkpoint = ckpt.Checkpoint(v=ckpt.Variable(jnp.float32(3)))
     path = checkpoint.write(tmp_path / "written")
-    assert sorted(os.listdir(path)) == ["d", "manifest.ocdbt", "shards"]
+    assert sorted(os.listdir(path)) == ["manifest.ckpt", "meta", "shards"]
     assert len(shards(path)) == 1
     checkpoint.v.assign(jnp.float32(0))
     other = ckpt.Checkpoint(v=ckpt.Variable(jnp.float32(1)))

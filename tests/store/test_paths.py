@@ -19,8 +19,8 @@ from ckpt_jax import io
 from ckpt_jax.api.frozen import FrozenSaver
 from ckpt_jax.api.latest import checkpoint_exists, get_checkpoint_mtimes, remove_checkpoint
 from ckpt_jax.api.restore_nodes import restore_nodes
+from ckpt_jax.store.manifest import MANIFEST
 from ckpt_jax.store.paths import as_path
-from ckpt_jax.store.stack import MANIFEST
 from ckpt_jax.store.state_file import update_checkpoint_state
 from ckpt_jax.testing import run_processes
 
@@ -293,7 +293,7 @@ def test_the_working_directory_can_become_a_checkpoint_and_stays_where_it_is(tmp
     assert ckpt.save(".", {"a": 1}) == "."
     assert os.getcwd() == str(tmp_path)
     assert ckpt.load(".") == ckpt.load(tmp_path) == {"a": 1}
-    assert sorted(os.listdir()) == ["d", MANIFEST, "shards"]
+    assert sorted(os.listdir()) == [MANIFEST, "meta", "shards"]
     with pytest.raises(FileExistsError, match="pass overwrite=True"):
         ckpt.save(".", {"a": 2})
 
@@ -348,7 +348,7 @@ def test_saves_in_the_background_and_of_every_kind_fill_prepared_directories(tmp
     for name in ("write", "numbered-1", "object", "frozen"):
         assert ckpt.load(tmp_path / name)["a"].tolist() == [0, 1, 2]
         assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o700
-        assert sorted(os.listdir(tmp_path / name)) == ["d", MANIFEST, "shards"]
+        assert sorted(os.listdir(tmp_path / name)) == [MANIFEST, "meta", "shards"]
     assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "numbered-1")
 
 
@@ -401,7 +401,7 @@ def test_of_two_saves_into_one_prepared_directory_one_wins_and_the_other_is_told
         thread.join()
     (winner,) = [result for result in results if isinstance(result, int)]
     assert ckpt.load(tmp_path / "a")["a"].tolist() == [winner] * 3
-    assert sorted(os.listdir(tmp_path / "a")) == ["d", MANIFEST, "shards"]
+    assert sorted(os.listdir(tmp_path / "a")) == [MANIFEST, "meta", "shards"]
 
 
 def test_several_processes_fill_a_prepared_directory(tmp_path):
@@ -414,7 +414,7 @@ def test_several_processes_fill_a_prepared_directory(tmp_path):
     assert run_processes(3, program) == [str(tmp_path / "a")] * 3
     assert ckpt.load(tmp_path / "a")["a"].tolist() == [0, 1, 2]
     assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o700
-    assert sorted(os.listdir(tmp_path / "a")) == ["d", MANIFEST, "shards"]
+    assert sorted(os.listdir(tmp_path / "a")) == [MANIFEST, "meta", "shards"]
 
 
 @pytest.mark.parametrize("failing", [0, 1])
@@ -499,7 +499,9 @@ def replaced(path):
 
 
 def replaced_by_the_same_structure(path):
-    ckpt.save(path, tree(3), overwrite=True)
+    """With other values: equal ones are told from each other by no reader."""
+    old = tree(3)
+    ckpt.save(path, {"a": old["a"] + 1, "b": old["b"] + 1, "c": "txet"}, overwrite=True)
 
 
 CHANGES = [replaced, replaced_by_the_same_structure, shutil.rmtree, remove_checkpoint]
@@ -538,7 +540,7 @@ def test_what_was_read_before_does_not_hide_that_a_checkpoint_was_removed(tmp_pa
 def test_damage_is_still_called_damage(tmp_path):
     path = ckpt.save(tmp_path / "a", tree(3))
     reader = ckpt.load_checkpoint(path)
-    for file in Path(path).glob("shards/*/d/*"):
+    for file in Path(path).glob("shards/*/c/*"):
         file.write_bytes(bytes(len(file.read_bytes())))
     with pytest.raises(ckpt.CorruptCheckpointError):
         reader.get_tensor(KEY)

@@ -17,6 +17,8 @@ from ckpt_jax.restoring.formats.orbax import ORBAX
 from ckpt_jax.restoring.formats.orbax.writing_orbax import write_orbax
 from ckpt_jax.restoring.formats.refused import REFUSED
 from ckpt_jax.restoring.formats.safetensors import SAFETENSORS
+from ckpt_jax.restoring.formats.tensorflow import TENSORFLOW
+from ckpt_jax.restoring.formats.tensorflow.writing_tensorflow import write_tensorflow
 from ckpt_jax.restoring.formats.torch import TORCH
 from ckpt_jax.restoring.formats.torch_distributed import TORCH_DISTRIBUTED
 from ckpt_jax.restoring.formats.writing_npz import write_npz
@@ -26,6 +28,7 @@ FORMATS: tuple[Format, ...] = (
     replace(SAFETENSORS, write=write_safetensors),
     replace(NPZ, write=write_npz),
     replace(ORBAX, write=write_orbax, nests=True),
+    replace(TENSORFLOW, write=write_tensorflow),
     *(EQUINOX, NPY, TORCH, TORCH_DISTRIBUTED, MSGPACK),
     *REFUSED,  # after all that can be read
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -93,6 +93,15 @@ class OwnReader:
     def check_files(self) -> None:
         """Compares the sizes of the files with those that they need."""
         self._values.check_files()
+
+    def damage(
+        self,
+        keys: Collection[str] | None,
+        sample: float,
+        read: Callable[[int], object],
+    ) -> Iterator[tuple[str, list[str], str]]:
+        """The damage to values, without assembling them; see `ShardedReader.damage`."""
+        return self._values.damage(keys, sample, read)
 
     def close(self) -> None:
         """Closes the files; further reads fail."""

@@ -14,7 +14,7 @@ from urllib.parse import unquote
 
 import tensorstore as ts
 
-from ckpt_jax.store.stack import new_context
+from ckpt_jax.store.stream import new_context
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,7 @@ from ckpt_jax.readers import Files, Stored
 from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.msgpack import tree_of
 from ckpt_jax.restoring.formats.plain_json import parsed
+from ckpt_jax.store.presence import is_directory, is_file, names_in
 
 METADATA = "_METADATA"
 MANIFEST = "manifest.ocdbt"
@@ -84,12 +85,16 @@ class Place:
 
 
 def is_orbax(path: str) -> bool:
-    """Whether there is an item or a step directory of Orbax at a path, finished or not."""
-    names = _names_in(path)
+    """Whether there is an item or a step directory of Orbax at a path, finished or not.
+
+    Raises:
+      OSError: it is not known what is there.
+    """
+    names = names_in(path)
     if STEP_METADATA in names or _VERSION_1 in names or _is_item(path, names):
         return True
     if _TEMPORARY in os.path.basename(path):
-        return os.path.isdir(path)
+        return is_directory(path)
     # Step directories had no file of their own before version 0.5.
     folders = [name for name in names if _is_folder(path, name)]
     if any(step_of(name) is not None for name in folders):
@@ -101,14 +106,14 @@ def is_orbax(path: str) -> bool:
 def _kind(folder: str, *, may_have_items: bool = True) -> str:
     """What kind of item a folder is: "tree", "array", "json", "metrics", or "items" if it has one
     folder for each of several; "" if it is none."""
-    names = _names_in(folder)
+    names = names_in(folder)
     if _is_item(folder, names):
         return "tree"
-    if os.path.isfile(os.path.join(folder, _ARRAY, ".zarray")):
+    if is_file(os.path.join(folder, _ARRAY, ".zarray")):
         return "array"
     if os.path.basename(folder) == _METRICS and _METRICS in names:
         return "metrics"
-    if os.path.isfile(os.path.join(folder, _JSON)):
+    if is_file(os.path.join(folder, _JSON)):
         return "json"
     if not may_have_items:
         return ""
@@ -143,22 +148,15 @@ def step_of(name: str) -> int | None:
 def steps_in(directory: str) -> dict[int, str]:
     """The finished steps in the directory of a manager: their paths by number."""
     found: dict[int, str] = {}
-    for name in sorted(_names_in(directory)):
+    for name in sorted(names_in(directory)):
         path = os.path.join(directory, name)
         if (step := step_of(name)) is not None and is_orbax(path):
             found[step] = path
     return found
 
 
-def _names_in(path: str) -> list[str]:
-    try:
-        return sorted(os.listdir(path))
-    except OSError:
-        return []
-
-
 def _is_folder(path: str, name: str) -> bool:
-    return os.path.isdir(os.path.join(path, name))
+    return is_directory(os.path.join(path, name))
 
 
 # --- trees -----------------------------------------------------------------------------
@@ -171,7 +169,7 @@ def tree_in(path: str) -> tuple[Any, list[Place]]:
       CorruptCheckpointError: it is damaged, or its save has not finished.
       UnsupportedFormatError: a newer Orbax wrote it.
     """
-    names = _names_in(path)
+    names = names_in(path)
     for name in [os.path.basename(path), *names]:
         if _TEMPORARY in name:
             raise CorruptCheckpointError(
@@ -217,7 +215,7 @@ def _is_unnamed(path: str, names: Sequence[str], item: str) -> bool:
 
 def _tree_of_folder(folder: str, kind: str) -> tuple[Any, list[Place]]:
     """The tree of an item of a step."""
-    names = _names_in(folder)
+    names = names_in(folder)
     if kind == "tree":
         return _tree_of_item(folder, names)
     if kind == "json":
@@ -244,7 +242,7 @@ def _tree_of_item(directory: str, names: Sequence[str]) -> tuple[Any, list[Place
     """The tree of a directory that has one."""
     file, aggregate_file = (os.path.join(directory, name) for name in (METADATA, AGGREGATE))
     aggregate: Any = None
-    if os.path.isfile(aggregate_file):
+    if is_file(aggregate_file):
         aggregate = tree_of(Files(aggregate_file), aggregate_file)
     elif METADATA not in names:
         raise _damaged(file, "it is missing, or the save has not finished")
@@ -454,7 +452,7 @@ def _database_in(directory: str, names: Sequence[str]) -> str | None:
 def _impls_in(directory: str) -> dict[str, str]:
     """The implementations of PRNG keys by the name of the array. All processes write the same."""
     folder = os.path.join(directory, ARRAY_METADATAS)
-    files = _names_in(folder)
+    files = names_in(folder)
     if not files:
         return {}
     listed = _json(folder, files[0])

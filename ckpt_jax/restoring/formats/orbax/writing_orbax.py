@@ -36,7 +36,7 @@ from ckpt_jax.restoring.formats.orbax.tree import (
     STRINGS,
     step_of,
 )
-from ckpt_jax.store.stack import new_context
+from ckpt_jax.store.stream import new_context
 
 _BATCH_NBYTES = 256 << 20
 _CHUNK_NBYTES = 16 << 20

@@ -25,10 +25,11 @@ from ckpt_jax.restoring.formats.orbax.ocdbt import Database, database_in
 from ckpt_jax.restoring.formats.orbax.tree import Place
 from ckpt_jax.store.forks import require_not_forked
 from ckpt_jax.store.memory import Memory
-from ckpt_jax.store.stack import MAX_EXPANSION, new_context, storage_error
+from ckpt_jax.store.stream import new_context, storage_error
 
 _SMALL_NBYTES = 1 << 20  # of an array that is cut here
 _BELIEVED_NBYTES = 64 << 20  # of an array whose size is not compared with that of its files
+_MAX_EXPANSION = 1 << 15  # by zstd: a block of 128 KiB takes at least 4 bytes
 _TREE_NBYTES = 64 << 20  # of the keys of a database that are kept in memory
 
 Arrays = tuple[np.ndarray, ...]
@@ -230,7 +231,7 @@ class ZarrReader:
         if array.folder not in self._sizes:
             self._sizes[array.folder] = sum(map(os.path.getsize, _files_below(array.folder)))
         found = self._sizes[array.folder]
-        if array.nbytes > found * MAX_EXPANSION:
+        if array.nbytes > found * _MAX_EXPANSION:
             raise ValueError(f"{array.nbytes} bytes cannot lie in files of {found} bytes")
 
 

@@ -23,6 +23,8 @@ class CheckpointRecord:
       metrics: the metrics that were given to `CheckpointManager.save`.
       path: of the checkpoint.
       is_abandoned: whether the program has gone back to an earlier step and has saved from there.
+      origin: the number of the checkpoint that the program had saved or restored before; None if
+        there is none.
 
     Example:
       >>> CheckpointRecord(3, metrics={"loss": 0.5}).number
@@ -34,6 +36,7 @@ class CheckpointRecord:
     metrics: Mapping[str, float] = field(default_factory=dict)
     path: str = ""
     is_abandoned: bool = False
+    origin: int | None = None
 
 
 @runtime_checkable

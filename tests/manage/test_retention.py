@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ckpt_jax.retention import (
+from ckpt_jax.manage.retention import (
     CheckpointRecord,
     KeepAny,
     KeepBest,

@@ -1,0 +1,106 @@
+"""Guards: small files that several processes change, one at a time.
+
+To change such a file means to read it, to decide, and to replace it. A process does this while it
+has the guard of the directory, an exclusive lock (flock) on the directory itself, so that no change
+of another process is lost. On file systems that cannot lock directories (NFS), a file
+`checkpoint.lock` is locked instead, and stays. If nothing can be locked there, changes are not
+guarded.
+
+A thread that has the guard may enter it again: a signal handler may save in the middle of a save.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+from ckpt_jax.store.staging import Lock, locked, locked_file
+
+LOCK_FILE = "checkpoint.lock"
+PATIENCE_SECONDS = 60.0
+_POLL_SECONDS = (0.001, 0.05)  # between two attempts: at first, and at most
+
+
+@dataclass(eq=False)
+class _Guard:
+    """The guard of one directory, as this process sees it."""
+
+    turn: threading.RLock = field(default_factory=threading.RLock)
+    depth: int = 0  # how often its thread has entered it
+
+
+_guards: dict[str, _Guard] = {}
+os.register_at_fork(after_in_child=_guards.clear)  # a thread that a child lacks may have the turn
+
+
+@contextmanager
+def guarded(directory: str, patience_seconds: float = PATIENCE_SECONDS) -> Iterator[None]:
+    """Keeps other threads and processes from the files of a directory until the block ends.
+
+    Args:
+      directory: it must exist.
+      patience_seconds: how long to wait for others.
+
+    Raises:
+      TimeoutError: another one has not left in time; names the directory.
+      OSError: the directory cannot be opened.
+    """
+    directory = os.path.realpath(directory or os.curdir)
+    guard = _guards.setdefault(directory, _Guard())
+    deadline = time.monotonic() + patience_seconds
+    if not guard.turn.acquire(timeout=patience_seconds):
+        raise _late(directory, patience_seconds)
+    with ExitStack() as exits:
+        exits.callback(guard.turn.release)
+        if guard.depth == 0:
+            exits.enter_context(_locked(directory, deadline, patience_seconds))
+        guard.depth += 1
+        try:
+            yield
+        finally:
+            guard.depth -= 1
+
+
+@contextmanager
+def _locked(directory: str, deadline: float, patience_seconds: float) -> Iterator[None]:
+    pause, longest = _POLL_SECONDS
+    while True:
+        with ExitStack() as exits:
+            lock = exits.enter_context(locked(directory))
+            if lock is Lock.NONE:
+                lock = exits.enter_context(locked_file(os.path.join(directory, LOCK_FILE)))
+            if lock is not Lock.THEIRS:
+                yield
+                return
+        if time.monotonic() >= deadline:
+            raise _late(directory, patience_seconds)
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
+
+
+def _late(directory: str, patience_seconds: float) -> TimeoutError:
+    holders = ", ".join(map(str, _holders(directory)))
+    return TimeoutError(
+        errno.ETIMEDOUT,
+        f"expected to have the lock of the directory within {patience_seconds:g} s, but "
+        f"{f'process {holders}' if holders else 'another process'} has it. Let it go on, or end it",
+        directory,
+    )
+
+
+def _holders(directory: str) -> list[int]:
+    """The processes that have locked a directory, as far as the system tells."""
+    try:
+        status = os.stat(directory)
+        with open("/proc/locks", encoding="ascii") as file:
+            locks = [line.split() for line in file]
+    except (OSError, ValueError):
+        return []
+    device = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}"
+    place = f"{device}:{status.st_ino}"
+    return [int(each[4]) for each in locks if each[1] == "FLOCK" and each[5:6] == [place]]
