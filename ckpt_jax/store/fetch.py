@@ -509,10 +509,11 @@ class _StreamReader:
         expected = file_end(self._shard, number)
         found = np.empty(len(expected), np.uint8)
         stop = min((number + 1) * self._shard.file_nbytes, self._shard.nbytes)
-        self._fill(descriptor, offset, found, path, stop - 1)
+        start = (stop - 1) // self._shard.block_nbytes * self._shard.block_nbytes
+        self._fill(descriptor, offset, found, path, start)
         if found.tobytes() != expected:
             what = "its end, after the last block, is not as it was written"
-            raise _Damaged(path, stop - 1, stop, what)
+            raise _Damaged(path, start, stop, what)
 
     def _fill(
         self, descriptor: int, offset: int, target: np.ndarray, path: str, begin: int

@@ -13,7 +13,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, ShardError
+from ckpt_jax.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    ShardError,
+)
 from ckpt_jax.store.durable import fsync_directory
 from ckpt_jax.store.index import Index, Shard, Table, merge_indexes
 from ckpt_jax.store.manifest import (
@@ -64,14 +69,17 @@ def read_shard(directory: str) -> tuple[Shard, Table]:
 
     Raises:
       CheckpointError: it is a checkpoint, and no shard.
+      CheckpointNotFoundError: there is no such directory.
       CorruptCheckpointError: it is damaged or its write was interrupted.
     """
     path = os.path.join(directory, INDEX)
     if os.path.lexists(os.path.join(directory, MANIFEST)):
         raise CheckpointError(f"{directory} is a checkpoint, not a shard")
+    if not os.path.isdir(directory):
+        raise CheckpointNotFoundError(f"there is no shard at {directory}")
     try:
         data = read_file(path)
-    except (FileNotFoundError, NotADirectoryError) as error:
+    except FileNotFoundError as error:
         raise CorruptCheckpointError(
             f"{directory}: has no index, because its write was interrupted", file=directory
         ) from error

@@ -1,10 +1,9 @@
-"""Writes tests/guarantees/golden/format-*: small checkpoints, with leaves and keys of every kind.
+"""Writes tests/guarantees/golden/format-2/*: small checkpoints, with leaves and keys of every kind.
 
-    PYTHONPATH=. python tests/guarantees/make_golden.py 1|2 [directory]
+    PYTHONPATH=. python tests/guarantees/make_golden.py graph-1|graph-2|zstd [directory]
 
-The contents are the same every time; the bytes are not, since shards have random ids. A golden
-checkpoint is never written again: it pins what a released format is. A new format version gets
-a directory, and a function below, of its own.
+A golden checkpoint is never written again: it pins what a released format is. A new version of the
+format, or of the object graph, gets a directory, and a function below, of its own.
 """
 
 import dataclasses
@@ -23,7 +22,7 @@ import numpy as np
 
 import ckpt_jax as ckpt
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parent / "golden" / "format-2"
 DTYPES = (
     *("bool", "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
     *("float16", "float32", "float64", "complex64", "complex128", "datetime64[s]"),
@@ -68,7 +67,7 @@ def pattern(dtype: str, count: int) -> np.ndarray:
 
 
 def tree_1() -> dict[Any, Any]:
-    """What the golden checkpoint of format 1 holds."""
+    """What the golden checkpoint with version 1 of the object graph holds."""
     shared = np.arange(10, dtype=np.int32)
     return {
         "dtypes": {dtype: pattern(dtype, 6) for dtype in DTYPES},
@@ -128,7 +127,7 @@ def write_1(path: Path) -> str:
 
 
 def tree_2() -> dict[Any, Any]:
-    """What the golden checkpoint of format 2 holds: keys of the kinds that format 1 lacks."""
+    """What the one with version 2 of the object graph holds: keys that version 1 lacks."""
     keys = [
         ("a", 1),
         ("a", "1"),
@@ -146,9 +145,14 @@ def write_2(path: Path) -> str:
     return ckpt.save(path, tree_2())
 
 
+def write_zstd(path: Path) -> str:
+    return ckpt.save(path, tree_1(), options=ckpt.CheckpointOptions(compression="zstd"))
+
+
+WRITERS = {"graph-1": write_1, "graph-2": write_2, "zstd": write_zstd}
+
 if __name__ == "__main__":
     import make_golden  # so that the classes have the names that they have in the tests
 
-    version, *directory = sys.argv[1:]
-    write = {"1": make_golden.write_1, "2": make_golden.write_2}[version]
-    print(write(Path(*directory or [str(GOLDEN / f"format-{version}")])))
+    name, *directory = sys.argv[1:]
+    print(make_golden.WRITERS[name](Path(*directory or [str(GOLDEN / name)])))

@@ -224,7 +224,7 @@ def place_of(path, name):
         if key.startswith(f"{name}/.ATTRIBUTES/")
     ]
     start = int(table.offset[table.first[table.keys.index(key)]])
-    return start, start + index.nbytes(key), shard.chunk_nbytes
+    return start, start + index.nbytes(key), shard.block_nbytes
 
 
 @pytest.mark.slow

@@ -1,79 +1,142 @@
-"""Shards: a device's slices are divided among the writers, and contents that arrive are awaited."""
+"""Shards: slices are grouped by the policy, cut if it says so, and written by many threads."""
 
-import hypothesis.strategies as st
+import os
+import tempfile
+import threading
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from boxes import tilings
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import ckpt_jax as ckpt
-from ckpt_jax.graph.boxes import shape_of, size_of, tiling_problem, whole
+from ckpt_jax.graph.boxes import shape_of, size_of, whole
 from ckpt_jax.options import PlannedSlice
-from ckpt_jax.saving import write
-from ckpt_jax.saving.snapshot import snapshot
+from ckpt_jax.saving.snapshot import Snapshot, snapshot
+from ckpt_jax.saving.write import WritePlan, plan_write, write
+from ckpt_jax.store import shard as shard_module
+from ckpt_jax.store import stream as stream_module
+from ckpt_jax.store.merge import commit
+
+OPTIONS = ckpt.CheckpointOptions(durable=False)
 
 
-def slice_of(key, shape, device=0):
-    box = whole(shape)
-    return PlannedSlice(key, box, shape, "uint8", size_of(box), 0, device)
+class Arriving:
+    """Contents that are on their way until somebody waits for them."""
+
+    def __init__(self, array):
+        self._array = array
+        self.dtype, self.shape, self.nbytes = array.dtype, array.shape, array.nbytes
+
+    def wait(self):
+        return self._array
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-    monkeypatch.setattr(write, "_LEAST_NBYTES", 16)
-
-
-SHAPES = st.lists(st.lists(st.integers(1, 9), max_size=3).map(tuple), min_size=1, max_size=12)
-
-
-@given(shapes=st.lists(SHAPES, min_size=1, max_size=3), count=st.integers(1, 9))
-def test_divided_groups_hold_each_element_once_and_never_mix_devices(shapes, count):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(write, "_LEAST_NBYTES", 16)
-        groups = [
-            [slice_of(f"{device}/{i}", shape, device) for i, shape in enumerate(each)]
-            for device, each in enumerate(shapes)
-        ]
-        found = write.divided(groups, count)
-    assert all(len({piece.device for piece in group}) == 1 for group in found)
-    boxes = {}
-    for piece in (piece for group in found for piece in group):
-        assert piece.nbytes == size_of(piece.box)
-        boxes.setdefault(piece.key, []).append(piece.box)
-    for piece in (piece for group in groups for piece in group):
-        assert tiling_problem(boxes[piece.key], shape_of(piece.box)) is None
-
-
-def test_one_device_with_much_gets_as_many_shards_as_there_are_cores(tiny):
-    group = [slice_of(f"{i}", (8, 8)) for i in range(16)]
-    found = write.divided([group], 4)
-    assert [sum(piece.nbytes for piece in part) for part in found] == [256] * 4
-
-
-def test_a_slice_larger_than_its_part_is_cut_into_rows(tiny):
-    found = write.divided([[slice_of("a", (1, 12, 8))]], 4)
-    assert [part[0].box for part in found] == [
-        ((0, 1), (0, 3), (0, 8)),
-        ((0, 1), (3, 6), (0, 8)),
-        ((0, 1), (6, 9), (0, 8)),
-        ((0, 1), (9, 12), (0, 8)),
+def snapshot_of(arrays, arriving=False):
+    """A snapshot of whole arrays, all of device 0."""
+    slices = [
+        PlannedSlice(key, whole(array.shape), array.shape, str(array.dtype), array.nbytes, 0, 0)
+        for key, array in arrays.items()
     ]
+    contents = {
+        (piece.key, piece.box): Arriving(arrays[piece.key]) if arriving else arrays[piece.key]
+        for piece in slices
+    }
+    return Snapshot(tuple(slices), contents)
 
 
-def test_little_is_not_divided():
-    group = [slice_of("a", (8, 8))]
-    assert write.divided([group, group], 16) == [group, group]
+def part_of(piece, box):
+    itemsize = piece.nbytes // max(1, size_of(piece.box))
+    nbytes = size_of(box) * itemsize
+    return PlannedSlice(piece.key, box, piece.shape, piece.dtype, nbytes, 0, piece.device)
+
+
+def read_back(written, root):
+    path = commit(written, root, {}, durable=False)
+    with ckpt.load_checkpoint(path) as reader:
+        return reader.read(dict.fromkeys(reader.keys()))
+
+
+SHAPES = st.lists(st.lists(st.integers(1, 9), max_size=3).map(tuple), min_size=1, max_size=6)
+
+
+@settings(max_examples=40)
+@given(shapes=SHAPES, arriving=st.booleans(), data=st.data())
+def test_whatever_a_policy_makes_of_the_slices_the_values_come_back(shapes, arriving, data):
+    arrays = {
+        f"key {i}": np.arange(i, i + np.prod(shape), dtype=np.float32).reshape(shape)
+        for i, shape in enumerate(shapes)
+    }
+    snap = snapshot_of(arrays, arriving)
+
+    def policy(slices):
+        """Cuts the slices at random, and deals the parts to shards at random."""
+        groups = [[] for _ in range(3)]
+        for piece in slices:
+            for box in data.draw(tilings(piece.box)):
+                groups[data.draw(st.integers(0, 2))].append(part_of(piece, box))
+        return groups
+
+    counts = []
+    with tempfile.TemporaryDirectory() as root:
+        plan = plan_write(snap, policy)
+        os.mkdir(f"{root}/shards")
+        written = write(plan, f"{root}/shards/00000-", OPTIONS, counts.append)
+        assert all(plan.groups) and len(written) == len(plan.groups)
+        assert sorted(os.listdir(f"{root}/shards")) == [
+            f"00000-{i:05d}" for i in range(len(written))
+        ]
+        found = read_back(written, root)
+    assert sum(counts) == snap.nbytes == sum(array.nbytes for array in arrays.values())
+    for key, array in arrays.items():
+        np.testing.assert_array_equal(found[key], array)
+
+
+def test_slices_that_are_not_cut_are_written_from_where_they_lie(tmp_path):
+    arrays = {"a": np.arange(6.0).reshape(2, 3), "b": np.ones(4)}
+    plan = WritePlan((snapshot_of(arrays).slices,), snapshot_of(arrays))
+    taken = []
+
+    def write_shards(shards, **options):
+        taken.extend(part for values in shards.values() for (part,) in values.values())
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ckpt_jax.saving.write.write_shards", write_shards)
+        write(plan, str(tmp_path / "0-"), OPTIONS, lambda nbytes: None)
+    assert all(part.array is array for part, array in zip(taken, arrays.values(), strict=True))
+    assert [part.box for part in taken] == [whole(array.shape) for array in arrays.values()]
+    assert [part.array.shape for part in taken] == [shape_of(part.box) for part in taken]
 
 
 @pytest.mark.parametrize("in_background", [False, True])
-def test_values_that_were_divided_come_back(tmp_path, tiny, monkeypatch, in_background):
-    monkeypatch.setattr(write, "cores", lambda: 5)
-    tree = {f"{i}": jnp.arange(i * 7, dtype=jnp.int32).reshape(i, 7) for i in range(1, 9)}
+def test_the_shard_of_one_device_is_written_by_as_many_threads_as_there_are_cores(
+    tmp_path, monkeypatch, in_background
+):
+    """The threads meet in the middle of writing."""
+    count = 4
+    monkeypatch.setattr(stream_module, "BLOCK_NBYTES", 1 << 10)
+    monkeypatch.setattr(stream_module, "FILE_NBYTES", 4 << 10)
+    monkeypatch.setattr(shard_module, "cores", lambda: count)
+    meeting = threading.Barrier(count, timeout=60)
+    threads, original = [], shard_module._Stream.write
+
+    def write(stream, number):
+        threads.append(threading.current_thread())
+        if len(threads) <= count:
+            meeting.wait()
+        original(stream, number)
+
+    monkeypatch.setattr(shard_module._Stream, "write", write)
+    tree = {f"{i}": jnp.arange(i * 700, dtype=jnp.int32).reshape(i, 700) for i in range(1, 9)}
     checkpoint = ckpt.Checkpoint(tree=tree)
-    options = ckpt.CheckpointOptions(enable_async=in_background)
-    path = checkpoint.write(tmp_path / "a", options)
+    path = checkpoint.write(tmp_path / "a", ckpt.CheckpointOptions(enable_async=in_background))
     checkpoint.sync()
-    assert len(list((tmp_path / "a" / "shards").iterdir())) > 3
+    assert len(os.listdir(tmp_path / "a" / "shards")) == 1
+    assert len({*threads}) == count
+    assert {thread.name for thread in threads} == {"ckpt-write"}
     for key, array in ckpt.load(path)["tree"].items():
         np.testing.assert_array_equal(array, tree[key])
 

@@ -25,6 +25,7 @@ from parts import (
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
 from ckpt_jax.graph.boxes import intersect, relative, shape_of, size_of, slices
 from ckpt_jax.graph.dtypes import _DTYPES, dtype_of
+from ckpt_jax.store import fetch as fetch_module
 from ckpt_jax.store import gather as gather_module
 from ckpt_jax.store import stream as stream_module
 from ckpt_jax.store.fetch import ShardedReader
@@ -32,7 +33,7 @@ from ckpt_jax.store.manifest import INDEX_KEY
 from ckpt_jax.store.merge import merge_shards
 from ckpt_jax.store.seal import seal
 from ckpt_jax.store.shard import Slice, write_shards
-from ckpt_jax.store.stream import CHUNK_NBYTES
+from ckpt_jax.store.stream import BLOCK_NBYTES
 
 DTYPES = [*sorted(_DTYPES), "datetime64[ns]", "timedelta64[D]"]
 
@@ -76,7 +77,7 @@ def write_checkpoint(root, stored, n_shards, compression=None):
     turn = 0
     for key, (array, tiles) in stored.items():
         for tile in tiles:
-            contents = array[slices(tile)].reshape(shape_of(tile))
+            contents = np.asarray(array[slices(tile)])
             where = parts[turn % n_shards].setdefault(key, [])
             where.append(Slice(contents, tile, array.shape))
             turn += 1
@@ -85,7 +86,7 @@ def write_checkpoint(root, stored, n_shards, compression=None):
     return merge_shards(list(shards), root, durable=False)
 
 
-# Of chunks and files; small ones cut every slice.
+# Of blocks and files; small ones cut every slice.
 SIZES = [(64, 64), (64, 128), (200, 1000), (256 << 10, 64 << 20)]
 
 
@@ -106,7 +107,7 @@ def test_what_is_read_is_what_was_written(
     requests += requests[:1]
     with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
         patch.setattr(gather_module, "RUN_NBYTES", run_nbytes)
-        patch.setattr(stream_module, "CHUNK_NBYTES", sizes[0])
+        patch.setattr(stream_module, "BLOCK_NBYTES", sizes[0])
         patch.setattr(stream_module, "FILE_NBYTES", sizes[1])
         write_checkpoint(root, stored, n_shards, compression)
         with ShardedReader(root) as reader:
@@ -153,13 +154,19 @@ def test_a_reader_opens_a_single_shard(small):
             reader.read([("matrix", [((0, 32), (0, 40))])])
 
 
-def test_a_wanted_box_that_was_stored_is_not_copied(small):
-    root, _ = small
+def test_a_wanted_box_that_fills_its_chunks_is_not_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream_module, "BLOCK_NBYTES", 640)
+    root = write_checkpoint(str(tmp_path / "root"), {"matrix": (MATRIX, ROWS)}, 2)
+    monkeypatch.setattr(fetch_module, "_empty", None)  # makes the arrays that are copied to
+    wanted = [ROWS[1], ((32, 40), (0, 40))]
     with ShardedReader(root) as reader:
-        ((_, found),) = reader.read([("matrix", [ROWS[1], ((32, 40), (0, 40))])])
-        blocks = {id(array.base) for array in found}
-    assert len(blocks) == 2  # one run in each of two shards
-    assert all(array.base is not None for array in found)
+        ((_, found),) = reader.read([("matrix", wanted)])
+        with pytest.raises(TypeError):
+            list(reader.read([("matrix", [((30, 40), (0, 40))])]))  # of two slices
+        with pytest.raises(TypeError):
+            list(reader.read([("matrix", [((0, 1), (0, 40))])]))  # would keep a whole chunk
+    for array, box in zip(found, wanted, strict=True):
+        check_result(array, box, MATRIX)
 
 
 def test_unknown_keys_and_boxes_outside_are_refused_at_once(small):
@@ -185,8 +192,8 @@ def test_byte_strings_are_read_like_arrays(tmp_path):
             reader.read([("step7", [((0, 1),)])])
 
 
-def nbytes_of_chunks(reader, key, wanted):
-    """The size of the chunks that a box touches, from its first byte to its last in each slice."""
+def nbytes_of_blocks(reader, key, wanted):
+    """The size of the blocks that a box touches, from its first byte to its last in each slice."""
     found = reader.index
     tiling = found.tiling(found.tiling_number(key))
     total = 0
@@ -201,27 +208,27 @@ def nbytes_of_chunks(reader, key, wanted):
         itemsize = dtype_of(tiling.first.dtype).itemsize
         start = int(table.offset[row]) + int(inner[0]) * itemsize
         stop = int(table.offset[row]) + int(inner[-1] + 1) * itemsize
-        chunk = shard.chunk_nbytes
-        total += min(-(-stop // chunk) * chunk, shard.nbytes) - start // chunk * chunk
+        block = shard.block_nbytes
+        total += min(-(-stop // block) * block, shard.nbytes) - start // block * block
     return total
 
 
 @settings(max_examples=40)
 @given(stored_arrays(), st.sampled_from(SIZES))
-def test_of_a_box_only_the_chunks_are_read_that_it_touches(stored, sizes):
+def test_of_a_box_only_the_blocks_are_read_that_it_touches(stored, sizes):
     array, tiles, wanted = stored
     with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream_module, "CHUNK_NBYTES", sizes[0])
+        patch.setattr(stream_module, "BLOCK_NBYTES", sizes[0])
         patch.setattr(stream_module, "FILE_NBYTES", sizes[1])
-        # In shards of their own, so that no two slices share a chunk.
+        # In shards of their own, so that no two slices share a block.
         write_checkpoint(root, {"x": (array, tiles)}, len(tiles))
         for box in wanted:
             with ShardedReader(root) as reader:
                 list(reader.read([("x", [box])]))
-                assert reader.bytes_read == nbytes_of_chunks(reader, "x", box)
+                assert reader.bytes_read == nbytes_of_blocks(reader, "x", box)
 
 
-def test_a_small_box_of_a_big_array_costs_the_chunks_that_it_touches(tmp_path):
+def test_a_small_box_of_a_big_array_costs_the_blocks_that_it_touches(tmp_path):
     big = np.arange(8 << 20, dtype=np.float32).reshape(1024, -1)  # 32 MiB, one slice
     write_shard(tmp_path / "shard", {"big": big, "small": np.ones(4)})
     with ShardedReader(str(tmp_path / "shard")) as reader:
@@ -229,8 +236,8 @@ def test_a_small_box_of_a_big_array_costs_the_chunks_that_it_touches(tmp_path):
             before = reader.bytes_read
             ((_, (array,)),) = reader.read([(key, [box])])
             check_result(array, box, big if key == "big" else np.ones(4))
-            assert reader.bytes_read - before == nbytes_of_chunks(reader, key, box)
-            assert reader.bytes_read - before < 2 * CHUNK_NBYTES
+            assert reader.bytes_read - before == nbytes_of_blocks(reader, key, box)
+            assert reader.bytes_read - before < 2 * BLOCK_NBYTES
 
 
 def test_stored_bytes_are_read_once_however_many_boxes_need_them(tmp_path):
@@ -290,7 +297,7 @@ def test_results_outlive_the_checkpoint(small):
 
 def test_nothing_at_a_path_is_not_found(tmp_path, small):
     for path in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(CheckpointNotFoundError, match=r"manifest\.ocdbt"):
+        with pytest.raises(CheckpointNotFoundError, match=r"manifest\.ckpt"):
             ShardedReader(str(path))
 
 
@@ -336,23 +343,24 @@ def test_a_flipped_byte_anywhere_is_an_error(small):
     assert outcomes(root, arrays) == (set(arrays), [])
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-def test_every_flipped_bit_of_a_data_file_is_an_error(tmp_path, monkeypatch, sizes):
+@pytest.mark.parametrize("sizes", [SIZES[0], SIZES[3]])
+def test_a_flipped_bit_anywhere_in_a_data_file_is_an_error(tmp_path, monkeypatch, sizes):
     """In values, between them, and in the end that only other readers need."""
-    monkeypatch.setattr(stream_module, "CHUNK_NBYTES", sizes[0])
+    monkeypatch.setattr(stream_module, "BLOCK_NBYTES", sizes[0])
     monkeypatch.setattr(stream_module, "FILE_NBYTES", sizes[1])
-    value = np.random.default_rng(5).integers(0, 256, 150, np.uint8)
+    value = np.random.default_rng(5).integers(0, 256, 70, np.uint8)
     path = write_shard(tmp_path / "shard", {"x": value, "y": value[:3]})
-    for file in data_files(path):
-        data = file.read_bytes()
-        for bit in range(8 * len(data)):
-            damaged = bytearray(data)
-            damaged[bit // 8] ^= 1 << bit % 8
-            file.write_bytes(damaged)
-            with ShardedReader(path) as reader, pytest.raises(CorruptCheckpointError) as caught:
-                list(reader.read([("x", [((0, 150),)]), ("y", [((0, 3),)])]))
-            assert caught.value.file == str(file)
-        file.write_bytes(data)
+    with ShardedReader(path) as reader:
+        for file in data_files(path):
+            data = file.read_bytes()
+            for bit in range(0, 8 * len(data), 3):
+                damaged = bytearray(data)
+                damaged[bit // 8] ^= 1 << bit % 8
+                file.write_bytes(damaged)
+                with pytest.raises(CorruptCheckpointError) as caught:
+                    list(reader.read([("x", [((0, 70),)]), ("y", [((0, 3),)])]))
+                assert caught.value.file == str(file)
+            file.write_bytes(data)
 
 
 def test_a_flipped_bit_of_a_compressed_file_is_an_error_or_does_no_harm(tmp_path):
@@ -363,18 +371,18 @@ def test_a_flipped_bit_of_a_compressed_file_is_an_error_or_does_no_harm(tmp_path
     data = file.read_bytes()
     assert len(data) < 200
     harmless = 0
-    for bit in range(8 * len(data)):
-        damaged = bytearray(data)
-        damaged[bit // 8] ^= 1 << bit % 8
-        file.write_bytes(damaged)
-        try:
-            with ShardedReader(path) as reader:
+    with ShardedReader(path) as reader:
+        for bit in range(0, 8 * len(data), 3):
+            damaged = bytearray(data)
+            damaged[bit // 8] ^= 1 << bit % 8
+            file.write_bytes(damaged)
+            try:
                 ((_, (found,)),) = reader.read([("x", [((0, 300),)])])
-        except CorruptCheckpointError:
-            continue
-        np.testing.assert_array_equal(found, value)
-        harmless += 1
-    assert harmless < 16
+            except CorruptCheckpointError:
+                continue
+            np.testing.assert_array_equal(found, value)
+            harmless += 1
+    assert harmless < 8
 
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
@@ -396,12 +404,12 @@ def test_truncated_and_missing_files_are_errors(tmp_path, small, compression):
 
 @pytest.mark.parametrize("compression", [None, "zstd"])
 def test_a_missing_file_is_never_read_as_zeros(tmp_path, monkeypatch, compression):
-    """zarr says that a chunk which is not there holds zeros. Here it is damage, even of zeros."""
-    monkeypatch.setattr(stream_module, "CHUNK_NBYTES", 64)
+    """zarr says that a block which is not there holds zeros. Here it is damage, even of zeros."""
+    monkeypatch.setattr(stream_module, "BLOCK_NBYTES", 64)
     monkeypatch.setattr(stream_module, "FILE_NBYTES", 128)
     path = write_shard(tmp_path / "shard", {"x": np.zeros(1000)}, compression=compression)
     files = data_files(path)
-    assert len(files) > 50
+    assert len(files) > 30
     for change in (Path.unlink, lambda file: file.write_bytes(b"")):
         for file in (files[0], files[20], files[-1]):
             data = file.read_bytes()
@@ -423,7 +431,8 @@ def test_of_a_checkpoint_a_missing_byte_is_noticed_before_anything_is_read(small
     with ShardedReader(root) as reader:
         reader.check_files()
     for path in data_files(root):
-        os.truncate(path, path.stat().st_size - 1)
+        data = path.read_bytes()
+        path.write_bytes(data[:-1])
         refused = pytest.raises(CorruptCheckpointError, match=rf"{path}: .*truncated")
         with ShardedReader(root) as reader, refused:
             reader.check_files()
@@ -431,9 +440,10 @@ def test_of_a_checkpoint_a_missing_byte_is_noticed_before_anything_is_read(small
         refused = pytest.raises(CorruptCheckpointError, match=rf"{path}: the file is missing")
         with ShardedReader(root) as reader, refused:
             reader.check_files()
+        path.write_bytes(data)
 
 
-def test_damage_is_blamed_on_the_arrays_in_the_damaged_chunk(tmp_path):
+def test_damage_is_blamed_on_the_arrays_in_the_damaged_block(tmp_path):
     chance = np.random.default_rng(0)
     values = {f"x{i}": chance.integers(0, 256, 1 << 20, np.uint8) for i in range(8)}
     path = write_shard(tmp_path / "shard", values)
@@ -454,7 +464,7 @@ def test_damage_is_blamed_on_the_arrays_in_the_damaged_chunk(tmp_path):
 @pytest.fixture
 def twins(tmp_path, monkeypatch):
     """Two checkpoints that differ in their values alone."""
-    monkeypatch.setattr(stream_module, "CHUNK_NBYTES", 256)
+    monkeypatch.setattr(stream_module, "BLOCK_NBYTES", 256)
     monkeypatch.setattr(stream_module, "FILE_NBYTES", 1024)
     chance = np.random.default_rng(7)
     arrays = {f"x{i}": chance.integers(0, 256, (8, 100), np.uint8) for i in range(3)}
@@ -490,7 +500,7 @@ def test_every_file_that_is_swapped_with_that_of_a_twin_is_an_error(twins):
 def test_a_file_that_is_swapped_with_another_of_the_same_shard_is_an_error(twins):
     root, _, arrays = twins
     one, other = data_files(root)[:2]
-    assert one.stat().st_size == other.stat().st_size
+    assert one.parent == other.parent
     data = one.read_bytes()
     one.write_bytes(other.read_bytes())
     assert outcomes(root, arrays)[1]
@@ -498,26 +508,26 @@ def test_a_file_that_is_swapped_with_another_of_the_same_shard_is_an_error(twins
     assert not outcomes(root, arrays)[1]
 
 
-def test_a_chunk_of_a_twin_is_an_error(twins):
+def test_a_block_of_a_twin_is_an_error(twins):
     root, other, arrays = twins
-    (shard, *_), chunk = index(root).shards, 64
-    chunk = shard.chunk_nbytes
+    (shard, *_), block = index(root).shards, 64
+    block = shard.block_nbytes
     for file in data_files(root):
         data = file.read_bytes()
         theirs = Path(other, file.relative_to(root)).read_bytes()
-        for start in range(0, min(shard.file_nbytes, len(data) - chunk), chunk):
-            file.write_bytes(data[:start] + theirs[start : start + chunk] + data[start + chunk :])
+        for start in range(0, min(shard.file_nbytes, len(data) - block), block):
+            file.write_bytes(data[:start] + theirs[start : start + block] + data[start + block :])
             assert outcomes(root, arrays)[1]
         file.write_bytes(data)
 
 
-def test_chunks_that_change_places_are_an_error(twins):
+def test_blocks_that_change_places_are_an_error(twins):
     root, _, arrays = twins
     (shard, *_) = index(root).shards
-    chunk = shard.chunk_nbytes
+    block = shard.block_nbytes
     file = data_files(root)[0]
     data = file.read_bytes()
-    file.write_bytes(data[chunk : 2 * chunk] + data[:chunk] + data[2 * chunk :])
+    file.write_bytes(data[block : 2 * block] + data[:block] + data[2 * block :])
     assert outcomes(root, arrays)[1]
 
 
@@ -535,7 +545,7 @@ def test_a_shard_of_a_twin_is_an_error(twins, with_index):
                 file.write(data)
     right, errors = outcomes(root, arrays)
     assert not right and len(errors) == len(arrays)
-    what = "not the bytes of this checkpoint" if with_index else "the checksum of chunk"
+    what = "not the bytes of this checkpoint" if with_index else "the checksum of block"
     assert all(what in str(error) for error in errors)
 
 
@@ -558,7 +568,7 @@ def test_an_index_that_declares_more_than_the_files_hold_allocates_nothing(tmp_p
     (table,), (shard,) = message.tables, message.shards
     table.layouts[0].shape[0] = table.layouts[0].extent[0] = 1 << 36
     table.layouts[0].nbytes = shard.nbytes = 1 << 39
-    shard.chunk_nbytes = shard.file_nbytes = 1 << 26
+    shard.chunk_nbytes = shard.block_nbytes = shard.file_nbytes = 1 << 26
     shard.checksums = bytes(4 << 13)
     replace_shard_index(path, message)
     with ShardedReader(path) as reader, pytest.raises(CorruptCheckpointError, match="truncated"):
@@ -577,7 +587,8 @@ def test_slices_of_which_there_are_too_many_for_the_files_are_not_listed(small):
     table.layout = bytes(4 * count)
     table.offset = np.arange(0, 64 * count, 64, dtype="<u8").tobytes()
     for number in range(count):
-        sizes = {"nbytes": 64 * count, "chunk_nbytes": 64 * count, "file_nbytes": 64 * count}
+        names = ("nbytes", "chunk_nbytes", "block_nbytes", "file_nbytes")
+        sizes = dict.fromkeys(names, 64 * count)
         name = f"shards/x{number}"
         message.shards.add(directory=name, starts=[number], digest=b"d" * 32, **sizes)
     replace_index(root, message)
@@ -613,7 +624,7 @@ def test_an_index_of_a_shard_that_was_committed_but_makes_no_sense_is_damage(sma
 
 
 def test_the_index_of_a_shard_is_not_that_of_a_checkpoint(small):
-    root, arrays = small
+    root, _ = small
     message = shard_index(os.path.join(root, "shards", "0"))
     replace_index(root, message)
     with pytest.raises(CorruptCheckpointError, match="index of a shard"):
@@ -637,8 +648,8 @@ def test_what_is_no_regular_file_is_damage_and_not_waited_for(small):
         assert outcomes(path, arrays)[1]
 
 
-def test_a_compressed_chunk_that_says_it_is_elsewhere_is_damage(tmp_path):
-    """The places of chunks at the end of a file, with the checksum made anew."""
+def test_a_compressed_block_that_says_it_is_elsewhere_is_damage(tmp_path):
+    """The places of blocks at the end of a file, with the checksum made anew."""
     from crc32c import crc32c
 
     value = np.arange(1000.0)

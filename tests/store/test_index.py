@@ -40,7 +40,7 @@ def shard_of(slices, directory, **changes):
     )
     starts = tuple(start for _, _, box in seen for start, _ in box)
     columns = np.array(rows, np.int64).reshape(-1, 3).T
-    entry = Shard(directory, starts, offset, 256, 1024, digest=DIGEST)
+    entry = Shard(directory, starts, offset, 256, 256, 1024, digest=DIGEST)
     return dataclasses.replace(entry, **changes), Table(keys, layouts, *columns)
 
 
@@ -393,12 +393,18 @@ HOSTILE = {
     "long digest": of_shard("digest", b"d" * 33),
     "unknown compression": of_shard("compression", "rar"),
     "no chunk": of_shard("chunk_nbytes", 0),
-    "huge chunk": lambda m: (
-        of_shard("chunk_nbytes", 1 << 40)(m),
+    "no block": of_shard("block_nbytes", 0),
+    "blocks cut through chunks": of_shard("chunk_nbytes", 100),
+    "more chunks than a file can hold": lambda m: (
+        of_shard("chunk_nbytes", 1)(m),
+        of_shard("file_nbytes", 1 << 30)(m),
+    ),
+    "huge block": lambda m: (
+        of_shard("block_nbytes", 1 << 40)(m),
         of_shard("file_nbytes", 1 << 40)(m),
     ),
     "no file": of_shard("file_nbytes", 0),
-    "files cut through chunks": of_shard("file_nbytes", 1000),
+    "files cut through blocks": of_shard("file_nbytes", 1000),
     "huge file": of_shard("file_nbytes", 1 << 63),
     "huge stream": of_shard("nbytes", 1 << 63),
     "stream too short": of_shard("nbytes", 71),
@@ -414,7 +420,7 @@ def test_an_index_that_cannot_be_true_is_refused(name):
 
 
 @pytest.mark.parametrize("size", [0, 3, 5])
-def test_a_shard_with_more_or_fewer_checksums_than_chunks_is_refused(size):
+def test_a_shard_with_more_or_fewer_checksums_than_blocks_is_refused(size):
     shard, table = shard_of([("x", *X, LEFT)], ".", checksums=bytes(size))
     with pytest.raises(CorruptCheckpointError, match="checksums"):
         Index.from_bytes(Index((table,), (shard,), (0,)).to_bytes())
@@ -500,6 +506,7 @@ def many_tilings(keys, layouts, shards):
             starts=range(layouts * number, layouts * (number + 1)),
             nbytes=keys * half,
             chunk_nbytes=1 << 20,
+            block_nbytes=1 << 20,
             file_nbytes=1 << 20,
             digest=DIGEST,
         )

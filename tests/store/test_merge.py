@@ -1,16 +1,30 @@
+"""Merging: shards become one checkpoint, by reference, in one step, or nothing changes."""
+
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+from parts import data_files, manifest, shard_index
 
-from ckpt_jax.errors import CheckpointError, CheckpointNotFoundError, ShardError
-from ckpt_jax.store.fetch import ShardedReader
-from ckpt_jax.store.merge import merge_shards
-from ckpt_jax.store.shard import Slice, write_shard
+from ckpt_jax.errors import (
+    CheckpointError,
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    ShardError,
+)
+from ckpt_jax.store import merge as merge_module
+from ckpt_jax.store.fetch import ShardedReader, read_index
+from ckpt_jax.store.merge import commit, merge_shards, read_shard
+from ckpt_jax.store.shard import Slice, write_shards
 
 ARRAY = np.arange(40.0).reshape(8, 5)
 BIG = np.arange(200_000.0)
+
+
+def write_shard(path, values):
+    write_shards({path: values}, durable=False)
 
 
 def write_halves(directory):
@@ -106,9 +120,92 @@ def test_one_missing_shard_is_a_hole(tmp_path):
         merge_shards([left], str(tmp_path / "root"))
 
 
-def test_a_missing_directory_is_no_shard(tmp_path):
-    with pytest.raises(CheckpointNotFoundError, match="gone"):
-        merge_shards([str(tmp_path / "gone")], str(tmp_path / "root"))
+@pytest.mark.parametrize("name", ["gone", "file", "file/below"])
+def test_what_is_no_directory_is_no_shard(tmp_path, name):
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointNotFoundError, match=name):
+        merge_shards([str(tmp_path / name)], str(tmp_path / "root"))
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_directory_without_an_index_is_an_interrupted_shard(tmp_path):
+    left, right = write_halves(tmp_path)
+    os.unlink(os.path.join(left, "index"))
+    with pytest.raises(CorruptCheckpointError, match=r"left: has no index.*interrupted"):
+        merge_shards([left, right], str(tmp_path / "root"))
+    assert not (tmp_path / "root").exists()
+
+
+def test_a_damaged_shard_is_named(tmp_path):
+    left, right = write_halves(tmp_path)
+    file = Path(right, "index")
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(CorruptCheckpointError, match=r"right: .*checksum") as caught:
+        merge_shards([left, right], str(tmp_path / "root"))
+    assert caught.value.file == str(file)
+
+
+def test_entries_that_are_known_are_not_read_again(tmp_path, monkeypatch):
+    paths = write_halves(tmp_path)
+    known = [read_shard(path) for path in paths]
+    monkeypatch.setattr(merge_module, "read_file", None)
+    assert commit(known, str(tmp_path / "root"), {}, durable=True) == str(tmp_path / "root")
+    check(tmp_path / "root")
+
+
+def test_the_index_says_what_the_indexes_of_the_shards_say(tmp_path):
+    paths = write_halves(tmp_path)
+    own = [shard_index(path) for path in paths]
+    root = merge_shards(paths, str(tmp_path / "root"))
+    index = read_index(root)
+    assert len(index.tables) == 1  # the shards differ in the places of their boxes alone
+    for shard, message in zip(index.shards, own, strict=True):
+        (theirs,) = message.shards
+        assert shard.starts == tuple(theirs.starts)
+        for name in ("nbytes", "block_nbytes", "file_nbytes", "stored_nbytes", "compression"):
+            assert getattr(shard, name) == getattr(theirs, name)
+        assert (len(shard.digest), shard.checksums) == (32, b"")
+    nbytes = sum(file.stat().st_size for file in data_files(root))
+    assert sum(shard.stored_nbytes for shard in index.shards) == nbytes
+
+
+def test_the_manifest_is_written_last(tmp_path, monkeypatch):
+    """If merging stops at any step, there is no checkpoint, and it can be done again."""
+    steps = ["os.rename", "write_parts", "fsync_directory", "write_manifest"]
+    for number, step in enumerate(steps):
+        place = tmp_path / str(number)
+        place.mkdir()
+        paths = write_halves(place)
+        root = str(place / "root")
+
+        def stop(*arguments, **options):
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            name = step.rpartition(".")[2]
+            patch.setattr(merge_module.os if "." in step else merge_module, name, stop)
+            with pytest.raises(KeyboardInterrupt):
+                merge_shards(paths, root)
+        assert not os.path.exists(os.path.join(root, "manifest.ckpt"))
+        moved = [f"{root}/shards/{i:05d}" for i in range(2)]
+        merge_shards(moved if os.path.exists(moved[0]) else paths, root, {"graph": b"g"})
+        check(root)
+        assert [part.name for part in manifest(root).parts] == ["_INDEX", "graph"]
+
+
+def test_arrays_that_are_cut_in_more_ways_than_a_reader_accepts_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(merge_module.Index, "is_readable", lambda index, nbytes: index.is_shard)
+    paths = write_halves(tmp_path)
+    before = files(tmp_path)
+    with pytest.raises(ShardError, match="2 arrays are cut in too many different ways over 2"):
+        merge_shards(paths, str(tmp_path / "root"))
+    assert files(tmp_path) == before
+
+
+def test_a_shard_may_be_listed_only_once(tmp_path):
+    left, right = write_halves(tmp_path)
+    with pytest.raises((ValueError, ShardError), match="twice"):
+        merge_shards([left, right, left], str(tmp_path / "root"))
 
 
 def test_a_checkpoint_is_neither_a_shard_nor_overwritten(tmp_path):

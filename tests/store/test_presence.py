@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from ckpt_jax.store.stack import MANIFEST
 from managers import numbers_in, run_in, save
 from places import PYTHONPATH
 
@@ -20,6 +19,7 @@ from ckpt_jax.api.latest import (
     problem_with,
     remove_checkpoint,
 )
+from ckpt_jax.store.manifest import MANIFEST
 from ckpt_jax.store.presence import is_directory, is_file, is_taken, names_in
 
 pytestmark = pytest.mark.usefixtures("no_flushing")

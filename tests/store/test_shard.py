@@ -46,8 +46,8 @@ def assert_same_bits(a, b):
 
 @pytest.fixture
 def small_files(monkeypatch):
-    """Files of 4 chunks of 64 KiB."""
-    monkeypatch.setattr(stream_module, "CHUNK_NBYTES", 64 << 10)
+    """Files of 4 blocks of 64 KiB."""
+    monkeypatch.setattr(stream_module, "BLOCK_NBYTES", 64 << 10)
     monkeypatch.setattr(stream_module, "FILE_NBYTES", 256 << 10)
 
 
@@ -142,7 +142,7 @@ def test_a_limit_smaller_than_an_array_only_makes_more_files(tmp_path, limit, co
     shard, _ = write_shard(
         tmp_path / "shard", values, max_inflight_bytes=limit, compression=compression
     )
-    assert shard.file_nbytes <= max(limit // 2, shard.chunk_nbytes)
+    assert shard.file_nbytes <= max(limit // 2, shard.block_nbytes)
     assert len(data_files(tmp_path / "shard")) == shard.files
     for key, array in read_whole(tmp_path / "shard", list(values)).items():
         assert_same_bits(array, values[key])
