@@ -227,6 +227,8 @@ class Format:
         renamed to the destination in this order, so the last one should be the one by which the
         checkpoint is recognised. It raises UnsaveableError, before it writes, if the format cannot
         hold a value.
+      nests: whether objects of a program are exported as JAX takes them apart: with states of
+        optimizers as trees and not as slots, and with boxes around values.
       suffixes: how the names of such files usually end. A file of such a name that no format
         recognises is reported as damaged.
     """
@@ -236,6 +238,7 @@ class Format:
     open: Callable[[str], Reader]
     steps: Callable[[str], Mapping[int, str]] = no_steps
     write: Callable[[Export, str], Sequence[str]] | None = None
+    nests: bool = False
     suffixes: tuple[str, ...] = ()
 
 

@@ -7,7 +7,7 @@ convert   a checkpoint of any format, in the format of this library
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -20,21 +20,23 @@ from ckpt_jax.graph.as_tree import as_tree
 from ckpt_jax.graph.boxes import whole
 from ckpt_jax.graph.dtypes import LossyConversionError, converted, dtype_name, dtype_of
 from ckpt_jax.graph.labels import attribute_key
-from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph
+from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, has_values
 from ckpt_jax.graph.patterns import Pattern, Selection, selects
 from ckpt_jax.graph.plain_slots import slots_as_children
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.metrics import METER
+from ckpt_jax.objects.nested import nested
 from ckpt_jax.objects.views import View
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
-from ckpt_jax.readers import Export, Extent, ExtentsReader, Stored
+from ckpt_jax.readers import Export, Extent, ExtentsReader, Format, Stored
 from ckpt_jax.report import RestoreReport
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.derived import DerivedReader
 from ckpt_jax.restoring.formats import formats
+from ckpt_jax.restoring.formats.names import graph_of_tree
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.rename import rename as renamed
 from ckpt_jax.restoring.rules import Rule
@@ -44,7 +46,7 @@ from ckpt_jax.saving.run import save_once
 from ckpt_jax.store.durable import fsync_directory, fsync_file, make_directories
 from ckpt_jax.store.paths import absolute, as_path, require_room
 from ckpt_jax.store.staging import discard, joined, remove_leftovers, staging_name
-from ckpt_jax.values.leaves import encode
+from ckpt_jax.values.leaves import describe, encode
 
 Cast = Any  # a dtype, or pairs of a pattern and a dtype
 _RULES = "Nothing was written. Correct the rules; ckpt.load_checkpoint(path).paths() lists names."
@@ -69,8 +71,9 @@ def export(
       destination: the path to create.
       format: "safetensors" writes one file if the destination ends in ".safetensors", and
         otherwise a directory as transformers has it. "npz" writes one file. Names are the local
-        names joined with "." and "/". "tensorflow" writes a checkpoint with its object graph, for
-        `tf.train.Checkpoint.restore`; the destination is its prefix.
+        joined with "." and "/". "orbax" writes a directory, or, if its name is that of a step
+        (`run/300`), the step of a manager. "tensorflow" writes a checkpoint with its object graph,
+        for `tf.train.Checkpoint.restore`; the destination is its prefix.
       rename: rules as for `ckpt.restore`, from the names in the source to those in the outcome.
       only: which values of the source are written: a pattern, a list of patterns or a function
         of paths.
@@ -98,7 +101,7 @@ def export(
       ...     ckpt.load(path)["dense"]["weight"].dtype, ckpt.list_variables(path)
       (dtype('float32'), [('dense.weight', (3, 2))])
     """
-    write = _writer(format)
+    writer = _writer(format)
     destination = as_path(destination, "destination")
     path = absolute(destination)
     if os.path.lexists(path):
@@ -106,11 +109,11 @@ def export(
     if type(max_shard_nbytes) is not int or max_shard_nbytes <= 0:
         raise ValueError(f"expected a positive max_shard_nbytes, got {max_shard_nbytes!r}")
     require_room(path, staging_name(path)[len(path) :])
-    with _opened(source) as reader:
+    with _opened(source, nests=writer.nests) as reader:
         chosen = _chosen(reader, only)
         saved = renamed(chosen, rename)
         require_fit(RestoreReport(reader.path, mismatched=saved.problems), _RULES)
-        graph = _cast(saved.graph, cast)
+        graph = _cast(_pruned(saved.graph, reader.object_graph, only), cast)
         _check(reader.path, graph)
         read = _reading(reader, saved, graph)
         make_directories(os.path.dirname(path))
@@ -119,15 +122,15 @@ def export(
         with joined(staging):
             try:
                 inside = os.path.join(staging, os.path.basename(path))
-                endings = write(Export(path, graph, read, max_shard_nbytes), inside)
+                endings = writer.write(Export(path, graph, read, max_shard_nbytes), inside)
                 _publish(inside, path, endings)
             finally:
                 discard(staging)
     return destination
 
 
-def _writer(name: str) -> Callable[[Export, str], Iterable[str]]:
-    found = {format.name: format.write for format in reversed(formats()) if format.write}
+def _writer(name: str) -> Format:
+    found = {format.name: format for format in reversed(formats()) if format.write}
     if name not in found:
         raise ValueError(f"expected one of the formats {', '.join(sorted(found))}, got {name!r}")
     return found[name]
@@ -137,26 +140,56 @@ def _writer(name: str) -> Callable[[Export, str], Iterable[str]]:
 
 
 @contextmanager
-def _opened(source: Any) -> Iterator[CheckpointReader]:
-    """A reader of a checkpoint or of a tree."""
+def _opened(source: Any, *, nests: bool) -> Iterator[CheckpointReader]:
+    """A reader of a checkpoint or of a tree; for `nests` see `readers.Format`."""
     if isinstance(source, str | bytes | os.PathLike):
         with METER.restoring(lambda: CheckpointReader(source)) as reader:
             yield reader
     else:
-        with CheckpointReader.over(_reader_of(live_graph(source, for_restore=False))) as reader:
+        given = _reader_of_tree(source) if nests else _reader_of(source)
+        with CheckpointReader.over(given) as reader:
             yield reader
 
 
-def _reader_of(live: LiveGraph) -> ExtentsReader:
+def _reader_of(source: Any) -> ExtentsReader:
     """A reader of values in memory. Arrays on devices are copied when they are asked for."""
+    live = live_graph(source, for_restore=False)
     stored: dict[str, Stored] = {}
-    problems: list[tuple[str, str]] = []
+    remote: list[str] = []
     for node, attribute in live.graph.attributes():
         value = encode(live.values[node][attribute.name])
-        if isinstance(value, jax.Array) and not value.is_fully_addressable:
-            path = live.graph.value_path(node, attribute.name)
-            problems.append((path, "parts of it lie on devices of other processes"))
+        if not _is_here(value):
+            remote.append(live.graph.value_path(node, attribute.name))
         stored[attribute.key] = _stored(attribute.spec, value)
+    _require_here(remote)
+    return ExtentsReader("the given tree", stored, lambda: live.graph)
+
+
+def _reader_of_tree(source: Any) -> ExtentsReader:
+    """The same, with a graph of the containers that JAX sees."""
+    values: dict[int, Any] = {}
+
+    def stored_of(value: Any) -> Stored:
+        spec, _ = describe(value)
+        found = _stored(spec, encode(value))
+        values[id(found)] = value
+        return found
+
+    try:
+        stored, graph = graph_of_tree(nested(source), stored_of=stored_of)
+    except TypeError as error:
+        raise UnsaveableError(f"the tree cannot be exported: {error}") from error
+    _require_here([key for key, each in stored.items() if not _is_here(values[id(each)])])
+    return ExtentsReader("the given tree", stored, lambda: graph)
+
+
+def _is_here(value: Any) -> bool:
+    return not isinstance(value, jax.Array) or value.is_fully_addressable
+
+
+def _require_here(remote: Sequence[str]) -> None:
+    """Raises UnsaveableError for values of which parts lie on devices of other processes."""
+    problems = [(path, "parts of it lie on devices of other processes") for path in remote]
     if problems:
         listed = "\n".join(f"  {path}: {what}" for path, what in problems)
         raise UnsaveableError(
@@ -164,7 +197,6 @@ def _reader_of(live: LiveGraph) -> ExtentsReader:
             "Save the tree with ckpt.save on all processes, and export that checkpoint.",
             tuple(problems),
         )
-    return ExtentsReader("the given tree", stored, lambda: live.graph)
 
 
 def _stored(spec: LeafSpec, value: Any) -> Stored:
@@ -204,6 +236,24 @@ def _chosen(reader: CheckpointReader, only: Selection | None) -> ObjectGraph:
         )
     nodes = [
         replace(node, attributes=tuple([a for a in node.attributes if a.key in keys]))
+        for node in graph.nodes
+    ]
+    return replace(graph, nodes=tuple(nodes))
+
+
+def _pruned(graph: ObjectGraph, original: ObjectGraph, only: Selection | None) -> ObjectGraph:
+    """The graph without containers of which nothing is left, because their values were not chosen
+    or moved elsewhere. Those that were empty before are values in some formats, and stay."""
+    chosen = selects(only)
+    empty = {
+        node
+        for node, (entry, path) in enumerate(zip(original.nodes, original.paths, strict=True))
+        if not (entry.children or entry.attributes or entry.slots or entry.saver) and chosen(path)
+    }
+    own = [bool(n.attributes or n.slots) or i in empty for i, n in enumerate(graph.nodes)]
+    has = has_values(own, [node.children for node in graph.nodes])
+    nodes = [
+        replace(node, children=tuple([edge for edge in node.children if has[edge[1]]]))
         for node in graph.nodes
     ]
     return replace(graph, nodes=tuple(nodes))

@@ -7,13 +7,18 @@ one from the names in it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
+from ckpt_jax.errors import (
+    CheckpointNotFoundError,
+    CorruptCheckpointError,
+    UnsupportedFormatError,
+)
 from ckpt_jax.graph.as_tree import as_tree, is_tree
 from ckpt_jax.graph.boxes import Box
 from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, dtype_of
@@ -26,7 +31,7 @@ from ckpt_jax.io import read_values
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
 from ckpt_jax.readers import Reader
 from ckpt_jax.report import near_miss, nearest
-from ckpt_jax.restoring.formats import open_foreign
+from ckpt_jax.restoring.formats import foreign_steps, open_foreign
 from ckpt_jax.restoring.formats.own import OwnReader
 from ckpt_jax.restoring.formats.tensorflow.optimizers import with_slots
 from ckpt_jax.store.paths import absolute, as_path
@@ -73,7 +78,7 @@ class CheckpointReader:
         location = storage.located(self.path)
         self._pin(Pinned.of(self.path, location, storage))
         with self._pinned.unless_replaced():
-            self._source = self._own = OwnReader(storage, location, self.path)
+            self._source = self._own = _opened(storage, location, self.path)
 
     @classmethod
     def over(cls, source: Reader) -> CheckpointReader:
@@ -366,6 +371,19 @@ class CheckpointReader:
     def bytes_read(self) -> int:
         """The number of bytes of values that were read so far."""
         return self._source.bytes_read
+
+
+def _opened(storage: Storage, location: str, path: str) -> OwnReader:
+    try:
+        return OwnReader(storage, location, path)
+    except CheckpointNotFoundError as error:
+        names = [os.path.basename(step) for step in foreign_steps(absolute(path)).values()]
+        if not names:
+            raise
+        raise CheckpointNotFoundError(
+            f"{path} is a directory with checkpoints of another library: {', '.join(names[-20:])}. "
+            "Give the path of one of them, or of ckpt.latest_checkpoint(directory)"
+        ) from error
 
 
 def _keys_by_path(graph: ObjectGraph) -> dict[str, str]:

@@ -49,12 +49,6 @@ from ckpt_jax.store.staging import (
 
 _PARTS = {META, SHARDS}  # of a checkpoint, besides its manifest
 
-# The files by which checkpoints of other libraries are recognised, to name the library in an error.
-_OTHERS = {
-    "_CHECKPOINT_METADATA": "Orbax",
-    "_METADATA": "Orbax",
-}
-
 
 def is_checkpoint(path: str) -> bool:
     """Whether there is a committed checkpoint at `path`."""
@@ -147,9 +141,6 @@ def require_checkpoint(path: str) -> None:
 def _other_library(path: str) -> str | None:
     """The other library, or version of this one, that wrote the checkpoint at `path`; None if none
     did."""
-    for name, library in _OTHERS.items():
-        if is_file(os.path.join(path, name)):
-            return library
     return "ckpt_jax before its first release (format 1)" if _has_format_1(path) else None
 
 
@@ -185,9 +176,7 @@ def _numbered_of_other(directory: str, name: str, names: list[str]) -> str | Non
         return "TensorFlow" if is_whole else None
     if not re.search(r"\d$", name) or not is_directory(path) or is_checkpoint(path):
         return None
-    # The newer kind of Orbax's folders has one folder for each item.
-    below = [path, *[os.path.join(path, item) for item in names_in(path)]]
-    return next((each for each in map(_other_library, below) if each is not None), None)
+    return _other_library(path)
 
 
 class Staging:

@@ -32,6 +32,7 @@ from ckpt_jax.graph.global_names import graph_of
 from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.store.extents import Extent, Stored
+from ckpt_jax.store.memory import Memory
 from ckpt_jax.store.pieces import Piece, pieces_of
 from ckpt_jax.store.watched import Files, OpenFile
 from ckpt_jax.store.workers import Workers, cores
@@ -39,8 +40,6 @@ from ckpt_jax.store.workers import Workers, cores
 _SCRATCH_NBYTES = 4 << 20
 _MAX_OPEN = 64  # files that stay open during a read
 _JOB_NBYTES = 1 << 20  # small reads are done together
-_BLOCK_NBYTES = 16 << 20
-_ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -187,7 +186,7 @@ class ExtentsReader:
     ) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]:
         waiting = deque(enumerate(requests))
         jobs = _Jobs(self._files)
-        memory = _Memory(sum([request.nbytes for request in requests]))
+        memory = Memory(sum([request.nbytes for request in requests]))
         in_flight: deque[tuple[int, _Work]] = deque()
         held = 0
         try:
@@ -258,31 +257,6 @@ def _shapes_of(boxes: tuple[Box, ...]) -> list[Shape]:
     return [*map(shape_of, boxes)]
 
 
-class _Memory:
-    """Memory for results. Small arrays are cut from blocks that are large enough for huge pages."""
-
-    def __init__(self, expected_nbytes: int):
-        self._block_nbytes = min(_BLOCK_NBYTES, expected_nbytes + _ALIGNMENT)
-        self._block = np.empty(0, np.uint8)
-
-    def take(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-        """An uninitialized array whose memory begins at a multiple of 64 bytes."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        room = nbytes + -nbytes % _ALIGNMENT
-        if room > self._block_nbytes // 2:
-            return np.ndarray(shape, dtype, _aligned(nbytes))
-        if room > self._block.size:
-            self._block = _aligned(self._block_nbytes)
-        taken, self._block = self._block[:nbytes], self._block[room:]
-        return np.ndarray(shape, dtype, taken)
-
-
-def _aligned(nbytes: int) -> np.ndarray:
-    buffer = np.empty(nbytes + _ALIGNMENT, np.uint8)
-    skip = -buffer.__array_interface__["data"][0] % _ALIGNMENT
-    return buffer[skip : skip + nbytes]
-
-
 @dataclass(eq=False)
 class _Work:
     """One request: the arrays that are filled for it."""
@@ -298,7 +272,7 @@ class _Work:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def of(cls, request: _Request, memory: _Memory) -> _Work:
+    def of(cls, request: _Request, memory: Memory) -> _Work:
         stored, boxes = request.stored, request.boxes
         if stored.spec.is_bytes:
             shapes, dtype = [(stored.nbytes,)] * len(boxes), np.dtype(np.uint8)

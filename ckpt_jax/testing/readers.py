@@ -37,7 +37,12 @@ class ReaderTests:
     """The tests that the reader of every format has to pass.
 
     Subclass it, with a name that pytest collects, and override `write` and `open`.
+
+    Attributes:
+      holds_empty_arrays: whether the format has arrays without elements.
     """
+
+    holds_empty_arrays = True
 
     # --- to override -------------------------------------------------------------------
 
@@ -159,6 +164,8 @@ class ReaderTests:
     ) -> tuple[Reader, dict[str, np.ndarray], dict[str, str]]:
         """A reader, the arrays, and their keys by name."""
         arrays = _arrays()
+        if not self.holds_empty_arrays:
+            arrays = {name: array for name, array in arrays.items() if array.size}
         path = str(tmp_path / "written")
         self.write(path, arrays)
         reader = self.open(path)

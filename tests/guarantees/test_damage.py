@@ -111,20 +111,10 @@ def test_an_empty_directory_and_one_of_another_program_are_no_checkpoints(tmp_pa
         assert_refused(tmp_path / name, ckpt.CheckpointNotFoundError, "not a checkpoint")
 
 
-@pytest.mark.parametrize(
-    "file, library",
-    [
-        ("a/_CHECKPOINT_METADATA", "Orbax"),
-        ("a/_METADATA", "Orbax"),
-    ],
-)
-def test_the_checkpoint_of_another_library_is_called_by_its_name(tmp_path, file, library):
-    (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).touch()
-    if library == "Orbax":  # some of its directories have a manifest of the same name
-        (tmp_path / "a" / MANIFEST).touch()
-    expected = f"written by {library}, .*docs/migrating.md"
-    assert_refused(tmp_path / "a", ckpt.UnsupportedFormatError, expected)
+def test_a_checkpoint_of_format_1_is_called_by_its_name(tmp_path):
+    (tmp_path / "a" / "shards").mkdir(parents=True)
+    (tmp_path / "a" / "manifest.ocdbt").touch()
+    assert_refused(tmp_path / "a", ckpt.UnsupportedFormatError, "before its first release")
 
 
 def test_a_checkpoint_beside_one_of_tensorflow_of_the_same_name_is_read(tmp_path):

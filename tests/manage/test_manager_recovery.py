@@ -14,6 +14,7 @@ import threading
 
 import numpy as np
 import pytest
+from foreign import FIXTURES
 from managers import numbers_in, run_in, save
 
 import ckpt_jax as ckpt
@@ -387,18 +388,6 @@ def test_hours_of_one_manager_do_not_make_another_forget_its_checkpoints(tmp_pat
 # --- checkpoints of other libraries -------------------------------------------------------------
 
 
-def orbax_step(directory, name, item=None):
-    path = directory / name / (item or "")
-    path.mkdir(parents=True)
-    (directory / name / "_CHECKPOINT_METADATA").write_text("{}")
-    (path / "_METADATA").write_text("{}")
-
-
-def orbax_item(directory):
-    (directory / "1000" / "default").mkdir(parents=True)
-    (directory / "1000" / "default" / "_METADATA").write_text("{}")
-
-
 def tensorflow(directory):
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "ckpt-3.index").write_text("")
@@ -406,9 +395,6 @@ def tensorflow(directory):
 
 
 FOREIGN = {
-    "Orbax": lambda directory: orbax_step(directory, "1000"),
-    "Orbax with items": lambda directory: orbax_step(directory, "step_1000", "default"),
-    "Orbax with items alone": orbax_item,
     "TensorFlow": tensorflow,
 }
 
@@ -435,7 +421,7 @@ def test_a_state_file_that_names_a_damaged_checkpoint_of_another_library_says_so
 
 
 def test_our_own_checkpoints_beside_those_of_another_library_count(tmp_path):
-    orbax_step(tmp_path, "1000")
+    shutil.copytree(FIXTURES / "orbax" / "0.12.8_standard", tmp_path / "1000")
     save(run_in(tmp_path), 1001)
     assert ckpt.latest_checkpoint(tmp_path) == str(tmp_path / "ckpt-1001")
     assert run_in(tmp_path).restore_or_initialize() == str(tmp_path / "ckpt-1001")

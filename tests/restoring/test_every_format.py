@@ -51,6 +51,7 @@ WRITERS = {
     "ours": lambda path: ckpt.save(path, TREE),
     "safetensors": lambda path: ckpt.export(TREE, path, format="safetensors"),
     "npz": npz,
+    "orbax": lambda path: ckpt.export(TREE, path, format="orbax"),
     "msgpack": msgpack,
     "torch": lambda path: torch_files.saved(path, flat(".")),
     "equinox": equinox,

@@ -45,6 +45,14 @@ class TestSafetensorsOfSeveralFiles(OfFormat):
         ckpt.export(dict(arrays), path, format="safetensors", max_shard_nbytes=1000)
 
 
+class TestOrbax(OfFormat):
+    name = "orbax"
+    holds_empty_arrays = False
+
+    def write(self, path, arrays):
+        ckpt.export(dict(arrays), path, format="orbax")
+
+
 class TestNpz(OfFormat):
     name = "npz"
 

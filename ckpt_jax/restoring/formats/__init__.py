@@ -13,6 +13,8 @@ from ckpt_jax.readers import Format, Reader, registered_formats
 from ckpt_jax.restoring.formats.equinox import EQUINOX
 from ckpt_jax.restoring.formats.msgpack import MSGPACK
 from ckpt_jax.restoring.formats.npz import NPY, NPZ
+from ckpt_jax.restoring.formats.orbax import ORBAX
+from ckpt_jax.restoring.formats.orbax.writing_orbax import write_orbax
 from ckpt_jax.restoring.formats.refused import REFUSED
 from ckpt_jax.restoring.formats.safetensors import SAFETENSORS
 from ckpt_jax.restoring.formats.tensorflow import TENSORFLOW
@@ -25,6 +27,7 @@ from ckpt_jax.restoring.formats.writing_safetensors import write_safetensors
 FORMATS: tuple[Format, ...] = (
     replace(SAFETENSORS, write=write_safetensors),
     replace(NPZ, write=write_npz),
+    replace(ORBAX, write=write_orbax, nests=True),
     replace(TENSORFLOW, write=write_tensorflow),
     *(EQUINOX, NPY, TORCH, TORCH_DISTRIBUTED, MSGPACK),
     *REFUSED,  # after all that can be read

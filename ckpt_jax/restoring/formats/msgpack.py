@@ -156,6 +156,8 @@ class _Walk:
             case 2:  # a complex number
                 real, imaginary = self.value(depth + 1)
                 value = complex(real, imaginary)
+            case 4:  # a tuple, in Orbax's files
+                value = tuple(self.value(depth + 1))
             case _:
                 note = f"it is an extension of type {kind}, which Flax does not write"
                 value = Stored(LeafSpec("unreadable", f"msgpack extension {kind}", note=note))

@@ -30,7 +30,11 @@ def graph_of_names(
     return graph
 
 
-def graph_of_tree(tree: Any, separator: str | None = None) -> tuple[dict[str, Stored], ObjectGraph]:
+def graph_of_tree(
+    tree: Any,
+    separator: str | None = None,
+    stored_of: Callable[[Any], Stored] | None = None,
+) -> tuple[dict[str, Stored], ObjectGraph]:
     """The values in nested containers by key, and their graph.
 
     Args:
@@ -39,9 +43,12 @@ def graph_of_tree(tree: Any, separator: str | None = None) -> tuple[dict[str, St
         names joined with the separator. Otherwise they are joined with "/", and escaped as in all
         checkpoint keys.
 
+      stored_of: gives what is stored for any other value; by default, for a plain value itself.
+
     Raises:
       ValueError: two values have one name.
     """
+    stored_of = stored_of or stored_value
     containers = ["leaf"]
     edges: list[dict[Label, int]] = [{}]
     values: list[Stored | None] = [None]
@@ -72,7 +79,7 @@ def graph_of_tree(tree: Any, separator: str | None = None) -> tuple[dict[str, St
         elif part is None:
             containers[node] = "dict" if edges[node] else "none"
         else:
-            values[node] = part if isinstance(part, Stored) else stored_value(part)
+            values[node] = part if isinstance(part, Stored) else stored_of(part)
             containers[node] = "dict" if edges[node] else "leaf"
     bare = [
         Node(container, children=tuple(children.items()))

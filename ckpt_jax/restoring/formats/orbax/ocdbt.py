@@ -1,0 +1,67 @@
+"""OCDBT: the keys of a database of TensorStore's, and the files in which its values lie.
+
+Whoever reads a value finds out whether its file is whole. This module knows it before, for all
+values, because the tree of keys says how long each file has to be.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import unquote
+
+import tensorstore as ts
+
+from ckpt_jax.store.stream import new_context
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """What a database holds.
+
+    Attributes:
+      keys: of all values, sorted.
+      files: how many bytes each file needs to have, by its path.
+    """
+
+    keys: tuple[str, ...]
+    files: dict[str, int]
+
+    def count_below(self, prefix: str) -> int:
+        """The number of keys that begin with a text that ends with "/"."""
+        after = prefix[:-1] + "0"  # the character after "/"
+        return bisect_left(self.keys, after) - bisect_left(self.keys, prefix)
+
+
+def database_in(directory: str) -> Database:
+    """What the database in a directory holds; reads no value.
+
+    Raises:
+      ValueError: it is damaged.
+    """
+    context = new_context()
+    files = {"driver": "file", "path": f"{directory}/"}
+    base = ts.KvStore.open(files, context=context).result()
+
+    def dumped(location: str | None = None) -> Any:
+        return ts.ocdbt.dump(base, location, context=context).result()
+
+    keys: list[str] = []
+    needed: dict[str, int] = {}
+    root = dumped()["versions"][-1]["root"]
+    todo: list[tuple[bytes, str]] = [(b"", root["location"])] if "location" in root else []
+    while todo:
+        prefix, location = todo.pop()
+        for entry in dumped(location)["entries"]:
+            key = prefix + entry["key"]
+            if "location" in entry:  # of another node; its keys lack what they have in common
+                todo.append((prefix + entry["subtree_common_prefix"], entry["location"]))
+                continue
+            keys.append(key.decode("utf-8", "surrogateescape"))
+            if "indirect_value" in entry:
+                _, above, name, offset, nbytes = entry["indirect_value"].split(":")
+                file = os.path.join(directory, unquote(above), unquote(name))
+                needed[file] = max(needed.get(file, 0), int(offset) + int(nbytes))
+    return Database(tuple(sorted(keys)), needed)
