@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -9,7 +10,6 @@ import numpy as np
 import pytest
 from make_golden import (
     GOLDEN,
-    Color,
     Cursor,
     Point,
     Settings,
@@ -64,8 +64,6 @@ def as_loaded(tree):
             return type(tree)(map(as_loaded, tree))
         case Settings():
             return vars(tree)
-        case Color():
-            return tree.name
         case Cursor():
             return str(tree.text).encode()
         case jax.Array() if jax.dtypes.issubdtype(tree.dtype, jax.dtypes.prng_key):
@@ -75,9 +73,15 @@ def as_loaded(tree):
     return tree
 
 
+def loaded_1():
+    """What format 1 gives without a target. It does not say of which class an enum's member is."""
+    expected = as_loaded(tree_1())
+    return {**expected, "enum": expected["enum"].name}
+
+
 def test_format_1_loads():
     found = ckpt.load(FORMAT_1)
-    assert_same(found, as_loaded(tree_1()))
+    assert_same(found, loaded_1())
     assert found["tied"][0] is found["tied"][1]["again"]
 
 
@@ -117,7 +121,14 @@ def test_the_golden_tree_is_still_written_so_that_it_reads_back(tmp_path):
     with ckpt.load_checkpoint(path) as new, ckpt.load_checkpoint(FORMAT_1) as old:
         assert new.keys() == old.keys()
         assert new.get_variable_to_shape_map() == old.get_variable_to_shape_map()
-        assert new.object_graph == old.object_graph
+        graph = new.object_graph
+        nodes = tuple([without_classes_of_enums(node) for node in graph.nodes])
+        assert replace(graph, nodes=nodes) == old.object_graph
+
+
+def without_classes_of_enums(node):
+    attributes = [replace(a, spec=replace(a.spec, enum_class="")) for a in node.attributes]
+    return replace(node, attributes=tuple(attributes))
 
 
 def test_format_2_loads_and_restores():
@@ -155,7 +166,7 @@ def test_a_damaged_copy_of_format_1_is_refused_or_reads_the_same(tmp_path, name)
     path = Path(shutil.copytree(FORMAT_1, tmp_path / "a"))
     file = path / name
     data = file.read_bytes()
-    expected = as_loaded(tree_1())
+    expected = loaded_1()
     outcomes = set()
     places = range(0, len(data), 1 + len(data) // 9)
     flipped = [data[:i] + bytes([data[i] ^ 16]) + data[i + 1 :] for i in places]
