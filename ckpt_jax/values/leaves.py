@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, BYTES, converted, dtype_name, dtype_of
+from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, BYTES, converted, dtype_name, dtype_of, family
 from ckpt_jax.graph.labels import enum_class_of, imported_member
 from ckpt_jax.graph.specs import OPEN, LeafSpec, ShardingSpec
 from ckpt_jax.objects.python_state import PythonState
@@ -288,15 +288,7 @@ def _kind(spec: LeafSpec) -> str:
 
 
 def _family(spec: LeafSpec) -> str:
-    if spec.is_number:
-        return spec.kind
-    dtype = dtype_of(spec.dtype)
-    if dtype.kind in "mM":
-        return dtype.name
-    for family, kinds in (("bool", np.bool_), ("int", np.integer), ("complex", np.complexfloating)):
-        if np.issubdtype(dtype, kinds):
-            return family
-    return "int" if jnp.issubdtype(dtype, np.integer) else "float"
+    return spec.kind if spec.is_number else family(dtype_of(spec.dtype))
 
 
 def decode(data: Any, saved: LeafSpec, target: LeafSpec, like: Any = None) -> Any:
