@@ -158,8 +158,6 @@ def as_loaded(tree):
             return np.asarray(jax.random.key_data(tree))
         case jax.Array():
             return np.asarray(tree)
-        case enum.Enum():
-            return tree.name
         case Point():
             return {
                 label: as_loaded(child) for label, child in zip(tree._fields, tree, strict=True)

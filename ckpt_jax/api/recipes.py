@@ -144,9 +144,7 @@ def _plain_parts(container: Wrapper, node: Node) -> tuple[PlainPart, ...]:
 def _plain(value: Any) -> Any:
     """An element as plain data; like `load_object`, it forgets classes."""
     view = view_of(value)
-    if isinstance(value, enum.Enum):
-        return value.name
-    if isinstance(value, PLAIN):
+    if isinstance(value, (enum.Enum, *PLAIN)):
         return value
     if view is None or isinstance(value, NoDependency):
         raise TypeError(

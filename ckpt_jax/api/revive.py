@@ -136,7 +136,9 @@ def load_object(path: Path) -> Any:
     Everything else is made of plain parts. Trackables and Flax modules become `AutoTrackable`s,
     boxes `Variable`s. Lists, tuples, dicts, arrays, scalars and typed keys become what they
     were, on the default device; namedtuples, dataclasses and pytrees of other kinds become
-    dicts, and enum members strings, as `ckpt.load` gives them.
+    dicts, as `ckpt.load` gives them. The members of enums become members if the program has
+    imported their class, and otherwise strings or numbers. Functions and other parts of modules
+    that are no state become None, in their places.
 
     Args:
       path: of a checkpoint that `save_object` wrote.

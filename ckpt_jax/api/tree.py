@@ -289,7 +289,9 @@ def load(
         one stands for everything below its place. What gets none becomes a numpy array.
 
     Returns:
-      Dicts, lists, tuples and scalars as they were saved; objects of other kinds as dicts. What a
+      Dicts, lists, tuples and scalars as they were saved; objects of other kinds as dicts. The
+      members of enums are members again if the program has imported their class, and otherwise
+      their names (dict keys that are numbers or strings as well: those). What a
       registered saver wrote only that saver can read: its object is an empty dict here, and
       `load_checkpoint` has the values by key.
 

@@ -6,6 +6,7 @@ before a graph is made of them. Paths are not stored; they follow from the edges
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -104,6 +105,7 @@ def to_message(graph: ObjectGraph) -> pb.TrackableObjectGraph:
             shape=spec.shape,
             weak_type=spec.weak_type,
             prng_impl=spec.prng_impl,
+            enum_class=spec.enum_class,
         )
     for sharding in shardings.numbers:
         out = message.shardings.add(
@@ -216,7 +218,12 @@ def _decode(message: pb.TrackableObjectGraph) -> ObjectGraph:
 
 def _spec(message: pb.LeafSpec) -> LeafSpec:
     spec = LeafSpec(
-        message.kind, message.dtype, tuple(message.shape), message.weak_type, message.prng_impl
+        message.kind,
+        message.dtype,
+        tuple(message.shape),
+        message.weak_type,
+        message.prng_impl,
+        message.enum_class,
     )
     if spec.is_array or spec.is_key:
         sound = not spec.is_bytes and (spec.kind != "numpy_scalar" or not spec.shape)
@@ -234,33 +241,38 @@ def add_references(out: Any, edges: Iterable[tuple[Label, int]]) -> bool:
     """Adds an `ObjectReference` for each edge. Returns whether version 1 lacks a label's kind."""
     has_new_kinds = False
     for label, child in edges:
-        name = labels.local_name(label)
         if type(label) in labels.PLAIN_LABELS:
+            name = labels.local_name(label)
             out.add(node_id=child, local_name=name, key_kind=_KINDS[type(label)])
             continue
         plain = labels.canonical(label)
-        kind = _KINDS[type(plain)]
+        kind, name = _KINDS[type(plain)], labels.local_name(plain)
         reference = out.add(node_id=child, local_name=name, key_kind=kind, **_details(label))
-        if isinstance(label, tuple):
-            _add_parts(reference.key_parts, label)
+        _add_parts(reference.key_parts, label, plain)
         has_new_kinds |= kind in _NEW_KINDS
     return has_new_kinds
 
 
-def _add_parts(out: Any, parts: Iterable[Any]) -> None:
-    for part in parts:
-        kind = _KINDS[type(labels.canonical(part))]
-        key = out.add(text=labels.local_name(part), kind=kind, **_details(part))
-        if isinstance(part, tuple):
-            _add_parts(key.parts, part)
+def _add_parts(out: Any, label: Label, plain: Label) -> None:
+    """Adds the parts of a label, if it is a tuple; `plain` is its canonical form."""
+    if not isinstance(plain, tuple):
+        return
+    for part in label if isinstance(label, tuple) else plain:
+        simple = labels.canonical(part)
+        kind, text = _KINDS[type(simple)], labels.local_name(simple)
+        _add_parts(out.add(text=text, kind=kind, **_details(part)).parts, part, simple)
 
 
 def _details(label: Label) -> dict[str, str]:
     """The fields of a label that its text and kind do not say."""
-    if isinstance(label, np.bool_ | np.number):
-        return {"numpy_type": label.dtype.name}
-    plain = labels.canonical(label)
-    return {"enum_class": plain.enum_class} if isinstance(plain, labels.EnumKey) else {}
+    match label:
+        case np.bool_() | np.number():
+            return {"numpy_type": label.dtype.name}
+        case enum.Enum():
+            return {"enum_class": labels.enum_class_of(label)}
+        case labels.EnumKey() | labels.EnumScalar():
+            return {"enum_class": label.enum_class}
+    return {}
 
 
 def references(entries: Any) -> tuple[tuple[Label, int], ...]:
@@ -284,6 +296,8 @@ def _checked_label(kind: int, text: str, parts: Any, details: Any) -> Label:
         label = _FROM_TEXT[kind](text)
         if details.numpy_type and kind in _NUMBERS:
             label = _numpy_scalar(label, details.numpy_type)
+    if details.enum_class and kind != _Reference.ENUM:
+        label = labels.EnumScalar(label, details.enum_class)
     if labels.local_name(label) != text:
         raise ValueError(f"{text!r} is not how the label {label!r} is written")
     return label

@@ -60,7 +60,7 @@ def converted(data: np.ndarray, dtype: np.dtype) -> np.ndarray:
         return data
     if data.dtype.type is np.void:
         return np.ascontiguousarray(data).view(dtype).reshape(data.shape)
-    if _kind(data.dtype) == "complex":
+    if family(data.dtype) == "complex":
         data = data.astype(np.result_type(data.dtype, np.complex64), copy=False)
     with np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", np.exceptions.ComplexWarning)
@@ -77,7 +77,7 @@ def converted(data: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 def _unchanged(data: Any, result: Any) -> Any:
     """For each element, whether a conversion did no more than round it."""
-    kinds = _kind(data.dtype), _kind(result.dtype)
+    kinds = family(data.dtype), family(result.dtype)
     if "time" in kinds:
         return np.ones(data.shape, bool)
     if "complex" in kinds:
@@ -114,7 +114,7 @@ def _as_float(data: np.ndarray) -> np.ndarray:
 @cache
 def _holds_all(dtype: np.dtype, other: np.dtype) -> bool:
     """Whether `dtype` has a value, at least a rounded one, for each value of `other`."""
-    kind, other_kind = _kind(dtype), _kind(other)
+    kind, other_kind = family(dtype), family(other)
     if "time" in (kind, other_kind):
         return True
     if other_kind == "bool":
@@ -127,7 +127,7 @@ def _holds_all(dtype: np.dtype, other: np.dtype) -> bool:
     return kind == "complex" and dtype.itemsize >= 16
 
 
-def _kind(dtype: np.dtype) -> str:
+def family(dtype: np.dtype) -> str:
     """ "bool", "int", "float", "complex" or "time"."""
     if dtype.kind in "mM":
         return "time"

@@ -7,7 +7,8 @@ two edges. A label's *local name* is its text.
 
 Labels that Python takes for equal keys are one label: 3 and `np.int64(3)`, "a" and a member of a
 `StrEnum` that is "a". So `canonical` makes plain Python scalars of them. It makes an `EnumKey` of
-the member of any other enum, because a file does not hold classes.
+the member of any other enum, because a file does not hold classes. A label from a file says what it
+was: `EnumScalar` stands for a member that is a scalar, too.
 
 Two strings are made of the labels on a node's first path from the root:
 
@@ -22,7 +23,10 @@ that a pattern for parameters does not select their optimizer state.
 
 from __future__ import annotations
 
+import contextlib
 import enum
+import functools
+import operator
 import re
 import sys
 from collections import Counter
@@ -49,7 +53,31 @@ class EnumKey:
         return f"{_last(self.enum_class)}.{self.name}"
 
 
-Label = str | int | float | bytes | None | EnumKey | enum.Enum | np.generic | tuple[Any, ...]
+@dataclass(frozen=True, slots=True)
+class EnumScalar:
+    """The member of an enum that is also a scalar or a tuple (an `IntEnum`), as a label in a file.
+
+    Attributes:
+      value: the scalar or tuple.
+      enum_class: module-qualified name of the enum; never imported.
+    """
+
+    value: Any
+    enum_class: str
+
+
+Label = (
+    str
+    | int
+    | float
+    | bytes
+    | None
+    | EnumKey
+    | EnumScalar
+    | enum.Enum
+    | np.generic
+    | tuple[Any, ...]
+)
 PLAIN_LABELS = frozenset([str, int, bool, float, bytes, type(None)])
 
 VARIABLE_VALUE = "VARIABLE_VALUE"
@@ -79,6 +107,8 @@ def canonical(label: Label) -> Label:
     match label:
         case EnumKey():
             return label
+        case EnumScalar():
+            return label.value
         case tuple():
             return tuple([canonical(part) for part in label])
         case str():
@@ -90,14 +120,19 @@ def canonical(label: Label) -> Label:
         case bytes():
             return bytes(label)
         case enum.Enum():
-            kind = type(label)
             name = label.value if label.name is None else label.name
-            return EnumKey(str(name), f"{kind.__module__}.{kind.__qualname__}")
+            return EnumKey(str(name), enum_class_of(label))
         case np.bool_() | np.integer() | np.floating():
             value = label.item()
             if type(value) in PLAIN_LABELS:
                 return value
     raise TypeError(f"{label!r} is of type {type(label).__qualname__}")
+
+
+def enum_class_of(member: enum.Enum) -> str:
+    """The module-qualified name of the class of an enum's member."""
+    kind = type(member)
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def is_label(label: Any) -> bool:
@@ -146,42 +181,76 @@ def plain_keys(labels: Sequence[Label]) -> list[Any]:
     """Labels as the keys of a dict, for a reader who has no target that says what they are.
 
     The member of an enum is that member if the program has imported its class. (Nothing is imported
-    because a file says so.) Otherwise it becomes its name, or "m.Color.RED" if another label is
-    called like it.
+    because a file says so.) Otherwise it becomes the scalar that it is, or its name, or
+    "m.Color.RED" if another label is called like it.
 
-    >>> plain_keys([("a", EnumKey("RED", "m.Color")), EnumKey("RED", "m.Color"), 3])
-    [('a', 'RED'), 'RED', 3]
+    >>> plain_keys([("a", EnumKey("RED", "m.Color")), EnumScalar(3, "m.Level")])
+    [('a', 'RED'), 3]
     """
     if all(type(label) in PLAIN_LABELS for label in labels):
         return list(labels)
-    keys = [_without_enums(label, lambda member: member.name) for label in labels]
+    keys = [without_enums(label) for label in labels]
     count = Counter(keys)
     return [
         key
         if count[key] == 1
-        else _without_enums(label, lambda member: f"{member.enum_class}.{member.name}")
+        else without_enums(label, lambda member: f"{member.enum_class}.{member.name}")
         for key, label in zip(keys, labels, strict=True)
     ]
 
 
-def _without_enums(label: Any, text: Callable[[EnumKey], str]) -> Any:
-    if isinstance(label, tuple):
-        return tuple([_without_enums(part, text) for part in label])
-    if not isinstance(label, EnumKey):
-        return label
-    member = _imported(label)
-    return text(label) if member is None else member
+def without_enums(label: Any, text: Callable[[EnumKey], str] = lambda key: key.name) -> Any:
+    """A label with the members of enums, or with what stands for them if they are not imported."""
+    match label:
+        case tuple():
+            return tuple([without_enums(part, text) for part in label])
+        case EnumKey():
+            member = imported_member(label.enum_class, label.name)
+            return text(label) if member is None else member
+        case EnumScalar():
+            member = _member_of_value(_imported_enum(label.enum_class), label.value)
+            return without_enums(label.value, text) if member is None else member
+    return label
 
 
-def _imported(key: EnumKey) -> enum.Enum | None:
-    """The member of an enum, if its class is in a module that the program has imported."""
-    steps = key.enum_class.split(".")
+def imported_member(enum_class: str, name: str) -> enum.Enum | None:
+    """The member of an enum, if its class is in a module that the program has imported.
+
+    Args:
+      enum_class: module-qualified name of the class.
+      name: of the member. Of a combination of flags, names or a number: "READ|WRITE", "3".
+    """
+    kind = _imported_enum(enum_class)
+    if kind is None:
+        return None
+    members: dict[str, enum.Enum] = kind.__dict__["_member_map_"]
+    if name in members or not issubclass(kind, enum.Flag):
+        return members.get(name)
+    parts = [members.get(part) for part in name.split("|")]
+    if None not in parts:
+        return functools.reduce(operator.or_, parts)
+    return _member_of_value(kind, int(name)) if name.lstrip("-").isdecimal() else None
+
+
+def _member_of_value(kind: type[enum.Enum] | None, value: Any) -> enum.Enum | None:
+    if kind is None:
+        return None
+    found = [member for member in kind.__dict__["_member_map_"].values() if member == value]
+    if found or not issubclass(kind, enum.Flag):
+        return found[0] if found else None
+    with contextlib.suppress(ValueError, TypeError):  # no combination of its flags
+        return kind(value)
+    return None
+
+
+def _imported_enum(enum_class: str) -> type[enum.Enum] | None:
+    steps = enum_class.split(".")
     for count in range(len(steps) - 1, 0, -1):
         here: Any = sys.modules.get(".".join(steps[:count]))
         for step in steps[count:]:
             here = getattr(here, "__dict__", {}).get(step)
         if isinstance(here, enum.EnumMeta):
-            return here.__dict__["_member_map_"].get(key.name)
+            return here
     return None
 
 

@@ -298,7 +298,7 @@ def _decode_plain_parts(entry: Any, where: str) -> tuple[PlainPart, ...]:
     )
     if not is_sound:
         raise ValueError(f"{where}: plain parts that are no list of [position, label, value]")
-    return tuple([PlainPart(*part) for part in found])
+    return tuple([PlainPart(at, label, plain.without_labels(value)) for at, label, value in found])
 
 
 def _shape(sizes: Any) -> tuple[int, ...]:

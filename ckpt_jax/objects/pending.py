@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 from ckpt_jax.errors import CheckpointNotFoundError
@@ -30,6 +30,12 @@ class Pending(Protocol):
 
     def attached(self) -> None:
         """Is called when the child is a child of its parent."""
+
+    @property
+    def appeared(self) -> Callable[[Any, Label], None]:
+        """Is called, once for each restore, with a parent and the label of a new child for which
+        nobody waits. Perhaps a restore knows the name, if "/" and "." are read in another way."""
+        ...
 
     def initial_value(self) -> Any | None:
         """The value that waits if it is one array; None if it is more."""
@@ -56,6 +62,7 @@ def received(parent: Any, label: Label, child: Any) -> Iterator[Any]:
         text = local_name(label)
         label = next((other for other in pending if local_name(other) == text), label)
     waiting = tuple(pending.get(label, ()))
+    others = [] if waiting else [*dict.fromkeys(_in_other_words(local_name(label), pending))]
     arrived: list[Pending] = []
     for restore in waiting:
         try:
@@ -70,6 +77,19 @@ def received(parent: Any, label: Label, child: Any) -> Iterator[Any]:
     yield child
     for restore in arrived:
         restore.attached()
+    for appeared in others:
+        appeared(parent, label)
+
+
+def _in_other_words(
+    name: str, pending: Mapping[Label, Sequence[Pending]]
+) -> Iterator[Callable[[Any, Label], None]]:
+    """What tells the restores that may know the parts of a name, or a name that it is a part of."""
+    words = f"{name}/".replace(".", "/")
+    has_parts = "/" in words[:-1]
+    for label, restores in pending.items():
+        if has_parts or f"{local_name(label)}/".replace(".", "/").startswith(words):
+            yield from [restore.appeared for restore in restores]
 
 
 def await_child(parent: Any, label: Label, pending: Pending) -> None:

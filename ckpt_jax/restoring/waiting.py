@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
-from ckpt_jax.graph.labels import Label, escape, local_name
+from ckpt_jax.graph.labels import Label, canonical, escape, local_name
 from ckpt_jax.graph.nodes import ObjectGraph, pretty_name, reachable
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.live import live_graph
@@ -175,9 +175,30 @@ class Restoration:
         live = self._traced() if ends else None
         if live is None:
             return
-        slots = frozenset([slot.node for _, slot in ends])
+        slots = [slot.node for _, slot in ends]
+
+        def below(found: Match) -> list[int]:
+            return [found.bound[node] for node in slots if node in found.bound]
+
         with self._reopened() as (reader, meeting):
-            self._bind(Places(live, self._root_place()), match, reader, meeting, slots)
+            self._bind(Places(live, self._root_place()), match, reader, meeting, below)
+
+    def appeared(self, parent: Any, label: Label) -> None:
+        """Restores into a child whose name has a separator, from a file of global names. They are
+        cut anew, as the objects of the program are named now."""
+        live = self._traced() if self.saved.named else None
+        if live is None:
+            return
+        nodes = [
+            child
+            for obj, node in zip(live.objects, live.graph.nodes, strict=True)
+            if obj is parent
+            for own, child in node.children
+            if canonical(own) == label
+        ]
+        with self._reopened() as (reader, meeting):
+            places = Places(live, self._root_place())
+            self._bind(places, match, reader, meeting, lambda found: nodes)
 
     def _traced(self) -> LiveGraph | None:
         """The objects of the program, with the slot variables that its optimizers had to create;
@@ -260,7 +281,7 @@ class Restoration:
         matcher: Matcher,
         reader: CheckpointReader,
         meeting: Meeting | None,
-        among: frozenset[int] | None = None,
+        below: Callable[[Match], Sequence[int]] | None = None,
     ) -> Any:
         """Matches objects, restores into them, and lets the other values below them wait.
 
@@ -269,7 +290,7 @@ class Restoration:
           matcher: matches the saved graph with the objects.
           reader: of the checkpoint.
           meeting: of `broadcast_meeting`.
-          among: saved nodes to restore, with all that is below them; by default all nodes.
+          below: the live nodes to restore into, with all that is below them; by default the root.
 
         Returns:
           The root of the objects.
@@ -278,9 +299,8 @@ class Restoration:
         adapted = adapt(self.renamed, live, matcher, reader, self._callbacks)
         saved, found = adapted.saved, adapted.found
         chosen = frozenset(range(len(places)))
-        if among is not None:
-            roots = [found.bound[node] for node in among if node in found.bound]
-            chosen = frozenset(reachable(live.graph, roots))
+        if below is not None:
+            chosen = frozenset(reachable(live.graph, [*below(found)]))
         todo = chosen - self._rank.settled(places)
         planned = plan_matched(reader, saved, found, live, self.options, only=todo)
         planned.require(_GROWING)
@@ -289,7 +309,7 @@ class Restoration:
         self.renamed, self._callbacks = saved, adapted.callbacks
         sources = found.sources()
         self.left_over.nodes -= planned.reads.used & {sources[node] for node in given}
-        if among is None:
+        if below is None:
             log_conflicts(saved.graph, found)
         self._remember(places, found, chosen)
         return root
@@ -344,6 +364,10 @@ class _Waiting:
     def attached(self) -> None:
         self.restoration.attached()
 
+    @property
+    def appeared(self) -> Callable[[Any, Label], None]:
+        return self.restoration.appeared
+
     def initial_value(self) -> LeafSpec | None:
         node = self.restoration.saved.nodes[self.saved]
         if len(node.attributes) == 1 and not node.children:
@@ -358,6 +382,10 @@ class _Waiting:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _Pickled, (self.restoration.path,)
+
+
+def _nothing(parent: Any, label: Label) -> None:
+    pass
 
 
 class _Pickled:
@@ -376,6 +404,10 @@ class _Pickled:
 
     def attached(self) -> None:
         pass
+
+    @property
+    def appeared(self) -> Callable[[Any, Label], None]:
+        return _nothing
 
     def initial_value(self) -> None:
         return None

@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, BYTES, converted, dtype_name, dtype_of
+from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, BYTES, converted, dtype_name, dtype_of, family
+from ckpt_jax.graph.labels import enum_class_of, imported_member
 from ckpt_jax.graph.specs import OPEN, LeafSpec, ShardingSpec
 from ckpt_jax.objects.python_state import PythonState
 
@@ -109,7 +110,7 @@ _INT = LeafSpec("int", "int64")
 _BIG_INT = LeafSpec("int", BYTES)
 _DESCRIBE: tuple[tuple[type | tuple[type, ...], Callable[[Any], LeafSpec]], ...] = (
     (np.ndarray, _numpy_spec),
-    (enum.Enum, lambda value: LeafSpec("enum", BYTES)),
+    (enum.Enum, lambda value: LeafSpec("enum", BYTES, enum_class=enum_class_of(value))),
     (str, lambda value: LeafSpec("str", BYTES)),  # before np.generic: np.str_ is a string
     (bytes, lambda value: LeafSpec("bytes", BYTES)),
     (np.generic, _numpy_spec),
@@ -288,15 +289,7 @@ def _kind(spec: LeafSpec) -> str:
 
 
 def _family(spec: LeafSpec) -> str:
-    if spec.is_number:
-        return spec.kind
-    dtype = dtype_of(spec.dtype)
-    if dtype.kind in "mM":
-        return dtype.name
-    for family, kinds in (("bool", np.bool_), ("int", np.integer), ("complex", np.complexfloating)):
-        if np.issubdtype(dtype, kinds):
-            return family
-    return "int" if jnp.issubdtype(dtype, np.integer) else "float"
+    return spec.kind if spec.is_number else family(dtype_of(spec.dtype))
 
 
 def decode(data: Any, saved: LeafSpec, target: LeafSpec, like: Any = None) -> Any:
@@ -305,7 +298,9 @@ def decode(data: Any, saved: LeafSpec, target: LeafSpec, like: Any = None) -> An
     Args:
       data: a numpy array or bytes; a jax.Array if the target is one.
       saved, target: the specs of the saved value and of the target.
-      like: the target's present value. An enum member is restored as a member of its class.
+      like: the target's present value. An enum member is restored as a member of its class. Without
+        one, it is a member of the class that was saved if the program has imported it, or else its
+        name.
 
     Raises:
       OverflowError: a Python number does not fit into the dtype of the target.
@@ -316,7 +311,12 @@ def decode(data: Any, saved: LeafSpec, target: LeafSpec, like: Any = None) -> An
         return jax.random.wrap_key_data(data, impl=target.prng_impl)
     if isinstance(data, bytes):
         text = _decode_bytes(data, saved.kind if target.is_array else kind)
-        return _member(like, text) if kind == "enum" and isinstance(like, enum.Enum) else text
+        if kind != "enum":
+            return text
+        if isinstance(like, enum.Enum):
+            return _member(like, text)
+        member = imported_member(saved.enum_class, text)
+        return text if member is None else member
     if target.is_array:
         if isinstance(data, np.ndarray | np.generic):
             data = converted(np.asarray(data), dtype_of(target.dtype))
@@ -365,4 +365,4 @@ def _decode_bytes(data: bytes, kind: str) -> Any:
 def as_saved(data: Any, saved: LeafSpec) -> Any:
     """A value that was read without a target: a numpy array, or the Python value that it was."""
     kind = "numpy" if saved.is_placed else saved.kind
-    return decode(data, saved, LeafSpec(kind, saved.dtype, saved.shape))
+    return decode(data, saved, replace(saved, kind=kind))

@@ -22,6 +22,10 @@ class Color(enum.Enum):
     RED = 1
 
 
+class Level(enum.IntEnum):
+    LOW = 1
+
+
 def model(value):
     root = ckpt.AutoTrackable()
     root.parts = value
@@ -73,14 +77,26 @@ def test_plain_parts_are_no_state_for_a_restore(tmp_path):
     assert values(target.parts) == [1.0, 8]
 
 
-def test_an_enum_member_comes_back_as_its_name(tmp_path):
-    path = ckpt.save_object(model([ckpt.Variable(1.0), Color.RED]), tmp_path / "a")
-    assert ckpt.load_object(path).parts[1] == "RED"
+def test_members_of_enums_come_back_as_such_if_their_class_is_imported(tmp_path):
+    class Local(enum.Enum):  # not to be found in a module
+        BLUE = 2
+
+    parts = [ckpt.Variable(1.0), Color.RED, (Level.LOW, {Level.LOW: Color.RED}), Local.BLUE]
+    found = ckpt.load_object(ckpt.save_object(model(parts), tmp_path / "a")).parts
+    assert found[1:3] == parts[1:3] and type(found[2][0]) is Level
+    assert type(next(iter(found[2][1]))) is Level
+    assert found[3] == "BLUE"
+    keys = {Color.RED: 1, Level.LOW: ckpt.Variable(2.0), ("a", Level.LOW): 3, 4: 5}
+    found = ckpt.load_object(ckpt.save_object(model(keys), tmp_path / "b")).parts
+    assert [*found] == [*keys] and [type(key) for key in found] == [type(key) for key in keys]
+    assert values(found) == values(keys)
 
 
 def comparable(found):
     """What a tree consists of, so that only equal trees of equal types are equal."""
     match found:
+        case enum.Enum():
+            return "member", found
         case ckpt.Variable() | jax.Ref():
             return "box", comparable(
                 found.value if isinstance(found, ckpt.Variable) else found[...]
@@ -119,7 +135,7 @@ plain_data = st.one_of(
     st.none(),
     st.booleans(),
     st.sampled_from([np.float32(2), np.int8(3), np.bool_(True), np.float64(1.5)]),
-    st.sampled_from([jnp.bfloat16(1), np.str_("q"), np.bytes_(b"q")]),
+    st.sampled_from([jnp.bfloat16(1), np.str_("q"), np.bytes_(b"q"), Color.RED, Level.LOW]),
 )
 state = st.one_of(
     arrays,
@@ -132,7 +148,8 @@ state = st.one_of(
 
 
 def nested(inner):
-    some, mixed = st.lists(inner, max_size=4), st.dictionaries(labels, inner, max_size=4)
+    keys = labels | st.sampled_from([Color.RED, Level.LOW, (Level.LOW, "x"), np.int64(7)])
+    some, mixed = st.lists(inner, max_size=4), st.dictionaries(keys, inner, max_size=4)
     return st.one_of(some, some.map(tuple), mixed, mixed.map(OrderedDict))
 
 

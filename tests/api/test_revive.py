@@ -178,13 +178,13 @@ class Mode(enum.Enum):
     TRAIN = 1
 
 
-def test_other_containers_become_dicts_and_enums_strings_as_load_gives_them(tmp_path):
+def test_other_containers_become_dicts_and_enums_members_as_load_gives_them(tmp_path):
     tree = [Moments(1, {"x": 2}), State({"w": np.ones(2)}, 3), Mode.TRAIN]
     path = ckpt.save_object(tree, tmp_path / "a")
     back = ckpt.load_object(path)
     assert repr(back) == repr(ckpt.load(path))
     assert back[0] == {"mu": 1, "nu": {"x": 2}}
-    assert back[2] == "TRAIN"
+    assert back[2] is Mode.TRAIN
     objects = part(path, SAVED_OBJECTS_KEY)
     again = ckpt.save_object(back, tmp_path / "b")
     assert part(again, SAVED_OBJECTS_KEY) == objects

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
+import ckpt_jax as ckpt
 from ckpt_jax.graph.dtypes import LossyConversionError, converted
 
 INTEGERS = ["int8", "uint8", "int32", "uint32", "int64", "uint64", "int4", "uint2"]
@@ -43,6 +44,17 @@ def test_a_conversion_to_floats_makes_nothing_infinite_and_no_nan(data, name):
     else:
         assert (np.isfinite(found) == np.isfinite(data)).all()
         assert (np.isnan(found) == np.isnan(data)).all()
+
+
+@pytest.mark.parametrize("name", ["complex32", "bcomplex32", "complex64", "complex128"])
+def test_a_complex_number_and_a_complex_array_of_any_size_stand_for_each_other(tmp_path, name):
+    array = np.array(1.5 - 2j, dtype(name))
+    path = ckpt.save(tmp_path / "a", {"x": array, "y": 1.5 - 2j})
+    found = ckpt.restore(path, {"x": 0j, "y": np.zeros((), dtype(name))})
+    assert found["x"] == 1.5 - 2j and type(found["x"]) is complex
+    assert found["y"].dtype == array.dtype and complex(found["y"]) == 1.5 - 2j
+    with pytest.raises(ckpt.RestoreMismatchError, match="expected a Python float"):
+        ckpt.restore(path, {"x": 0.0, "y": 0j})
 
 
 def test_anonymous_bytes_are_taken_for_the_dtype():

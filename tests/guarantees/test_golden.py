@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from make_golden import (
     GOLDEN,
-    Color,
     Cursor,
     Point,
     Settings,
@@ -63,8 +62,6 @@ def as_loaded(tree):
             return type(tree)(map(as_loaded, tree))
         case Settings():
             return vars(tree)
-        case Color():
-            return tree.name
         case Cursor():
             return str(tree.text).encode()
         case jax.Array() if jax.dtypes.issubdtype(tree.dtype, jax.dtypes.prng_key):

@@ -141,6 +141,53 @@ def test_python_values_take_rank_0_arrays_and_states_take_strings(tmp_path):
     assert restored["position"].index == 12
 
 
+def attach_dict(root, name):
+    setattr(root, name, {"w": np.zeros((2, 3), np.float32)})
+    return getattr(root, name)["w"]
+
+
+def attach_object(root, name):
+    child = ckpt.AutoTrackable()
+    child.w = ckpt.Variable(np.zeros((2, 3), np.float32))
+    setattr(root, name, child)
+    return child.w.value
+
+
+def attach_element(root, name):
+    setattr(root, name.partition("/")[0], child := ckpt.Trackable())
+    child.track(f"{name.partition('/')[2]}/w", variable := ckpt.Variable(np.zeros((2, 3), "f4")))
+    return variable.value
+
+
+@pytest.mark.parametrize("attach", [attach_dict, attach_object, attach_element])
+@pytest.mark.parametrize("name", ["mlp/~/linear_0", "mlp/linear_1"])
+def test_an_object_whose_own_name_has_a_slash_gets_its_values_when_it_is_attached(
+    tmp_path, attach, name
+):
+    path = named(tmp_path, {f"{name}/w": W, "mlp/other/w": W + 1, "rest.of/it": B})
+    checkpoint = ckpt.Checkpoint()
+    status = checkpoint.read(path)
+    np.testing.assert_array_equal(attach(checkpoint, name), W)
+    assert len(status.expect_partial().report.restored) == 1
+    if attach is not attach_element:
+        np.testing.assert_array_equal(attach(checkpoint, "mlp/other"), W + 1)
+
+
+def test_an_object_with_a_slash_in_its_name_that_does_not_fit_is_an_error(tmp_path):
+    path = named(tmp_path, {"mlp/linear_0/w": B})
+    checkpoint = ckpt.Checkpoint()
+    checkpoint.read(path).expect_partial()
+    with pytest.raises(ckpt.RestoreMismatchError, match=r"expected shape \(2, 3\), got \(3,\)"):
+        attach_dict(checkpoint, "mlp/linear_0")
+
+
+def test_names_with_slashes_in_other_checkpoints_are_names(tmp_path):
+    path = ckpt.Checkpoint(mlp={"linear_0": {"w": W}}).write(tmp_path / "a")
+    checkpoint = ckpt.Checkpoint()
+    checkpoint.read(path).expect_partial()
+    assert not attach_dict(checkpoint, "mlp/linear_0").any()
+
+
 def test_looking_into_one_works_as_into_any_checkpoint(tmp_path):
     path = named(tmp_path, {"m/w": W, "m/b": B})
     assert ckpt.list_variables(path) == [("m/b", (3,)), ("m/w", (2, 3))]

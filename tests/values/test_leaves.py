@@ -2,6 +2,8 @@
 
 import enum
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from jax.extend.random import define_prng_impl
 
 import ckpt_jax as ckpt
+from ckpt_jax.graph.labels import EnumKey, canonical
 from ckpt_jax.values.leaves import as_saved, decode, describe, difference, encode
 
 ML_DTYPES = sorted(
@@ -248,6 +251,16 @@ class Mode(enum.StrEnum):
     EVAL = "eval"
 
 
+class Access(enum.Flag):
+    READ = 1
+    WRITE = 2
+
+
+class Bits(enum.IntFlag):
+    ONE = 1
+    TWO = 2
+
+
 SCALARS = [
     *(0, 1, -1, 2**31, 2**63 - 1, -(2**63), 2**63, -(2**63) - 1, 2**64, 10**400, -(10**400)),
     *(True, False, 0.0, -0.0, 0.1, 5e-324, float("inf"), float("-inf"), float("nan")),
@@ -287,12 +300,45 @@ def test_python_values_come_back_as_they_were(tmp_path):
         assert same_scalar(found, expected)
 
 
-def test_python_values_load_without_a_target_and_enums_as_their_names(tmp_path):
-    loaded = ckpt.load(ckpt.save(tmp_path / "a", SCALARS))
-    for found, value in zip(loaded, SCALARS, strict=True):
-        expected = value.name if isinstance(value, enum.Enum) else value
+MEMBERS = [*Color, *Level, *Mode, Access.READ, Access.READ | Access.WRITE, Access(0), Bits(3)]
+
+
+def test_python_values_load_without_a_target(tmp_path):
+    loaded = ckpt.load(ckpt.save(tmp_path / "a", SCALARS + MEMBERS))
+    for found, expected in zip(loaded, SCALARS + MEMBERS, strict=True):
         assert type(found) is type(expected)
         assert same_scalar(found, expected)
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=repr)
+def test_dict_keys_that_are_members_of_enums_load_as_such(tmp_path, member):
+    tree = {"d": {member: {(member, 1): 2}}}
+    found = ckpt.load(ckpt.save(tmp_path / "a", tree))
+    ((key, inner),) = found["d"].items()
+    ((pair, _),) = inner.items()
+    assert key is member and pair[0] is member and found == tree
+    ckpt.restore(ckpt.save(tmp_path / "b", found), tree)  # what was loaded fits
+    numbers = {"d": {canonical(member): {(canonical(member), 1): 0}}}
+    if not isinstance(canonical(member), EnumKey):  # Python takes it for its number or string
+        assert ckpt.restore(tmp_path / "a", numbers) == numbers | {"d": tree["d"]}
+
+
+def test_members_of_enums_that_are_not_imported_load_as_their_names_and_numbers(tmp_path):
+    program = """
+import enum, sys, ckpt_jax as ckpt
+
+class Color(enum.Enum):
+    RED = 1
+
+class Level(enum.IntEnum):
+    LOW = 3
+
+ckpt.save(sys.argv[1], {"v": [Color.RED, Level.LOW], "d": {Level.LOW: 1, Color.RED: 2}})
+"""
+    path = str(tmp_path / "a")
+    subprocess.run([sys.executable, "-c", program, path], check=True)
+    assert ckpt.load(path) == {"v": ["RED", "LOW"], "d": {3: 1, "RED": 2}}
+    assert type(next(iter(ckpt.load(path)["d"]))) is int
 
 
 @given(
