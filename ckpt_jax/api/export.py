@@ -121,6 +121,7 @@ def export(
         staging = staging_name(path)
         with joined(staging):
             try:
+                assert writer.write is not None  # `_writer` has looked
                 inside = os.path.join(staging, os.path.basename(path))
                 endings = writer.write(Export(path, graph, read, max_shard_nbytes), inside)
                 _publish(inside, path, endings)

@@ -44,8 +44,8 @@ class LeafSpec:
       shape: shape of the whole array; () for everything that is no array.
       weak_type: whether JAX took the dtype from a Python scalar.
       prng_impl: of a PRNG key, the name of its implementation.
-      note: of an unreadable value, why it cannot be read and what to do about it.
       enum_class: of the member of an enum, the module-qualified name of its class; never imported.
+      note: of an unreadable value, why it cannot be read and what to do about it.
 
     >>> spec = LeafSpec("array", "float32", (4, 3))
     >>> str(spec), spec.is_array, spec.is_placed, spec.is_number
@@ -57,8 +57,8 @@ class LeafSpec:
     shape: tuple[int, ...] = ()
     weak_type: bool = False
     prng_impl: str = ""
-    note: str = ""
     enum_class: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
         if self.is_key:

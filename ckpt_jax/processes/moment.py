@@ -24,7 +24,6 @@ import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -93,7 +92,7 @@ class Moment:
         self._graph, self._graph_digest = graph, graph_digest
         self._evidence, self._count = evidence, count
 
-    @cached_property
+    @property
     def digest(self) -> str:
         alike = (self._verb, self._name, self._step, self._graph_digest, self._evidence)
         return hashlib.sha256(repr(alike).encode()).hexdigest()[:16]

@@ -176,11 +176,15 @@ Shard
   3 starts uint64*
   4 nbytes uint64
   5 chunk_nbytes uint64
-  6 file_nbytes uint64
-  7 compression string
-  8 stored_nbytes uint64
-  9 checksums bytes
-  10 digest bytes
+  6 block_nbytes uint64
+  7 file_nbytes uint64
+  8 compression string
+  9 stored_nbytes uint64
+  10 checksums bytes
+  11 digest bytes
+Entry
+  1 shard Shard
+  2 table bytes
 """
 
 # tf.train.Checkpoint(v=tf.Variable(1.0)) after one save, as TensorFlow 2.21 wrote it.
