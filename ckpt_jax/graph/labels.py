@@ -249,7 +249,7 @@ def _imported_enum(enum_class: str) -> type[enum.Enum] | None:
         here: Any = sys.modules.get(".".join(steps[:count]))
         for step in steps[count:]:
             here = getattr(here, "__dict__", {}).get(step)
-        if isinstance(here, enum.EnumMeta):
+        if isinstance(here, type) and issubclass(here, enum.Enum):
             return here
     return None
 
