@@ -49,6 +49,7 @@ from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.match import match
 from ckpt_jax.metrics import METER
 from ckpt_jax.objects import registry
+from ckpt_jax.objects.containers import Wrapper
 from ckpt_jax.objects.python_state import PythonState
 from ckpt_jax.objects.trackable import AutoTrackable, Trackable
 from ckpt_jax.objects.variable import Variable
@@ -353,7 +354,7 @@ class _Revival:
                 seen.add(child)
                 if self.objects[child].registered_name or isinstance(mine, _OURS):
                     continue
-                if view.mutable:
+                if view.mutable and not isinstance(mine, Wrapper):  # a list is made with its parts
                     self.made[child] = mine
                     self.adopted.add(child)
                     self.values.pop(child, None)

@@ -108,10 +108,12 @@ class Ledger:
 def _remaining(origin: int | None, gone: Mapping[int, int | None]) -> int | None:
     """The nearest origin that is not among those that are gone, which are given with their own."""
     seen: set[int] = set()
-    while origin is not None and origin in gone and origin not in seen:
+    while origin is not None and origin in gone:
+        if origin in seen:
+            return None
         seen.add(origin)
         origin = gone[origin]
-    return None if origin in gone else origin
+    return origin
 
 
 def _branch(latest: CheckpointRecord, records: Iterable[CheckpointRecord]) -> set[int]:

@@ -26,6 +26,7 @@ the wrapper for an empty container. So the base holds one element that says wher
 from __future__ import annotations
 
 import contextlib
+import copy
 import reprlib
 import weakref
 from collections import OrderedDict
@@ -36,7 +37,7 @@ from typing import Any
 import jax
 
 from ckpt_jax.graph.labels import Label
-from ckpt_jax.objects.pending import pending_names, received
+from ckpt_jax.objects.pending import PENDING, copy_pending, pending_names, received
 from ckpt_jax.objects.pytrees import TupleView
 from ckpt_jax.objects.state import PLAIN, Holds, NoDependency, holds_each, holds_state
 from ckpt_jax.objects.views import View, add_view, view_of
@@ -202,9 +203,22 @@ class Wrapper:
         del self._storage[key]
 
     def __copy__(self) -> Any:
-        copy = type(self)(self._content())
-        copy._whole = self._whole
-        return copy
+        copied = type(self)(self._content())
+        copied._whole = self._whole
+        copy_pending(self, copied)
+        return copied
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo[id(self)] = type(self)()
+        copied._storage = copy.deepcopy(self._content(), memo)  # no child appears: all were there
+        copied._whole = self._whole
+        copy_pending(self, copied)
+        return copied
+
+    def _state(self) -> dict[str, Any]:
+        """What a pickle holds besides the elements. It is set when they are there."""
+        waiting = {PENDING: self.__dict__[PENDING]} if pending_names(self) else {}
+        return {"_whole": self._whole, **waiting}
 
     def copy(self) -> Any:
         return self.__copy__()
@@ -309,7 +323,7 @@ class ListWrapper(  # pyright: ignore[reportGeneralTypeIssues, reportIncompatibl
         return self
 
     def __reduce__(self) -> Any:
-        return ListWrapper, (), {"_whole": self._whole}, iter(self._content())
+        return ListWrapper, (), self._state(), iter(self._content())
 
 
 class DictWrapper(  # pyright: ignore[reportGeneralTypeIssues]
@@ -372,7 +386,7 @@ class DictWrapper(  # pyright: ignore[reportGeneralTypeIssues]
 
     def __reduce__(self) -> Any:
         empty = type(self._storage)()
-        return DictWrapper, (empty,), {"_whole": self._whole}, None, iter(self.items())
+        return DictWrapper, (empty,), self._state(), None, iter(self.items())
 
 
 _WRAPPERS: dict[type, type[ListWrapper] | type[DictWrapper]] = {

@@ -97,6 +97,12 @@ def await_child(parent: Any, label: Label, pending: Pending) -> None:
     parent.__dict__.setdefault(PENDING, {}).setdefault(label, []).append(pending)
 
 
+def copy_pending(parent: Any, copied: Any) -> None:
+    """Lets the restores that wait for children of an object wait for children of its copy, too."""
+    if (pending := parent.__dict__.get(PENDING)) is not None:
+        copied.__dict__[PENDING] = {label: [*restores] for label, restores in pending.items()}
+
+
 def pending_names(parent: Any) -> list[str]:
     """The names under which restores wait."""
     return list(getattr(parent, "__dict__", {}).get(PENDING, ()))

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 
 from ckpt_jax.graph.labels import PYTHON_STATE, Label
 from ckpt_jax.objects.containers import unmarked, wrap
-from ckpt_jax.objects.pending import PENDING, received
+from ckpt_jax.objects.pending import PENDING, copy_pending, received
 from ckpt_jax.objects.python_state import PythonState
 from ckpt_jax.objects.state import NoDependency, holds_state
 from ckpt_jax.objects.variable import Variable
@@ -104,7 +104,7 @@ class Trackable:
         copy.__dict__[_CHILDREN] = dict(children_of(self))
         for private in (_UNTRACKED, _ASSIGNED):
             copy.__dict__[private] = dict(self.__dict__.get(private, ()))
-        copy.__dict__.pop(PENDING, None)
+        copy_pending(self, copy)
         return copy
 
     def trackable_children(self) -> dict[str, Any]:

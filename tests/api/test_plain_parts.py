@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hypothesis import given
 from hypothesis import strategies as st
 from pytrees import arrays, labels
@@ -226,3 +227,25 @@ def test_an_element_that_is_neither_state_nor_plain_data_is_refused_by_name(tmp_
 def test_text_that_is_not_written_as_plain_data_is_refused(text):
     with pytest.raises(ValueError):
         plain.decode(text)
+
+
+def test_a_list_that_a_registered_class_makes_empty_comes_back_whole(tmp_path):
+    class Net(ckpt.AutoTrackable):
+        def __init__(self):
+            self.parts, self.table = [], {"width": 3}
+            self.layers = [nnx.Linear(1, 1, rngs=nnx.Rngs(0)), "relu"]
+
+    saved = Net()
+    saved.parts += [1, ckpt.Variable(2.0), [3]]
+    saved.table["v"] = ckpt.Variable(4.0)
+    saved.layers[0].kernel[...] = 5.0
+    with ckpt.registration_scope():
+        ckpt.register_serializable()(Net)
+        found = ckpt.load_object(ckpt.save_object(saved, tmp_path / "a"))
+    assert type(found) is Net
+    assert values(found.parts) == [1, 2.0, [3]]
+    assert values(found.table) == {"width": 3, "v": 4.0}
+    assert isinstance(found.layers[0], nnx.Linear) and found.layers[1] == "relu"
+    assert found.layers[0].kernel[...] == 5.0
+    found.parts.append(ckpt.Variable(6.0))
+    assert ckpt.TrackableView.children(found)["parts"][-1] is found.parts[-1]

@@ -1,5 +1,7 @@
 """Values that wait for objects which do not exist yet, and restores that meet in one object."""
 
+import copy
+import pickle
 import tempfile
 
 import jax
@@ -339,3 +341,70 @@ def test_combined_objects_that_got_their_value_late_are_matched(path):
     status = ckpt.Checkpoint(a=late, b=late).read(path)
     late.v = var(0.0)
     status.assert_existing_objects_matched()
+
+
+# --- copies ---------------------------------------------------------------------------------------
+
+
+def empty():
+    return Model(layers=[], table={}, sub=Model())
+
+
+def put_layer(model):
+    model.layers.append(var(0.0))
+    return model.layers[0]
+
+
+def put_entry(model):
+    model.table["k"] = var(0.0)
+    return model.table["k"]
+
+
+def put_child(model):
+    model.sub.w = var(0.0)
+    return model.sub.w
+
+
+def put_attribute(model):
+    model.late = var(0.0)
+    return model.late
+
+
+@pytest.mark.parametrize(
+    ("put", "expected"),
+    [(put_layer, 1.0), (put_entry, 2.0), (put_child, 3.0), (put_attribute, 4.0)],
+)
+@pytest.mark.parametrize("copied", [copy.deepcopy, copy.copy])
+def test_a_copy_gets_the_values_that_wait_wherever_they_wait(tmp_path, copied, put, expected):
+    full = Model(layers=[var(1.0)], table={"k": var(2.0)}, sub=Model(w=var(3.0)), late=var(4.0))
+    path = ckpt.Checkpoint(m=full).write(tmp_path / "a")
+    model = empty()
+    ckpt.Checkpoint(m=model).read(path).expect_partial()
+    other = copied(model)
+    assert value(put(other)) == expected
+    if other.layers is not model.layers or put is put_attribute:
+        assert value(put(model)) == expected
+
+
+def test_copied_lists_and_dicts_wait_too_and_placeholders_stay_placeholders(tmp_path):
+    path = ckpt.Checkpoint(l=[var(1.0), var(2.0)], d={"k": var(3.0)}).write(tmp_path / "a")
+    checkpoint = ckpt.Checkpoint(l=[None], d={"k": None})
+    checkpoint.read(path).expect_partial()
+    for copied in (copy.copy, copy.deepcopy):
+        parts, table = copied(checkpoint.l), copied(checkpoint.d)
+        assert (parts, table) == ([None], {"k": None})
+        parts[0] = var(0.0)
+        parts.append(var(0.0))
+        table["k"] = var(0.0)
+        assert [value(x) for x in (*parts, table["k"])] == [1.0, 2.0, 3.0]
+
+
+def test_a_pickled_list_says_that_its_values_stayed_behind(tmp_path, caplog):
+    path = ckpt.Checkpoint(m=Model(l=[var(1.0)])).write(tmp_path / "a")
+    model = Model(l=[])
+    ckpt.Checkpoint(m=model).read(path).expect_partial()
+    again = pickle.loads(pickle.dumps(model))
+    again.l.append(var(0.0))
+    assert value(again.l[0]) == 0.0
+    (record,) = caplog.records
+    assert path in record.getMessage() and "restore the checkpoint again" in record.getMessage()
