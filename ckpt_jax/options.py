@@ -196,9 +196,11 @@ class CheckpointOptions:
       For both:
         max_inflight_bytes: host memory that a save or restore may use in addition to the arrays.
           By default 32 MiB for each core, at least 64 MiB, and at most an eighth of what is free.
-        timeout_seconds: if there are several processes, the longest wait for another one: it has
-          to cover the slowest process's writing and process 0's commit. It also bounds how long
-          the program's exit waits for a save in the background.
+        timeout_seconds: if there are several processes, how long one of them waits for the others,
+          in all waits of a save or a restore together. This has to cover how much longer than this
+          process the slowest one writes, and process 0's commit. A process that has died or is
+          stopped is noticed earlier, after 15 seconds. `timeout_seconds` also bounds how long the
+          program's exit waits for a save in the background.
         progress: a function `(done_bytes, total_bytes)` that is called while values are written
           or read, by one thread at a time, from 0 up to the total; or True for a line on stderr,
           if that is a terminal. If the function raises, this is logged once, and the function is

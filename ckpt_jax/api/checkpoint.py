@@ -197,8 +197,14 @@ class Checkpoint(AutoTrackable):
         values: Mapping[str, Any],
         open_books: Callable[[Meeting], Bookkeeping],
     ) -> str | None:
+        context = current_context()
         saved = self._runs().save(
-            path, options, current_context(), lambda: check_values(self, values), open_books
+            path,
+            options,
+            context.processes.patience(options.timeout_seconds),
+            context,
+            lambda: check_values(self, values),
+            open_books,
         )
         if saved is None:  # skipped; a later save without values must not find older ones
             replace_values(self, values)
@@ -277,7 +283,7 @@ class Checkpoint(AutoTrackable):
         options, context = given(options), current_context()
         with self._turn_to_restore(path, options, context) as meeting:
             self._counter()
-            self._runs().settle_doubts(options.timeout_seconds)
+            self._runs().settle_doubts(context.processes.patience(options.timeout_seconds))
             return self._read(path, options, rename, meeting, context)
 
     def freeze(self) -> FrozenSaver:

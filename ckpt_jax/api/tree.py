@@ -94,8 +94,9 @@ def save(
         verb="ckpt.save",
     )
     saves = _saves_of(context.processes)
+    patience = context.processes.patience(options.timeout_seconds)
     saved = saves.runs.save(
-        path, options, context, lambda: None, lambda meeting: Unrecorded(request)
+        path, options, patience, context, lambda: None, lambda meeting: Unrecorded(request)
     )
     if saved is not None and options.enable_async:
         saves.left_to_background = absolute(path)

@@ -249,7 +249,8 @@ class CheckpointManager:
 
         Source: `tf.train.CheckpointManager.save`, where a failed save advances the counter.
         """
-        options = given(options)
+        options, context = given(options), current_context()
+        patience = context.processes.patience(options.timeout_seconds)
         schedule, step = self._schedule, self._schedule.step()
         runs = save_runs_of(self._checkpoint)
 
@@ -260,7 +261,7 @@ class CheckpointManager:
                     raise TypeError(f"{name}: expected True or False, got {value!r}")
 
         if step is not None:
-            runs.settle_doubts(options.timeout_seconds)  # their outcome may change what is due
+            runs.settle_doubts(patience)  # their outcome may change what is due
             if not (force or schedule.is_due(step, check_interval)):
                 check()
                 replace_values(self._checkpoint, values)
@@ -290,7 +291,7 @@ class CheckpointManager:
             )
 
         prefix = os.path.join(self._directory, self._name)
-        path = runs.save(prefix, options, current_context(), check, open_books)
+        path = runs.save(prefix, options, patience, context, check, open_books)
         if path is None:  # a preemption handler may save next, without values
             replace_values(self._checkpoint, values)
             return None

@@ -9,15 +9,19 @@ half updated. The training loop says when it is at one. The boundary is chosen l
   and optimizer state of another, and the save may fail because the step has donated its arrays.
   This is for programs with steps that are longer than the notice. If a boundary still comes, it
   saves again.
-* If there are several processes, JAX's preemption service spreads SIGTERM to all of them, and they
-  agree on a step that all will reach. JAX then has a handler of its own for SIGTERM, which
-  stays; other signals are passed on to it as SIGTERM. If that service is off, the handler here
-  takes SIGTERM, too, and `processes.common_step` finds the step. Several processes never save in
-  the middle of a step, because they have to save together.
+* If there are several processes, `processes.common_step` finds a boundary to which all of them
+  come: it counts how often `reached` is called. They never save in the middle of a step, because
+  they have to save together.
 
 Python runs signal handlers on the main thread, between two of its instructions. While that thread
-waits for a device, this may be long after the signal. The thread that watches the grace period is
-therefore told through the interpreter's wakeup file, to which the signal itself writes.
+waits for a device, or does not give up the GIL, this may be long after the signal. Another thread,
+the *watcher*, is therefore told through the interpreter's wakeup file, to which the signal itself
+writes.
+
+If JAX's preemption service is on, JAX has a handler of its own for SIGTERM, which stays. The notice
+is then a key of the coordination service, whichever process had the signal, and process 0 looks for
+it. JAX's own way of agreeing on a step is not used. It compares numbers of steps, which must have
+no gaps, and it holds all processes for as long as its heartbeats allow if one of them has died.
 """
 
 from __future__ import annotations
@@ -35,13 +39,14 @@ from contextlib import ExitStack
 from types import FrameType
 
 import jax
-from jax.experimental import multihost_utils
 
 from ckpt_jax.errors import AsyncSaveError
 from ckpt_jax.manage.manager import CheckpointManager, has_saved_step, make_due
 from ckpt_jax.processes.common_step import CommonStep
 from ckpt_jax.processes.current import current
-from ckpt_jax.processes.meeting import Processes
+from ckpt_jax.processes.service import CoordinationService
+from ckpt_jax.processes.threads import LONGEST_CALL_SECONDS, ServiceThread
+from ckpt_jax.values.jax_internals import PREEMPTION_NOTICE, service_client
 
 Save = Callable[[int | None], str | None]
 Agree = Callable[[int, bool], bool]
@@ -69,7 +74,7 @@ class PreemptionHandler:
       agree: a function that decides whether to save at a step, given the step and whether this
         process has had a signal. It is called at every step until it returns true, and has to
         return the same in all processes. By default, a single process decides alone, and several
-        processes agree through JAX's preemption service, or without it if it is off.
+        processes save at the first call of `reached` to which all of them come.
 
     Raises:
       ValueError: `grace_seconds` is negative; or, on entering, this is not the main thread.
@@ -140,30 +145,28 @@ class PreemptionHandler:
         return self
 
     def _install(self, undo: ExitStack) -> None:
-        """Installs the handlers of signals; `undo` removes them."""
-        signals = self._signals
-        if self._given_agree is None:
-            if _has_preemption_service():
-                self._agree, self._pass_on = _agreed_by_jax, _notify_jax
-                signals = tuple([number for number in signals if number != signal.SIGTERM])
-            else:
-                self._agree_among(current(), undo)
-        for number in signals:
-            previous = signal.signal(number, self._notice)
-            # A handler that no Python code installed cannot be put back.
-            undo.callback(signal.signal, number, previous or signal.SIG_DFL)
-
-    def _agree_among(self, processes: Processes, undo: ExitStack) -> None:
-        """Chooses how to agree without JAX's service."""
-        if processes.count > 1:
+        """Installs the handlers of signals and the watcher; `undo` removes them."""
+        of_jax = {signal.SIGTERM} if self._given_agree is None and _has_jaxs_handler() else set()
+        common = None
+        if self._given_agree is None and (processes := current()).count > 1:
             common = CommonStep(processes)
             undo.callback(common.close)
             self._agree, self._pass_on = lambda step, noticed: common.is_passed(), common.ask
-        else:
-            watch = _GraceWatch(
-                self._signals, self._grace_seconds, self._announce, self._save_at_once
-            )
-            watch.start(undo)
+        is_alone = self._given_agree is None and common is None
+        watcher = _Watcher(
+            self._signals,
+            self._grace_seconds if is_alone else None,
+            self._announce,
+            self._save_at_once if is_alone else None,
+        )
+        watcher.start(undo)
+        for number in self._signals:
+            if number not in of_jax:
+                previous = signal.signal(number, self._notice)
+                # A handler that no Python code installed cannot be put back.
+                undo.callback(signal.signal, number, previous or signal.SIG_DFL)
+        if of_jax & {*self._signals} and current().index == 0:
+            undo.callback(_when_jax_has_notice(lambda: watcher.came(signal.SIGTERM)).close)
 
     def __exit__(self, *exception: object) -> None:
         self._undo.close()
@@ -177,21 +180,19 @@ class PreemptionHandler:
         """Says that a step is over; saves here if it is time.
 
         Args:
-          step: its number, one more with every call; the same in all processes.
+          step: its number. All processes have to call this equally often, with the same numbers.
 
         Returns:
           Whether a checkpoint has been saved because of a signal: the loop should end.
 
         Raises:
+          BarrierTimeoutError: there was a signal, but a process has died or is stopped, so that the
+            processes cannot save together.
           Any error of this save. An error of an earlier save in the background is only logged.
         """
-        # Gives up the GIL for a moment. If the system delivers a signal to another thread, the main
-        # thread of Python 3.11 hears of it when it takes the GIL again, which a loop of steps that
-        # never wait may never do.
-        time.sleep(0)
         self._step = step
         if not self._is_done and (self._is_agreed or self._agree(step, self._noticed)):
-            # JAX reports the agreed step only once. After a failed save, all processes try again.
+            # After a failed save, all processes try again.
             self._noticed = self._is_agreed = True
             with self._saving:
                 before, self._saved = self._saved, None
@@ -203,15 +204,12 @@ class PreemptionHandler:
         return self._is_done
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
-        self._set_noticed()
-        self._pass_on()
-
-    def _set_noticed(self) -> None:
         self._noticed = True
 
     def _announce(self) -> None:
-        """Notes the first signal, on the thread that watches the grace period."""
-        self._set_noticed()
+        """Notes the first signal, on the thread of the watcher."""
+        self._noticed = True
+        self._pass_on()
         if self._step is None:
             _log.warning(
                 "a preemption notice came, but reached(step), which saves, has never been called. "
@@ -255,14 +253,15 @@ class PreemptionHandler:
         return latest if latest != before else None
 
 
-class _GraceWatch:
-    """The thread that calls `save_at_once` at a second signal, or when the grace period is over.
+class _Watcher:
+    """The thread that hears of signals at once. It also calls `save_at_once` at a second signal, or
+    when the grace period is over.
 
     Args:
       signals: the signals that count. Others go to the wakeup file that was there before.
       grace_seconds: counted from the first signal; None for no end.
       notice: called at the first signal.
-      save_at_once: called with the reason, at most once.
+      save_at_once: called with the reason, at most once; None if there is no such save.
       clock: returns seconds, by which the grace period is measured.
     """
 
@@ -271,7 +270,7 @@ class _GraceWatch:
         signals: tuple[signal.Signals, ...],
         grace_seconds: float | None,
         notice: Callable[[], None],
-        save_at_once: Callable[[str], None],
+        save_at_once: Callable[[str], None] | None,
         clock: Callable[[], float] = time.monotonic,
     ):
         self._signals = signals
@@ -279,37 +278,48 @@ class _GraceWatch:
         self._notice = notice
         self._save_at_once = save_at_once
         self._clock = clock
+        self._notices, self._wakeup = socket.socketpair()
 
     def start(self, undo: ExitStack) -> None:
         """Starts the thread; `undo` ends it and gives the wakeup file back."""
-        notices, wakeup = socket.socketpair()
-        wakeup.setblocking(False)
-        previous_fd = signal.set_wakeup_fd(wakeup.fileno(), warn_on_full_buffer=False)
+        self._wakeup.setblocking(False)
+        previous_fd = signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)
         watcher = threading.Thread(
-            target=self._watch, args=[notices, previous_fd], name="ckpt-preempt", daemon=True
+            target=self._watch, args=[self._notices, previous_fd], name="ckpt-preempt", daemon=True
         )
-        undo.callback(notices.close)
+        undo.callback(self._notices.close)
         undo.callback(watcher.join)
-        undo.callback(wakeup.close)  # the thread then reads the end of the file, and ends
+        undo.callback(self._wakeup.close)  # the thread then reads the end of the file, and ends
         undo.callback(signal.set_wakeup_fd, previous_fd)
         watcher.start()
+
+    def came(self, number: signal.Signals) -> None:
+        """Says that a signal came to a handler that is not Python's; on any thread."""
+        with contextlib.suppress(OSError):  # the thread has ended
+            self._wakeup.send(bytes([number]))
 
     def _watch(self, notices: socket.socket, previous_fd: int) -> None:
         if self._next_signal(notices, previous_fd, None) is None:
             return
         self._notice()
+        if self._save_at_once is not None:
+            self._wait_for_the_end(notices, previous_fd, self._save_at_once)
+        while self._next_signal(notices, previous_fd, None) is not None:
+            pass  # the owner of the previous wakeup file may still wait for other signals
+
+    def _wait_for_the_end(
+        self, notices: socket.socket, previous_fd: int, save_at_once: Callable[[str], None]
+    ) -> None:
         deadline = None
         if self._grace_seconds is not None and math.isfinite(self._grace_seconds):
             deadline = self._clock() + self._grace_seconds
         try:
             second = self._next_signal(notices, previous_fd, deadline)
         except (TimeoutError, BlockingIOError):
-            self._save_at_once(f"no step boundary came within {self._grace_seconds} s of a signal")
+            save_at_once(f"no step boundary came within {self._grace_seconds} s of a signal")
         else:
             if second is not None:
-                self._save_at_once(f"a second signal came ({signal.Signals(second).name})")
-        while self._next_signal(notices, previous_fd, None) is not None:
-            pass  # the owner of the previous wakeup file may still wait for other signals
+                save_at_once(f"a second signal came ({signal.Signals(second).name})")
 
     def _next_signal(
         self, notices: socket.socket, previous_fd: int, deadline: float | None
@@ -336,21 +346,33 @@ class _GraceWatch:
                     os.write(previous_fd, found)
 
 
-def _has_preemption_service() -> bool:
-    """Whether JAX's preemption service is on."""
+def _has_jaxs_handler() -> bool:
+    """Whether JAX's preemption service is on, which handles SIGTERM."""
     # Releases of JAX without this setting always have the service.
     is_enabled = getattr(jax.config, "jax_enable_preemption_service", True)
     return jax.distributed.is_initialized() and is_enabled
 
 
+def _when_jax_has_notice(notice: Callable[[], None]) -> ServiceThread:
+    """Starts a thread that calls `notice` when a process has told JAX's service of a SIGTERM."""
+    service = CoordinationService(service_client())
+
+    def listen(is_closed: threading.Event) -> None:
+        while not is_closed.is_set():
+            try:
+                if service.get(PREEMPTION_NOTICE, LONGEST_CALL_SECONDS) is not None:
+                    notice()
+                    return
+            except TimeoutError:  # the service hangs; it may come back
+                continue
+            except ConnectionError as error:
+                if not is_closed.is_set():
+                    _log.error("cannot hear any more of preemption notices: %s", error)
+                return
+
+    return ServiceThread(listen, "ckpt-notice")
+
+
 def _alone(step: int, noticed: bool) -> bool:
     """How a single process decides."""
     return noticed
-
-
-def _agreed_by_jax(step: int, noticed: bool) -> bool:
-    return multihost_utils.reached_preemption_sync_point(step)
-
-
-def _notify_jax() -> None:
-    os.kill(os.getpid(), signal.SIGTERM)

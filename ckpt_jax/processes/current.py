@@ -11,9 +11,11 @@ from typing import Any
 import jax
 
 from ckpt_jax.processes.meeting import Processes
+from ckpt_jax.processes.roll_call import Rhythm, RollCalls, answer
 from ckpt_jax.processes.service import CoordinationService
-from ckpt_jax.values.jax_internals import service_client
+from ckpt_jax.values.jax_internals import heartbeat_seconds, service_client
 
+_BEFORE_THE_ABORT = 0.6  # of the time after which JAX ends all processes because of a dead one
 _simulated: ContextVar[Processes | None] = ContextVar("ckpt_jax_processes", default=None)
 # The client of JAX's service, and the processes that share it. They are kept, because `Processes`
 # counts meetings.
@@ -42,10 +44,18 @@ def current() -> Processes:
         )
     with _present_lock:
         if _present is None or _present[0] is not client:
-            service = CoordinationService(client) if client is not None else None
-            index = jax.process_index() if client is not None else 0
-            _present = client, Processes(index, count, service)
+            _present = client, Processes() if client is None else _joined(client, count)
         return _present[1]
+
+
+def _joined(client: Any, count: int) -> Processes:
+    """The processes that share a service. From now on, this one gives signs of life."""
+    service, index = CoordinationService(client), jax.process_index()
+    rhythm = Rhythm.of(count, _BEFORE_THE_ABORT * heartbeat_seconds())
+    if index:
+        answer(service, index, rhythm)
+        return Processes(index, count, service)
+    return Processes(index, count, service, RollCalls(service, rhythm))
 
 
 @contextlib.contextmanager

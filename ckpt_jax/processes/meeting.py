@@ -10,7 +10,7 @@ No device takes part, so that a meeting may be held on any thread while the devi
 Meetings are numbered in the order in which the program opens them. This order has to be the same
 on all processes. The keys of meeting n, below "ckpt_jax/n/":
 
-    reports/k       the report of process k, as JSON; process 0 only says that it is there
+    reports/k/said  the report of process k, as JSON; process 0 only says that it is there
     led             an answer that process 0 gives to all before the reports, if a save asks for it
     decision        "commit", from process 0 when all have reported, or an error, from a process
                     that failed before that. The first one stays: the service refuses a second.
@@ -65,20 +65,23 @@ from ckpt_jax.processes.board import ROOT, Board
 from ckpt_jax.processes.moment import (
     Deed,
     Mark,
+    Moment,
     difference,
     numbers_in,
     packed,
     ranges,
     unpacked,
 )
+from ckpt_jax.processes.patience import Patience
+from ckpt_jax.processes.roll_call import RollCalls
 from ckpt_jax.processes.service import Service
 from ckpt_jax.store.staging import owner_digits
 
 COMMIT = "commit"
+_RUN = f"{ROOT}/run"
 _MOST_GROUPS = 8  # of processes that do different things, which are asked what they do
-_POLL_SECONDS = (0.001, 0.05)  # between two looks at the reports: at first, and at most
-_PATIENCE_SECONDS = 5.0  # for answers of the service, beyond the wait for other processes
-_LONGEST_SECONDS = 1e9  # no wait is longer: every clock accepts this
+_POLL_SECONDS = (0.001, 0.05)  # between two looks at a report: at first, and at most
+_SWEEP_SECONDS = 5.0  # for the service to remove the keys of a meeting
 _MAX_MESSAGE = 4000
 _OWNER_DIGITS = 24
 
@@ -91,11 +94,15 @@ class Processes:
       index: of this process.
       count: of all.
       service: through which they talk to each other; None if there is one process.
+      roll_calls: that process 0 holds; None if no process is asked for a sign of life.
+      clock: returns seconds, by which waits are measured.
     """
 
     index: int = 0
     count: int = 1
     service: Service | None = None
+    roll_calls: RollCalls | None = field(default=None, repr=False)
+    clock: Callable[[], float] = field(default=time.monotonic, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _next: int = 0
     _open: set[int] = field(default_factory=set, repr=False)
@@ -107,12 +114,16 @@ class Processes:
     _apart: dict[int, set[str]] = field(default_factory=dict, repr=False)
     _afterwards: threading.local = field(default_factory=threading.local, repr=False)
 
-    def meeting(self, what: str, timeout_seconds: float) -> Meeting:
+    def patience(self, seconds: float) -> Patience:
+        """Patience for several waits, which share these seconds."""
+        return Patience(seconds, self.clock)
+
+    def meeting(self, what: str, patience: float | Patience) -> Meeting:
         """Opens the next meeting. To be called in the program's order, outside of any `try`.
 
         Args:
           what: names it in errors: "saving runs/a/ckpt-3".
-          timeout_seconds: the longest wait for other processes.
+          patience: for other processes, for all waits together: seconds, or what is left of them.
 
         Raises:
           RuntimeError: another meeting is at its end, and the others may not know this yet.
@@ -126,7 +137,9 @@ class Processes:
         with self._lock:
             number, self._next = self._next, self._next + 1
             self._open.add(number)
-        return Meeting(self, number, what, min(timeout_seconds, _LONGEST_SECONDS))
+        if not isinstance(patience, Patience):
+            patience = self.patience(patience)
+        return Meeting(self, number, what, patience)
 
     def next_agreement(self) -> int:
         """A number for an agreement outside of meetings, in the program's order."""
@@ -167,10 +180,10 @@ class Processes:
         """Removes the keys of meetings that no process has open."""
         assert self.service is not None
         for number in range(self._swept, oldest_open):
-            self.service.delete(f"{ROOT}/{number}/", _PATIENCE_SECONDS)
+            self.service.delete(f"{ROOT}/{number}/", _SWEEP_SECONDS)
             self._swept = number + 1
 
-    def _run_name(self, timeout_seconds: float) -> str:
+    def _run_name(self, board: Board) -> str:
         """A name for this run of the program, which the others learn from process 0 on first use.
 
         It consists of the name of process 0 as an owner of staging directories, and random digits.
@@ -178,14 +191,9 @@ class Processes:
         if self.service is None:  # a new name each time: this process may have been forked
             return f"{owner_digits()}{secrets.token_hex(16)}"
         if not self._nonce:
-            key = f"{ROOT}/run"
-            if self.index == 0:
-                name = f"{owner_digits()}{secrets.token_hex(16)}"
-                if not self.service.set(key, name, timeout_seconds):
-                    name = self.service.get(key, timeout_seconds) or name
-            else:
-                name = self.service.get(key, timeout_seconds) or ""
-            self._nonce = name
+            name = f"{owner_digits()}{secrets.token_hex(16)}"
+            is_new = self.index == 0 and board.set_key(_RUN, name)
+            self._nonce = name if is_new else board.wait_for_key(_RUN) or ""
         return self._nonce
 
 
@@ -212,15 +220,14 @@ class Meeting:
         were apart; else None.
     """
 
-    def __init__(self, processes: Processes, number: int, what: str, timeout_seconds: float):
+    def __init__(self, processes: Processes, number: int, what: str, patience: Patience):
         self.index = processes.index
         self.count = processes.count
         self.what = what
         self.count_of_0: int | None = None
         self._processes = processes
         self._number = number
-        self._timeout = timeout_seconds
-        self._board = Board(processes.service, number, what, self.count, timeout_seconds)
+        self._board = Board(processes.service, number, what, self.count, patience)
         self._state = State.SETTLED if processes.count == 1 else State.OPEN
         self._is_kept = False  # to be asked for the outcome later
         self._mark: Mark = Deed(what.partition(" ")[0])
@@ -245,7 +252,7 @@ class Meeting:
     def token(self) -> str:
         """32 hex digits, the same on all processes, for names of files that process 0 owns."""
         self.begin()
-        run = self._run_name(self._timeout)
+        run = self._processes._run_name(self._board)
         if not run:
             raise self._board.late([0])
         digest = hashlib.sha256(f"{run}/{self._number}".encode()).hexdigest()
@@ -309,15 +316,18 @@ class Meeting:
         self.announce(result)
         return result
 
-    def done_after_all(self, timeout_seconds: float) -> bool | None:
+    def done_after_all(self, patience: Patience) -> bool | None:
         """Whether process 0 has acted after all, if the meeting stayed open in doubt.
+
+        Args:
+          patience: for the answer.
 
         Returns:
           None if this does not become known in time.
         """
         if not self.is_in_doubt:
             return False
-        self._board.seconds = min(timeout_seconds, _LONGEST_SECONDS)
+        self._board.patience = patience
         try:
             found = self._board.wait_for("outcome")
         except CheckpointError:
@@ -344,7 +354,7 @@ class Meeting:
         self._has_begun = True
         self._mark = mark or self._mark
         if self.leads:  # the others may be waiting for it
-            self._run_name(self._timeout)
+            self._processes._run_name(self._board)
         while self._is_skipped() and self._goes_on():
             pass
         if self._processes._apart:
@@ -352,7 +362,7 @@ class Meeting:
 
     def _is_skipped(self) -> bool:
         """Whether the meeting has failed already, and was for another call than this one."""
-        why = self._board.values("failed/").get("why")
+        why = self._board.value("failed/why")
         if why is None:
             return False
         digest = json.loads(why)["error"]["digest"]
@@ -385,7 +395,7 @@ class Meeting:
 
     def _digest_here(self, process: int) -> str | None:
         """The digest with which a process has come to this meeting; None if it has not come yet."""
-        return self._board.values(f"here/{process}/").get("at")
+        return self._board.value(f"here/{process}/at")
 
     def _own_digest(self) -> str:
         if self._digest is None:
@@ -413,22 +423,8 @@ class Meeting:
             return [own]
         self.begin()
         own_digest = self._own_digest()
-        self._board.set("reports/0", "")
-        deadline = time.monotonic() + self._timeout
-        pause, longest = _POLL_SECONDS
-        while True:
-            # The last look comes at the deadline. The service needs time to answer it.
-            found = self._board.values("", max(deadline - time.monotonic(), _PATIENCE_SECONDS))
-            if "decision" in found:
-                raise self._heard(found["decision"])
-            missing = [k for k in range(1, self.count) if f"reports/{k}" not in found]
-            if not missing:
-                break
-            if time.monotonic() >= deadline:
-                raise self._board.late(missing)
-            time.sleep(pause)
-            pause = min(2 * pause, longest)
-        others = [json.loads(found[f"reports/{k}"]) for k in range(1, self.count)]
+        self._board.set("reports/0/said", "")
+        others = [json.loads(text) for text in self._reports()]
         digests = [own_digest, *(other["digest"] for other in others)]
         if len({*digests}) > 1:
             raise self._are_apart(digests)
@@ -439,6 +435,44 @@ class Meeting:
         with contextlib.suppress(TimeoutError, ConnectionError):  # the next meeting removes them
             self._processes._sweep(oldest)
         return [own, *(other["report"] for other in others)]
+
+    def _reports(self) -> list[str]:
+        """Waits for the reports of the others, in their order. One is looked for at a time, so that
+        the service does not send the others again and again."""
+        calls = self._processes.roll_calls
+        pause, longest = _POLL_SECONDS
+        lost_among = calls and calls.during_a_wait(isinstance(self._mark, Moment))
+        with self._board.patience.waiting() as left:
+            found = self._board.values("reports/")
+            for process in range(1, self.count):
+                name = f"{process}/said"
+                while name not in found:
+                    # The last look comes when no patience is left.
+                    is_last = left() <= 0
+                    found |= self._look(process, is_last)
+                    if name in found:
+                        break
+                    missing = [k for k in range(1, self.count) if f"{k}/said" not in found]
+                    if is_last:
+                        raise self._board.late(missing)
+                    with self._board.answered():
+                        lost = lost_among(missing) if lost_among else []
+                    if lost:
+                        raise self._board.lost(lost)
+                    time.sleep(pause)
+                    pause = min(2 * pause, longest)
+        if calls:
+            calls.known |= {*range(1, self.count)}
+        return [found[f"{process}/said"] for process in range(1, self.count)]
+
+    def _look(self, process: int, at_all: bool) -> dict[str, str]:
+        """Looks for the report of a process, or for all."""
+        if (why := self._board.value("failed/why")) is not None:
+            raise self._heard(why)
+        if at_all:
+            return self._board.values("reports/")
+        said = self._board.value(f"reports/{process}/said")
+        return {} if said is None else {f"{process}/said": said}
 
     def announce(self, result: Any) -> None:
         """Tells the others the outcome, a value that JSON allows; for process 0 only."""
@@ -492,13 +526,13 @@ class Meeting:
         oldest = self._processes._oldest_open()
         said = {"digest": self._own_digest(), "open": oldest, "report": report}
         self._state = State.REPORTED
-        self._board.set(f"reports/{self.index}", json.dumps(said))
+        self._board.set(f"reports/{self.index}/said", json.dumps(said))
         outcome = self._board.wait_for("outcome")
         if outcome is None:
-            found = self._board.values("", _PATIENCE_SECONDS)
+            found = self._board.values()
             if "decision" in found and found["decision"] != COMMIT:
                 raise self._heard(found["decision"])
-            late = [k for k in range(self.count) if f"reports/{k}" not in found]
+            late = [k for k in range(self.count) if f"reports/{k}/said" not in found]
             raise self._board.late(late or [0], unknown="decision" in found)
         if (asked := json.loads(outcome).get("asked")) is not None:
             raise self._verdict(asked)
@@ -570,13 +604,12 @@ class Meeting:
         """Tells the others of an error; returns the error of a process that failed before."""
         said = {**described(error, self.index, self.what), "digest": self._digest}
         text = json.dumps({"error": said})
-        patience = min(self._timeout, _PATIENCE_SECONDS)
         try:
             if self.leads:  # the others may be waiting for one of these
-                self._run_name(patience)
-                self._board.set("led", text, patience)
-            if not has_decided and not self._board.set("decision", text, patience):
-                decision = self._board.values("", patience)["decision"]
+                self._processes._run_name(self._board)
+                self._board.set("led", text)
+            if not has_decided and not self._board.set("decision", text):
+                decision = self._board.values()["decision"]
                 if decision != COMMIT:
                     return self._heard(decision)
                 if not self.leads:
@@ -584,8 +617,8 @@ class Meeting:
                     # has reported, and then its wait for the outcome failed.
                     return None
             self._state = State.SETTLED
-            self._board.set("outcome", text, patience)
-            self._board.set("failed/why", text, patience)
+            self._board.set("outcome", text)
+            self._board.set("failed/why", text)
         except CheckpointError as unheard:
             error.add_note(f"The other processes could not be told: {unheard}")
         return None
@@ -603,14 +636,6 @@ class Meeting:
         if said["is_timeout"]:
             return BarrierTimeoutError(message, processes)
         return ProcessError(message, processes)
-
-    # -------------------------------------------------------------------------------------
-
-    def _run_name(self, timeout_seconds: float) -> str:
-        try:
-            return self._processes._run_name(timeout_seconds)
-        except (TimeoutError, ConnectionError) as error:
-            raise self._board.unanswered(error) from error
 
 
 def described(error: BaseException, index: int, what: str) -> dict[str, Any]:

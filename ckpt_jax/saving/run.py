@@ -29,6 +29,7 @@ from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.processes.context import Context
 from ckpt_jax.processes.meeting import Meeting
 from ckpt_jax.processes.moment import Moment
+from ckpt_jax.processes.patience import Patience
 from ckpt_jax.saving.background import Background
 from ckpt_jax.saving.pipeline import SaveRequest, StagedSave
 
@@ -138,6 +139,7 @@ class SaveRuns:
         self,
         path: str,
         options: CheckpointOptions,
+        patience: Patience,
         context: Context,
         check: Callable[[], object],
         open_books: Open,
@@ -147,6 +149,7 @@ class SaveRuns:
         Args:
           path: names the save in errors.
           options: how to save.
+          patience: for other processes.
           context: the surroundings of the save.
           check: raises an error if the save cannot begin. The other processes hear of it.
           open_books: called when this save has its turn. Returns None if there is nothing to save.
@@ -159,14 +162,12 @@ class SaveRuns:
         self._calls += 1
         call = self._calls
         with ExitStack() as stack:
-            meeting = stack.enter_context(
-                context.processes.meeting(f"saving {path}", options.timeout_seconds)
-            )
+            meeting = stack.enter_context(context.processes.meeting(f"saving {path}", patience))
             check()
             with self._turn(options, meeting) as is_mine:
                 if not is_mine:
                     return None
-                self.settle_doubts(options.timeout_seconds)
+                self.settle_doubts(patience)
                 books = open_books(meeting)
                 if books is None:
                     return None
@@ -202,10 +203,10 @@ class SaveRuns:
                 with self.background.turn(is_refused=is_alone) as is_mine:
                     yield is_mine
 
-    def settle_doubts(self, timeout_seconds: float) -> None:
+    def settle_doubts(self, patience: Patience) -> None:
         """Counts the saves in doubt that process 0 has committed, and takes back the others."""
         while self._doubts:
-            is_done = self._doubts[0].meeting.done_after_all(timeout_seconds)
+            is_done = self._doubts[0].meeting.done_after_all(patience)
             if is_done is None:
                 return
             books = self._doubts.pop(0).books

@@ -1,7 +1,8 @@
 """JAX's internals: everything that this package uses of them, in one place.
 
-Three functions use what has no public interface. A test pins what they expect of JAX, so that a
-release of JAX that moves one of these internals fails there and not in somebody's training run.
+Three functions and a key use what has no public interface. A test pins what they expect of JAX, so
+that a release of JAX that moves one of these internals fails there and not in somebody's training
+run.
 
 place_shards      places all shards of an array in one call, in a third of the time that
                   `jax.make_array_from_single_device_arrays` takes, which is used if it is missing
@@ -9,10 +10,12 @@ held_shards       the addressable shards of an array, without making a view of e
                   uses `addressable_data` if the internal attribute is missing
 service_client    the client of the coordination service that `jax.distributed` started:
                   keys and values that all processes share, without touching a device
+PREEMPTION_NOTICE the key that JAX's preemption service sets there when a process has had SIGTERM
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,6 +33,8 @@ try:
 except ImportError:
     _distributed = None
 
+PREEMPTION_NOTICE = "RECEIVED_PREEMPTION_NOTICE"
+
 
 def held_shards(array: jax.Array) -> Sequence[jax.Array]:
     """The addressable shards, as single-device arrays, in the order of the sharding."""
@@ -38,6 +43,17 @@ def held_shards(array: jax.Array) -> Sequence[jax.Array]:
         numbers = range(len(array.sharding.addressable_devices))
         return [array.addressable_data(number) for number in numbers]
     return shards
+
+
+def heartbeat_seconds() -> float:
+    """After how many seconds without a sign of life from one process JAX ends all of them.
+
+    JAX keeps no record of what `jax.distributed.initialize` was given, so this is its default.
+    """
+    parameters = inspect.signature(jax.distributed.initialize).parameters
+    parameter = parameters.get("heartbeat_timeout_seconds")
+    default = None if parameter is None else parameter.default
+    return float(default) if isinstance(default, int | float) else 100.0
 
 
 def service_client() -> Any | None:

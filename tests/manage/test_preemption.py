@@ -621,6 +621,111 @@ def test_a_last_save_that_failed_is_tried_again_with_jaxs_service_too(tmp_path: 
     assert [child.wait() for child in children] == [0] * 2
 
 
+@pytest.mark.parametrize("first", [0, 2**31])
+def test_steps_may_be_any_numbers_that_all_processes_share(tmp_path: Path, programs, first: int):
+    """JAX itself agrees only on numbers without gaps below 2**31."""
+    text = WORKER.replace("step = 0\n", f"step = {first}\n").replace("step += 1", "step += 2")
+    port = free_port()
+    children = [programs(text, tmp_path, port, 2, i, signal.SIGTERM) for i in range(2)]
+    for child in children:
+        assert child.stdout.readline() == "ready\n"
+    children[1].send_signal(signal.SIGTERM)
+    lines = [child.stdout.readline().split() for child in children]
+    assert [child.wait() for child in children] == [0, 0]
+    assert len({line[0] for line in lines}) == 1
+    assert [line[1:] for line in lines] == [["True", "ckpt-1"]] * 2
+
+
+def test_a_process_whose_main_thread_waits_in_c_still_tells_the_others(tmp_path: Path, programs):
+    """As it does while it waits for a device: no Python signal handler can run then."""
+    text = """
+        import ctypes, signal, sys, threading
+        import jax
+        import ckpt_jax as ckpt
+
+        directory, port, number = sys.argv[1:]
+        jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
+        manager = ckpt.CheckpointManager(ckpt.Checkpoint(step=0), directory)
+        c, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(128)
+
+        def go_on_when_told():
+            sys.stdin.readline()
+            c.pthread_mutex_unlock(mutex)
+
+        def save(step):
+            print("saves", flush=True)
+            return manager.save()
+
+        signals = [signal.SIGUSR1]
+        with ckpt.PreemptionHandler(manager, signals=signals, save=save) as handler:
+            step = 0
+            while not handler.reached(step):
+                step += 1
+                if number == "1" and step == 3:
+                    threading.Thread(target=go_on_when_told).start()
+                    c.pthread_mutex_lock(mutex)
+                    print("waits", flush=True)
+                    c.pthread_mutex_lock(mutex)
+        print(step, flush=True)
+        jax.distributed.shutdown()
+        """
+    port = free_port()
+    first, second = (programs(text, tmp_path, port, number) for number in range(2))
+    assert second.stdout.readline() == "waits\n"
+    second.send_signal(signal.SIGUSR1)
+    assert first.stdout.readline() == "saves\n"  # it knows the step, and has come to it
+    second.stdin.write("go on\n")
+    second.stdin.flush()
+    assert second.stdout.readline() == "saves\n"
+    assert first.stdout.readline() == second.stdout.readline()
+    assert [first.wait(), second.wait()] == [0, 0]
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_process_that_is_dead_or_stopped_holds_nobody(
+    tmp_path: Path, programs, how: signal.Signals, number: signal.Signals
+):
+    text = """
+        import functools, os, signal, sys, threading
+        import jax
+        import ckpt_jax as ckpt
+        from ckpt_jax.manage import preemption
+
+        directory, port, number, how = sys.argv[1:]
+        jax.distributed.initialize(f"127.0.0.1:{port}", 2, int(number))
+        preemption.CommonStep = functools.partial(preemption.CommonStep, answer_seconds=2)
+        manager = ckpt.CheckpointManager(ckpt.Checkpoint(step=0), directory)
+        signals = (signal.SIGTERM, signal.SIGUSR1)
+        with ckpt.PreemptionHandler(manager, signals=signals) as handler:
+            print("ready", flush=True)
+            if number == "1":
+                sys.stdin.readline()
+                os.kill(os.getpid(), int(how))
+            step = 0
+            try:
+                while not handler.reached(step):
+                    step += 1
+            except ckpt.BarrierTimeoutError as error:
+                print(error.processes, error, flush=True)
+        os._exit(0)
+        """
+    port = free_port()
+    first, second = (programs(text, tmp_path, port, k, int(how)) for k in range(2))
+    for child in (first, second):
+        assert child.stdout.readline() == "ready\n"
+    second.stdin.write("now\n")
+    second.stdin.flush()
+    options = os.WSTOPPED if how == signal.SIGSTOP else os.WEXITED
+    os.waitid(os.P_PID, second.pid, options | os.WNOWAIT)
+    first.send_signal(number)
+    assert first.stdout.readline().startswith(
+        "(1,) agreeing on a step to stop at: processes 1 of 2"
+    )
+    assert first.wait() == 0
+    assert not (tmp_path / "ckpt-1").exists()
+
+
 WITHOUT_SERVICE = WORKER.replace(
     "    import ckpt_jax as ckpt\n",
     "    import ckpt_jax as ckpt\n    jax.config.update('jax_enable_preemption_service', False)\n",

@@ -70,3 +70,23 @@ def test_the_service_keeps_keys_and_values_and_refuses_a_second_one():
     expected = "two\n[('a/b/c', 'one'), ('a/b/d', 'two')]\nTrue\nTrue\n"
     assert first == f"{expected}[]\n"
     assert other == expected
+
+
+NOTICE = """
+import signal
+from ckpt_jax.values.jax_internals import PREEMPTION_NOTICE, service_client
+
+if index == 1:
+    os.kill(os.getpid(), signal.SIGTERM)
+print(bool(service_client().blocking_key_value_get(PREEMPTION_NOTICE, 30_000)))
+"""
+
+
+def test_a_preemption_notice_is_a_key_that_all_processes_see():
+    first, other = outputs_of(NOTICE, 2, 1)
+    assert first.endswith("True\n")
+    assert other.endswith("True\n")
+
+
+def test_the_time_after_which_jax_ends_all_processes_is_known():
+    assert 10 <= jax_internals.heartbeat_seconds() <= 1000
