@@ -209,7 +209,7 @@ class Wrapper:
         return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo[id(self)] = type(self)()
+        copied = memo[id(self)] = type(self)(type(self._storage)())
         copied._storage = copy.deepcopy(self._content(), memo)  # no child appears: all were there
         copied._whole = self._whole
         copy_pending(self, copied)
