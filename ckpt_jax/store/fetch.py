@@ -264,27 +264,22 @@ class ShardedReader:
     def _check_files(self, requests: Sequence[Request], geometries: list[Geometry]) -> None:
         """Checks the sizes of the files that are needed, once for each shard."""
         index = self.index
-        for number in self._shards_of(requests, geometries) - self._checked:
+        alike: dict[tuple[int, int], list[str]] = {}  # the keys whose slices lie in the same shards
+        shards: dict[tuple[int, int], set[int]] = {}
+        for (key, _), geometry in zip(requests, geometries, strict=True):
+            what = (index.tiling_number(key), id(geometry))
+            if what not in alike:
+                alike[what] = []
+                found = index.tiling(what[0]).shard[geometry.slices]
+                shards[what] = {*np.unique(found).tolist()}
+            alike[what].append(key)
+        for number in sorted(set().union(*shards.values()) - self._checked):
             try:
                 check_files(self._path(number), index.shards[number])
             except CorruptCheckpointError as error:
-                here = [
-                    request[0]
-                    for request, geometry in zip(requests, geometries, strict=True)
-                    if number in self._shards_of([request], [geometry])
-                ]
-                raise _concerning(here, str(error), error.file) from error
+                keys = [key for what in alike if number in shards[what] for key in alike[what]]
+                raise _concerning(keys, str(error), error.file) from error
             self._checked.add(number)
-
-    def _shards_of(self, requests: Sequence[Request], geometries: list[Geometry]) -> set[int]:
-        """The numbers of the shards that are needed."""
-        index = self.index
-        alike = {
-            (index.tiling_number(key), id(geometry)): geometry
-            for (key, _), geometry in zip(requests, geometries, strict=True)
-        }
-        found = [index.tiling(tiling).shard[each.slices] for (tiling, _), each in alike.items()]
-        return {*np.unique(np.concatenate(found)).tolist()} if found else set()
 
     def _start(self, read: RangeRead, memory: _Memory, workers: Workers) -> Future[None]:
         run = read.run

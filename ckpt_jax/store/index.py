@@ -395,7 +395,7 @@ def encode_entry(shard: Shard, table: bytes) -> bytes:
 def decode_entry(data: bytes) -> tuple[Shard, bytes]:
     """Reads what `encode_entry` wrote: the shard, and the digest of its table."""
     message = index_pb2.Entry.FromString(data)
-    return _shard(message.shard), message.table
+    return _shard(message.shard, is_inside=False), message.table
 
 
 def own_checksums(data: bytes) -> bytes:
@@ -468,9 +468,10 @@ def _layout(message: index_pb2.Layout) -> Layout:
     return Layout(message.dtype, shape, extent, nbytes)
 
 
-def _shard(message: index_pb2.Shard) -> Shard:
+def _shard(message: index_pb2.Shard, *, is_inside: bool = True) -> Shard:
     directory = message.directory
-    _check(directory == "." or not _UNSAFE.search(directory), f"shard directory {directory[:80]!r}")
+    safe = not is_inside or directory == "." or not _UNSAFE.search(directory)
+    _check(safe, f"shard directory {directory[:80]!r}")
     shard = Shard(
         directory,
         tuple(message.starts),

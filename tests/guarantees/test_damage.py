@@ -111,10 +111,30 @@ def test_an_empty_directory_and_one_of_another_program_are_no_checkpoints(tmp_pa
         assert_refused(tmp_path / name, ckpt.CheckpointNotFoundError, "not a checkpoint")
 
 
+def format_1(path):
+    """The files of a checkpoint of format 1, which no released version has written."""
+    for name in ("d/7938323a", "shards/00000-00000/manifest.ocdbt", "manifest.ocdbt"):
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(b"\x0c\xdb")
+    return path
+
+
 def test_a_checkpoint_of_format_1_is_called_by_its_name(tmp_path):
-    (tmp_path / "a" / "shards").mkdir(parents=True)
-    (tmp_path / "a" / "manifest.ocdbt").touch()
-    assert_refused(tmp_path / "a", ckpt.UnsupportedFormatError, "before its first release")
+    path = format_1(tmp_path / "ckpt-1")
+    assert_refused(path, ckpt.UnsupportedFormatError, r"ckpt_jax .*\(format 1\)")
+    with pytest.raises(FileExistsError, match="not a checkpoint; it is not replaced"):
+        ckpt.save(path, tree(), overwrite=True)
+    manager = ckpt.CheckpointManager(ckpt.Checkpoint(x=1), tmp_path)
+    for _ in range(2):  # without a state file, and with one
+        for look in (lambda: ckpt.latest_checkpoint(tmp_path), manager.restore_or_initialize):
+            with pytest.raises(ckpt.UnsupportedFormatError, match=r"ckpt-1.*format 1"):
+                look()
+        (tmp_path / "checkpoint").write_text('model_checkpoint_path: "ckpt-1"\n')
+
+
+def test_what_lies_in_a_staging_directory_has_no_format(tmp_path):
+    format_1(tmp_path / "ckpt-1.staging-0123456789abcdef")
+    assert ckpt.latest_checkpoint(tmp_path) is None
 
 
 def test_a_checkpoint_beside_one_of_tensorflow_of_the_same_name_is_read(tmp_path):

@@ -272,7 +272,7 @@ def begin_to_remove_it(path):
 
 
 def begin_to_remove_its_index(path):
-    shutil.rmtree(Path(path, "d"))
+    shutil.rmtree(Path(path, "meta"))
 
 
 @pytest.mark.parametrize(
@@ -298,9 +298,11 @@ def test_replaced_comes_before_damaged_everywhere(tmp_path, monkeypatch, read, c
         return call
 
     if when == "before the index":
-        monkeypatch.setattr(fetch, "read_index", change_once(fetch.read_index))
+        monkeypatch.setattr(fetch, "read_part", change_once(fetch.read_part))
     else:
-        monkeypatch.setattr(fetch.ShardedReader, "read", change_once(fetch.ShardedReader.read))
+        for name in ("read", "damage"):
+            real = getattr(fetch.ShardedReader, name)
+            monkeypatch.setattr(fetch.ShardedReader, name, change_once(real))
     if (read, when, change) == ("read_slices", "before the index", replace_it):
         assert READS[read](path)[KEY].tobytes() == tree_of(2)["big"].tobytes()  # all of the new one
         return
