@@ -14,7 +14,7 @@ import ckpt_jax as ckpt
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
 from ckpt_jax.store.manifest import MANIFEST
 
-BIG = np.random.default_rng(6).normal(size=300_000).astype(np.float32)
+BIG = np.random.default_rng(6).normal(size=1_000_000).astype(np.float32)
 
 
 def tree():
@@ -213,7 +213,7 @@ def test_a_flipped_bit_in_an_array_names_its_file_and_key(tmp_path, sound):
     shutil.copytree(sound, path)
     largest = max(path.glob("shards/*/c/*"), key=lambda file: file.stat().st_size)
     data = bytearray(largest.read_bytes())
-    data[data.find(BIG[150_000:150_010].tobytes())] ^= 4
+    data[data.find(BIG[500_000:500_010].tobytes())] ^= 4
     largest.write_bytes(data)
     with pytest.raises(ckpt.CorruptCheckpointError) as raised:
         ckpt.load(path)
