@@ -17,7 +17,7 @@ import os
 import threading
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, wait
+from concurrent.futures import as_completed
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -145,7 +145,7 @@ def write_shards(
     with Workers(threads if threads > 1 else 0, "ckpt-write") as workers:
         try:
             writes = [workers.submit(write_one, *job) for job in jobs]
-            for write in wait(writes, return_when=FIRST_EXCEPTION).done:
+            for write in as_completed(writes):  # wakes for each, and so hears of an interrupt
                 write.result()
         except BaseException:
             given_up.set()

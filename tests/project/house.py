@@ -30,7 +30,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("manage",),
     ("showing",),
     ("__init__",),
-    ("testing", "__main__"),
+    ("testing", "__main__", "retention", "state_file"),
 )
 
 

@@ -81,7 +81,7 @@ def test_the_house_is_small_enough_to_be_known():
     folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
     files = {path.name for path in ROOT.glob("*.py")}
     assert len(folders) <= 12
-    assert len(files) <= 10
+    assert len(files) <= 12  # two of them are only doors that programs know
     assert max(floors().values()) <= 11
 
 
