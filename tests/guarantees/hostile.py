@@ -16,7 +16,7 @@ def many_slices(keys, shards):
     table.layout = bytes(4 * keys)
     table.offset = np.arange(0, 64 * keys, 64, dtype="<u8").tobytes()
     for number in range(shards):
-        sizes = dict.fromkeys(["nbytes", "chunk_nbytes", "file_nbytes"], 64 * keys)
+        sizes = dict.fromkeys(["nbytes", "chunk_nbytes", "block_nbytes", "file_nbytes"], 64 * keys)
         message.shards.add(directory=f"shards/x{number}", starts=[number], digest=DIGEST, **sizes)
     return message
 
@@ -39,6 +39,7 @@ def many_tilings(keys, layouts, shards):
             starts=range(layouts * number, layouts * (number + 1)),
             nbytes=keys * half,
             chunk_nbytes=1 << 20,
+            block_nbytes=1 << 20,
             file_nbytes=1 << 20,
             digest=DIGEST,
         )
@@ -60,6 +61,7 @@ def stairs(count):
         starts=[start for i in range(count) for start in (i, i)],
         nbytes=count * count,
         chunk_nbytes=1 << 20,
+        block_nbytes=1 << 20,
         file_nbytes=1 << 20,
         digest=DIGEST,
     )
@@ -71,6 +73,11 @@ def huge_array(nbytes):
     message = index_pb2.Index(format_version=2)
     table = message.tables.add(keys=["x"], key=bytes(4), layout=bytes(4), offset=bytes(8))
     table.layouts.add(dtype="int8", shape=[nbytes], extent=[nbytes], nbytes=nbytes)
-    sizes = {"nbytes": nbytes, "chunk_nbytes": 1 << 26, "file_nbytes": nbytes}
+    sizes = {
+        "nbytes": nbytes,
+        "chunk_nbytes": 1 << 26,
+        "block_nbytes": 1 << 26,
+        "file_nbytes": nbytes,
+    }
     message.shards.add(directory="shards/x", starts=[0], digest=DIGEST, **sizes)
     return message

@@ -234,7 +234,7 @@ def test_a_data_file_that_takes_no_room_is_refused_by_its_checksums(path, sound)
     os.truncate(file, 0)
     os.truncate(file, size)
     said = run(REFUSED, path, sound)
-    assert "load CorruptCheckpointError" in said and "checksum of chunk" in said, said
+    assert "load CorruptCheckpointError" in said and "checksum of block" in said, said
 
 
 def test_a_changed_index_may_not_lead_out_of_the_checkpoint(path, sound):
