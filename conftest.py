@@ -17,4 +17,7 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "x"
 
-collect_ignore_glob = ["ckpt_jax/graph/_proto/*"]  # generated, without doctests
+collect_ignore_glob = [
+    "ckpt_jax/graph/_proto/*",  # generated, without doctests
+    "tests/foreign/*",  # what made the files there needs the libraries that they belong to
+]

@@ -42,6 +42,8 @@ def _nested(obj: Any, above: tuple[int, ...]) -> Any:
     above = (*above, id(obj))
     if isinstance(obj, OptaxState):
         return _nested(obj.opt_state, above)
+    if type(obj) is dict:  # JAX refuses keys that it cannot sort
+        return {str(key): _nested(part, above) for key, part in obj.items()}
     pairs, _ = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda part: part is not obj)
     if len(pairs) == 1 and not pairs[0][0]:
         return _viewed(obj, above)

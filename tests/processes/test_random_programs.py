@@ -105,7 +105,7 @@ def settled():
     pending.clear()
 
 def leave():
-    say("leaves")
+    say("leaves", "without farewell" if lost else "")
     if lost:
         os._exit(0)  # a farewell would wait for the dead
 
@@ -179,6 +179,7 @@ def play(directory: Path, seed: str, number: int, fates: list[str]) -> list[str]
                 pytest.fail(f"a process hangs: {process.communicate()[0]}")
         codes = [process.returncode for process in run.started]
     is_calm = not any(fate.startswith(("dies", "stops")) for fate in fates)
+    is_calm &= not any("without farewell" in output for output in outputs)
     for output, code, fate in zip(outputs, codes, fates, strict=True):
         assert (
             code == 0

@@ -48,7 +48,7 @@ def shards_of(path):
     sizes = {}
     for shard in Path(path, "shards").iterdir():
         process = int(shard.name.partition("-")[0])
-        nbytes = sum(file.stat().st_size for file in Path(shard, "c").iterdir())
+        nbytes = sum(file.stat().st_size for file in Path(shard).glob("c/*"))
         sizes[process] = sizes.get(process, 0) + nbytes
     return sizes
 
