@@ -17,11 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -31,33 +31,30 @@ from ckpt_jax.api.checkpoint import (
     check_values,
     replace_values,
     save_runs_of,
-    set_save_counter,
 )
 from ckpt_jax.api.latest import checkpoint_exists, refuse_others
 from ckpt_jax.api.preflight import preflight
-from ckpt_jax.api.status import LoadStatus, outcome_of
-from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError, RestoreMismatchError
-from ckpt_jax.graph.labels import VARIABLE_VALUE
+from ckpt_jax.api.status import LoadStatus
+from ckpt_jax.errors import CheckpointNotFoundError
+from ckpt_jax.manage.arguments import as_integer, as_limit, as_metrics
 from ckpt_jax.manage.collection import Collection
 from ckpt_jax.manage.ledger import known_metrics, own_number
 from ckpt_jax.manage.managed_save import ManagedSave
+from ckpt_jax.manage.restart import Restart, shown, synchronise
 from ckpt_jax.manage.retention import (
     CheckpointRecord,
     KeepAny,
     KeepBest,
-    KeepLatest,
     RetentionPolicy,
     can_keep,
     counts_steps,
     metrics_of,
 )
 from ckpt_jax.manage.schedule import Schedule
-from ckpt_jax.objects.views import view_of
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
 from ckpt_jax.processes.current import current
-from ckpt_jax.processes.meeting import Meeting, Processes
-from ckpt_jax.restoring.formats import foreign_steps
+from ckpt_jax.processes.meeting import Meeting
 from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.store.directory import visible_in
 from ckpt_jax.store.paths import absolute, as_path
@@ -161,7 +158,7 @@ class CheckpointManager:
             raise TypeError(f"init_fn must be a function of no argument, got {init_fn!r}")
         if os.path.basename(checkpoint_name) != checkpoint_name:
             raise ValueError(f"expected a name without directories, got {checkpoint_name!r}")
-        limit = _limit(max_to_keep)
+        limit = as_limit(max_to_keep)
         further = (policies,) if isinstance(policies, RetentionPolicy) else (*policies,)
         everything = KeepAny(further if limit is None else (limit, *further))
         for policy in everything.policies:
@@ -193,6 +190,10 @@ class CheckpointManager:
             None if limit is None else everything,
             preserve_interval_seconds,
             clock,
+        )
+        self._shown = partial(shown, self._given, self._directory)
+        self._restart = Restart(
+            checkpoint, self._collection, self._schedule, self._directory, self._shown
         )
         save_runs_of(checkpoint).listen(self._restored)
 
@@ -315,7 +316,7 @@ class CheckpointManager:
 
     def _checked_metrics(self, metrics: Mapping[str, Any] | None) -> dict[str, float]:
         """The metrics of a save as numbers, after a check that the policies can use them."""
-        scores = _numbers(metrics)
+        scores = as_metrics(metrics)
         records = self._collection.ledger.records
         known = {*scores, *(name for record in records for name in known_metrics(record))}
         unknown = ", ".join(map(repr, sorted(self._metrics - known)))
@@ -373,13 +374,13 @@ class CheckpointManager:
         """
         if current().count > 1:
             preflight(self._directory)
-        paths = self._agreed_paths(self._candidates)
+        paths = self._restart.agreed_paths(self._restart.candidates)
         if not paths:
             self._warn_of_others()
             if self._init_fn is not None:
                 self._init_fn()
             return None
-        path, _, left = self._restore_newest(paths, (), None)
+        path, left = self._restore_first(paths, (), None)
         if left is not None:
             _log.warning(
                 "%s was restored in part: %s. If you did not expect that, compare the names in "
@@ -440,9 +441,9 @@ class CheckpointManager:
                 found = self._best(best, mode)
                 paths = [found] if found is not None else []
             elif number is not None:
-                return [self._path_of(number)]
+                return [self._restart.path_of(number)]
             else:
-                paths = self._candidates()
+                paths = self._restart.candidates()
             if not paths:
                 refuse_others(self._directory)
                 raise CheckpointNotFoundError(
@@ -452,22 +453,15 @@ class CheckpointManager:
                 )
             return paths
 
-        return self._restore_newest(self._agreed_paths(chosen), rename, options)[1]
+        self._restore_first(self._restart.agreed_paths(chosen), rename, options)
+        assert self._status is not None
+        return self._status
 
-    def _candidates(self) -> list[str]:
-        """The checkpoints that can be restored, best first; those of other libraries come last."""
-        foreign = foreign_steps(self._directory)
-        return [*self._collection.candidates(), *reversed(foreign.values())]
-
-    def _path_of(self, number: int) -> str:
-        """The path of the checkpoint with a number, or else of the step of another library."""
-        try:
-            return self._collection.path_of(number)
-        except CheckpointNotFoundError:
-            foreign = foreign_steps(self._directory)
-            if number not in foreign:
-                raise
-            return foreign[number]
+    def _restore_first(
+        self, paths: Sequence[str], rename: Iterable[Rule], options: CheckpointOptions | None
+    ) -> tuple[str, str | None]:
+        path, self._status, left = self._restart.restore_first(paths, rename, options)
+        return path, left
 
     def _warn_of_replacing(self, path: str) -> None:
         """Warns if a save will replace a checkpoint of an earlier run."""
@@ -495,64 +489,6 @@ class CheckpointManager:
                 "save(step).",
                 *(self._given, os.path.basename(path)),
             )
-
-    def _agreed_paths(self, find: Callable[[], list[str]]) -> list[str]:
-        """The checkpoints to restore, best first, as process 0 finds them."""
-        seconds = DEFAULT.timeout_seconds
-        with current().meeting(f"restoring from {self._directory}", seconds) as meeting:
-            self.sync()
-            return meeting.conclude(None, lambda _: find())
-
-    def _restore_newest(
-        self, paths: Sequence[str], rename: Iterable[Rule], options: CheckpointOptions | None
-    ) -> tuple[str, LoadStatus, str | None]:
-        """Restores the first usable path; returns it, the status, and what was left out."""
-        processes: Processes = current()
-        rules, before = tuple(rename), self._checkpoint.save_counter
-        first: Exception | None = None
-        for path in paths:
-            error: CorruptCheckpointError | CheckpointNotFoundError | None = None
-            status: LoadStatus | None = None
-            # If one process cannot use a checkpoint, none does.
-            with processes.meeting(f"restoring {path}", DEFAULT.timeout_seconds) as meeting:
-                try:
-                    status = self._checkpoint.restore(path, options, rename=rules)
-                except (CorruptCheckpointError, CheckpointNotFoundError) as found:
-                    error = found
-                problem = meeting.conclude(error and str(error), _first_problem)
-            if problem is None:
-                assert status is not None
-                left = self._check_match(path, status, before)
-                if path != paths[0]:
-                    _log.warning("fell back to %s, the newest usable checkpoint", path)
-                self._status = status
-                self._schedule.restored(path)
-                self._count_on(path)
-                return path, status, left
-            _log.warning("the checkpoint %s is not usable: %s", path, problem)
-            first = first or error or CorruptCheckpointError(problem)
-        assert first is not None
-        raise first
-
-    def _count_on(self, path: str) -> None:
-        """Lets the save counter go on from the step of another library, which does not know it."""
-        for step, foreign in foreign_steps(self._directory).items():
-            if foreign == path:
-                set_save_counter(self._checkpoint, step)
-
-    def _check_match(self, path: str, status: LoadStatus, counter: int) -> str | None:
-        """Checks that a restore has restored something; says what it has left out."""
-        is_nothing, left = outcome_of(status)
-        if is_nothing:
-            status.expect_partial()
-            set_save_counter(self._checkpoint, counter)
-            raise RestoreMismatchError(
-                f"{self._shown(path)}: nothing of this checkpoint was restored: "
-                f"{left}. Give the objects the names under which they were saved, "
-                "or pass manager.restore(rename=[(saved, target), ...]).",
-                status.report,
-            )
-        return left
 
     def _restored(self, path: str) -> None:
         """Notes that the checkpoint's objects were restored, by the manager or without it."""
@@ -705,10 +641,7 @@ class CheckpointManager:
 
         Source: `tf.train.CheckpointManager.sync`.
         """
-        try:
-            self._checkpoint.sync()
-        finally:
-            self._schedule.synchronised()
+        synchronise(self._checkpoint, self._schedule)
 
     # --- properties --------------------------------------------------------------------
 
@@ -758,11 +691,6 @@ class CheckpointManager:
         """The status of the last restore by this manager; None if there was none."""
         return self._status
 
-    def _shown(self, path: str) -> str:
-        """A path of this manager, beginning with the directory as it was given."""
-        directory, name = os.path.split(path)
-        return os.path.join(self._given, name) if directory == self._directory else path
-
 
 def make_due(manager: CheckpointManager) -> None:
     """Makes a manager's next save due, whatever the step."""
@@ -772,62 +700,3 @@ def make_due(manager: CheckpointManager) -> None:
 def has_saved_step(manager: CheckpointManager) -> bool:
     """Whether a manager's latest checkpoint is one of the step where the program is."""
     return manager._schedule.has_saved(manager._collection.ledger.latest)
-
-
-def _first_problem(problems: Sequence[str | None]) -> str | None:
-    """The first problem of any process; the process is named if there are several."""
-    for process, problem in enumerate(problems):
-        if problem is not None:
-            return problem if len(problems) == 1 else f"process {process}: {problem}"
-    return None
-
-
-# --- numbers ---------------------------------------------------------------------------
-
-
-def as_integer(value: Any) -> int:
-    """The integer that a number, a variable, or a function that returns one of these stands for.
-
-    Raises:
-      TypeError: there is none.
-
-    >>> from ckpt_jax.objects.trackable import Variable
-    >>> as_integer(np.int64(3)), as_integer(Variable(4)), as_integer(lambda: 5)
-    (3, 4, 5)
-    """
-    view = view_of(value)
-    if view is not None and view.mutable:
-        value = view.values(value).get(VARIABLE_VALUE, value)
-    elif callable(value):
-        return as_integer(value())
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(
-            "expected an integer, a variable that holds one, or a function that returns one, "
-            f"got {value!r}"
-        ) from None
-
-
-def _limit(max_to_keep: Any) -> RetentionPolicy | None:
-    """The policy that `max_to_keep` stands for; None if it keeps all."""
-    if max_to_keep is None:
-        return None
-    if isinstance(max_to_keep, RetentionPolicy):
-        return max_to_keep
-    if as_integer(max_to_keep) <= 0:
-        raise ValueError(f"expected a positive max_to_keep or None, got {max_to_keep}")
-    return KeepLatest(as_integer(max_to_keep))
-
-
-def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
-    if metrics is not None and not isinstance(metrics, Mapping):
-        raise TypeError(f"metrics must be numbers by name, got {metrics!r}")
-    return {name: _as_number(name, value) for name, value in (metrics or {}).items()}
-
-
-def _as_number(name: str, value: Any) -> float:
-    array = np.asarray(value)
-    if not isinstance(name, str) or array.shape != () or array.dtype.kind in "cOSUMm":
-        raise ValueError(f"metrics[{name!r}]: expected one real number by name, got {value!r}")
-    return float(array)
