@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -27,17 +27,25 @@ from ckpt_jax.manage.fence import Fence
 from ckpt_jax.manage.ledger import (
     Ledger,
     UnknownMetrics,
+    observed,
     own_number,
     path_in,
     read_ledger,
     recovered,
     restorable,
+    with_noted,
     write_ledger,
 )
-from ckpt_jax.manage.retention import CheckpointRecord, RetentionPolicy, Sweep, plan_sweep
+from ckpt_jax.manage.retention import (
+    CheckpointRecord,
+    RetentionPolicy,
+    Sweep,
+    metrics_of,
+    plan_sweep,
+)
 from ckpt_jax.store.directory import number_of
 from ckpt_jax.store.guard import guarded
-from ckpt_jax.store.notes import NOTES_FILE
+from ckpt_jax.store.notes import NOTES_FILE, add_metrics
 from ckpt_jax.store.presence import is_taken, names_in
 from ckpt_jax.store.staging import STAGING, remove_abandoned, why_kept
 from ckpt_jax.store.state_file import state_text
@@ -124,12 +132,38 @@ class Collection:
         elif self._fence.is_behind():
             raise self._fence.error()
 
+    def present(self) -> Ledger:
+        """The ledger as it is now, for questions: with the metrics that evaluators have recorded,
+        and, as long as this manager has saved nothing, with the checkpoints of the one that saves.
+        """
+        ledger = self.ledger
+        if not self._fence.is_claimed and state_text(self._directory) != self._state:
+            ledger = observed(self._directory, self._name) or ledger
+        return with_noted(self._directory, ledger)
+
+    def record_metrics(self, number: int, metrics: Mapping[str, float]) -> bool:
+        """Adds metrics to those of a managed checkpoint, for this manager and all others.
+
+        Returns:
+          Whether there is such a checkpoint.
+
+        Raises:
+          ValueError: the file of the metrics cannot be understood; it is not changed.
+        """
+        for record in self.present().records:
+            if record.number == number:
+                with guarded(self._directory):
+                    add_metrics(self._directory, os.path.basename(record.path), metrics)
+                return True
+        return False
+
     def candidates(self) -> list[str]:
         """The checkpoints that can be restored, best first."""
-        latest = self.ledger.latest
+        ledger = self.present()
+        latest = ledger.latest
         if latest is None:
             return []
-        abandoned = {record.path for record in self.ledger.records if record.is_abandoned}
+        abandoned = {record.path for record in ledger.records if record.is_abandoned}
         older = [p for p in older_checkpoints(self._directory, latest) if p not in abandoned]
         return [latest, *older]
 
@@ -217,7 +251,7 @@ class Collection:
         self._keep_up()
         if self.ledger.latest is None:
             return []
-        ledger = self._with_adopted(self.ledger)
+        ledger = self._with_adopted(with_noted(self._directory, self.ledger))
         unknown, sweep = self._plan_sweep(ledger)
         leftovers = self._leftovers()
         if not (sweep.preserve or sweep.remove or leftovers) or not self._is_latest_usable():
@@ -246,13 +280,14 @@ class Collection:
         while True:
             before = self.ledger
             ledger = self._with_adopted(before)
+            fresh = {path, *self._begun}
             is_older = is_overtaken and ledger.latest is not None
             ledger = ledger.with_older(record) if is_older else ledger.with_latest(record)
             with guarded(self._directory):
                 if self._published.pop(path, None) not in (None, POSIX.generation(path)):
                     raise self._fence.error(f"It has replaced {path} before that was recorded.")
                 try:
-                    self._write_to_files(ledger, is_newest=True)
+                    ledger = self._write_to_files(ledger, is_newest=True, fresh=fresh)
                 except SupersededError:
                     saved = f"{path} was saved, but is not recorded: restore it by its path."
                     raise self._fence.error(saved) from None
@@ -302,12 +337,21 @@ class Collection:
             self._write(self.ledger.without(frozenset([path])))
 
     def _write(self, ledger: Ledger) -> None:
-        self._write_to_files(ledger, is_newest=False)
-        self.ledger = ledger
+        self.ledger = self._write_to_files(ledger, is_newest=False)
 
-    def _write_to_files(self, ledger: Ledger, *, is_newest: bool) -> None:
-        fence = self._fence
-        write_ledger(self._directory, self._name, ledger, is_newest=is_newest, fence=fence)
+    def _write_to_files(
+        self, ledger: Ledger, *, is_newest: bool, fresh: Iterable[str] = ()
+    ) -> Ledger:
+        """Writes a ledger; returns it with the metrics that others have recorded."""
+        return write_ledger(
+            self._directory,
+            self._name,
+            ledger,
+            is_newest=is_newest,
+            fence=self._fence,
+            fresh=frozenset(fresh),
+            has_metrics=self._policy is not None and bool(metrics_of(self._policy)),
+        )
 
     def _plan_sweep(self, ledger: Ledger) -> tuple[frozenset[str], Sweep]:
         """The paths of checkpoints that a policy cannot judge, and the plan for all others."""

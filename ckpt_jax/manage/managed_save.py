@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ckpt_jax.api.checkpoint import Checkpoint, request_for, set_save_counter, take_back_count
@@ -26,6 +26,7 @@ class ManagedSave:
       step: the present step; None if there is no interval.
       now: the present step, on which all processes have to agree; None if it is not known.
       new_record: returns the record of the checkpoint, given the save counter.
+      parts: small entries that are committed with the checkpoint.
     """
 
     def __init__(
@@ -38,9 +39,11 @@ class ManagedSave:
         step: int | None,
         now: int | None,
         new_record: Callable[[int], CheckpointRecord],
+        parts: Mapping[str, bytes],
     ):
         self._checkpoint, self._schedule, self._collection = checkpoint, schedule, collection
         self._meeting, self._options, self._new_record = meeting, options, new_record
+        self._parts = parts
         self._step, self._now, self._before = step, now, schedule.position
         self._count = checkpoint.save_counter + 1
         self._record: CheckpointRecord | None = None
@@ -62,7 +65,11 @@ class ManagedSave:
         if not self._meeting.leads:
             return request
         self._collection.begin(record)
-        return replace(request, publishing=lambda: self._collection.publishing(record.path))
+        return replace(
+            request,
+            publishing=lambda: self._collection.publishing(record.path),
+            extra=lambda live: self._parts,
+        )
 
     def record(self, is_overtaken: bool = False) -> None:
         assert self._record is not None

@@ -36,6 +36,7 @@ from ckpt_jax.api.latest import checkpoint_exists, refuse_others
 from ckpt_jax.api.preflight import preflight
 from ckpt_jax.api.status import LoadStatus
 from ckpt_jax.errors import CheckpointNotFoundError
+from ckpt_jax.graph.metadata import METADATA_KEY, encode
 from ckpt_jax.manage.arguments import as_integer, as_limit, as_metrics
 from ckpt_jax.manage.collection import Collection
 from ckpt_jax.manage.ledger import known_metrics, own_number
@@ -55,6 +56,7 @@ from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Meeting
+from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.store.directory import visible_in
 from ckpt_jax.store.paths import absolute, as_path
@@ -182,7 +184,8 @@ class CheckpointManager:
         self._has_restored = False
         self._has_said_unknown = False
         self._status: LoadStatus | None = None
-        self._metrics = metrics_of(everything)  # the names that its policies ask for
+        # The names that its policies ask for at each save.
+        self._metrics = metrics_of(everything, awaited=False)
         self._is_numbered_by_step = not (step_counter is not None and counts_steps(everything))
         self._collection = Collection(
             self._directory,
@@ -206,6 +209,7 @@ class CheckpointManager:
         check_interval: bool = True,
         options: CheckpointOptions | None = None,
         metrics: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
         force: bool = False,
         **values: Any,
     ) -> str | None:
@@ -228,7 +232,11 @@ class CheckpointManager:
             processes, a save that failed in the background counts until `sync`, so that all of
             them find the same steps due.
           options: how to save. Write callbacks are called before the state file changes.
-          metrics: numbers by name, for retention policies.
+          metrics: numbers by name, for retention policies. `record_metrics` adds others later.
+          metadata: what else to say about the checkpoint, as JSON: a dict of None, booleans,
+            numbers, strings, lists and dicts, such as the configuration, the revision of the code
+            and the position in the data. It is committed with the checkpoint, and read by
+            `metadata`. If there are several processes, that of process 0 counts.
           force: whether to save even if no save is due, also at the step of the last save.
           **values: new values of the checkpoint by name: `manager.save(step, state=state)`; see
             `Checkpoint.save`. They are assigned in any case, even if nothing is saved.
@@ -238,8 +246,8 @@ class CheckpointManager:
           if another save was in flight and `when_busy="skip"` says not to wait for it.
 
         Raises:
-          ValueError: the number is negative, a metric is not one number, or the metric of a policy
-            is neither among `metrics` nor recorded before.
+          ValueError: the number is negative, a metric is not one number, the metric of a policy
+            is neither among `metrics` nor recorded before, or `metadata` is no JSON.
           TypeError: a number or step is not an integer, or an argument is of the wrong type.
           UnsaveableError: values cannot be saved; nothing was written.
           SupersededError: another manager has taken over. If nothing was at the path of this
@@ -254,9 +262,12 @@ class CheckpointManager:
         patience = context.processes.patience(options.timeout_seconds)
         schedule, step = self._schedule, self._schedule.step()
         runs = save_runs_of(self._checkpoint)
+        parts: dict[str, bytes] = {}
 
         def check() -> None:
             check_values(self._checkpoint, values)
+            if metadata is not None:
+                parts[METADATA_KEY] = encode(metadata)
             for name, value in {"check_interval": check_interval, "force": force}.items():
                 if not isinstance(value, bool | np.bool_):
                     raise TypeError(f"{name}: expected True or False, got {value!r}")
@@ -289,6 +300,7 @@ class CheckpointManager:
                 step,
                 now,
                 new_record,
+                parts,
             )
 
         prefix = os.path.join(self._directory, self._name)
@@ -317,7 +329,7 @@ class CheckpointManager:
     def _checked_metrics(self, metrics: Mapping[str, Any] | None) -> dict[str, float]:
         """The metrics of a save as numbers, after a check that the policies can use them."""
         scores = as_metrics(metrics)
-        records = self._collection.ledger.records
+        records = self._collection.present().records
         known = {*scores, *(name for record in records for name in known_metrics(record))}
         unknown = ", ".join(map(repr, sorted(self._metrics - known)))
         if unknown and metrics is not None:
@@ -325,13 +337,15 @@ class CheckpointManager:
                 f"{self._given}: a retention policy asks for the metric {unknown}, but no "
                 f"checkpoint has it, and this save gives "
                 f"{', '.join(map(repr, sorted(scores))) or 'no metric'}. Nothing was saved. "
-                "Correct the name in the policy or in metrics={...}."
+                "Correct the name in the policy or in metrics={...}. If an evaluator records the "
+                "metric later, say so: KeepBest(..., awaiting=3)."
             )
         if unknown and records and not self._has_said_unknown:
             self._has_said_unknown = True
             _log.warning(
                 "%s: a retention policy asks for the metric %s, but keeps nothing so far, because "
-                "no save has given metrics. Pass save(metrics={...}).",
+                "no save has given metrics. Pass save(metrics={...}). If an evaluator records the "
+                "metric later, say so: KeepBest(..., awaiting=3).",
                 *(self._given, unknown),
             )
         return scores
@@ -522,7 +536,7 @@ class CheckpointManager:
         """The path of the managed checkpoint with the best value of a metric.
 
         Args:
-          metric: its name in `save(metrics=...)`.
+          metric: its name in `save(metrics=...)` or `record_metrics`.
           mode: whether "min" or "max" is the best value.
 
         Returns:
@@ -538,7 +552,7 @@ class CheckpointManager:
         best = KeepBest(metric, 1, mode)
         records = [
             replace(record, metrics=known_metrics(record))
-            for record in self._collection.ledger.records
+            for record in self._collection.present().records
             if checkpoint_exists(record.path)
         ]
         numbers = best.keep(tuple(records))
@@ -554,7 +568,7 @@ class CheckpointManager:
         return None
 
     def metrics(self, step: Any) -> dict[str, float]:
-        """The metrics with which a managed checkpoint was saved.
+        """The metrics with which a managed checkpoint was saved, and those recorded since.
 
         Args:
           step: its number.
@@ -563,13 +577,76 @@ class CheckpointManager:
           CheckpointNotFoundError: there is no managed checkpoint of this number.
         """
         number = as_integer(step)
-        for record in self._collection.ledger.records:
+        for record in self._collection.present().records:
             if record.number == number:
                 return dict(known_metrics(record))
-        raise CheckpointNotFoundError(
+        raise self._not_managed(number)
+
+    def _not_managed(self, number: int) -> CheckpointNotFoundError:
+        return CheckpointNotFoundError(
             f"{self._given}: expected a managed checkpoint {self._name}-{number}, found "
             f"{', '.join(map(str, self.steps)) or 'none'}. Pass one of manager.steps."
         )
+
+    def record_metrics(self, step: Any, **metrics: Any) -> None:
+        """Adds metrics to those of a managed checkpoint, after it was saved.
+
+        An evaluator in another process may do this with a manager of its own: that manager does not
+        take over, and the one that saves finds the metrics when its policies choose next. Use
+        `KeepBest(..., awaiting=3)` there, so that checkpoints wait for their metrics.
+
+        If there are several processes, all of them have to call this; the metrics of process 0
+        count.
+
+        Args:
+          step: the number of the checkpoint.
+          **metrics: numbers by name. Those that are recorded already are replaced.
+
+        Raises:
+          CheckpointNotFoundError: there is no managed checkpoint of this number.
+          ValueError: a metric is not one number.
+
+        Example:
+          >>> import tempfile
+          >>> with tempfile.TemporaryDirectory() as directory:
+          ...     manager = CheckpointManager(Checkpoint(step=7), directory)
+          ...     path = manager.save(100, metrics={"loss": 0.5})
+          ...     evaluator = CheckpointManager(Checkpoint(step=0), directory)
+          ...     evaluator.record_metrics(100, accuracy=0.75)
+          ...     manager.metrics(100)
+          {'loss': 0.5, 'accuracy': 0.75}
+        """
+        number, scores = as_integer(step), as_metrics(metrics)
+        what = f"recording metrics of {self._name}-{number}"
+        with current().meeting(what, DEFAULT.timeout_seconds) as meeting:
+            is_there = meeting.conclude(
+                None, lambda _: self._collection.record_metrics(number, scores)
+            )
+        if not is_there:
+            raise self._not_managed(number)
+
+    def metadata(self, step: Any) -> dict[str, Any]:
+        """What `save(metadata=...)` said about a checkpoint; empty if it said nothing.
+
+        No value is read, and no device is used.
+
+        Args:
+          step: the number of the checkpoint, managed or not.
+
+        Raises:
+          CheckpointNotFoundError: there is no checkpoint of this number.
+          CorruptCheckpointError: it is damaged.
+
+        Example:
+          >>> import tempfile
+          >>> with tempfile.TemporaryDirectory() as directory:
+          ...     manager = CheckpointManager(Checkpoint(step=7), directory)
+          ...     path = manager.save(7, metadata={"revision": "4f2a", "config": {"lr": 0.5}})
+          ...     manager.metadata(7)
+          {'config': {'lr': 0.5}, 'revision': '4f2a'}
+        """
+        with CheckpointReader(self._restart.path_of(as_integer(step))) as reader:
+            return reader.metadata
 
     def delete(self, step: Any) -> None:
         """Removes a checkpoint of this manager's name, whether it is managed or not.
@@ -670,7 +747,7 @@ class CheckpointManager:
 
         It may have been removed since. `ckpt.latest_checkpoint` checks that it exists.
         """
-        latest = self._collection.ledger.latest
+        latest = self._collection.present().latest
         return latest and self._shown(latest)
 
     @property
@@ -679,12 +756,12 @@ class CheckpointManager:
 
         Those on abandoned branches come first. Those that are kept forever are not listed.
         """
-        return [self._shown(record.path) for record in self._collection.ledger.records]
+        return [self._shown(record.path) for record in self._collection.present().records]
 
     @property
     def steps(self) -> tuple[int, ...]:
         """The numbers of the managed checkpoints, in the order of `checkpoints`."""
-        return tuple([record.number for record in self._collection.ledger.records])
+        return tuple([record.number for record in self._collection.present().records])
 
     @property
     def status(self) -> LoadStatus | None:
