@@ -46,6 +46,16 @@ from ckpt_jax.errors import (
     UnsaveableError,
     UnsupportedFormatError,
 )
+from ckpt_jax.manage.due import (
+    SaveAny,
+    SaveAtSteps,
+    SaveContinuously,
+    SaveEveryNSeconds,
+    SaveEveryNSteps,
+    SaveOccasion,
+    SaveOnPreemption,
+    SavePolicy,
+)
 from ckpt_jax.manage.manager import CheckpointManager
 from ckpt_jax.manage.preemption import PreemptionHandler
 from ckpt_jax.manage.retention import (
@@ -53,6 +63,7 @@ from ckpt_jax.manage.retention import (
     KeepAny,
     KeepBest,
     KeepEveryNSteps,
+    KeepFor,
     KeepLatest,
     RetentionPolicy,
 )
@@ -112,6 +123,7 @@ __all__ = [
     "KeepAny",
     "KeepBest",
     "KeepEveryNSteps",
+    "KeepFor",
     "KeepLatest",
     "LoadStatus",
     "MaxShardSize",
@@ -129,6 +141,14 @@ __all__ = [
     "RestoreMismatchError",
     "RestoreReport",
     "RetentionPolicy",
+    "SaveAny",
+    "SaveAtSteps",
+    "SaveContinuously",
+    "SaveEveryNSeconds",
+    "SaveEveryNSteps",
+    "SaveOccasion",
+    "SaveOnPreemption",
+    "SavePolicy",
     "ShardByDevice",
     "ShardByProcess",
     "ShardError",

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_jax.graph.labels import VARIABLE_VALUE
+from ckpt_jax.manage.due import SaveAny, SavePolicy
 from ckpt_jax.manage.retention import KeepLatest, RetentionPolicy
 from ckpt_jax.objects.views import view_of
 
@@ -46,6 +47,25 @@ def as_limit(max_to_keep: Any) -> RetentionPolicy | None:
     if as_integer(max_to_keep) <= 0:
         raise ValueError(f"expected a positive max_to_keep or None, got {max_to_keep}")
     return KeepLatest(as_integer(max_to_keep))
+
+
+def as_policies(policies: Any) -> tuple[tuple[RetentionPolicy, ...], SaveAny | None]:
+    """The policies that say what to keep, and one for those that say when to save.
+
+    Raises:
+      TypeError: one of them says neither.
+    """
+    is_one = isinstance(policies, RetentionPolicy | SavePolicy)
+    given = (policies,) if is_one else (*policies,)
+    for policy in given:
+        if not isinstance(policy, RetentionPolicy | SavePolicy):
+            raise TypeError(
+                f"expected policies that say what to keep or when to save, got {policy!r}; it has "
+                "no keep() and no due()"
+            )
+    when = tuple([policy for policy in given if isinstance(policy, SavePolicy)])
+    kept = tuple([policy for policy in given if isinstance(policy, RetentionPolicy)])
+    return kept, SaveAny(when) if when else None
 
 
 def as_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float]:

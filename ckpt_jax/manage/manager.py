@@ -37,8 +37,9 @@ from ckpt_jax.api.preflight import preflight
 from ckpt_jax.api.status import LoadStatus
 from ckpt_jax.errors import CheckpointNotFoundError
 from ckpt_jax.graph.metadata import METADATA_KEY, encode
-from ckpt_jax.manage.arguments import as_integer, as_limit, as_metrics
+from ckpt_jax.manage.arguments import as_integer, as_limit, as_metrics, as_policies
 from ckpt_jax.manage.collection import Collection
+from ckpt_jax.manage.due import SavePolicy, goes_by_step
 from ckpt_jax.manage.ledger import known_metrics, own_number
 from ckpt_jax.manage.managed_save import ManagedSave
 from ckpt_jax.manage.restart import Restart, shown, synchronise
@@ -53,15 +54,17 @@ from ckpt_jax.manage.retention import (
 )
 from ckpt_jax.manage.schedule import Schedule
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
-from ckpt_jax.processes.context import current_context
+from ckpt_jax.processes.context import Context, current_context
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Meeting
+from ckpt_jax.processes.patience import Patience
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.store.directory import visible_in
 from ckpt_jax.store.paths import absolute, as_path
 
 SECONDS_PER_HOUR = 3600
+Policy = RetentionPolicy | SavePolicy
 T = TypeVar("T")
 
 _log = logging.getLogger("ckpt_jax")
@@ -86,7 +89,7 @@ class CheckpointManager:
     * `max_to_keep=KeepBest("loss", 3, "min")`: the three best, and the latest.
     * `max_to_keep=3, policies=[KeepEveryNSteps(50)]`: the three latest, and 50, 100, 150, ...
       as long as the training steps are the numbers: `save(step)`.
-    * `max_to_keep=None`: all; policies decide nothing.
+    * `max_to_keep=None`: all; retention policies decide nothing.
 
     After the program has gone back to an earlier step and saved, the checkpoints that the new
     latest did not come from count as older than all others.
@@ -105,15 +108,16 @@ class CheckpointManager:
         function of no argument that returns one of these. Needed for `checkpoint_interval`.
       checkpoint_interval: at least this many steps are between two saves.
       init_fn: called by `restore_or_initialize` if there is nothing to restore.
-      policies: retention policies, or one. The checkpoints that they keep stay besides the
-        `max_to_keep` latest.
+      policies: what to keep and when to save: policies of both kinds, or one. The checkpoints
+        that retention policies keep stay besides the `max_to_keep` latest. If there are policies
+        that say when to save, `save(step)` returns None unless one of them says that it is due.
       last_checkpoint_step: the step of the last save, as if this manager had made it.
-      clock: returns the time in seconds since the epoch. It matters only for
-        `keep_checkpoint_every_n_hours`.
+      clock: returns the time in seconds since the epoch, for everything that goes by time.
 
     Raises:
       ValueError: `max_to_keep` is not positive, an interval is negative or has no step counter, the
-        name contains directories, a policy can keep nothing, or the state file names no checkpoint
+        name contains directories, a policy can keep nothing, there are both an interval and
+        policies that say when to save, or the state file names no checkpoint
         and the directory has none.
       TypeError: an argument is of the wrong type.
 
@@ -141,7 +145,7 @@ class CheckpointManager:
         step_counter: Any = None,
         checkpoint_interval: int | None = None,
         init_fn: Callable[[], object] | None = None,
-        policies: RetentionPolicy | Iterable[RetentionPolicy] = (),
+        policies: Policy | Iterable[Policy] = (),
         last_checkpoint_step: int | None = None,
         clock: Callable[[], float] = time.time,
     ):
@@ -161,7 +165,12 @@ class CheckpointManager:
         if os.path.basename(checkpoint_name) != checkpoint_name:
             raise ValueError(f"expected a name without directories, got {checkpoint_name!r}")
         limit = as_limit(max_to_keep)
-        further = (policies,) if isinstance(policies, RetentionPolicy) else (*policies,)
+        further, when = as_policies(policies)
+        if when is not None and checkpoint_interval is not None:
+            raise ValueError(
+                "expected a checkpoint_interval or policies that say when to save, got both: "
+                f"{checkpoint_interval} and {when.policies}. An interval is SaveEveryNSteps(n)."
+            )
         everything = KeepAny(further if limit is None else (limit, *further))
         for policy in everything.policies:
             if not can_keep(policy):
@@ -178,8 +187,13 @@ class CheckpointManager:
         self._init_fn = init_fn
         self._step_counter = step_counter
         self._schedule = Schedule(
-            lambda: as_integer(step_counter), checkpoint_interval, last_checkpoint_step
+            None if step_counter is None else lambda: as_integer(step_counter),
+            checkpoint_interval,
+            last_checkpoint_step,
+            when,
+            clock,
         )
+        self._notices: list[Callable[[], bool]] = []  # say whether the program is told to end
         self._known_paths: set[str] = set()  # which this manager replaces without a warning
         self._has_restored = False
         self._has_said_unknown = False
@@ -228,9 +242,9 @@ class CheckpointManager:
           checkpoint_number: the number in the name: an integer, or anything else that is allowed
             as `step_counter`. By default the save counter. A checkpoint of this name is replaced.
           check_interval: whether to return None if fewer than `checkpoint_interval` steps have
-            passed. At the step of the last save None is returned in any case. If there are several
-            processes, a save that failed in the background counts until `sync`, so that all of
-            them find the same steps due.
+            passed, or if the policies say that no save is due. At the step of the last save None is
+            returned in any case. If there are several processes, a save that failed in the
+            background counts until `sync`, so that all of them find the same steps due.
           options: how to save. Write callbacks are called before the state file changes.
           metrics: numbers by name, for retention policies. `record_metrics` adds others later.
           metadata: what else to say about the checkpoint, as JSON: a dict of None, booleans,
@@ -242,8 +256,8 @@ class CheckpointManager:
             `Checkpoint.save`. They are assigned in any case, even if nothing is saved.
 
         Returns:
-          The path of the checkpoint, or None if `checkpoint_interval` says not to save, or
-          if another save was in flight and `when_busy="skip"` says not to wait for it.
+          The path of the checkpoint, or None if `checkpoint_interval` or policies say not to save,
+          or if another save was in flight and `when_busy="skip"` says not to wait for it.
 
         Raises:
           ValueError: the number is negative, a metric is not one number, the metric of a policy
@@ -260,7 +274,9 @@ class CheckpointManager:
         """
         options, context = given(options), current_context()
         patience = context.processes.patience(options.timeout_seconds)
-        schedule, step = self._schedule, self._schedule.step()
+        schedule = self._schedule
+        is_asked = schedule.policy is not None and checkpoint_number is not None
+        step = schedule.step(as_integer(checkpoint_number) if is_asked else None)
         runs = save_runs_of(self._checkpoint)
         parts: dict[str, bytes] = {}
 
@@ -272,15 +288,15 @@ class CheckpointManager:
                 if not isinstance(value, bool | np.bool_):
                     raise TypeError(f"{name}: expected True or False, got {value!r}")
 
-        if step is not None:
+        if step is not None or schedule.policy is not None:
             runs.settle_doubts(patience)  # their outcome may change what is due
-            if not (force or schedule.is_due(step, check_interval)):
+            if not (force or self._is_due(step, check_interval, context, patience)):
                 check()
                 replace_values(self._checkpoint, values)
                 return None
 
         def open_books(meeting: Meeting) -> ManagedSave | None:
-            if not (force or schedule.is_due(step, check_interval)):
+            if not force and schedule.is_due(step, check_interval) is False:
                 return None  # another thread has saved this step meanwhile
             replace_values(self._checkpoint, values)
             now = step
@@ -309,6 +325,28 @@ class CheckpointManager:
             replace_values(self._checkpoint, values)
             return None
         return self._shown(path)
+
+    def _is_due(
+        self, step: int | None, check_interval: bool, context: Context, patience: Patience
+    ) -> bool:
+        """Whether to save at a step, the same on all processes."""
+        schedule, policy = self._schedule, self._schedule.policy
+        is_due = schedule.is_due(step, check_interval)
+        if is_due is not None or policy is None:
+            return is_due is not False
+
+        def answer() -> bool:
+            occasion = schedule.occasion(
+                step,
+                is_saving=save_runs_of(self._checkpoint).background.is_busy,
+                is_preempted=any([noticed() for noticed in self._notices]),
+            )
+            return bool(policy.due(occasion))
+
+        if goes_by_step(policy):
+            return answer()
+        with context.processes.meeting("asking whether a save is due", patience) as meeting:
+            return bool(meeting.led(answer() if meeting.leads else None))
 
     def _new_record(
         self, count: int, number: Any, metrics: Mapping[str, Any] | None, leads: bool
@@ -774,6 +812,37 @@ def make_due(manager: CheckpointManager) -> None:
     manager._schedule.make_due()
 
 
-def has_saved_step(manager: CheckpointManager) -> bool:
-    """Whether a manager's latest checkpoint is one of the step where the program is."""
-    return manager._schedule.has_saved(manager._collection.ledger.latest)
+def has_saved_step(manager: CheckpointManager, step: int | None = None) -> bool:
+    """Whether a manager's latest checkpoint is one of the step where the program is.
+
+    Args:
+      manager: any.
+      step: where the program is, if a policy of the manager goes by the numbers of checkpoints.
+    """
+    return manager._schedule.has_saved(manager._collection.ledger.latest, step)
+
+
+def save_step(manager: CheckpointManager, step: int | None) -> str | None:
+    """Saves, whatever the interval or the policies say.
+
+    Args:
+      manager: any.
+      step: where the program is. It is the number of the checkpoint if the policies of the manager
+        go by numbers.
+    """
+    number = step if manager._schedule.goes_by_numbers else None
+    return manager.save(number, check_interval=False)
+
+
+def hear_notices(manager: CheckpointManager, noticed: Callable[[], bool]) -> Callable[[], object]:
+    """Lets a manager's policies know whether the program is told to end.
+
+    Args:
+      manager: any.
+      noticed: says whether it is.
+
+    Returns:
+      A function that ends this.
+    """
+    manager._notices.append(noticed)
+    return lambda: manager._notices.remove(noticed)

@@ -174,6 +174,36 @@ class KeepBest:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepFor:
+    """Keeps each checkpoint for a duration.
+
+    Ages are those at the time of the latest checkpoint. So a program that was stopped for a week
+    finds all that it had when it goes on.
+
+    Raises:
+      ValueError: `seconds` is not positive.
+
+    Example:
+      >>> records = tuple(CheckpointRecord(n, time=100.0 * n) for n in (1, 2, 3))
+      >>> sorted(KeepFor(seconds=100).keep(records))
+      [2, 3]
+    """
+
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise ValueError(f"expected seconds to be positive, got {self.seconds}")
+
+    def keep(self, records: tuple[CheckpointRecord, ...]) -> frozenset[int]:
+        """The numbers of the checkpoints that are young enough."""
+        if not records:
+            return frozenset()
+        now = records[-1].time
+        return frozenset(each.number for each in records if now - each.time <= self.seconds)
+
+
+@dataclass(frozen=True, slots=True)
 class KeepAny:
     """Keeps each checkpoint that at least one of several policies keeps.
 

@@ -67,6 +67,16 @@ PUBLIC = (
     "KeepEveryNSteps",
     "KeepBest",
     "KeepAny",
+    "KeepFor",
+    # when to save
+    "SaveAny",
+    "SaveAtSteps",
+    "SaveContinuously",
+    "SaveEveryNSeconds",
+    "SaveEveryNSteps",
+    "SaveOccasion",
+    "SaveOnPreemption",
+    "SavePolicy",
     "preflight",
     # formats of other libraries, and of one's own
     "readers",
