@@ -56,6 +56,7 @@ from ckpt_jax.manage.due import (
     SaveOnPreemption,
     SavePolicy,
 )
+from ckpt_jax.manage.evaluate import evaluate_new
 from ckpt_jax.manage.manager import CheckpointManager
 from ckpt_jax.manage.preemption import PreemptionHandler
 from ckpt_jax.manage.retention import (
@@ -164,6 +165,7 @@ __all__ = [
     "VerifyReport",
     "checkpoints_iterator",
     "convert",
+    "evaluate_new",
     "export",
     "get_checkpoint_state",
     "io",

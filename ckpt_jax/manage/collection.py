@@ -10,6 +10,7 @@ record  the notes and the state file are written once more
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
@@ -45,6 +46,7 @@ from ckpt_jax.manage.retention import (
 )
 from ckpt_jax.store.directory import number_of
 from ckpt_jax.store.guard import guarded
+from ckpt_jax.store.lease import without_lease
 from ckpt_jax.store.notes import NOTES_FILE, add_metrics
 from ckpt_jax.store.presence import is_taken, names_in
 from ckpt_jax.store.staging import STAGING, remove_abandoned, why_kept
@@ -87,6 +89,7 @@ class Collection:
       preserve_interval_seconds: the least time between two checkpoints that are kept forever; None
         keeps none forever.
       clock: returns the time in seconds since the epoch.
+      is_read_only: whether it is only asked.
 
     Attributes:
       series: the same for managers of the same directory and name.
@@ -100,7 +103,9 @@ class Collection:
         policy: RetentionPolicy | None,
         preserve_interval_seconds: float | None,
         clock: Callable[[], float],
+        is_read_only: bool = False,
     ):
+        self._is_read_only = is_read_only
         self._directory, self._name = self.series = directory, name
         self._clock = clock
         self._policy = policy
@@ -114,7 +119,10 @@ class Collection:
     def _read(self) -> None:
         """Reads the ledger as it is in the files."""
         self._state = state_text(self._directory)
-        self.ledger = recovered(self._directory, self._name, self._clock())
+        if self._is_read_only:
+            self.ledger = observed(self._directory, self._name)
+        else:
+            self.ledger = recovered(self._directory, self._name, self._clock())
 
     def _read_again(self) -> None:
         """Reads the ledger again if another program has changed it."""
@@ -138,7 +146,7 @@ class Collection:
         """
         ledger = self.ledger
         if not self._fence.is_claimed and state_text(self._directory) != self._state:
-            ledger = observed(self._directory, self._name) or ledger
+            ledger = observed(self._directory, self._name)
         return with_noted(self._directory, ledger)
 
     def record_metrics(self, number: int, metrics: Mapping[str, float]) -> bool:
@@ -452,7 +460,12 @@ def _remove_managed(path: str) -> bool:
     if not checkpoint_exists(path):
         return False
     try:
-        remove_checkpoint(path)
+        with without_lease(path) as is_free:
+            if not is_free:
+                raise BlockingIOError(errno.EAGAIN, "an evaluator is at work on it", path)
+            remove_checkpoint(path)
+    except BlockingIOError:
+        raise
     except OSError as error:
         if checkpoint_exists(path):
             raise
@@ -465,6 +478,9 @@ def _attempt(remove: Callable[[str], bool], path: str) -> bool | None:
     itself has succeeded."""
     try:
         return remove(path)
+    except BlockingIOError as error:
+        _log.info("%s stays for now: %s", path, error.strerror)
+        return None
     except OSError as error:
         _log.warning("%s could not be removed: %s", path, error)
         return None

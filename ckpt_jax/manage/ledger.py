@@ -218,10 +218,10 @@ def _managed(ledger: Ledger) -> Ledger:
     return replace(ledger, records=tuple(records))
 
 
-def observed(directory: str, name: str) -> Ledger | None:
-    """The ledger that the manager of this name has left so far; None if there is no state file."""
+def observed(directory: str, name: str) -> Ledger:
+    """The ledger that a manager of this name has left so far, for those who only ask."""
     found = read_ledger(directory, name)
-    return found and _managed(found)
+    return _managed(found or Ledger(_found_by_name(directory, name), (), 0.0))
 
 
 def _warn_of_unrecorded(directory: str, name: str, ledger: Ledger) -> None:

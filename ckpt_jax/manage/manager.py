@@ -35,7 +35,7 @@ from ckpt_jax.api.checkpoint import (
 from ckpt_jax.api.latest import checkpoint_exists, refuse_others
 from ckpt_jax.api.preflight import preflight
 from ckpt_jax.api.status import LoadStatus
-from ckpt_jax.errors import CheckpointNotFoundError
+from ckpt_jax.errors import CheckpointError, CheckpointNotFoundError
 from ckpt_jax.graph.metadata import METADATA_KEY, encode
 from ckpt_jax.manage.arguments import as_integer, as_limit, as_metrics, as_policies
 from ckpt_jax.manage.collection import Collection
@@ -112,6 +112,9 @@ class CheckpointManager:
         that retention policies keep stay besides the `max_to_keep` latest. If there are policies
         that say when to save, `save(step)` returns None unless one of them says that it is due.
       last_checkpoint_step: the step of the last save, as if this manager had made it.
+      read_only: for programs that only restore and ask, such as evaluators: the manager writes,
+        removes and takes over nothing. It always answers for the present state of the directory,
+        which another manager may change.
       clock: returns the time in seconds since the epoch, for everything that goes by time.
 
     Raises:
@@ -147,6 +150,7 @@ class CheckpointManager:
         init_fn: Callable[[], object] | None = None,
         policies: Policy | Iterable[Policy] = (),
         last_checkpoint_step: int | None = None,
+        read_only: bool = False,
         clock: Callable[[], float] = time.time,
     ):
         if not isinstance(checkpoint, Checkpoint):
@@ -207,7 +211,9 @@ class CheckpointManager:
             None if limit is None else everything,
             preserve_interval_seconds,
             clock,
+            read_only,
         )
+        self._is_read_only = read_only
         self._shown = partial(shown, self._given, self._directory)
         self._restart = Restart(
             checkpoint, self._collection, self._schedule, self._directory, self._shown
@@ -264,6 +270,7 @@ class CheckpointManager:
             is neither among `metrics` nor recorded before, or `metadata` is no JSON.
           TypeError: a number or step is not an integer, or an argument is of the wrong type.
           UnsaveableError: values cannot be saved; nothing was written.
+          CheckpointError: the manager is read-only.
           SupersededError: another manager has taken over. If nothing was at the path of this
             checkpoint, it was saved, but not recorded; later saves write nothing.
           AsyncSaveError: an earlier save failed in the background, and this one has not begun. If
@@ -272,6 +279,7 @@ class CheckpointManager:
 
         Source: `tf.train.CheckpointManager.save`, where a failed save advances the counter.
         """
+        self._require_writable("save")
         options, context = given(options), current_context()
         patience = context.processes.patience(options.timeout_seconds)
         schedule = self._schedule
@@ -424,7 +432,7 @@ class CheckpointManager:
           ...     os.path.basename(path), fresh.step
           ('ckpt-1', 7)
         """
-        if current().count > 1:
+        if current().count > 1 and not self._is_read_only:
             preflight(self._directory)
         paths = self._restart.agreed_paths(self._restart.candidates)
         if not paths:
@@ -654,6 +662,7 @@ class CheckpointManager:
           ...     manager.metrics(100)
           {'loss': 0.5, 'accuracy': 0.75}
         """
+        self._require_writable("record metrics")
         number, scores = as_integer(step), as_metrics(metrics)
         what = f"recording metrics of {self._name}-{number}"
         with current().meeting(what, DEFAULT.timeout_seconds) as meeting:
@@ -700,8 +709,22 @@ class CheckpointManager:
           SupersededError: another manager has taken over; nothing was removed.
           OSError: it could not be removed.
         """
+        self._require_writable("delete")
         number = as_integer(step)
         self._changed(f"deleting {self._name}-{number}", lambda: self._collection.delete(number))
+
+    def _require_writable(self, verb: str) -> None:
+        """Refuses to change anything in a directory that is only read.
+
+        Raises:
+          CheckpointError: this manager is read-only.
+        """
+        if self._is_read_only:
+            raise CheckpointError(
+                f"{self._given}: this manager is read-only and cannot {verb}. Nothing was changed. "
+                "To record metrics, use ckpt.evaluate_new, or a manager without read_only=True, "
+                "which takes nothing over before it saves."
+            )
 
     def _changed(self, what: str, change: Callable[[], T]) -> T:
         """Lets process 0 change the collection while nothing is saved; the others follow.
@@ -744,6 +767,8 @@ class CheckpointManager:
           ...     [os.path.basename(path) for path in manager.gc(dry_run=True)]
           ['ckpt-1', 'ckpt-2']
         """
+        if not dry_run:
+            self._require_writable("remove")
         what = f"collecting in {self._directory}"
         removed = self._changed(what, lambda: self._collection.collect(dry_run))
         return [self._shown(path) for path in removed]

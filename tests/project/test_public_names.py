@@ -77,6 +77,7 @@ PUBLIC = (
     "SaveOccasion",
     "SaveOnPreemption",
     "SavePolicy",
+    "evaluate_new",
     "preflight",
     # formats of other libraries, and of one's own
     "readers",
