@@ -59,6 +59,7 @@ from ckpt_jax.manage.due import (
 from ckpt_jax.manage.evaluate import evaluate_new
 from ckpt_jax.manage.manager import CheckpointManager
 from ckpt_jax.manage.preemption import PreemptionHandler
+from ckpt_jax.manage.removal import Removal
 from ckpt_jax.manage.retention import (
     CheckpointRecord,
     KeepAny,
@@ -137,6 +138,7 @@ __all__ = [
     "ProcessError",
     "PythonState",
     "RegistrationError",
+    "Removal",
     "ReportEntry",
     "ReshardCallback",
     "RestoreMismatchError",

@@ -18,7 +18,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 
 from ckpt_jax.errors import CheckpointError, UnsupportedFormatError
 from ckpt_jax.options import Path
@@ -417,13 +417,31 @@ def remove_checkpoint(path: Path) -> None:
       ...     checkpoint_exists(path)
       False
     """
-    path = absolute(as_path(path))
+    with set_aside(absolute(as_path(path))) as aside:
+        if aside is not None:
+            shutil.rmtree(aside)
+
+
+@contextmanager
+def set_aside(path: str) -> Iterator[str | None]:
+    """Renames the checkpoint at an absolute path, so that it can be removed while the block runs.
+
+    Returns:
+      A context manager; its value is the new path. It is None if nothing is there, or if there was
+      a link, which is removed.
+
+    Raises:
+      CheckpointNotFoundError: something else is there; it stays.
+      OSError: it could not be renamed.
+    """
     if not is_taken(path):
+        yield None
         return
     require_checkpoint(path)
     try:
         if os.path.islink(path):
             os.unlink(path)
+            yield None
             return
         with held(path):
             aside = staging_name(path)
@@ -435,7 +453,7 @@ def remove_checkpoint(path: Path) -> None:
             except OSError:
                 os.rename(aside, path)
                 raise
-            shutil.rmtree(aside)
+            yield aside
     except FileNotFoundError:
         if is_taken(path):
             raise

@@ -37,6 +37,7 @@ from ckpt_jax.manage.ledger import (
     with_noted,
     write_ledger,
 )
+from ckpt_jax.manage.removal import Removal, Remover
 from ckpt_jax.manage.retention import (
     CheckpointRecord,
     RetentionPolicy,
@@ -52,6 +53,8 @@ from ckpt_jax.store.presence import is_taken, names_in
 from ckpt_jax.store.staging import STAGING, remove_abandoned, why_kept
 from ckpt_jax.store.state_file import state_text
 from ckpt_jax.store.storage import POSIX
+
+AT_ONCE = Removal()
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -90,6 +93,7 @@ class Collection:
         keeps none forever.
       clock: returns the time in seconds since the epoch.
       is_read_only: whether it is only asked.
+      removal: how checkpoints are removed.
 
     Attributes:
       series: the same for managers of the same directory and name.
@@ -104,8 +108,11 @@ class Collection:
         preserve_interval_seconds: float | None,
         clock: Callable[[], float],
         is_read_only: bool = False,
+        removal: Removal = AT_ONCE,
     ):
         self._is_read_only = is_read_only
+        self._remover = Remover(directory, name, removal, clock)
+        self._removal = removal
         self._directory, self._name = self.series = directory, name
         self._clock = clock
         self._policy = policy
@@ -256,6 +263,8 @@ class Collection:
     def collect(self, dry_run: bool) -> list[str]:
         """Removes checkpoints that are not needed, and what interrupted saves have left; see
         `CheckpointManager.gc`."""
+        if not dry_run:
+            self._remover.wait()
         self._keep_up()
         if self.ledger.latest is None:
             return []
@@ -268,7 +277,10 @@ class Collection:
             return [*(record.path for record in sweep.remove), *leftovers]
         self.ledger = ledger.without(unknown)
         self._forget_recorded()
-        return [*self._sweep(sweep), *[p for p in leftovers if _attempt(remove_abandoned, p)]]
+        removed = [*self._sweep(sweep), *[p for p in leftovers if _attempt(remove_abandoned, p)]]
+        removed += self._remover.empty_trash()
+        self._remover.wait()
+        return removed
 
     def record(self, record: CheckpointRecord, is_overtaken: bool = False) -> None:
         """Makes a checkpoint that was just committed the latest, and sweeps.
@@ -309,6 +321,7 @@ class Collection:
             self.ledger = self.ledger.without(unknown)
         if (sweep.preserve or sweep.remove) and self._is_latest_usable():
             self._sweep(sweep)
+            self._remover.empty_trash()
 
     def _forget_recorded(self) -> None:
         for record in self.ledger.records:
@@ -408,7 +421,7 @@ class Collection:
         for record in sweep.remove:
             if self._fence.is_claimed and self._fence.is_behind():
                 break  # the new manager may need what is left
-            outcome = _attempt(_remove_managed, record.path)
+            outcome = _attempt(self._remove_managed, record.path)
             if outcome is None:
                 continue
             if outcome:
@@ -430,6 +443,27 @@ class Collection:
             )
         return removed
 
+    def _remove_managed(self, path: str) -> bool:
+        """Removes a checkpoint, at least from its path; returns whether there was one.
+
+        Raises:
+          BlockingIOError: somebody has a lease of it.
+          OSError: it is still there, or this is not known.
+        """
+        if not checkpoint_exists(path):
+            return False
+        remove = remove_checkpoint if self._removal == AT_ONCE else self._remover.remove
+        with without_lease(path) as is_free:
+            if not is_free:
+                raise BlockingIOError(errno.EAGAIN, "an evaluator is at work on it", path)
+            try:
+                remove(path)
+            except OSError as error:
+                if checkpoint_exists(path):
+                    raise
+                _log.warning("%s could not be removed as a whole: %s", path, error)
+        return True
+
     def _leftovers(self) -> list[str]:
         """Abandoned staging directories of saves with numbers up to that of the latest. A warning
         says why others stay."""
@@ -449,28 +483,6 @@ class Collection:
             elif is_taken(path):
                 _log.warning("%s is not removed: %s", path, reason)
         return found
-
-
-def _remove_managed(path: str) -> bool:
-    """Removes a checkpoint, at least from its path; returns whether there was one.
-
-    Raises:
-      OSError: it is still there, or this is not known.
-    """
-    if not checkpoint_exists(path):
-        return False
-    try:
-        with without_lease(path) as is_free:
-            if not is_free:
-                raise BlockingIOError(errno.EAGAIN, "an evaluator is at work on it", path)
-            remove_checkpoint(path)
-    except BlockingIOError:
-        raise
-    except OSError as error:
-        if checkpoint_exists(path):
-            raise
-        _log.warning("%s could not be removed as a whole: %s", path, error)
-    return True
 
 
 def _attempt(remove: Callable[[str], bool], path: str) -> bool | None:

@@ -38,10 +38,11 @@ from ckpt_jax.api.status import LoadStatus
 from ckpt_jax.errors import CheckpointError, CheckpointNotFoundError
 from ckpt_jax.graph.metadata import METADATA_KEY, encode
 from ckpt_jax.manage.arguments import as_integer, as_limit, as_metrics, as_policies
-from ckpt_jax.manage.collection import Collection
+from ckpt_jax.manage.collection import AT_ONCE, Collection
 from ckpt_jax.manage.due import SavePolicy, goes_by_step
 from ckpt_jax.manage.ledger import known_metrics, own_number
 from ckpt_jax.manage.managed_save import ManagedSave
+from ckpt_jax.manage.removal import Removal
 from ckpt_jax.manage.restart import Restart, shown, synchronise
 from ckpt_jax.manage.retention import (
     CheckpointRecord,
@@ -115,6 +116,8 @@ class CheckpointManager:
       read_only: for programs that only restore and ask, such as evaluators: the manager writes,
         removes and takes over nothing. It always answers for the present state of the directory,
         which another manager may change.
+      removal: how checkpoints that are not kept are removed: `Removal(in_background=True)`, or
+        `Removal(trash="trash")`. By default a save removes them before it returns.
       clock: returns the time in seconds since the epoch, for everything that goes by time.
 
     Raises:
@@ -151,6 +154,7 @@ class CheckpointManager:
         policies: Policy | Iterable[Policy] = (),
         last_checkpoint_step: int | None = None,
         read_only: bool = False,
+        removal: Removal = AT_ONCE,
         clock: Callable[[], float] = time.time,
     ):
         if not isinstance(checkpoint, Checkpoint):
@@ -212,6 +216,7 @@ class CheckpointManager:
             preserve_interval_seconds,
             clock,
             read_only,
+            removal,
         )
         self._is_read_only = read_only
         self._shown = partial(shown, self._given, self._directory)
@@ -747,7 +752,8 @@ class CheckpointManager:
         Interrupted saves leave staging directories. Those that begin with this manager's name and a
         number up to that of the latest checkpoint are removed, if their owner is provably gone.
         (Those with a larger number are removed by the next save with this number.)
-        If the latest checkpoint is not usable, nothing is removed.
+        If the latest checkpoint is not usable, nothing is removed. If checkpoints are removed in
+        the background, this waits for it.
 
         Args:
           dry_run: whether to say only what would be removed.
@@ -782,6 +788,13 @@ class CheckpointManager:
         Source: `tf.train.CheckpointManager.sync`.
         """
         synchronise(self._checkpoint, self._schedule)
+
+    def cancel(self) -> bool:
+        """Cancels a save in the background; see `Checkpoint.cancel`. Its step is due again."""
+        try:
+            return self._checkpoint.cancel()
+        finally:
+            self._schedule.synchronised()
 
     # --- properties --------------------------------------------------------------------
 

@@ -68,6 +68,7 @@ PUBLIC = (
     "KeepBest",
     "KeepAny",
     "KeepFor",
+    "Removal",
     # when to save
     "SaveAny",
     "SaveAtSteps",
