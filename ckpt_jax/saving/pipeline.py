@@ -35,6 +35,7 @@ from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.processes.meeting import Meeting, described
 from ckpt_jax.processes.moment import Moment, evidence_of
 from ckpt_jax.progress import progress
+from ckpt_jax.saving.casts import with_casts
 from ckpt_jax.saving.snapshot import counts, snapshot
 from ckpt_jax.saving.write import plan_write, write
 from ckpt_jax.store.index import Shard, Table, decode_entry, encode_entry
@@ -122,13 +123,14 @@ class StagedSave:
     ):
         options = request.options
         self._request, self._meeting, self._watch = request, meeting, watch
-        live = request.trace()
+        live, casts = with_casts(request.trace(), options.cast_on_save)
         values = encoded_values(live)
         taken = snapshot(
             values,
             in_background=options.enable_async,
             process=meeting.index,
             count=meeting.count,
+            casts=casts,
         )
         self._nbytes = taken.nbytes
         self._plan = plan_write(taken, options.sharding_policy)
