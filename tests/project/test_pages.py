@@ -64,6 +64,7 @@ def test_every_block_of_python_on_a_page_is_run():
         "README.md",
         "command.md",
         "guide.md",
+        "managing.md",
         "migrating.md",
         "renaming.md",
         "several-processes.md",
@@ -110,6 +111,22 @@ def test_the_guide_runs_and_restores_what_was_saved(tmp_path, monkeypatch):
     np.testing.assert_array_equal(names["state"].params["dense"]["kernel"], ones)
     np.testing.assert_array_equal(names["params"]["params"]["dense"]["kernel"], ones)
     assert names["model"]["step"] == 100
+
+
+def test_the_page_on_managers_runs_and_its_policies_do_what_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = execute(DOCS / "managing.md", {})
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == [
+        "(400, 500, 800, 900, 1000)",
+        "runs/a/ckpt-500 {'loss': 0.1}",
+        "{'lr': 0.001}",
+    ]
+    assert "'accuracy': 250.0" in said[3]
+    assert names["manager"].steps == (1002,)
+    assert any(each.startswith("ckpt-500.") for each in os.listdir("runs/a/trash"))
+    w = names["checkpoint"].state["params"]["w"]
+    assert w.dtype == np.float64
 
 
 def test_the_page_on_renaming_runs_and_the_rules_do_what_it_says(tmp_path, monkeypatch):
