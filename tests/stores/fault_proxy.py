@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import http.client
+import json
 import re
 import socket
 import struct
@@ -18,6 +19,9 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+# What requests to GCS's JSON interface begin with; all others are S3's.
+_GCS = ("storage/v1/", "upload/storage/v1/")
 
 # No test waits longer than this for another thread.
 PATIENCE_SECONDS = 60
@@ -57,13 +61,14 @@ class Fault:
 
     `acts`: the server gets it. `status`: what the client is told instead of the server's reply; 0
     cuts the connection without a word. None leaves the server's reply. `held`: nothing goes on until
-    `FaultProxy.release` is called, neither to the server nor to the client.
+    `FaultProxy.release` is called, neither to the server nor to the client. `instead_of`: only if
+    that is what the server replied.
     """
 
     acts: bool
     status: int | None
     held: bool = False
-    code: str = ""  # the word in the body of an S3 error
+    instead_of: int | None = None
 
 
 CUT_BEFORE = Fault(acts=False, status=0)
@@ -85,7 +90,7 @@ _CODES = {
 
 def answer(status: int, *, acts: bool = False) -> Fault:
     """An error in place of the server's reply; with `acts`, after the server did as it was told."""
-    return Fault(acts, status, code=_CODES[status])
+    return Fault(acts, status)
 
 
 @dataclasses.dataclass
@@ -174,6 +179,11 @@ class FaultProxy:
             self.fault(CUT_AFTER, first=number, times=1)
             number += 1
         self.fault(CUT_BEFORE, first=number)
+
+    def deny_listing(self) -> None:
+        """Permits no LIST. As AWS does, tells nobody either that an object is missing."""
+        self.fault(answer(403), operation="LIST")
+        self.fault(Fault(acts=True, status=403, instead_of=404), operation="READ|STAT")
 
     def heal(self) -> None:
         """Takes all faults away. What is held stays held."""
@@ -360,7 +370,9 @@ class _Handler(BaseHTTPRequestHandler):
                 return
             with self.proxy.holding() if fault.held else contextlib.nullcontext():
                 reply = self._ask(request) if fault.acts else None
-            if fault.status is None:
+            if fault.status is None or (
+                reply is not None and fault.instead_of not in (None, reply[0])
+            ):
                 assert reply is not None
                 self._reply(*reply)
             elif fault.status == 0:
@@ -421,12 +433,18 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def _error(self, request: Request, fault: Fault):
-        content = (
-            f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{fault.code}</Code>'
-            f"<Message>The proxy said so.</Message><Resource>{request.target.split('?')[0]}"
-            f"</Resource><RequestId>{request.number}</RequestId></Error>"
-        ).encode()
-        return fault.status, fault.code, [("Content-Type", "application/xml")], content
+        code = _CODES[fault.status]
+        if request.target.lstrip("/").startswith(_GCS):
+            message = {"code": fault.status, "message": "The proxy said so."}
+            kind, content = "application/json", json.dumps({"error": message}).encode()
+        else:
+            kind = "application/xml"
+            content = (
+                f'<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>{code}</Code>'
+                f"<Message>The proxy said so.</Message>"
+                f"<RequestId>{request.number}</RequestId></Error>"
+            ).encode()
+        return fault.status, code, [("Content-Type", kind)], content
 
     def _cut(self) -> None:
         """Resets the connection: what the client sees of a server or a network that died."""
