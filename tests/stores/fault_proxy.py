@@ -296,7 +296,7 @@ def understand(method: str, target: str) -> tuple[str, str, str]:
     """Operation, bucket and key of a request to S3 (path style) or to GCS's JSON interface."""
     path, _, query_text = target.partition("?")
     query = urllib.parse.parse_qs(query_text, keep_blank_values=True)
-    prefix = query.get("prefix", [""])[0]
+    prefix = (query.get("prefix") or query.get("startOffset") or [""])[0]
     if gcs := re.fullmatch(r"(?:/upload)?/storage/v1/b/([^/]*)(?:/o(?:/(.*))?)?", path):
         bucket = gcs[1]
         key = urllib.parse.unquote(gcs[2] or "") or query.get("name", [""])[0]
@@ -343,7 +343,6 @@ class _Handler(BaseHTTPRequestHandler):
     proxy: FaultProxy
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1
 
     def setup(self):
         super().setup()

@@ -77,7 +77,6 @@ class _Handler(BaseHTTPRequestHandler):
     store: GcsServer
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    wbufsize = -1
 
     def log_message(self, format, *arguments):
         pass

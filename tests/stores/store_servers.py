@@ -5,6 +5,8 @@ Nothing here listens on, or talks to, anything but 127.0.0.1.
 
 from __future__ import annotations
 
+import functools
+import http.client
 import json
 import pathlib
 import shutil
@@ -13,8 +15,7 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
+import urllib.parse
 from typing import Any
 
 REGION = "us-east-1"
@@ -49,6 +50,12 @@ def program(name: str) -> str | None:
     return str(beside) if beside.exists() else shutil.which(name)
 
 
+def _dies_with_its_parent() -> list[str]:
+    """What makes a process end even if the tests are killed; Linux has it."""
+    setpriv = shutil.which("setpriv")
+    return [setpriv, "--pdeathsig", "KILL"] if setpriv else []
+
+
 class S3Server:
     """A process that serves S3 at `url`. Subclasses say how it is started."""
 
@@ -65,7 +72,11 @@ class S3Server:
         self.directory.mkdir(parents=True, exist_ok=True)
         with open(self.directory / "log", "ab") as log:
             self.process = subprocess.Popen(
-                self.command(), stdout=log, stderr=log, cwd=self.directory, start_new_session=True
+                [*_dies_with_its_parent(), *self.command()],
+                stdout=log,
+                stderr=log,
+                cwd=self.directory,
+                start_new_session=True,
             )
         deadline = time.monotonic() + READY_SECONDS
         while not self.answers():
@@ -76,14 +87,14 @@ class S3Server:
 
     def answers(self) -> bool:
         """Whether requests are served: a refusal is an answer, too."""
+        connection = http.client.HTTPConnection(urllib.parse.urlsplit(self.url).netloc, timeout=5)
         try:
-            urllib.request.urlopen(self.url, timeout=5).close()
-        except urllib.error.HTTPError as error:
-            error.close()
-            return error.code < 500
+            connection.request("GET", "/")
+            return connection.getresponse().status < 500
         except OSError:
             return False
-        return True
+        finally:
+            connection.close()
 
     def kill(self) -> None:
         """Ends the process at once, as a crash does."""
@@ -92,6 +103,7 @@ class S3Server:
             self.process.wait()
             self.process = None
 
+    @functools.cached_property
     def client(self) -> Any:
         """Another implementation of S3, to make buckets and to look from outside."""
         import boto3
@@ -103,11 +115,11 @@ class S3Server:
             region_name=REGION,
             aws_access_key_id=KEY,
             aws_secret_access_key=SECRET,
-            config=Config(s3={"addressing_style": "path"}, retries={"total_max_attempts": 5}),
+            config=Config(s3={"addressing_style": "path"}, proxies={}),
         )
 
     def make_bucket(self, name: str) -> None:
-        self.client().create_bucket(Bucket=name)
+        self.client.create_bucket(Bucket=name)
 
 
 class Moto(S3Server):
@@ -159,7 +171,7 @@ class Seaweed(S3Server):
             f"-master.port={master}",
             "-master.volumeSizeLimitMB=64",
             f"-volume.port={volume}",
-            "-volume.max=100",
+            "-volume.max=0",  # as many as the disk holds: each bucket takes several
             "-filer",
             f"-filer.port={filer}",
             f"-filer.localSocket={self.directory / 'filer.sock'}",
