@@ -60,9 +60,9 @@ class Fault:
     """What happens to a request.
 
     `acts`: the server gets it. `status`: what the client is told instead of the server's reply; 0
-    cuts the connection without a word. None leaves the server's reply. `held`: nothing goes on until
-    `FaultProxy.release` is called, neither to the server nor to the client. `instead_of`: only if
-    that is what the server replied.
+    cuts the connection without a word. None leaves the server's reply. `held`: nothing goes on
+    until `FaultProxy.release` is called, neither to the server nor to the client. `instead_of`:
+    only if that is what the server replied.
     """
 
     acts: bool
@@ -419,10 +419,11 @@ class _Handler(BaseHTTPRequestHandler):
         self, status: int, reason: str, headers: list[tuple[str, str]], content: bytes
     ) -> None:
         self.send_response_only(status, reason)
+        ours = {"transfer-encoding", "connection"}
+        if self.command != "HEAD":
+            ours.add("content-length")
         for name, value in headers:
-            if name.lower() not in ("transfer-encoding", "connection", "content-length"):
-                self.send_header(name, value)
-            elif name.lower() == "content-length" and self.command == "HEAD":
+            if name.lower() not in ours:
                 self.send_header(name, value)
         if self.command != "HEAD":
             self.send_header("Content-Length", str(len(content)))
@@ -449,7 +450,5 @@ class _Handler(BaseHTTPRequestHandler):
         """Resets the connection: what the client sees of a server or a network that died."""
         self.close_connection = True
         with contextlib.suppress(OSError):
-            self.connection.setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
-            )
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()

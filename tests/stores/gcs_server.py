@@ -128,9 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
         generation = bucket[key][1] if key in bucket else 0
         wanted = self.query.get("ifGenerationMatch")
         if wanted is not None and int(wanted) != generation:
-            raise _Refused(
-                412, "At least one of the pre-conditions you specified did not hold."
-            )
+            raise _Refused(412, "At least one of the pre-conditions you specified did not hold.")
         unwanted = self.query.get("ifGenerationNotMatch")
         if unwanted is not None and int(unwanted) == generation:
             raise _Refused(304, "Not modified.")

@@ -1,8 +1,8 @@
 """Fixtures: fresh places in object stores, each of a server on this machine.
 
-`s3` (SeaweedFS), `moto`, `gcs` and `memory` give a `Place`; `any_store` runs a test on each of them.
-The variables of the environment that lead there are set for the test alone. One server of a kind
-runs per session, or per worker of pytest-xdist.
+`s3` (SeaweedFS), `moto`, `gcs` and `memory` give a `Place`; `any_store` runs a test on each of
+them. The variables of the environment that lead there are set for the test alone. One server of a
+kind runs per session, or per worker of pytest-xdist.
 """
 
 from __future__ import annotations
@@ -118,9 +118,10 @@ def _running(kind: type[S3Server]) -> Iterator[S3Server]:
             server.kill()
 
 
-def _require(*names: str) -> None:
-    if missing := [name for name in names if program(name) is None]:
-        pytest.skip(f"not installed: {', '.join(missing)} (pip install 'ckpt-jax[test,stores]')")
+def _require(name: str) -> None:
+    if program(name) is None:
+        pytest.skip(f"{name} is not installed (pip install 'ckpt-jax[test]')")
+    pytest.importorskip("boto3", reason="boto3 is not installed (pip install 'ckpt-jax[test]')")
 
 
 @pytest.fixture(scope="session")

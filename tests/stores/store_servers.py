@@ -118,6 +118,9 @@ class S3Server:
             config=Config(s3={"addressing_style": "path"}, proxies={}),
         )
 
+    def buckets(self) -> list[str]:
+        return [bucket["Name"] for bucket in self.client.list_buckets()["Buckets"]]
+
     def make_bucket(self, name: str) -> None:
         self.client.create_bucket(Bucket=name)
 
@@ -133,6 +136,26 @@ class Moto(S3Server):
 
 class Seaweed(S3Server):
     """SeaweedFS: checks conditions, signatures and permissions; data survive a kill."""
+
+    _probed = False
+
+    def answers(self) -> bool:
+        """Whether objects are stored, too; after a restart, also whether old ones are read."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
+        if not super().answers():
+            return False
+        probe = {"Bucket": "probe-of-tests", "Key": "probe"}
+        try:
+            if self._probed:
+                self.client.get_object(**probe)
+            elif probe["Bucket"] not in self.buckets():
+                self.client.create_bucket(Bucket=probe["Bucket"])
+            self.client.put_object(**probe, Body=b"probe")
+        except (BotoCoreError, ClientError):
+            return False
+        self._probed = True
+        return True
 
     def command(self) -> list[str]:
         configuration = self.directory / "s3.json"
