@@ -19,6 +19,7 @@ import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Literal
 
 # What requests to GCS's JSON interface begin with; all others are S3's.
 _GCS = ("storage/v1/", "upload/storage/v1/")
@@ -60,20 +61,21 @@ class Fault:
     """What happens to a request.
 
     `acts`: the server gets it. `status`: what the client is told instead of the server's reply; 0
-    cuts the connection without a word. None leaves the server's reply. `held`: nothing goes on
-    until `FaultProxy.release` is called, neither to the server nor to the client. `instead_of`:
-    only if that is what the server replied.
+    cuts the connection without a word. None leaves the server's reply. `held`: the "request" on
+    its way to the server, or the "reply" on its way back, waits until `FaultProxy.release` is
+    called. `instead_of`: only if that is what the server replied.
     """
 
     acts: bool
     status: int | None
-    held: bool = False
+    held: Literal["request", "reply"] | None = None
     instead_of: int | None = None
 
 
 CUT_BEFORE = Fault(acts=False, status=0)
 CUT_AFTER = Fault(acts=True, status=0)  # also: the reply is lost
-HOLD = Fault(acts=True, status=None, held=True)  # arrives late, or never if it is never released
+HOLD = Fault(acts=True, status=None, held="request")  # arrives late; never, if not released
+HOLD_REPLY = Fault(acts=True, status=None, held="reply")  # the server acted, and nobody hears of it
 
 _CODES = {
     400: "InvalidRequest",
@@ -131,6 +133,7 @@ class FaultProxy:
         self._lock = threading.Condition()
         self._released = threading.Event()
         self._held = 0
+        self._closed = False
         self._under_way = 0
         self._most_at_once = 0
         proxy = self
@@ -162,7 +165,7 @@ class FaultProxy:
         """Lets `fault` happen to requests.
 
         Args:
-            fault: `CUT_BEFORE`, `CUT_AFTER`, `HOLD` or `answer(status)`.
+            fault: `CUT_BEFORE`, `CUT_AFTER`, `HOLD`, `HOLD_REPLY` or `answer(status)`.
             operation: Only to these, as "WRITE" or "WRITE|DELETE".
             key: Only if this pattern is found in the object's name.
             first: The first of those requests that it happens to, from 1 and from now.
@@ -237,12 +240,14 @@ class FaultProxy:
             assert self._lock.wait_for(lambda: self._held == 0, PATIENCE_SECONDS)
 
     def close(self) -> None:
+        """Ends the proxy. Requests that are held never arrive."""
+        with self._lock:
+            self._closed = True
         self.heal()
         self._http.shutdown()
         self._http.server_close()
         self._http.cut_all()
-        with self._lock:
-            self._released.set()
+        self.release()
         self._thread.join()
 
     def __enter__(self) -> FaultProxy:
@@ -280,11 +285,15 @@ class FaultProxy:
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
         with self._lock:
+            if self._closed:
+                raise ConnectionAbortedError
             released = self._released
             self._held += 1
             self._lock.notify_all()
         try:
             released.wait()
+            if self._closed:
+                raise ConnectionAbortedError
             yield
         finally:
             with self._lock:
@@ -367,8 +376,10 @@ class _Handler(BaseHTTPRequestHandler):
             if fault is None:
                 self._reply(*self._ask(request))
                 return
-            with self.proxy.holding() if fault.held else contextlib.nullcontext():
+            with self.proxy.holding() if fault.held == "request" else contextlib.nullcontext():
                 reply = self._ask(request) if fault.acts else None
+            with self.proxy.holding() if fault.held == "reply" else contextlib.nullcontext():
+                pass
             if fault.status is None or (
                 reply is not None and fault.instead_of not in (None, reply[0])
             ):

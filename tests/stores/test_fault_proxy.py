@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from fault_proxy import CUT_AFTER, CUT_BEFORE, HOLD, answer, understand
+from fault_proxy import CUT_AFTER, CUT_BEFORE, HOLD, HOLD_REPLY, answer, understand
 
 ABSENT = b"\x02"
 REFUSED = b""
@@ -146,6 +146,27 @@ def test_a_request_that_timed_out_arrives_late(proxy, kvstore, beside):
     assert beside.list().result() == []
     proxy.release()
     assert beside["a"] == b"late"
+
+
+def test_a_reply_that_does_not_come_does_not_undo_the_request(proxy, kvstore, beside):
+    proxy.fault(HOLD_REPLY, times=1)
+    written = kvstore.write("a", b"1", if_equal=ABSENT)
+    proxy.wait_until_held()
+    with pytest.raises(TimeoutError):
+        written.result(timeout=0.1)
+    assert beside["a"] == b"1"
+    proxy.release()
+    assert written.result().generation != REFUSED
+
+
+def test_what_is_held_when_the_proxy_is_closed_never_arrives(proxy, kvstore, beside):
+    proxy.fault(HOLD)
+    written = kvstore.write("a", b"1")
+    proxy.wait_until_held()
+    proxy.close()
+    with pytest.raises(ValueError, match="^ABORTED: All 3 retry attempts failed"):
+        written.result()
+    assert beside.list().result() == []
 
 
 def test_a_request_that_is_held_does_not_hold_up_others(proxy, kvstore, beside):
