@@ -41,7 +41,7 @@ from ckpt_jax.store.notes import NOTES_FILE
 from ckpt_jax.store.presence import is_taken, names_in
 from ckpt_jax.store.staging import STAGING, remove_abandoned, why_kept
 from ckpt_jax.store.state_file import state_text
-from ckpt_jax.store.storage import POSIX
+from ckpt_jax.store.storage import generation_at
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -63,7 +63,7 @@ class _Begun:
     @property
     def is_committed(self) -> bool:
         """Whether the checkpoint is at its path."""
-        return POSIX.generation(self.record.path) not in (None, self.before)
+        return generation_at(self.record.path) not in (None, self.before)
 
 
 class Collection:
@@ -161,7 +161,7 @@ class Collection:
             raise self._fence.error("Nothing was saved.")
         origin = number_of(self._origin or "")
         record = replace(record, time=self._clock(), origin=origin)
-        before = POSIX.generation(record.path)
+        before = generation_at(record.path)
         self._begun[record.path] = _Begun(record, before, self._origin)
         self._origin = record.path
 
@@ -185,7 +185,7 @@ class Collection:
                 if not is_behind:
                     raise
                 raise self._fence.error("Nothing was saved.") from error
-            generation = POSIX.generation(path)
+            generation = generation_at(path)
             if generation is not None:
                 self._published[path] = generation
 
@@ -249,7 +249,7 @@ class Collection:
             is_older = is_overtaken and ledger.latest is not None
             ledger = ledger.with_older(record) if is_older else ledger.with_latest(record)
             with guarded(self._directory):
-                if self._published.pop(path, None) not in (None, POSIX.generation(path)):
+                if self._published.pop(path, None) not in (None, generation_at(path)):
                     raise self._fence.error(f"It has replaced {path} before that was recorded.")
                 try:
                     self._write_to_files(ledger, is_newest=True)
