@@ -35,9 +35,11 @@ from ckpt_jax.manage.ledger import (
     write_ledger,
 )
 from ckpt_jax.manage.retention import CheckpointRecord, RetentionPolicy, Sweep, plan_sweep
+from ckpt_jax.store.attempts import collect, remains_in
 from ckpt_jax.store.directory import number_of
 from ckpt_jax.store.guard import guarded
 from ckpt_jax.store.notes import NOTES_FILE
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.presence import is_taken, names_in
 from ckpt_jax.store.staging import STAGING, remove_abandoned, why_kept
 from ckpt_jax.store.state_file import state_text
@@ -226,7 +228,8 @@ class Collection:
             return [*(record.path for record in sweep.remove), *leftovers]
         self.ledger = ledger.without(unknown)
         self._forget_recorded()
-        return [*self._sweep(sweep), *[p for p in leftovers if _attempt(remove_abandoned, p)]]
+        remove = collect if is_url(self._directory) else remove_abandoned
+        return [*self._sweep(sweep), *[p for p in leftovers if _attempt(remove, p)]]
 
     def record(self, record: CheckpointRecord, is_overtaken: bool = False) -> None:
         """Makes a checkpoint that was just committed the latest, and sweeps.
@@ -384,11 +387,14 @@ class Collection:
         latest = number_of(self.ledger.latest or "")
         if latest is None:
             return []
+        if is_url(self._directory):
+            return remains_in(
+                self._directory, lambda name: self._is_past(name, latest), self._clock
+            )
         found: list[str] = []
         for name in names_in(self._directory):
             staging = STAGING.match(name)
-            number = own_number(self._name, staging["name"]) if staging else None
-            if number is None or number > latest:
+            if staging is None or not self._is_past(staging["name"], latest):
                 continue
             path = os.path.join(self._directory, name)
             reason = why_kept(path)
@@ -397,6 +403,10 @@ class Collection:
             elif is_taken(path):
                 _log.warning("%s is not removed: %s", path, reason)
         return found
+
+    def _is_past(self, name: str, latest: int) -> bool:
+        number = own_number(self._name, name)
+        return number is not None and number <= latest
 
 
 def _remove_managed(path: str) -> bool:

@@ -134,6 +134,7 @@ class Attempt:
             self._settle(expected, error)
             return
         # If a reply was lost, TensorStore has asked again, and has met its own manifest.
+        # If a bucket is missing, reading says so.
         if not is_written and not self._is_ours(objects.read(self._manifest)):
             raise self._overtaken()
 

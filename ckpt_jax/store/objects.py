@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -63,8 +64,30 @@ class Settings:
 
 
 _settings: dict[str, Settings] = {}  # by URL, without a "/" at the end
-_stores: dict[tuple[str, Settings], ts.KvStore] = {}
 _lock = threading.Lock()
+
+
+@dataclass(eq=False)
+class _Bucket:
+    """A bucket as this process reaches it, and what is known of it."""
+
+    store: ts.KvStore
+    url: str
+    seconds: float
+    is_there: bool = False  # or it does not tell
+    is_granted: bool = False  # something was read or written
+
+
+_buckets: dict[tuple[str, Settings, tuple[str | None, ...]], _Bucket] = {}
+_contexts: dict[tuple[str | None, ...], ts.Context] = {}
+# TensorStore reads them once for each context.
+_ENVIRONMENT = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_SESSION_TOKEN",
+    "AWS_PROFILE",
+    "TENSORSTORE_GCS_HTTP_URL",
+)
 
 
 def is_url(path: str) -> bool:
@@ -152,35 +175,52 @@ def read(url: str, start: int = 0, stop: int | None = None) -> Found | None:
       EOFError: the value ends before.
       OSError: it is not known whether there is one.
     """
-    store, key, seconds = _place(url)
+    bucket, key = _place(url)
     part = None if start == 0 and stop is None else slice(start, stop)
     try:
-        found = store.read(key, byte_range=part).result(timeout=seconds)
+        found = bucket.store.read(key, byte_range=part).result(timeout=bucket.seconds)
     except Exception as error:
         if "OUT_OF_RANGE" in str(error):
             raise EOFError(url) from error
+        trouble = trouble_of(error, url)
+        if isinstance(trouble, PermissionError) and _may_write(bucket, url):
+            return None
         _fail(error, url)
     if found.state != "value":
-        _require_bucket(url, store, key, seconds)
+        _require_bucket(bucket, url, key)
         return None
+    bucket.is_there = bucket.is_granted = True
     return Found(found.value, found.stamp.generation)
 
 
-_buckets: set[str] = set()  # that exist, or do not tell
-
-
-def _require_bucket(url: str, store: ts.KvStore, key: str, seconds: float) -> None:
+def _require_bucket(bucket: _Bucket, url: str, key: str) -> None:
     """Makes sure, once for each bucket, that a value is missing and not the bucket: reads answer
-    both alike."""
-    root = url[: len(url) - len(key)]
-    if root in _buckets or root == "memory://":
+    both alike. Google's stores do not tell either."""
+    if bucket.is_there or bucket.url == "memory://":
         return
     try:
-        store.list(ts.KvStore.KeyRange(key, f"{key}\0")).result(timeout=seconds)
+        only = ts.KvStore.KeyRange(key, f"{key}\0")
+        bucket.store.list(only).result(timeout=bucket.seconds)
     except Exception as error:
         with suppress(PermissionError):  # who may not list may write and read all the same
             _fail(error, url)
-    _buckets.add(root)
+    bucket.is_there = True
+
+
+def _may_write(bucket: _Bucket, url: str) -> bool:
+    """Whether a store that refuses to read a value lets this process write.
+
+    Amazon's store refuses to read what is not there, too, if the credentials do not allow to list.
+    Who may write a value on the condition that it is not there may take it for absent.
+    """
+    if not bucket.is_granted:
+        probe = f"{os.path.dirname(url)}/.probe-{secrets.token_hex(8)}"
+        try:
+            bucket.is_granted = write(probe, b"", ABSENT) is not None
+            delete(probe)
+        except OSError:
+            pass
+    return bucket.is_granted
 
 
 def generation_of(url: str) -> bytes | None:
@@ -204,32 +244,27 @@ def write(url: str, value: bytes, if_generation: bytes | None = None) -> bytes |
     Raises:
       OSError: it is not known whether it was written, unless the error says so.
     """
-    store, key, seconds = _place(url)
+    bucket, key = _place(url)
     try:
-        stamp = store.write(key, value, if_equal=if_generation).result(timeout=seconds)
+        writing = bucket.store.write(key, value, if_equal=if_generation)
+        stamp = writing.result(timeout=bucket.seconds)
     except Exception as error:
         _fail(error, url)
+    if stamp.generation:
+        bucket.is_there = bucket.is_granted = True
     return stamp.generation or None
 
 
 def delete(url: str, if_generation: bytes | None = None) -> bool:
     """Removes the value at a URL. It is no error if there is none. Returns whether it is gone, and
     raises like `write`."""
-    store, key, seconds = _place(url)
+    bucket, key = _place(url)
     try:
-        stamp = store.write(key, None, if_equal=if_generation).result(timeout=seconds)
+        writing = bucket.store.write(key, None, if_equal=if_generation)
+        stamp = writing.result(timeout=bucket.seconds)
     except Exception as error:
         _fail(error, url)
     return bool(stamp.generation)
-
-
-def delete_below(url: str) -> None:
-    """Removes all values below a URL; raises like `write`."""
-    store, key, seconds = _place(url)
-    try:
-        store.delete_range(_below(key)).result(timeout=max(seconds, 600.0))
-    except Exception as error:
-        _fail(error, url)
 
 
 def keys_below(url: str) -> list[str]:
@@ -239,10 +274,11 @@ def keys_below(url: str) -> list[str]:
       NoSuchBucketError: there is no such bucket.
       OSError: the store did not tell.
     """
-    store, key, seconds = _place(url)
+    bucket, key = _place(url)
     prefix = f"{key}/" if key else ""
     try:
-        found = store.list(_below(key), len(prefix.encode())).result(timeout=seconds)
+        listing = bucket.store.list(_below(key), len(prefix.encode()))
+        found = listing.result(timeout=bucket.seconds)
     except Exception as error:
         _fail(error, url)
     return sorted(name.decode("utf-8", "surrogateescape") for name in found)
@@ -253,22 +289,25 @@ def is_anything_below(url: str) -> bool:
     return bool(keys_below(url))
 
 
-def spec_of(url: str) -> dict[str, Any]:
-    """TensorStore's description of the values below a URL."""
-    match = _URL.fullmatch(url)
-    assert match is not None, url
-    scheme, rest = match["scheme"], match["rest"]
-    if scheme == "memory":
-        return {"driver": "memory", "path": f"{rest}/" if rest else ""}
-    bucket, _, path = rest.partition("/")
+def opened_below(url: str) -> tuple[dict[str, Any], ts.Context]:
+    """TensorStore's description of the values below a URL, and the context to open it in."""
+    root, key = _parted(url)
     settings = settings_of(url)
+    spec = _spec(root, settings)
+    return {**spec, "path": f"{key}/" if key else ""}, _context()
+
+
+def _spec(root: str, settings: Settings) -> dict[str, Any]:
+    scheme, _, bucket = root.partition("://")
+    if scheme == "memory":
+        return {"driver": "memory"}
+    driver = _DRIVERS[scheme]
     retries = {"max_retries": settings.retries, "initial_delay": "500ms", "max_delay": "8s"}
     spec: dict[str, Any] = {
-        "driver": _DRIVERS[scheme],
+        "driver": driver,
         "bucket": bucket,
-        "path": f"{path}/" if path else "",
-        f"{_DRIVERS[scheme]}_request_retries": retries,
-        f"{_DRIVERS[scheme]}_request_concurrency": {"limit": 2 * PARALLEL},
+        f"{driver}_request_retries": retries,
+        f"{driver}_request_concurrency": {"limit": 2 * PARALLEL},
     }
     if scheme == "s3":
         # Without it, a store that is not Amazon's is asked first, and then written to all the same.
@@ -282,42 +321,49 @@ def spec_of(url: str) -> dict[str, Any]:
     return spec
 
 
+# In its children memory:// is one place.
 _SHARED = ts.Context({"memory_key_value_store": {}, "cache_pool": {"total_bytes_limit": 0}})
 
 
-def shared_context() -> ts.Context:
-    """The context in which all stores of this process are opened: memory:// is one place."""
+def _context() -> ts.Context:
     use_tensorstore()
-    return _SHARED
+    surroundings = _surroundings()
+    with _lock:
+        return _contexts.setdefault(surroundings, ts.Context({}, _SHARED))
 
 
-def _place(url: str) -> tuple[ts.KvStore, str, float]:
-    """The store of a URL, the key in it, and the longest time for a request."""
+def _surroundings() -> tuple[str | None, ...]:
+    return tuple([os.environ.get(name) for name in _ENVIRONMENT])
+
+
+def _parted(url: str) -> tuple[str, str]:
+    """The URL of a bucket, and the key in it. All of memory:// is one bucket."""
     match = _URL.fullmatch(url)
     assert match is not None, url
-    settings = settings_of(url)
     if match["scheme"] == "memory":
-        root, key = "memory://", match["rest"]
-    else:
-        bucket, _, key = match["rest"].partition("/")
-        root = f"{match['scheme']}://{bucket}"
-    assert settings.request_timeout_seconds is not None
-    context = shared_context()
+        return "memory://", match["rest"]
+    bucket, _, key = match["rest"].partition("/")
+    return f"{match['scheme']}://{bucket}", key
+
+
+def _place(url: str) -> tuple[_Bucket, str]:
+    """The bucket of a URL, and the key in it."""
+    root, key = _parted(url)
+    settings = settings_of(url)
+    context = _context()
+    known = root, settings, _surroundings()
     with _lock:
-        store = _stores.get((root, settings))
-    if store is None:
+        bucket = _buckets.get(known)
+    if bucket is None:
+        seconds = settings.request_timeout_seconds or _REQUEST_SECONDS
         try:
-            opened = ts.KvStore.open(_root_spec(url, root), context=context)
-            store = opened.result(timeout=settings.request_timeout_seconds)
+            opening = ts.KvStore.open({**_spec(root, settings), "path": ""}, context=context)
+            store = opening.result(timeout=seconds)
         except Exception as error:
             _fail(error, url)
         with _lock:
-            store = _stores.setdefault((root, settings), store)
-    return store, key, settings.request_timeout_seconds
-
-
-def _root_spec(url: str, root: str) -> dict[str, Any]:
-    return {**spec_of(url), "path": ""} if root != "memory://" else {"driver": "memory"}
+            bucket = _buckets.setdefault(known, _Bucket(store, root, seconds))
+    return bucket, key
 
 
 def _below(key: str) -> ts.KvStore.KeyRange:
@@ -347,7 +393,7 @@ def trouble_of(error: Exception, url: str) -> OSError | None:
             "time with ckpt.use_storage(request_timeout_seconds=...)",
             url,
         )
-    if "NoSuchBucket" in said:
+    if "NoSuchBucket" in said or "bucket does not exist" in said:
         return NoSuchBucketError(
             errno.ENOENT,
             f"there is no such bucket: {bucket!r}. Create it, or correct the name, the region or "

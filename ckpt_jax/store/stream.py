@@ -137,7 +137,8 @@ def open_stream(directory: str, shard: Shard, context: ts.Context) -> ts.TensorS
     path = absolute(directory)
     require_addressable(path)
     if is_url(path):
-        return _opened(objects.spec_of(path), shard, objects.shared_context())
+        kvstore, context = objects.opened_below(path)
+        return _opened(kvstore, shard, context)
     # A path, not a URL: directories may be called "a?b" or "a%20b".
     return _opened({"driver": "file", "path": f"{path}/"}, shard, context)
 
