@@ -12,6 +12,7 @@ See `Checkpoint` for objects, `save`, `restore` and `load` for trees, and `io` t
 
 from ckpt_jax import io, metrics, readers
 from ckpt_jax.api.checkpoint import Checkpoint
+from ckpt_jax.api.copying import copy
 from ckpt_jax.api.export import convert, export
 from ckpt_jax.api.frozen import FrozenSaver
 from ckpt_jax.api.inspect import (
@@ -147,6 +148,7 @@ __all__ = [
     "VerifyReport",
     "checkpoints_iterator",
     "convert",
+    "copy",
     "export",
     "get_checkpoint_state",
     "io",

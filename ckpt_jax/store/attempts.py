@@ -70,15 +70,17 @@ class Attempt:
 
     def __init__(self, path: str, token: str, clock: Callable[[], float] = time.time):
         self.path = self.directory = absolute(path)
+        self._token = token
         self.mark = f"{int(clock()):08x}-{token}"
         self._manifest = f"{self.path}/{MANIFEST}"
         self._before: Found | None = None  # the manifest that this one replaces
         self._data = b""  # of the manifest of this attempt
 
     @contextlib.contextmanager
-    def claimed(self, *, overwrite: bool, durable: bool) -> Iterator[None]:
+    def claimed(self, *, overwrite: bool, durable: bool, keeps: bool = False) -> Iterator[None]:
         """Notes what is at the URL. If the block fails before the commit, what this process has
-        written is removed. If it succeeds, the checkpoint that was replaced is removed.
+        written is removed, unless `keeps` says that another attempt may go on from there. If it
+        succeeds, the checkpoint that was replaced is removed.
 
         Raises:
           FileExistsError: there is a checkpoint that may not be replaced.
@@ -90,7 +92,8 @@ class Attempt:
         except CommitInDoubtError:
             raise
         except BaseException:
-            self._remove_own()
+            if not keeps:
+                self._remove_own()
             raise
         if self._before is not None:
             kept = {self._manifest, *values_of(self.path, self._data)}
@@ -108,6 +111,19 @@ class Attempt:
             if is_lost():
                 self._remove_own()
             raise
+
+    def written(self) -> frozenset[str]:
+        """What an earlier attempt with this token has written, as far as the store tells. This one
+        takes over its mark, and goes on from there."""
+        try:
+            found = objects.keys_below(self.path)
+        except PermissionError:
+            return frozenset()
+        marks = [mark for key in found if (mark := _MARK.search(key))]
+        own = sorted(mark[0] for mark in marks if mark["token"] == self._token)
+        if own:
+            self.mark = own[-1]
+        return frozenset(key for key in found if self.mark in key)
 
     def check(self) -> None:
         """Nobody takes anything away: the names are this attempt's alone."""

@@ -47,9 +47,12 @@ class Stage(Protocol):
     @property
     def mark(self) -> str: ...
 
-    def claimed(self, *, overwrite: bool, durable: bool) -> AbstractContextManager[None]:
+    def claimed(
+        self, *, overwrite: bool, durable: bool, keeps: bool = False
+    ) -> AbstractContextManager[None]:
         """Entered by the process that publishes, while the checkpoint is written. If the block
-        fails, what was written is removed, unless it may still become a checkpoint.
+        fails, what was written is removed, unless it may still become a checkpoint, or `keeps` says
+        that another attempt with the same token may go on from there.
 
         Raises:
           FileExistsError: there is something at the path that may not be replaced.
@@ -60,6 +63,11 @@ class Stage(Protocol):
         self, shards: str, prefix: str, *, durable: bool, is_lost: Callable[[], bool]
     ) -> AbstractContextManager[None]:
         """Entered by the other processes; see `Staging.joined`."""
+        ...
+
+    def written(self) -> frozenset[str]:
+        """The names of the files that an earlier attempt with this token has left, relative to the
+        directory. To be called in the block of `claimed`."""
         ...
 
     def check(self) -> None:
