@@ -16,11 +16,11 @@ from ckpt_jax.graph.patterns import Selection
 from ckpt_jax.manage.arguments import as_metrics
 from ckpt_jax.options import Path
 from ckpt_jax.store.directory import is_checkpoint
-from ckpt_jax.store.guard import guarded
+from ckpt_jax.store.guard import changing
 from ckpt_jax.store.lease import leased
 from ckpt_jax.store.notes import add_metrics
 from ckpt_jax.store.paths import as_path
-from ckpt_jax.store.storage import POSIX
+from ckpt_jax.store.storage import generation_at
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -42,8 +42,8 @@ def evaluate_new(
     It waits for the latest checkpoint, reads values from it, calls `fn`, and records the metrics
     that `fn` returns; then it waits for the next one. Checkpoints that were overtaken meanwhile are
     skipped. While `fn` is at work, no manager removes the checkpoint (a lock on it says so), so
-    that the best one is still there when its metrics come. If the file system has no locks, and the
-    checkpoint is removed before it was read, the next one is taken.
+    that the best one is still there when its metrics come. If nothing can be locked, as in an
+    object store, and the checkpoint is removed before it was read, the next one is taken.
 
     The manager that saves takes the metrics into account at its next save. Its policy should let
     checkpoints wait for them: `KeepBest("accuracy", 3, awaiting=2)`.
@@ -89,7 +89,7 @@ def evaluate_new(
             try:
                 if is_checkpoint(path):  # those of other libraries have no leases
                     exits.enter_context(leased(path))
-                generation = POSIX.generation(path)
+                generation = generation_at(path)
                 values = load(path, only=only)
             except CheckpointNotFoundError as error:
                 _log.info("%s; the next checkpoint is evaluated instead", error)
@@ -103,10 +103,14 @@ def evaluate_new(
 
 
 def _record(directory: str, path: str, metrics: Mapping[str, float], generation: object) -> None:
-    with guarded(directory):
-        if POSIX.generation(path) == generation:
+    def change() -> bool:
+        is_same = generation_at(path) == generation
+        if is_same:
             add_metrics(directory, os.path.basename(path), metrics)
-            return
+        return is_same
+
+    if changing(directory, change):
+        return
     _log.warning(
         "%s was replaced or removed by hand while it was evaluated. Its metrics are not recorded.",
         path,

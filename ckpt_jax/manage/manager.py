@@ -63,6 +63,7 @@ from ckpt_jax.processes.patience import Patience
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.store.directory import visible_in
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, as_path
 
 SECONDS_PER_HOUR = 3600
@@ -438,7 +439,8 @@ class CheckpointManager:
           ...     os.path.basename(path), fresh.step
           ('ckpt-1', 7)
         """
-        if current().count > 1 and not self._is_read_only:
+        is_shared = current().count > 1 or is_url(self._directory)
+        if is_shared and not self._is_read_only:
             preflight(self._directory)
         paths = self._restart.agreed_paths(self._restart.candidates)
         if not paths:
@@ -559,7 +561,7 @@ class CheckpointManager:
     def _restored(self, path: str) -> None:
         """Notes that the checkpoint's objects were restored, by the manager or without it."""
         self._has_restored = True
-        above, name = os.path.split(os.path.abspath(path))
+        above, name = os.path.split(absolute(path))
         is_own = above == self._directory and own_number(self._name, name) is not None
         if is_own:
             self._collection.restored(os.path.join(above, name))

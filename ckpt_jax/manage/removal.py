@@ -1,7 +1,8 @@
 """How a manager removes checkpoints: at once, in the background, or into a trash directory.
 
-In every case one rename comes first, so that a part of a checkpoint is never taken for one. Whoever
-is at work on a checkpoint has a lease of it (`store.lease`); then it stays for now.
+In a file system one rename comes first, and in an object store the manifest goes first, so that a
+part of a checkpoint is never taken for one. Whoever is at work on a checkpoint has a lease of it
+(`store.lease`); then it stays for now.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from ckpt_jax.api.latest import set_aside
-from ckpt_jax.store.directory import is_checkpoint
+from ckpt_jax.api.latest import remove_checkpoint
+from ckpt_jax.errors import CheckpointError
+from ckpt_jax.store.directory import is_checkpoint, set_aside
 from ckpt_jax.store.durable import fsync_directory, make_directories
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.presence import is_taken, names_in
 from ckpt_jax.store.staging import STAGING, held, remove_abandoned
 from ckpt_jax.store.workers import started
@@ -35,7 +38,7 @@ class Removal:
       in_background: whether files are removed on a thread of their own, so that no save waits for
         it. The checkpoints are gone at once. The end of the program, and `gc`, wait for the thread.
       trash: a directory to which the checkpoints are moved instead, relative to that of the
-        checkpoints, on the same file system. They can be restored from there by their paths,
+        checkpoints, on the same file system; not for object stores. They can be restored from there by their paths,
         `trash/ckpt-3.1764272000`; the number at the end is the time, in seconds since the epoch.
       trash_seconds: how long they stay there; None leaves them until somebody removes them by hand.
 
@@ -78,6 +81,12 @@ class Remover:
     """
 
     def __init__(self, directory: str, name: str, removal: Removal, clock: Callable[[], float]):
+        if removal.trash is not None and is_url(directory):
+            raise ValueError(
+                f"{directory}: expected a directory of a file system for checkpoints that go into "
+                "a trash directory, got an object store, in which nothing can be renamed. Leave "
+                "out Removal(trash=...), or let the store keep old versions."
+            )
         self._name, self._removal, self._clock = name, removal, clock
         self._trash = removal.trash and os.path.join(directory, removal.trash)
         self._thread: threading.Thread | None = None
@@ -105,30 +114,44 @@ class Remover:
             fsync_directory(os.path.dirname(path))
 
     def _delete(self, path: str) -> None:
+        if not self._removal.in_background:
+            remove_checkpoint(path)
+        elif is_url(path):
+            self._afterwards(path, lambda: remove_checkpoint(path))
+        else:
+            self._delete_files_afterwards(path)
+
+    def _delete_files_afterwards(self, path: str) -> None:
         with ExitStack() as exits:
             aside = exits.enter_context(set_aside(path))
             if aside is None:
                 return
-            if not self._removal.in_background:
-                shutil.rmtree(aside)
-                return
-            rest, before = exits.pop_all(), self._thread
+            rest = exits.pop_all()  # holds the files, so that nobody takes them for leftovers
 
-            def work() -> None:
-                if before is not None:
-                    before.join()
-                try:
-                    with rest:
-                        shutil.rmtree(aside)
-                except OSError as error:
-                    _log.warning("%s could not be removed as a whole: %s", path, error)
+            def delete() -> None:
+                with rest:
+                    shutil.rmtree(aside)
 
-            # No daemon: the interpreter waits for it.
-            thread = threading.Thread(target=work, name="ckpt-remove", daemon=False)
-            if started(thread):
-                self._thread = thread
-            else:
-                work()
+            self._afterwards(path, delete)
+
+    def _afterwards(self, path: str, delete: Callable[[], None]) -> None:
+        """Calls `delete` on a thread, after everything that is being deleted."""
+        before = self._thread
+
+        def work() -> None:
+            if before is not None:
+                before.join()
+            try:
+                delete()
+            except (OSError, CheckpointError) as error:
+                _log.warning("%s could not be removed as a whole: %s", path, error)
+
+        # No daemon: the interpreter waits for it.
+        thread = threading.Thread(target=work, name="ckpt-remove", daemon=False)
+        if started(thread):
+            self._thread = thread
+        else:
+            work()
 
     def empty_trash(self) -> list[str]:
         """Removes what has been in the trash for long enough; returns the paths.

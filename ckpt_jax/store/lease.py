@@ -2,8 +2,10 @@
 
 A lease is a shared lock (flock) on the manifest. It ends with its block, or with the process. A
 manager that wants to remove a checkpoint takes the exclusive lock first. If it does not get it, the
-checkpoint stays for now. Where nothing can be locked, there are no leases: a reader may then find
-that its checkpoint was removed, and has to take a newer one.
+checkpoint stays for now.
+
+Where nothing can be locked, as in object stores, there are no leases: a reader may then find that
+its checkpoint was removed, and has to take a newer one.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ from contextlib import ExitStack, contextmanager
 
 from ckpt_jax.errors import CheckpointNotFoundError
 from ckpt_jax.store.manifest import MANIFEST
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.staging import Lock, held, locked, locked_for_writing
-from ckpt_jax.store.storage import POSIX
+from ckpt_jax.store.storage import generation_at
 
 
 @contextmanager
@@ -28,13 +31,18 @@ def leased(path: str) -> Iterator[None]:
       CheckpointNotFoundError: it was removed, or is being removed.
     """
     gone = CheckpointNotFoundError(f"{path} was removed before it could be read")
-    before = POSIX.generation(path)
+    before = generation_at(path)
+    if before is None:
+        raise gone
+    if is_url(path):
+        yield
+        return
     with ExitStack() as exits:
         try:
             lock = exits.enter_context(held(os.path.join(path, MANIFEST)))
         except (FileNotFoundError, NotADirectoryError):
             raise gone from None
-        if lock is Lock.THEIRS or before is None or POSIX.generation(path) != before:
+        if lock is Lock.THEIRS or generation_at(path) != before:
             raise gone
         yield
 
@@ -43,6 +51,9 @@ def leased(path: str) -> Iterator[None]:
 def without_lease(path: str) -> Iterator[bool]:
     """Gives whether nobody has a lease of the checkpoint at `path`, and nobody gets one while the
     block runs."""
+    if is_url(path):
+        yield True
+        return
     manifest = os.path.join(path, MANIFEST)
     with ExitStack() as exits:
         try:

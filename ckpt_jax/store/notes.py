@@ -24,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ckpt_jax.store.files import read_file, replace_file, shortened
-from ckpt_jax.store.presence import is_taken
+from ckpt_jax.store.presence import is_file
 
 NOTES_FILE = "checkpoint-metrics.json"
 # Not the names of managed checkpoints, which would have a number.
@@ -93,7 +93,7 @@ def write_notes(directory: str, notes: Notes, *, is_needed: bool = False) -> Non
         content[_ABANDONED] = sorted(notes.abandoned)
     if notes.origins:
         content[_ORIGINS] = dict(notes.origins)
-    if content or is_needed or is_taken(path):
+    if content or is_needed or is_file(path):
         replace_file(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
