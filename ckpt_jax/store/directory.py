@@ -355,14 +355,18 @@ class Staging:
             raise
 
 
-def remove_directory(path: str) -> None:
-    """Removes the checkpoint at an absolute path of a file system; see `Storage.remove`."""
+@contextlib.contextmanager
+def removing(path: str) -> Iterator[Callable[[], None] | None]:
+    """Renames the checkpoint at an absolute path, so that it can be removed while the block runs;
+    see `Storage.removing`. If there is a link, only the link is removed."""
     if not is_taken(path):
+        yield None
         return
     require_checkpoint(path)
     try:
         if os.path.islink(path):
             os.unlink(path)
+            yield None
             return
         with held(path):
             aside = staging_name(path)
@@ -374,7 +378,7 @@ def remove_directory(path: str) -> None:
             except OSError:
                 os.rename(aside, path)
                 raise
-            shutil.rmtree(aside)
+            yield lambda: shutil.rmtree(aside)
     except FileNotFoundError:
         if is_taken(path):
             raise
