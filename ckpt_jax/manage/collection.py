@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ckpt_jax.api.latest import (
     checkpoint_exists,
@@ -167,12 +168,12 @@ class Collection:
         Raises:
           ValueError: the file of the metrics cannot be understood; it is not changed.
         """
-        paths = {record.number: record.path for record in self.present().records}
-        if number not in paths:
-            return False
-        name = os.path.basename(paths[number])
-        changing(self._directory, lambda: add_metrics(self._directory, name, metrics))
-        return True
+        for record in self.present().records:
+            if record.number == number:
+                add = partial(add_metrics, self._directory, os.path.basename(record.path), metrics)
+                changing(self._directory, add)
+                return True
+        return False
 
     def candidates(self) -> list[str]:
         """The checkpoints that can be restored, best first."""

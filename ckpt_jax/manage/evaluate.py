@@ -109,9 +109,9 @@ def _record(directory: str, path: str, metrics: Mapping[str, float], generation:
             add_metrics(directory, os.path.basename(path), metrics)
         return is_same
 
-    if changing(directory, change):
-        return
-    _log.warning(
-        "%s was replaced or removed by hand while it was evaluated. Its metrics are not recorded.",
-        path,
-    )
+    if not changing(directory, change):
+        _log.warning(
+            "%s was replaced or removed by hand while it was evaluated. Its metrics are not "
+            "recorded.",
+            path,
+        )

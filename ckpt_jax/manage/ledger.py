@@ -370,11 +370,11 @@ def write_ledger(
 
     def change() -> Ledger:
         writers = fence.renewed(claims=is_newest)
-        merged = with_noted(directory, ledger, fresh)
-        _write_notes(directory, name, merged, has_metrics)
-        state = _state_with(directory, name, merged, is_newest)
+        noted = with_noted(directory, ledger, fresh)
+        _write_notes(directory, name, noted, has_metrics)
+        state = _state_with(directory, name, noted, is_newest)
         update_checkpoint_state(directory, state, writers=writers)
-        return merged
+        return noted
 
     return changing(directory, change)
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from ckpt_jax.api.checkpoint import Checkpoint, request_for, set_save_counter, take_back_count
 from ckpt_jax.manage.collection import Collection
+from ckpt_jax.manage.mirror import Mirror
 from ckpt_jax.manage.retention import CheckpointRecord
 from ckpt_jax.manage.schedule import Schedule
 from ckpt_jax.options import CheckpointOptions
@@ -27,6 +28,7 @@ class ManagedSave:
       now: the present step, on which all processes have to agree; None if it is not known.
       new_record: returns the record of the checkpoint, given the save counter.
       parts: small entries that are committed with the checkpoint.
+      mirror: gets a copy; None if there is none.
     """
 
     def __init__(
@@ -40,10 +42,11 @@ class ManagedSave:
         now: int | None,
         new_record: Callable[[int], CheckpointRecord],
         parts: Mapping[str, bytes],
+        mirror: Mirror | None,
     ):
         self._checkpoint, self._schedule, self._collection = checkpoint, schedule, collection
         self._meeting, self._options, self._new_record = meeting, options, new_record
-        self._parts = parts
+        self._parts, self._mirror = parts, mirror
         self._step, self._now, self._before = step, now, schedule.position
         self._count = checkpoint.save_counter + 1
         self._record: CheckpointRecord | None = None
@@ -75,6 +78,8 @@ class ManagedSave:
         assert self._record is not None
         if self._meeting.leads:
             self._collection.record(self._record, is_overtaken)
+            if self._mirror is not None:
+                self._mirror.committed(self._record)
         else:
             self._collection.follow()
 

@@ -43,6 +43,7 @@ from ckpt_jax.manage.collection import AT_ONCE, Collection
 from ckpt_jax.manage.due import SavePolicy, goes_by_step
 from ckpt_jax.manage.ledger import known_metrics, own_number
 from ckpt_jax.manage.managed_save import ManagedSave
+from ckpt_jax.manage.mirror import Mirror
 from ckpt_jax.manage.removal import Removal
 from ckpt_jax.manage.restart import Restart, shown, synchronise
 from ckpt_jax.manage.retention import (
@@ -120,6 +121,11 @@ class CheckpointManager:
         which another manager may change.
       removal: how checkpoints that are not kept are removed: `Removal(in_background=True)`, or
         `Removal(trash="trash")`. By default a save removes them before it returns.
+      mirror: a directory or URL to which committed checkpoints are copied in the background, such
+        as "s3://bucket/run". Saves never wait for it; `sync` does. The policies choose among the
+        copies, too. `restore_or_initialize` takes the newest usable checkpoint of both places.
+      mirror_every: each checkpoint of this many is copied. If the one before is still being copied,
+        it waits, and is left out if another one is due before its turn.
       clock: returns the time in seconds since the epoch, for everything that goes by time.
 
     Raises:
@@ -157,6 +163,8 @@ class CheckpointManager:
         last_checkpoint_step: int | None = None,
         read_only: bool = False,
         removal: Removal = AT_ONCE,
+        mirror: Path | None = None,
+        mirror_every: int = 1,
         clock: Callable[[], float] = time.time,
     ):
         if not isinstance(checkpoint, Checkpoint):
@@ -222,9 +230,19 @@ class CheckpointManager:
             removal,
         )
         self._is_read_only = read_only
+        self._mirror: Mirror | None = None
+        if mirror is not None:
+            self._mirror = Mirror(
+                absolute(as_path(mirror, "mirror", is_directory=True)),
+                checkpoint_name,
+                as_integer(mirror_every),
+                None if limit is None else everything,
+                preserve_interval_seconds,
+                clock,
+            )
         self._shown = partial(shown, self._given, self._directory)
         self._restart = Restart(
-            checkpoint, self._collection, self._schedule, self._directory, self._shown
+            checkpoint, self._collection, self._schedule, self._directory, self._shown, self._mirror
         )
         save_runs_of(checkpoint).listen(self._restored)
 
@@ -333,6 +351,7 @@ class CheckpointManager:
                 now,
                 new_record,
                 parts,
+                self._mirror,
             )
 
         prefix = os.path.join(self._directory, self._name)
@@ -783,14 +802,18 @@ class CheckpointManager:
         return [self._shown(path) for path in removed]
 
     def sync(self) -> None:
-        """Waits for a save in the background.
+        """Waits for a save in the background, and for copies to a mirror.
 
         Raises:
           AsyncSaveError: it failed; the cause is chained.
 
         Source: `tf.train.CheckpointManager.sync`.
         """
-        synchronise(self._checkpoint, self._schedule)
+        try:
+            synchronise(self._checkpoint, self._schedule)
+        finally:
+            if self._mirror is not None:
+                self._mirror.sync()
 
     def cancel(self) -> bool:
         """Cancels a save in the background; see `Checkpoint.cancel`. Its step is due again."""

@@ -1,8 +1,7 @@
 """How a manager removes checkpoints: at once, in the background, or into a trash directory.
 
-In a file system one rename comes first, and in an object store the manifest goes first, so that a
-part of a checkpoint is never taken for one. Whoever is at work on a checkpoint has a lease of it
-(`store.lease`); then it stays for now.
+In every case one rename comes first, so that a part of a checkpoint is never taken for one. Whoever
+is at work on a checkpoint has a lease of it (`store.lease`); then it stays for now.
 """
 
 from __future__ import annotations
@@ -10,19 +9,17 @@ from __future__ import annotations
 import logging
 import os
 import re
-import shutil
 import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 
-from ckpt_jax.api.latest import remove_checkpoint
-from ckpt_jax.errors import CheckpointError
-from ckpt_jax.store.directory import is_checkpoint, set_aside
+from ckpt_jax.store.directory import is_checkpoint
 from ckpt_jax.store.durable import fsync_directory, make_directories
 from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.presence import is_taken, names_in
 from ckpt_jax.store.staging import STAGING, held, remove_abandoned
+from ckpt_jax.store.storage import storage_of
 from ckpt_jax.store.workers import started
 
 _log = logging.getLogger("ckpt_jax")
@@ -84,9 +81,8 @@ class Remover:
     def __init__(self, directory: str, name: str, removal: Removal, clock: Callable[[], float]):
         if removal.trash is not None and is_url(directory):
             raise ValueError(
-                f"{directory}: expected a directory of a file system for checkpoints that go into "
-                "a trash directory, got an object store, in which nothing can be renamed. Leave "
-                "out Removal(trash=...), or let the store keep old versions."
+                f"{directory}: expected no trash, because nothing can be moved in an object store, "
+                f"got {removal}. Let the store keep old versions instead."
             )
         self._name, self._removal, self._clock = name, removal, clock
         self._trash = removal.trash and os.path.join(directory, removal.trash)
@@ -115,44 +111,30 @@ class Remover:
             fsync_directory(os.path.dirname(path))
 
     def _delete(self, path: str) -> None:
-        if not self._removal.in_background:
-            remove_checkpoint(path)
-        elif is_url(path):
-            self._afterwards(path, lambda: remove_checkpoint(path))
-        else:
-            self._delete_files_afterwards(path)
-
-    def _delete_files_afterwards(self, path: str) -> None:
         with ExitStack() as exits:
-            aside = exits.enter_context(set_aside(path))
-            if aside is None:
+            remove_rest = exits.enter_context(storage_of(path).removing(path))
+            if remove_rest is None:
                 return
-            rest = exits.pop_all()  # holds the files, so that nobody takes them for leftovers
+            if not self._removal.in_background:
+                remove_rest()
+                return
+            rest, before = exits.pop_all(), self._thread
 
-            def delete() -> None:
-                with rest:
-                    shutil.rmtree(aside)
+            def work() -> None:
+                if before is not None:
+                    before.join()
+                try:
+                    with rest:
+                        remove_rest()
+                except OSError as error:
+                    _log.warning("%s could not be removed as a whole: %s", path, error)
 
-            self._afterwards(path, delete)
-
-    def _afterwards(self, path: str, delete: Callable[[], None]) -> None:
-        """Calls `delete` on a thread, after everything that is being deleted."""
-        before = self._thread
-
-        def work() -> None:
-            if before is not None:
-                before.join()
-            try:
-                delete()
-            except (OSError, CheckpointError) as error:
-                _log.warning("%s could not be removed as a whole: %s", path, error)
-
-        # No daemon: the interpreter waits for it.
-        thread = threading.Thread(target=work, name="ckpt-remove", daemon=False)
-        if started(thread):
-            self._thread = thread
-        else:
-            work()
+            # No daemon: the interpreter waits for it.
+            thread = threading.Thread(target=work, name="ckpt-remove", daemon=False)
+            if started(thread):
+                self._thread = thread
+            else:
+                work()
 
     def empty_trash(self) -> list[str]:
         """Removes what has been in the trash for long enough; returns the paths.

@@ -14,12 +14,14 @@ from ckpt_jax.api.checkpoint import Checkpoint, set_save_counter
 from ckpt_jax.api.status import LoadStatus, outcome_of
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError, RestoreMismatchError
 from ckpt_jax.manage.collection import Collection
+from ckpt_jax.manage.mirror import Mirror
 from ckpt_jax.manage.schedule import Schedule
 from ckpt_jax.options import DEFAULT, CheckpointOptions
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Processes
 from ckpt_jax.restoring.formats import foreign_steps
 from ckpt_jax.restoring.rename import Rule
+from ckpt_jax.store.directory import number_of
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -33,6 +35,7 @@ class Restart:
       schedule: learns of restores.
       directory: of the checkpoints.
       shown: makes a path as errors have it.
+      mirror: holds copies; None if there are none.
     """
 
     def __init__(
@@ -42,14 +45,30 @@ class Restart:
         schedule: Schedule,
         directory: str,
         shown: Callable[[str], str],
+        mirror: Mirror | None,
     ):
         self._checkpoint, self._collection, self._schedule = checkpoint, collection, schedule
-        self._directory, self._shown = directory, shown
+        self._directory, self._shown, self._mirror = directory, shown, mirror
 
     def candidates(self) -> list[str]:
         """The checkpoints that can be restored, best first; those of other libraries come last."""
         foreign = foreign_steps(self._directory)
-        return [*self._collection.candidates(), *reversed(foreign.values())]
+        own = self._collection.candidates()
+        if copies := self._copies(is_needed=not own):
+            # The newest of both places first; of two that are alike, the one here.
+            own = sorted([*own, *copies], key=lambda path: number_of(path) or 0, reverse=True)
+        return [*own, *reversed(foreign.values())]
+
+    def _copies(self, is_needed: bool) -> list[str]:
+        if self._mirror is None:
+            return []
+        try:
+            return self._mirror.candidates()
+        except OSError as error:
+            if is_needed:
+                raise
+            _log.warning("the mirror cannot be asked for a newer checkpoint: %s", error)
+            return []
 
     def path_of(self, number: int) -> str:
         """The path of the checkpoint with a number, or else of the step of another library.

@@ -355,26 +355,10 @@ class Staging:
             raise
 
 
-def remove_directory(path: str) -> None:
-    """Removes the checkpoint at an absolute path of a file system; see `Storage.remove`."""
-    with set_aside(path) as aside:
-        if aside is not None:
-            shutil.rmtree(aside)
-
-
 @contextlib.contextmanager
-def set_aside(path: str) -> Iterator[str | None]:
-    """Renames the checkpoint at an absolute path of a file system, so that it can be removed while
-    the block runs.
-
-    Returns:
-      A context manager; its value is the new path. It is None if nothing is there, or if there was
-      a link, which is removed.
-
-    Raises:
-      CheckpointNotFoundError: something else is there; it stays.
-      OSError: it could not be renamed.
-    """
+def removing(path: str) -> Iterator[Callable[[], None] | None]:
+    """Renames the checkpoint at an absolute path, so that it can be removed while the block runs;
+    see `Storage.removing`. If there is a link, only the link is removed."""
     if not is_taken(path):
         yield None
         return
@@ -394,7 +378,7 @@ def set_aside(path: str) -> Iterator[str | None]:
             except OSError:
                 os.rename(aside, path)
                 raise
-            yield aside
+            yield lambda: shutil.rmtree(aside)
     except FileNotFoundError:
         if is_taken(path):
             raise

@@ -2,10 +2,8 @@
 
 A lease is a shared lock (flock) on the manifest. It ends with its block, or with the process. A
 manager that wants to remove a checkpoint takes the exclusive lock first. If it does not get it, the
-checkpoint stays for now.
-
-Where nothing can be locked, as in object stores, there are no leases: a reader may then find that
-its checkpoint was removed, and has to take a newer one.
+checkpoint stays for now. Where nothing can be locked, there are no leases: a reader may then find
+that its checkpoint was removed, and has to take a newer one.
 """
 
 from __future__ import annotations
@@ -32,17 +30,14 @@ def leased(path: str) -> Iterator[None]:
     """
     gone = CheckpointNotFoundError(f"{path} was removed before it could be read")
     before = generation_at(path)
-    if before is None:
-        raise gone
-    if is_url(path):
-        yield
-        return
     with ExitStack() as exits:
         try:
-            lock = exits.enter_context(held(os.path.join(path, MANIFEST)))
+            lock = Lock.NONE
+            if not is_url(path):
+                lock = exits.enter_context(held(os.path.join(path, MANIFEST)))
         except (FileNotFoundError, NotADirectoryError):
             raise gone from None
-        if lock is Lock.THEIRS or generation_at(path) != before:
+        if lock is Lock.THEIRS or before is None or generation_at(path) != before:
             raise gone
         yield
 
@@ -51,10 +46,10 @@ def leased(path: str) -> Iterator[None]:
 def without_lease(path: str) -> Iterator[bool]:
     """Gives whether nobody has a lease of the checkpoint at `path`, and nobody gets one while the
     block runs."""
-    if is_url(path):
+    manifest = os.path.join(path, MANIFEST)
+    if is_url(path):  # nothing can be locked there
         yield True
         return
-    manifest = os.path.join(path, MANIFEST)
     with ExitStack() as exits:
         try:
             lock = exits.enter_context(locked(manifest))
