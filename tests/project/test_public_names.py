@@ -85,6 +85,9 @@ PUBLIC = (
     "register_format",
     "export",
     "convert",
+    # object stores
+    "copy",
+    "use_storage",
     # savers and classes of one's own
     "io",
     "register_checkpoint_saver",
@@ -109,6 +112,7 @@ PUBLIC = (
     "RegistrationError",
     "AsyncSaveError",
     "SupersededError",
+    "CommitInDoubtError",
     "BarrierTimeoutError",
     "ProcessError",
     "PreflightError",
