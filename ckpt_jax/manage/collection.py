@@ -39,7 +39,8 @@ from ckpt_jax.store.directory import number_of
 from ckpt_jax.store.guard import guarded
 from ckpt_jax.store.notes import NOTES_FILE
 from ckpt_jax.store.presence import is_taken, names_in
-from ckpt_jax.store.staging import STAGING, remove_abandoned, why_kept
+from ckpt_jax.store.replacing import ASIDE, settle_in
+from ckpt_jax.store.staging import STAGING, owned_path, remove_abandoned, why_kept
 from ckpt_jax.store.state_file import state_text
 from ckpt_jax.store.storage import POSIX
 
@@ -101,7 +102,12 @@ class Collection:
         self._origin: str | None = None  # the checkpoint that was saved or restored last
         self._published: dict[str, Hashable] = {}  # generations by path, until they are recorded
         self._fence = Fence(directory, name)
+        self._is_recovered = False  # what dead runs have left was looked for
+        settle_in(directory, self._is_own)
         self._read()
+
+    def _is_own(self, name: str) -> bool:
+        return own_number(self._name, name) is not None
 
     def _read(self) -> None:
         """Reads the ledger as it is in the files."""
@@ -159,6 +165,7 @@ class Collection:
         """
         if self._fence.is_known or (self._fence.is_behind() and is_taken(record.path)):
             raise self._fence.error("Nothing was saved.")
+        self._recover()
         origin = number_of(self._origin or "")
         record = replace(record, time=self._clock(), origin=origin)
         before = POSIX.generation(record.path)
@@ -219,7 +226,8 @@ class Collection:
             return []
         ledger = self._with_adopted(self.ledger)
         unknown, sweep = self._plan_sweep(ledger)
-        leftovers = self._leftovers()
+        latest = number_of(self.ledger.latest or "")
+        leftovers = self._leftovers(lambda number: latest is not None and number <= latest)
         if not (sweep.preserve or sweep.remove or leftovers) or not self._is_latest_usable():
             return []
         if dry_run:
@@ -378,23 +386,33 @@ class Collection:
             )
         return removed
 
-    def _leftovers(self) -> list[str]:
-        """Abandoned staging directories of saves with numbers up to that of the latest. A warning
-        says why others stay."""
-        latest = number_of(self.ledger.latest or "")
-        if latest is None:
-            return []
+    def _recover(self) -> None:
+        """Removes, once, what saves of dead runs have left, before it fills the disk."""
+        if self._is_recovered:
+            return
+        self._is_recovered = True
+        settle_in(self._directory, self._is_own)
+        left = self._leftovers(lambda number: True, warns=False)
+        if left and (self.ledger.latest is None or self._is_latest_usable()):
+            for path in left:
+                _attempt(remove_abandoned, path)
+
+    def _leftovers(self, is_wanted: Callable[[int], bool], *, warns: bool = True) -> list[str]:
+        """Abandoned staging directories of saves with some numbers. A warning says why others
+        stay."""
         found: list[str] = []
         for name in names_in(self._directory):
-            staging = STAGING.match(name)
+            staging = STAGING.match(name) or ASIDE.match(name)
             number = own_number(self._name, staging["name"]) if staging else None
-            if number is None or number > latest:
+            if number is None or not is_wanted(number):
                 continue
             path = os.path.join(self._directory, name)
+            if not (STAGING.match(name) or is_taken(owned_path(path))):
+                continue  # a process is putting it back
             reason = why_kept(path)
             if reason is None:
                 found.append(path)
-            elif is_taken(path):
+            elif warns and is_taken(path):
                 _log.warning("%s is not removed: %s", path, reason)
         return found
 
