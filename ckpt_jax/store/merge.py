@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -25,10 +27,13 @@ from ckpt_jax.store.manifest import (
     INDEX,
     INDEX_KEY,
     MANIFEST,
+    META,
     read_file,
     write_manifest,
     write_parts,
 )
+from ckpt_jax.store.presence import is_directory, is_taken
+from ckpt_jax.store.transfer import transferred
 
 SHARDS = "shards"  # the directory of a checkpoint's shards
 
@@ -40,7 +45,8 @@ def merge_shards(
     *,
     durable: bool = True,
 ) -> str:
-    """Makes one checkpoint of shards. Shards that lie outside of it are moved into it.
+    """Makes one checkpoint of shards. Shards that lie outside of it are moved into it; from other
+    file systems they are copied, and then removed. If that fails, they are where they were.
 
     Args:
       directories: the shards. They have to make up whole arrays.
@@ -73,9 +79,9 @@ def read_shard(directory: str) -> tuple[Shard, Table]:
       CorruptCheckpointError: it is damaged or its write was interrupted.
     """
     path = os.path.join(directory, INDEX)
-    if os.path.lexists(os.path.join(directory, MANIFEST)):
+    if is_taken(os.path.join(directory, MANIFEST)):
         raise CheckpointError(f"{directory} is a checkpoint, not a shard")
-    if not os.path.isdir(directory):
+    if not is_directory(directory):
         raise CheckpointNotFoundError(f"there is no shard at {directory}")
     try:
         data = read_file(path)
@@ -111,7 +117,7 @@ def commit(
     """
     if INDEX_KEY in extra:
         raise ValueError(f"{INDEX_KEY} is the name of the index")
-    if os.path.lexists(os.path.join(destination, MANIFEST)):
+    if is_taken(os.path.join(destination, MANIFEST)):
         raise FileExistsError(f"{destination} already is a checkpoint")
     known = dict(tables)
     for shard, digest in shards:
@@ -135,21 +141,49 @@ def commit(
             f"{destination}: {len(merged.keys)} arrays are cut in too many different ways over "
             f"{len(shards)} shards. Cut arrays of one shape alike; nothing was changed."
         )
-    os.makedirs(os.path.join(destination, SHARDS), exist_ok=True)
-    for source, target in zip(sources, targets, strict=True):
-        path = os.path.join(destination, target)
-        if os.path.abspath(source) != os.path.abspath(path):
-            os.rename(source, path)
-    values = {INDEX_KEY: index, **extra}
-    parts = write_parts(destination, values, durable=durable)
-    if durable:
-        parents = {os.path.dirname(os.path.join(destination, target)) for target in targets}
-        for directory in sorted({*parents, destination}, key=len, reverse=True):
-            fsync_directory(directory)
-    write_manifest(destination, parts, durable=durable)
-    if durable:
-        fsync_directory(os.path.dirname(os.path.abspath(destination)))
+    moves = [
+        (source, path)
+        for source, target in zip(sources, targets, strict=True)
+        if os.path.abspath(source) != os.path.abspath(path := os.path.join(destination, target))
+    ]
+    parents = {os.path.dirname(os.path.join(destination, target)) for target in targets}
+    with _all_or_nothing(destination):
+        os.makedirs(os.path.join(destination, SHARDS), exist_ok=True)
+        with transferred(moves, durable=durable), _no_manifest_after_failure(destination):
+            parts = write_parts(destination, {INDEX_KEY: index, **extra}, durable=durable)
+            if durable:
+                for directory in sorted({*parents, destination}, key=len, reverse=True):
+                    fsync_directory(directory)
+            write_manifest(destination, parts, durable=durable)
+            if durable:
+                fsync_directory(os.path.dirname(os.path.abspath(destination)))
     return destination
+
+
+@contextmanager
+def _all_or_nothing(destination: str) -> Iterator[None]:
+    """Removes what the block has made around the shards, if it fails."""
+    is_new = not is_taken(destination)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(os.path.join(destination, META), ignore_errors=True)
+        with suppress(OSError):  # there may be shards in it that were there before
+            os.rmdir(os.path.join(destination, SHARDS))
+            if is_new:
+                os.rmdir(destination)
+        raise
+
+
+@contextmanager
+def _no_manifest_after_failure(destination: str) -> Iterator[None]:
+    """Takes the manifest away before shards are, if the block fails: it needs all of them."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(os.path.join(destination, MANIFEST))
+        raise
 
 
 def _targets(directories: Sequence[str], destination: str) -> list[str]:
@@ -165,7 +199,7 @@ def _targets(directories: Sequence[str], destination: str) -> list[str]:
     free = (
         name
         for name in (f"{SHARDS}/{i:05d}" for i in range(1 << 30))
-        if not os.path.lexists(os.path.join(root, name))
+        if not is_taken(os.path.join(root, name))
     )
     return [
         os.path.relpath(path, root).replace(os.sep, "/") if path in inside else next(free)
