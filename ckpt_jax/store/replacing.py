@@ -161,13 +161,13 @@ def settle(path: str, keep: str | None = None) -> None:
       keep: staging for `path` that stays, because it is the present work.
     """
     above, name = os.path.split(os.path.abspath(path))
-    with os.scandir(above) as entries:
-        left = [
-            entry.path
-            for entry in entries
-            if entry.name.startswith(f"{name}.")
-            and (_is_for(STAGING, entry.name, name) or _is_for(ASIDE, entry.name, name))
-        ]
+    beginning = f"{name}."
+    left = [
+        os.path.join(above, each)
+        for each in os.listdir(above)
+        if each.startswith(beginning)
+        and (_is_for(STAGING, each, name) or _is_for(ASIDE, each, name))
+    ]
     for each in sorted(left, key=_changed, reverse=True):  # of several, the newest is put back
         if each != keep:
             _settle(each)
