@@ -420,29 +420,59 @@ def remove_checkpoint(path: Path) -> None:
       ...     checkpoint_exists(path)
       False
     """
-    path = absolute(as_path(path))
+    if (withdrawn := withdraw(absolute(as_path(path)))) is not None:
+        delete(withdrawn)
+
+
+def withdraw(path: str) -> str | None:
+    """Takes a checkpoint away from its path; the first phase of its removal.
+
+    Args:
+      path: an absolute one.
+
+    Returns:
+      The staging directory in which it is now. None if nothing was there, or a symbolic link.
+
+    Raises:
+      CheckpointNotFoundError: something else is there; it stays.
+      OSError: the checkpoint is still there.
+    """
     if not is_taken(path):
-        return
+        return None
     require_checkpoint(path)
     try:
         if os.path.islink(path):
             os.unlink(path)
-            return
-        with held(path):
-            aside = staging_name(path)
-            require_room(path, aside[len(path) :])
-            os.rename(path, aside)
-            try:
-                # Otherwise a power failure could remove parts of it, but keep its old name.
-                fsync_directory(os.path.dirname(path))
-            except OSError:
-                os.rename(aside, path)
-                raise
-            shutil.rmtree(aside)
+            return None
+        aside = staging_name(path)
+        require_room(path, aside[len(path) :])
+        os.rename(path, aside)
     except FileNotFoundError:
         if is_taken(path):
             raise
-        # Another process has just removed it.
+        return None  # another process has just removed it
+    try:
+        # Otherwise a power failure could remove parts of it, but keep its old name.
+        fsync_directory(os.path.dirname(path))
+    except OSError:
+        os.rename(aside, path)
+        raise
+    return aside
+
+
+def delete(withdrawn: str) -> None:
+    """Deletes what `withdraw` has returned; the second phase. It is no error if it is gone.
+
+    Raises:
+      OSError: not all of it could be removed.
+    """
+    try:
+        with held(withdrawn):
+            shutil.rmtree(withdrawn)
+    except FileNotFoundError:
+        if is_taken(withdrawn):
+            raise
+        # Another process took this one for dead, on a file system where it sees no locks.
 
 
 def _name_without_number(path: str) -> str:

@@ -18,9 +18,11 @@ from dataclasses import dataclass, replace
 
 from ckpt_jax.api.latest import (
     checkpoint_exists,
+    delete,
     older_checkpoints,
     problem_with,
     remove_checkpoint,
+    withdraw,
 )
 from ckpt_jax.errors import CheckpointNotFoundError, SupersededError
 from ckpt_jax.manage.fence import Fence
@@ -357,20 +359,24 @@ class Collection:
         return problem is None
 
     def _sweep(self, sweep: Sweep) -> list[str]:
-        """Removes checkpoints as planned. Those that cannot be removed stay managed, and the next
-        sweep tries again."""
+        """Removes checkpoints as planned, in two phases: they lose their names and their records,
+        and then they are deleted, which may take long. Those whose names stay are still managed,
+        and the next sweep tries again."""
         removed: list[str] = []
+        withdrawn: list[str] = []
         gone = {record.path for record in sweep.preserve}
         for record in sweep.remove:
             if self._fence.is_claimed and self._fence.is_behind():
                 break  # the new manager may need what is left
-            outcome = _attempt(_remove_managed, record.path)
-            if outcome is None:
+            try:
+                if checkpoint_exists(record.path):
+                    withdrawn += filter(None, [withdraw(record.path)])
+                    removed.append(record.path)
+                else:
+                    _log.warning("%s was to be removed, but no longer exists", record.path)
+            except OSError as error:
+                _log.warning("%s could not be removed: %s", record.path, error)
                 continue
-            if outcome:
-                removed.append(record.path)
-            else:
-                _log.warning("%s was to be removed, but no longer exists", record.path)
             gone.add(record.path)
         # A save in a signal handler may have changed the ledger meanwhile.
         ledger = self.ledger.without(frozenset(gone))
@@ -384,6 +390,11 @@ class Collection:
             _log.warning(
                 "%s: the removal of checkpoints could not be recorded: %s", self._directory, error
             )
+        for each in withdrawn:
+            try:
+                delete(each)
+            except OSError as error:
+                _log.warning("%s could not be removed as a whole: %s", each, error)
         return removed
 
     def _recover(self) -> None:
@@ -415,23 +426,6 @@ class Collection:
             elif warns and is_taken(path):
                 _log.warning("%s is not removed: %s", path, reason)
         return found
-
-
-def _remove_managed(path: str) -> bool:
-    """Removes a checkpoint, at least from its path; returns whether there was one.
-
-    Raises:
-      OSError: it is still there, or this is not known.
-    """
-    if not checkpoint_exists(path):
-        return False
-    try:
-        remove_checkpoint(path)
-    except OSError as error:
-        if checkpoint_exists(path):
-            raise
-        _log.warning("%s could not be removed as a whole: %s", path, error)
-    return True
 
 
 def _attempt(remove: Callable[[str], bool], path: str) -> bool | None:
