@@ -151,8 +151,8 @@ def _other_library(path: str) -> str | None:
 
 def _has_format_1(path: str) -> bool:
     old, new = (os.path.join(path, name) for name in ("manifest.ocdbt", MANIFEST))
-    is_old = os.path.isfile(old) and os.path.isdir(os.path.join(path, SHARDS))
-    return is_old and not os.path.exists(new) and not is_staging(path)
+    is_old = is_file(old) and is_directory(os.path.join(path, SHARDS))
+    return is_old and not is_taken(new) and not is_staging(path)
 
 
 def others_in(directory: str) -> dict[str, str]:
