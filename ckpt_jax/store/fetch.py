@@ -483,12 +483,15 @@ class _StreamReader:
         size = self._shard.file_nbytes
         begin = number * size + offset
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # If it has become a pipe, nobody may ever write into it.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError) as error:
             end = begin + target.size
             raise _Damaged(path, begin, end, "the file is missing") from error
         try:
             with naming(path):
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise _Damaged(path, begin, begin + target.size, "it is not a regular file")
                 block = self._shard.block_nbytes
                 for start in range(0, target.size, block):
                     part = target[start : start + block]

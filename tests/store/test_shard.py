@@ -391,10 +391,10 @@ def test_an_error_of_the_callback_ends_the_write(tmp_path, small_files):
 def test_a_write_that_was_interrupted_is_no_shard(tmp_path, small_files, monkeypatch):
     path = str(tmp_path / "shard")
 
-    def wait(futures, **options):
+    def as_completed(futures, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shard_module, "wait", wait)
+    monkeypatch.setattr(shard_module, "as_completed", as_completed)
     with pytest.raises(KeyboardInterrupt):
         write_shard(path, {"x": np.ones(100_000), "y": np.ones(100_000)})
     for read in (read_index, read_shard):
