@@ -278,14 +278,18 @@ def test_a_disk_that_fails_for_good_takes_nothing_that_was_there(
 
 
 @pytest.mark.parametrize("exhaustive", [False, pytest.param(True, marks=EXHAUSTIVE)])
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario, renames",
+    [*((scenario, 0) for scenario in SCENARIOS), ("managed", SSHFS)],
+    ids=[*SCENARIOS, "managed-sshfs"],
+)
 def test_what_was_reported_survives_a_power_failure_at_any_moment(
-    faults, templates, tmp_path, scenario, exhaustive
+    faults, templates, tmp_path, scenario, renames, exhaustive
 ):
     directory = copied(templates / scenario, tmp_path / "run")
     disk = loaded(directory)
     record = tmp_path / "record"
-    assert faults.run(scenario, directory, record=record).succeeded
+    assert faults.run(scenario, directory, record=record, renames=renames).succeeded
     seed = random.randrange(2**32)
     print(f"{scenario}: seed {seed}")
     chance = random.Random(seed)
