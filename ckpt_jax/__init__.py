@@ -12,6 +12,7 @@ See `Checkpoint` for objects, `save`, `restore` and `load` for trees, and `io` t
 
 from ckpt_jax import io, metrics, readers
 from ckpt_jax.api.checkpoint import Checkpoint
+from ckpt_jax.api.copying import copy
 from ckpt_jax.api.export import convert, export
 from ckpt_jax.api.frozen import FrozenSaver
 from ckpt_jax.api.inspect import (
@@ -36,6 +37,7 @@ from ckpt_jax.errors import (
     BarrierTimeoutError,
     CheckpointError,
     CheckpointNotFoundError,
+    CommitInDoubtError,
     CorruptCheckpointError,
     PreflightError,
     ProcessError,
@@ -86,6 +88,7 @@ from ckpt_jax.restoring.adapters import CheckpointAdapter, ReshardCallback
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.transforms import Cast, Stack, Transpose, Unstack
 from ckpt_jax.showing.overview import show
+from ckpt_jax.store.objects import use_storage
 from ckpt_jax.store.state_file import CheckpointState, get_checkpoint_state
 from ckpt_jax.version import __version__ as __version__
 
@@ -105,6 +108,7 @@ __all__ = [
     "CheckpointRecord",
     "CheckpointState",
     "CheckpointView",
+    "CommitInDoubtError",
     "CorruptCheckpointError",
     "Damage",
     "DelegatingTrackable",
@@ -144,6 +148,7 @@ __all__ = [
     "VerifyReport",
     "checkpoints_iterator",
     "convert",
+    "copy",
     "export",
     "get_checkpoint_state",
     "io",
@@ -172,5 +177,6 @@ __all__ = [
     "save_object",
     "show",
     "sync",
+    "use_storage",
     "verify",
 ]

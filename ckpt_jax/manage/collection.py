@@ -18,11 +18,9 @@ from dataclasses import dataclass, replace
 
 from ckpt_jax.api.latest import (
     checkpoint_exists,
-    delete,
     older_checkpoints,
     problem_with,
     remove_checkpoint,
-    withdraw,
 )
 from ckpt_jax.errors import CheckpointNotFoundError, SupersededError
 from ckpt_jax.manage.fence import Fence
@@ -37,14 +35,16 @@ from ckpt_jax.manage.ledger import (
     write_ledger,
 )
 from ckpt_jax.manage.retention import CheckpointRecord, RetentionPolicy, Sweep, plan_sweep
-from ckpt_jax.store.directory import number_of
+from ckpt_jax.store.attempts import collect, remains_in
+from ckpt_jax.store.directory import delete, number_of, withdraw
 from ckpt_jax.store.guard import guarded
 from ckpt_jax.store.notes import NOTES_FILE
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.presence import is_taken, names_in
 from ckpt_jax.store.replacing import ASIDE, settle_in
 from ckpt_jax.store.staging import STAGING, owned_path, remove_abandoned, why_kept
 from ckpt_jax.store.state_file import state_text
-from ckpt_jax.store.storage import POSIX
+from ckpt_jax.store.storage import generation_at
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -66,7 +66,7 @@ class _Begun:
     @property
     def is_committed(self) -> bool:
         """Whether the checkpoint is at its path."""
-        return POSIX.generation(self.record.path) not in (None, self.before)
+        return generation_at(self.record.path) not in (None, self.before)
 
 
 class Collection:
@@ -170,7 +170,7 @@ class Collection:
         self._recover()
         origin = number_of(self._origin or "")
         record = replace(record, time=self._clock(), origin=origin)
-        before = POSIX.generation(record.path)
+        before = generation_at(record.path)
         self._begun[record.path] = _Begun(record, before, self._origin)
         self._origin = record.path
 
@@ -194,7 +194,7 @@ class Collection:
                 if not is_behind:
                     raise
                 raise self._fence.error("Nothing was saved.") from error
-            generation = POSIX.generation(path)
+            generation = generation_at(path)
             if generation is not None:
                 self._published[path] = generation
 
@@ -236,7 +236,8 @@ class Collection:
             return [*(record.path for record in sweep.remove), *leftovers]
         self.ledger = ledger.without(unknown)
         self._forget_recorded()
-        return [*self._sweep(sweep), *[p for p in leftovers if _attempt(remove_abandoned, p)]]
+        remove = collect if is_url(self._directory) else remove_abandoned
+        return [*self._sweep(sweep), *[p for p in leftovers if _attempt(remove, p)]]
 
     def record(self, record: CheckpointRecord, is_overtaken: bool = False) -> None:
         """Makes a checkpoint that was just committed the latest, and sweeps.
@@ -259,7 +260,7 @@ class Collection:
             is_older = is_overtaken and ledger.latest is not None
             ledger = ledger.with_older(record) if is_older else ledger.with_latest(record)
             with guarded(self._directory):
-                if self._published.pop(path, None) not in (None, POSIX.generation(path)):
+                if self._published.pop(path, None) not in (None, generation_at(path)):
                     raise self._fence.error(f"It has replaced {path} before that was recorded.")
                 try:
                     self._write_to_files(ledger, is_newest=True)
@@ -370,7 +371,7 @@ class Collection:
                 break  # the new manager may need what is left
             try:
                 if checkpoint_exists(record.path):
-                    withdrawn += filter(None, [withdraw(record.path)])
+                    withdrawn += _withdraw(record.path)
                     removed.append(record.path)
                 else:
                     _log.warning("%s was to be removed, but no longer exists", record.path)
@@ -399,7 +400,7 @@ class Collection:
 
     def _recover(self) -> None:
         """Removes, once, what saves of dead runs have left, before it fills the disk."""
-        if self._is_recovered:
+        if self._is_recovered or is_url(self._directory):
             return
         self._is_recovered = True
         settle_in(self._directory, self._is_own)
@@ -411,11 +412,17 @@ class Collection:
     def _leftovers(self, is_wanted: Callable[[int], bool], *, warns: bool = True) -> list[str]:
         """Abandoned staging directories of saves with some numbers. A warning says why others
         stay."""
+
+        def is_meant(name: str) -> bool:
+            number = own_number(self._name, name)
+            return number is not None and is_wanted(number)
+
+        if is_url(self._directory):
+            return remains_in(self._directory, is_meant, self._clock)
         found: list[str] = []
         for name in names_in(self._directory):
-            staging = STAGING.match(name) or ASIDE.match(name)
-            number = own_number(self._name, staging["name"]) if staging else None
-            if number is None or not is_wanted(number):
+            left = STAGING.match(name) or ASIDE.match(name)
+            if left is None or not is_meant(left["name"]):
                 continue
             path = os.path.join(self._directory, name)
             if not (STAGING.match(name) or is_taken(owned_path(path))):
@@ -426,6 +433,23 @@ class Collection:
             elif warns and is_taken(path):
                 _log.warning("%s is not removed: %s", path, reason)
         return found
+
+
+def _withdraw(path: str) -> list[str]:
+    """Takes a checkpoint away from its path. Returns what is left to delete.
+
+    Raises:
+      OSError: it is still there, or this is not known.
+    """
+    if not is_url(path):
+        return [*filter(None, [withdraw(path)])]
+    try:
+        remove_checkpoint(path)
+    except OSError as error:
+        if checkpoint_exists(path):
+            raise
+        _log.warning("%s could not be removed as a whole: %s", path, error)
+    return []
 
 
 def _attempt(remove: Callable[[str], bool], path: str) -> bool | None:

@@ -19,13 +19,15 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from ckpt_jax.errors import CheckpointNotFoundError, UnsupportedFormatError
+from ckpt_jax.store import objects
 from ckpt_jax.store.durable import fsync_directory, make_directories
-from ckpt_jax.store.manifest import MANIFEST, META
+from ckpt_jax.store.manifest import MANIFEST, META, Part, write_manifest
 from ckpt_jax.store.merge import SHARDS
-from ckpt_jax.store.paths import require_addressable, require_room, resolved
+from ckpt_jax.store.objects import is_url
+from ckpt_jax.store.paths import absolute, relative, require_addressable, require_room, resolved
 from ckpt_jax.store.presence import is_directory, is_file, is_taken, names_in
 from ckpt_jax.store.replacing import ASIDE, aside_of, exchange, is_refused, settle
 from ckpt_jax.store.staging import (
@@ -40,6 +42,7 @@ from ckpt_jax.store.staging import (
     leave,
     locked,
     remove_abandoned,
+    staging_name,
     staging_of,
 )
 
@@ -63,6 +66,8 @@ def checkpoints_in(
     Raises:
       OSError: it is not known whether something is a checkpoint.
     """
+    if is_url(directory):
+        return _sorted([name for name in names_with_manifest(directory) if is_wanted(name)])
     names = filter(is_wanted, names_in(directory))
     return _sorted([name for name in names if is_checkpoint(os.path.join(directory, name))])
 
@@ -71,11 +76,19 @@ def visible_in(directory: str) -> list[str]:
     """`checkpoints_in` for the texts of errors and warnings: without what cannot be looked at."""
     found: list[str] = []
     with contextlib.suppress(OSError):
+        if is_url(directory):
+            return _sorted(names_with_manifest(directory))
         for name in names_in(directory):
             with contextlib.suppress(OSError):
                 if is_checkpoint(os.path.join(directory, name)):
                     found.append(name)
     return _sorted(found)
+
+
+def names_with_manifest(url: str) -> list[str]:
+    """The names of the checkpoints below a URL, in one request."""
+    keys = [key.split("/") for key in objects.keys_below(url)]
+    return [names[0] for names in keys if len(names) == 2 and names[1] == MANIFEST]
 
 
 def _sorted(names: list[str]) -> list[str]:
@@ -113,25 +126,25 @@ def require_checkpoint(path: str) -> None:
         return
     if is_staging(path):
         what = f"{path} is the staging directory of a save that did not finish"
-        near = os.path.dirname(os.path.abspath(path))
+        near = os.path.dirname(absolute(path))
     elif is_directory(path):
         what = f"{path} is a directory, but not a checkpoint (it has no {MANIFEST})"
         near = path
     elif is_taken(path):
         what = f"{path} is a file, not a checkpoint directory"
-        near = os.path.dirname(os.path.abspath(path))
+        near = os.path.dirname(absolute(path))
     elif aside := aside_of(path):
         what = (
             f"there is no checkpoint at {path}: a save that was to replace it has not come to its "
             f"end. The earlier one is at {aside}; the next save or manager puts it back"
         )
-        near = os.path.dirname(os.path.abspath(path))
+        near = os.path.dirname(absolute(path))
     else:
         what = f"there is no checkpoint at {path}"
-        near = os.path.dirname(os.path.abspath(path))
+        near = os.path.dirname(absolute(path))
     names = visible_in(near)
     if not names and near == path:
-        near = os.path.dirname(os.path.abspath(path))
+        near = os.path.dirname(absolute(path))
         names = visible_in(near)
     if names:
         what += f". Checkpoints in {near}: {', '.join(names[-20:])}"
@@ -146,6 +159,8 @@ def require_checkpoint(path: str) -> None:
 def _other_library(path: str) -> str | None:
     """The other library, or version of this one, that wrote the checkpoint at `path`; None if none
     did."""
+    if is_url(path):
+        return None
     return "ckpt_jax before its first release (format 1)" if _has_format_1(path) else None
 
 
@@ -190,7 +205,10 @@ class Staging:
     Attributes:
       path: where the checkpoint will be.
       directory: the staging directory: beside the path, or in the prepared directory there.
+      mark: none, because the directory is this attempt's alone.
     """
+
+    mark = ""
 
     def __init__(self, path: str, directory: str):
         self.path, self.directory = path, directory
@@ -219,12 +237,12 @@ class Staging:
         return os.path.dirname(self.directory) == self.path
 
     @contextlib.contextmanager
-    def claimed(self, *, overwrite: bool, durable: bool) -> Iterator[None]:
+    def claimed(self, *, overwrite: bool, durable: bool, keeps: bool = False) -> Iterator[None]:
         """Makes the directory and holds it until the block ends.
 
         At the end, the directory under the staging name is removed. After an exchange this is the
         old checkpoint. If the block fails, it is the unfinished checkpoint, which is removed when
-        all processes have left it.
+        all processes have left it; if `keeps` is set, it stays for another attempt with this token.
 
         The leftovers of abandoned saves to the same path are removed first, because they may be
         what fills the disk.
@@ -246,7 +264,8 @@ class Staging:
                     _keep_access(self.path, self.directory)
                 yield
         except BaseException:
-            leave(self.directory, lambda: shutil.rmtree(self.directory, ignore_errors=True))
+            if not keeps:
+                leave(self.directory, lambda: shutil.rmtree(self.directory, ignore_errors=True))
             raise
         discard(self.directory)
 
@@ -258,6 +277,15 @@ class Staging:
         else:
             os.makedirs(parent, exist_ok=True)
 
+    def written(self) -> frozenset[str]:
+        """The names of the files in the directory, relative to it."""
+        found = [
+            relative(os.path.join(above, name), self.directory)
+            for above, _, names in os.walk(self.directory)
+            for name in names
+        ]
+        return frozenset(found)
+
     def check(self) -> None:
         """Checks that the directory is the one that this process has held from the beginning.
 
@@ -266,6 +294,17 @@ class Staging:
         """
         assert self._held is not None
         self._held.check()
+
+    def complete(self, parts: Mapping[str, Part], *, durable: bool) -> None:
+        """Makes the directory a whole checkpoint, which only lacks its name.
+
+        Raises:
+          CheckpointError: the directory was taken away.
+        """
+        self.check()
+        write_manifest(self.directory, parts, durable=durable)
+        if durable:
+            fsync_directory(os.path.dirname(self.directory))
 
     def publish(self, *, overwrite: bool, durable: bool) -> None:
         """Gives the checkpoint its name. If that cannot be made durable, it is undone.
@@ -279,6 +318,10 @@ class Staging:
             _fill(self.path, self.directory, durable=durable)
         else:
             _publish(self.directory, self.path, overwrite=overwrite, durable=durable)
+
+    def is_committed(self) -> bool:
+        """Nothing is ever in doubt."""
+        return False
 
     @contextlib.contextmanager
     def joined(
@@ -316,6 +359,63 @@ class Staging:
                 with contextlib.suppress(OSError):
                     remove_abandoned(self.directory)
             raise
+
+
+def remove_directory(path: str) -> None:
+    """Removes the checkpoint at an absolute path of a file system; see `Storage.remove`."""
+    if (withdrawn := withdraw(path)) is not None:
+        delete(withdrawn)
+
+
+def withdraw(path: str) -> str | None:
+    """Takes a checkpoint away from its path; the first phase of its removal.
+
+    Args:
+      path: an absolute one, of a file system.
+
+    Returns:
+      The staging directory in which it is now. None if nothing was there, or a symbolic link.
+
+    Raises:
+      CheckpointNotFoundError: something else is there; it stays.
+      OSError: the checkpoint is still there.
+    """
+    if not is_taken(path):
+        return None
+    require_checkpoint(path)
+    try:
+        if os.path.islink(path):
+            os.unlink(path)
+            return None
+        aside = staging_name(path)
+        require_room(path, aside[len(path) :])
+        os.rename(path, aside)
+    except FileNotFoundError:
+        if is_taken(path):
+            raise
+        return None  # another process has just removed it
+    try:
+        # Otherwise a power failure could remove parts of it, but keep its old name.
+        fsync_directory(os.path.dirname(path))
+    except OSError:
+        os.rename(aside, path)
+        raise
+    return aside
+
+
+def delete(withdrawn: str) -> None:
+    """Deletes what `withdraw` has returned; the second phase. It is no error if it is gone.
+
+    Raises:
+      OSError: not all of it could be removed.
+    """
+    try:
+        with held(withdrawn):
+            shutil.rmtree(withdrawn)
+    except FileNotFoundError:
+        if is_taken(withdrawn):
+            raise
+        # Another process took this one for dead, on a file system where it sees no locks.
 
 
 def check_replaceable(path: str, overwrite: bool) -> None:

@@ -28,6 +28,7 @@ import sys
 from collections.abc import Callable
 
 from ckpt_jax.store.durable import fsync_directory
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.presence import is_directory, is_taken, names_in
 from ckpt_jax.store.staging import (
     OWNER,
@@ -147,6 +148,8 @@ def aside_of(path: str) -> str | None:
     Raises:
       OSError: this is not known.
     """
+    if is_url(path):
+        return None
     above, name = os.path.split(os.path.abspath(path))
     found = [os.path.join(above, each) for each in names_in(above) if _is_for(ASIDE, each, name)]
     return max(found, key=_changed, default=None)
@@ -180,6 +183,8 @@ def settle_in(directory: str, is_wanted: Callable[[str], bool]) -> None:
       directory: need not exist.
       is_wanted: says for which names.
     """
+    if is_url(directory):  # there every save commits with one request
+        return
     with contextlib.suppress(OSError):  # it is only looked at
         found = [(name, ASIDE.match(name)) for name in names_in(directory)]
         wanted = [name for name, match in found if match and is_wanted(match["name"])]
