@@ -48,13 +48,26 @@ from ckpt_jax.errors import (
     UnsaveableError,
     UnsupportedFormatError,
 )
+from ckpt_jax.manage.due import (
+    SaveAny,
+    SaveAtSteps,
+    SaveContinuously,
+    SaveEveryNSeconds,
+    SaveEveryNSteps,
+    SaveOccasion,
+    SaveOnPreemption,
+    SavePolicy,
+)
+from ckpt_jax.manage.evaluate import evaluate_new
 from ckpt_jax.manage.manager import CheckpointManager
 from ckpt_jax.manage.preemption import PreemptionHandler
+from ckpt_jax.manage.removal import Removal
 from ckpt_jax.manage.retention import (
     CheckpointRecord,
     KeepAny,
     KeepBest,
     KeepEveryNSteps,
+    KeepFor,
     KeepLatest,
     RetentionPolicy,
 )
@@ -116,6 +129,7 @@ __all__ = [
     "KeepAny",
     "KeepBest",
     "KeepEveryNSteps",
+    "KeepFor",
     "KeepLatest",
     "LoadStatus",
     "MaxShardSize",
@@ -128,11 +142,20 @@ __all__ = [
     "ProcessError",
     "PythonState",
     "RegistrationError",
+    "Removal",
     "ReportEntry",
     "ReshardCallback",
     "RestoreMismatchError",
     "RestoreReport",
     "RetentionPolicy",
+    "SaveAny",
+    "SaveAtSteps",
+    "SaveContinuously",
+    "SaveEveryNSeconds",
+    "SaveEveryNSteps",
+    "SaveOccasion",
+    "SaveOnPreemption",
+    "SavePolicy",
     "ShardByDevice",
     "ShardByProcess",
     "ShardError",
@@ -149,6 +172,7 @@ __all__ = [
     "checkpoints_iterator",
     "convert",
     "copy",
+    "evaluate_new",
     "export",
     "get_checkpoint_state",
     "io",

@@ -10,11 +10,13 @@ record  the notes and the state file are written once more
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ckpt_jax.api.latest import (
     checkpoint_exists,
@@ -27,24 +29,36 @@ from ckpt_jax.manage.fence import Fence
 from ckpt_jax.manage.ledger import (
     Ledger,
     UnknownMetrics,
+    observed,
     own_number,
     path_in,
     read_ledger,
     recovered,
     restorable,
+    with_noted,
     write_ledger,
 )
-from ckpt_jax.manage.retention import CheckpointRecord, RetentionPolicy, Sweep, plan_sweep
+from ckpt_jax.manage.removal import Removal, Remover
+from ckpt_jax.manage.retention import (
+    CheckpointRecord,
+    RetentionPolicy,
+    Sweep,
+    metrics_of,
+    plan_sweep,
+)
 from ckpt_jax.store.attempts import collect, remains_in
-from ckpt_jax.store.directory import delete, number_of, withdraw
-from ckpt_jax.store.guard import guarded
-from ckpt_jax.store.notes import NOTES_FILE
+from ckpt_jax.store.directory import number_of
+from ckpt_jax.store.guard import changing, guarded
+from ckpt_jax.store.lease import without_lease
+from ckpt_jax.store.notes import NOTES_FILE, add_metrics
 from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.presence import is_taken, names_in
 from ckpt_jax.store.replacing import ASIDE, settle_in
 from ckpt_jax.store.staging import STAGING, owned_path, remove_abandoned, why_kept
 from ckpt_jax.store.state_file import state_text
-from ckpt_jax.store.storage import generation_at
+from ckpt_jax.store.storage import generation_at, storage_of
+
+AT_ONCE = Removal()
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -82,6 +96,8 @@ class Collection:
       preserve_interval_seconds: the least time between two checkpoints that are kept forever; None
         keeps none forever.
       clock: returns the time in seconds since the epoch.
+      is_read_only: whether it is only asked.
+      removal: how checkpoints are removed.
 
     Attributes:
       series: the same for managers of the same directory and name.
@@ -95,7 +111,12 @@ class Collection:
         policy: RetentionPolicy | None,
         preserve_interval_seconds: float | None,
         clock: Callable[[], float],
+        is_read_only: bool = False,
+        removal: Removal = AT_ONCE,
     ):
+        self._is_read_only = is_read_only
+        self._remover = Remover(directory, name, removal, clock)
+        self._removal = removal
         self._directory, self._name = self.series = directory, name
         self._clock = clock
         self._policy = policy
@@ -105,7 +126,8 @@ class Collection:
         self._published: dict[str, Hashable] = {}  # generations by path, until they are recorded
         self._fence = Fence(directory, name)
         self._is_recovered = False  # what dead runs have left was looked for
-        settle_in(directory, self._is_own)
+        if not is_read_only:
+            settle_in(directory, self._is_own)
         self._read()
 
     def _is_own(self, name: str) -> bool:
@@ -114,7 +136,10 @@ class Collection:
     def _read(self) -> None:
         """Reads the ledger as it is in the files."""
         self._state = state_text(self._directory)
-        self.ledger = recovered(self._directory, self._name, self._clock())
+        if self._is_read_only:
+            self.ledger = observed(self._directory, self._name)
+        else:
+            self.ledger = recovered(self._directory, self._name, self._clock())
 
     def _read_again(self) -> None:
         """Reads the ledger again if another program has changed it."""
@@ -132,12 +157,38 @@ class Collection:
         elif self._fence.is_behind():
             raise self._fence.error()
 
+    def present(self) -> Ledger:
+        """The ledger as it is now, for questions: with the metrics that evaluators have recorded,
+        and, as long as this manager has saved nothing, with the checkpoints of the one that saves.
+        """
+        ledger = self.ledger
+        if not self._fence.is_claimed and state_text(self._directory) != self._state:
+            ledger = observed(self._directory, self._name)
+        return with_noted(self._directory, ledger)
+
+    def record_metrics(self, number: int, metrics: Mapping[str, float]) -> bool:
+        """Adds metrics to those of a managed checkpoint, for this manager and all others.
+
+        Returns:
+          Whether there is such a checkpoint.
+
+        Raises:
+          ValueError: the file of the metrics cannot be understood; it is not changed.
+        """
+        for record in self.present().records:
+            if record.number == number:
+                add = partial(add_metrics, self._directory, os.path.basename(record.path), metrics)
+                changing(self._directory, add)
+                return True
+        return False
+
     def candidates(self) -> list[str]:
         """The checkpoints that can be restored, best first."""
-        latest = self.ledger.latest
+        ledger = self.present()
+        latest = ledger.latest
         if latest is None:
             return []
-        abandoned = {record.path for record in self.ledger.records if record.is_abandoned}
+        abandoned = {record.path for record in ledger.records if record.is_abandoned}
         older = [p for p in older_checkpoints(self._directory, latest) if p not in abandoned]
         return [latest, *older]
 
@@ -223,10 +274,12 @@ class Collection:
     def collect(self, dry_run: bool) -> list[str]:
         """Removes checkpoints that are not needed, and what interrupted saves have left; see
         `CheckpointManager.gc`."""
+        if not dry_run:
+            self._remover.wait()
         self._keep_up()
         if self.ledger.latest is None:
             return []
-        ledger = self._with_adopted(self.ledger)
+        ledger = self._with_adopted(with_noted(self._directory, self.ledger))
         unknown, sweep = self._plan_sweep(ledger)
         latest = number_of(self.ledger.latest or "")
         leftovers = self._leftovers(lambda number: latest is not None and number <= latest)
@@ -237,7 +290,10 @@ class Collection:
         self.ledger = ledger.without(unknown)
         self._forget_recorded()
         remove = collect if is_url(self._directory) else remove_abandoned
-        return [*self._sweep(sweep), *[p for p in leftovers if _attempt(remove, p)]]
+        removed = [*self._sweep(sweep), *[p for p in leftovers if _attempt(remove, p)]]
+        removed += self._remover.empty_trash()
+        self._remover.wait()
+        return removed
 
     def record(self, record: CheckpointRecord, is_overtaken: bool = False) -> None:
         """Makes a checkpoint that was just committed the latest, and sweeps.
@@ -257,13 +313,14 @@ class Collection:
         while True:
             before = self.ledger
             ledger = self._with_adopted(before)
+            fresh = {path, *self._begun}
             is_older = is_overtaken and ledger.latest is not None
             ledger = ledger.with_older(record) if is_older else ledger.with_latest(record)
             with guarded(self._directory):
                 if self._published.pop(path, None) not in (None, generation_at(path)):
                     raise self._fence.error(f"It has replaced {path} before that was recorded.")
                 try:
-                    self._write_to_files(ledger, is_newest=True)
+                    ledger = self._write_to_files(ledger, is_newest=True, fresh=fresh)
                 except SupersededError:
                     saved = f"{path} was saved, but is not recorded: restore it by its path."
                     raise self._fence.error(saved) from None
@@ -277,6 +334,7 @@ class Collection:
             self.ledger = self.ledger.without(unknown)
         if (sweep.preserve or sweep.remove) and self._is_latest_usable():
             self._sweep(sweep)
+            self._remover.empty_trash()
 
     def _forget_recorded(self) -> None:
         for record in self.ledger.records:
@@ -313,12 +371,21 @@ class Collection:
             self._write(self.ledger.without(frozenset([path])))
 
     def _write(self, ledger: Ledger) -> None:
-        self._write_to_files(ledger, is_newest=False)
-        self.ledger = ledger
+        self.ledger = self._write_to_files(ledger, is_newest=False)
 
-    def _write_to_files(self, ledger: Ledger, *, is_newest: bool) -> None:
-        fence = self._fence
-        write_ledger(self._directory, self._name, ledger, is_newest=is_newest, fence=fence)
+    def _write_to_files(
+        self, ledger: Ledger, *, is_newest: bool, fresh: Iterable[str] = ()
+    ) -> Ledger:
+        """Writes a ledger; returns it with the metrics that others have recorded."""
+        return write_ledger(
+            self._directory,
+            self._name,
+            ledger,
+            is_newest=is_newest,
+            fence=self._fence,
+            fresh=frozenset(fresh),
+            has_metrics=self._policy is not None and bool(metrics_of(self._policy)),
+        )
 
     def _plan_sweep(self, ledger: Ledger) -> tuple[frozenset[str], Sweep]:
         """The paths of checkpoints that a policy cannot judge, and the plan for all others."""
@@ -364,20 +431,20 @@ class Collection:
         and then they are deleted, which may take long. Those whose names stay are still managed,
         and the next sweep tries again."""
         removed: list[str] = []
-        withdrawn: list[str] = []
+        rests: list[_Rest] = []
         gone = {record.path for record in sweep.preserve}
         for record in sweep.remove:
             if self._fence.is_claimed and self._fence.is_behind():
                 break  # the new manager may need what is left
-            try:
-                if checkpoint_exists(record.path):
-                    withdrawn += _withdraw(record.path)
-                    removed.append(record.path)
-                else:
-                    _log.warning("%s was to be removed, but no longer exists", record.path)
-            except OSError as error:
-                _log.warning("%s could not be removed: %s", record.path, error)
+            if len(rests) == _MOST_RESTS:
+                _delete(rests)
+            outcome = _attempt(lambda path: self._remove_managed(path, rests), record.path)
+            if outcome is None:
                 continue
+            if outcome:
+                removed.append(record.path)
+            else:
+                _log.warning("%s was to be removed, but no longer exists", record.path)
             gone.add(record.path)
         # A save in a signal handler may have changed the ledger meanwhile.
         ledger = self.ledger.without(frozenset(gone))
@@ -391,12 +458,35 @@ class Collection:
             _log.warning(
                 "%s: the removal of checkpoints could not be recorded: %s", self._directory, error
             )
-        for each in withdrawn:
-            try:
-                delete(each)
-            except OSError as error:
-                _log.warning("%s could not be removed as a whole: %s", each, error)
+        _delete(rests)
         return removed
+
+    def _remove_managed(self, path: str, rests: list[_Rest]) -> bool:
+        """Removes a checkpoint, at least from its path; returns whether there was one.
+
+        Args:
+          path: of the checkpoint.
+          rests: what is left to delete is appended to them.
+
+        Raises:
+          BlockingIOError: somebody has a lease of it.
+          OSError: it is still there, or this is not known.
+        """
+        if not checkpoint_exists(path):
+            return False
+        with without_lease(path) as is_free:
+            if not is_free:
+                raise BlockingIOError(errno.EAGAIN, "an evaluator is at work on it", path)
+            try:
+                if self._removal != AT_ONCE:
+                    self._remover.remove(path)
+                elif (rest := _taken_away(path)) is not None:
+                    rests.append((path, rest))
+            except OSError as error:
+                if checkpoint_exists(path):
+                    raise
+                _log.warning("%s could not be removed as a whole: %s", path, error)
+        return True
 
     def _recover(self) -> None:
         """Removes, once, what saves of dead runs have left, before it fills the disk."""
@@ -435,21 +525,37 @@ class Collection:
         return found
 
 
-def _withdraw(path: str) -> list[str]:
-    """Takes a checkpoint away from its path. Returns what is left to delete.
+_Rest = tuple[str, Callable[[], None]]  # the path of a checkpoint, and what deletes its files
+_MOST_RESTS = 100  # at a time: each has a file open
+
+
+def _delete(rests: list[_Rest]) -> None:
+    """Deletes the files of checkpoints that were taken away, and empties the list."""
+    while rests:
+        path, remove_rest = rests.pop(0)
+        try:
+            remove_rest()
+        except OSError as error:
+            _log.warning("%s could not be removed as a whole: %s", path, error)
+
+
+def _taken_away(path: str) -> Callable[[], None] | None:
+    """Takes a checkpoint away from its path. Returns what deletes its files, if any are left.
 
     Raises:
       OSError: it is still there, or this is not known.
     """
-    if not is_url(path):
-        return [*filter(None, [withdraw(path)])]
-    try:
-        remove_checkpoint(path)
-    except OSError as error:
-        if checkpoint_exists(path):
-            raise
-        _log.warning("%s could not be removed as a whole: %s", path, error)
-    return []
+    with ExitStack() as stack:
+        remove_rest = stack.enter_context(storage_of(path).removing(path))
+        if remove_rest is None:
+            return None
+        held = stack.pop_all()
+
+    def work() -> None:
+        with held:
+            remove_rest()
+
+    return work
 
 
 def _attempt(remove: Callable[[str], bool], path: str) -> bool | None:
@@ -457,6 +563,9 @@ def _attempt(remove: Callable[[str], bool], path: str) -> bool | None:
     itself has succeeded."""
     try:
         return remove(path)
+    except BlockingIOError as error:
+        _log.info("%s stays for now: %s", path, error.strerror)
+        return None
     except OSError as error:
         _log.warning("%s could not be removed: %s", path, error)
         return None

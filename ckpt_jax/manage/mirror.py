@@ -46,6 +46,8 @@ class Mirror:
         preserve_interval_seconds: float | None,
         clock: Callable[[], float],
     ):
+        if every < 1:
+            raise ValueError(f"mirror_every: expected 1 or more, got {every}.")
         self.directory, self._every = directory, every
         self._make = lambda: Collection(directory, name, policy, preserve_interval_seconds, clock)
         self._made: Collection | None = None
@@ -63,10 +65,6 @@ class Mirror:
     def candidates(self) -> list[str]:
         """The copies that can be restored, best first."""
         return self._collection.candidates()
-
-    def restored(self, path: str) -> None:
-        """Notes that the program has restored one of the copies, and goes on from there."""
-        self._collection.restored(path)
 
     def committed(self, record: CheckpointRecord) -> None:
         """Copies a checkpoint that was just committed, if it is due, in the background."""

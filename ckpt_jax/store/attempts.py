@@ -228,24 +228,28 @@ def values_of(path: str, manifest: bytes) -> list[str]:
     return found
 
 
-def remove(path: str) -> bool:
-    """Removes the checkpoint at a URL. What other attempts have written there stays.
+def taken_away(path: str) -> Callable[[], None] | None:
+    """Removes the manifest of the checkpoint at a URL. What other attempts have written stays.
 
     Returns:
-      Whether there was one.
+      A function that removes the other values; None if there is no checkpoint, or if it has just
+      been replaced.
 
     Raises:
-      OSError: it could not be removed, or not all of it. Then the rest is no checkpoint.
+      OSError: it is not known whether it was removed.
     """
     found = objects.read(f"{path}/{MANIFEST}")
     if found is None:
-        return False
+        return None
     manifest, *others = values_of(path, found.value)
-    if not objects.delete(manifest, found.generation):  # it has just been replaced
-        return False
-    with Workers(objects.PARALLEL, "ckpt-remove") as workers:
-        list(workers.map(objects.delete, others))
-    return True
+    if not objects.delete(manifest, found.generation):
+        return None
+
+    def remove_rest() -> None:
+        with Workers(objects.PARALLEL, "ckpt-remove") as workers:
+            list(workers.map(objects.delete, others))
+
+    return remove_rest
 
 
 def saved_at(path: str) -> float | None:

@@ -361,61 +361,34 @@ class Staging:
             raise
 
 
-def remove_directory(path: str) -> None:
-    """Removes the checkpoint at an absolute path of a file system; see `Storage.remove`."""
-    if (withdrawn := withdraw(path)) is not None:
-        delete(withdrawn)
-
-
-def withdraw(path: str) -> str | None:
-    """Takes a checkpoint away from its path; the first phase of its removal.
-
-    Args:
-      path: an absolute one, of a file system.
-
-    Returns:
-      The staging directory in which it is now. None if nothing was there, or a symbolic link.
-
-    Raises:
-      CheckpointNotFoundError: something else is there; it stays.
-      OSError: the checkpoint is still there.
-    """
+@contextlib.contextmanager
+def removing(path: str) -> Iterator[Callable[[], None] | None]:
+    """Renames the checkpoint at an absolute path, so that it can be removed while the block runs;
+    see `Storage.removing`. If there is a link, only the link is removed."""
     if not is_taken(path):
-        return None
+        yield None
+        return
     require_checkpoint(path)
     try:
         if os.path.islink(path):
             os.unlink(path)
-            return None
-        aside = staging_name(path)
-        require_room(path, aside[len(path) :])
-        os.rename(path, aside)
+            yield None
+            return
+        with held(path):
+            aside = staging_name(path)
+            require_room(path, aside[len(path) :])
+            os.rename(path, aside)
+            try:
+                # Otherwise a power failure could remove parts of it, but keep its old name.
+                fsync_directory(os.path.dirname(path))
+            except OSError:
+                os.rename(aside, path)
+                raise
+            yield lambda: shutil.rmtree(aside)
     except FileNotFoundError:
         if is_taken(path):
             raise
-        return None  # another process has just removed it
-    try:
-        # Otherwise a power failure could remove parts of it, but keep its old name.
-        fsync_directory(os.path.dirname(path))
-    except OSError:
-        os.rename(aside, path)
-        raise
-    return aside
-
-
-def delete(withdrawn: str) -> None:
-    """Deletes what `withdraw` has returned; the second phase. It is no error if it is gone.
-
-    Raises:
-      OSError: not all of it could be removed.
-    """
-    try:
-        with held(withdrawn):
-            shutil.rmtree(withdrawn)
-    except FileNotFoundError:
-        if is_taken(withdrawn):
-            raise
-        # Another process took this one for dead, on a file system where it sees no locks.
+        # Another process has just removed it.
 
 
 def check_replaceable(path: str, overwrite: bool) -> None:

@@ -194,6 +194,13 @@ def test_a_new_manager_goes_on_from_the_checkpoint_that_was_set_aside(tmp_path, 
     assert manager.steps == (1, 2)
 
 
+def test_a_manager_that_only_looks_changes_nothing(tmp_path, dead):
+    aside = replaced_number(tmp_path, dead)
+    before = names(tmp_path)
+    ckpt.CheckpointManager(ckpt.Checkpoint(x=0), tmp_path, read_only=True)
+    assert aside.exists() and names(tmp_path) == before
+
+
 @pytest.mark.parametrize("has_state", [True, False])
 def test_the_latest_checkpoint_is_the_one_that_was_set_aside(tmp_path, dead, has_state):
     replaced_number(tmp_path, dead)
