@@ -402,6 +402,8 @@ class CheckpointManager:
     def _checked_metrics(self, metrics: Mapping[str, Any] | None) -> dict[str, float]:
         """The metrics of a save as numbers, after a check that the policies can use them."""
         scores = as_metrics(metrics)
+        if not self._metrics:
+            return scores
         records = self._collection.present().records
         known = {*scores, *(name for record in records for name in known_metrics(record))}
         unknown = ", ".join(map(repr, sorted(self._metrics - known)))
