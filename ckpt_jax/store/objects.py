@@ -17,7 +17,7 @@ import re
 import secrets
 import threading
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn
 
 import tensorstore as ts
@@ -75,7 +75,7 @@ class _Bucket:
     url: str
     seconds: float
     is_there: bool = False  # or it does not tell
-    is_granted: bool = False  # something was read or written
+    readable: set[str] = field(default_factory=set)  # directories in which something was read
 
 
 _buckets: dict[tuple[str, Settings, tuple[str | None, ...]], _Bucket] = {}
@@ -183,13 +183,14 @@ def read(url: str, start: int = 0, stop: int | None = None) -> Found | None:
         if "OUT_OF_RANGE" in str(error):
             raise EOFError(url) from error
         trouble = trouble_of(error, url)
-        if isinstance(trouble, PermissionError) and _may_write(bucket, url):
+        if _may_mean_absence(trouble) and _may_read_beside(bucket, url):
             return None
         _fail(error, url)
     if found.state != "value":
         _require_bucket(bucket, url, key)
         return None
-    bucket.is_there = bucket.is_granted = True
+    bucket.is_there = True
+    bucket.readable.add(os.path.dirname(url))
     return Found(found.value, found.stamp.generation)
 
 
@@ -207,20 +208,34 @@ def _require_bucket(bucket: _Bucket, url: str, key: str) -> None:
     bucket.is_there = True
 
 
-def _may_write(bucket: _Bucket, url: str) -> bool:
-    """Whether a store that refuses to read a value lets this process write.
+def _may_mean_absence(trouble: OSError | None) -> bool:
+    """Whether an error may say that nothing is there: stores do not tell that to those who may not
+    list. Wrong credentials are another matter."""
+    wrong = "InvalidAccessKeyId", "SignatureDoesNotMatch", "Token", "RequestTimeTooSkewed"
+    said = str(trouble)
+    return isinstance(trouble, PermissionError) and not any(each in said for each in wrong)
 
-    Amazon's store refuses to read what is not there, too, if the credentials do not allow to list.
-    Who may write a value on the condition that it is not there may take it for absent.
+
+def _may_read_beside(bucket: _Bucket, url: str) -> bool:
+    """Whether this process may read in the directory of a value that a store refuses to show.
+
+    If so, the value is not there. If nothing has been read there yet, a probe is written and read.
     """
-    if not bucket.is_granted:
-        probe = f"{os.path.dirname(url)}/.probe-{secrets.token_hex(8)}"
+    directory = os.path.dirname(url)
+    if not any(directory == each or directory.startswith(f"{each}/") for each in bucket.readable):
+        probe = f"{directory}/.probe-{secrets.token_hex(8)}"
+        key = _parted(probe)[1]
         try:
-            bucket.is_granted = write(probe, b"", ABSENT) is not None
+            write(probe, b"", ABSENT)
+            found = bucket.store.read(key).result(timeout=bucket.seconds)
+        except Exception:  # the caller has an error that says more
+            return False
+        with suppress(OSError):
             delete(probe)
-        except OSError:
-            pass
-    return bucket.is_granted
+        if found.state != "value":
+            return False
+        bucket.readable.add(directory)
+    return True
 
 
 def generation_of(url: str) -> bytes | None:
@@ -251,7 +266,7 @@ def write(url: str, value: bytes, if_generation: bytes | None = None) -> bytes |
     except Exception as error:
         _fail(error, url)
     if stamp.generation:
-        bucket.is_there = bucket.is_granted = True
+        bucket.is_there = True
     return stamp.generation or None
 
 
