@@ -29,6 +29,7 @@ PARALLEL = 32  # requests at once: a store answers many together as soon as one
 _URL = re.compile(r"(?P<scheme>s3|gs|memory)://(?P<rest>.*)", re.DOTALL)
 _DRIVERS = {"s3": "s3", "gs": "gcs"}
 _RETRIES = 6  # with the waits between them, about half a minute
+_WAITS = {"initial_delay": "500ms", "max_delay": "8s"}  # between two tries
 _REQUEST_SECONDS = 60.0
 _IN_PASSING = ("ABORTED", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED")
 _REGION = "us-east-1"  # of stores that are not Amazon's, and that do not care
@@ -317,7 +318,7 @@ def _spec(root: str, settings: Settings) -> dict[str, Any]:
     if scheme == "memory":
         return {"driver": "memory"}
     driver = _DRIVERS[scheme]
-    retries = {"max_retries": settings.retries, "initial_delay": "500ms", "max_delay": "8s"}
+    retries = {"max_retries": settings.retries, **_WAITS}
     spec: dict[str, Any] = {
         "driver": driver,
         "bucket": bucket,
