@@ -12,6 +12,7 @@ taken for absence or for damage.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import secrets
@@ -64,6 +65,7 @@ class Settings:
         return getattr(self, name) is None
 
 
+_log = logging.getLogger("ckpt_jax")
 _settings: dict[str, Settings] = {}  # by URL, without a "/" at the end
 _lock = threading.Lock()
 
@@ -77,6 +79,7 @@ class _Bucket:
     seconds: float
     is_there: bool = False  # or it does not tell
     readable: set[str] = field(default_factory=set)  # directories in which something was read
+    has_warned: bool = False  # that nothing is listed
 
 
 _buckets: dict[tuple[str, Settings, tuple[str | None, ...]], _Bucket] = {}
@@ -169,8 +172,16 @@ class Found:
     generation: bytes
 
 
-def read(url: str, start: int = 0, stop: int | None = None) -> Found | None:
+def read(
+    url: str, start: int = 0, stop: int | None = None, *, is_named: bool = False
+) -> Found | None:
     """The bytes from `start` to `stop` of the value at a URL; None if there is no value.
+
+    Args:
+      url: of the value.
+      start, stop: the part to read.
+      is_named: whether a checkpoint names the value. If the store refuses to show it, this is then
+        an error. Otherwise the value may be absent (`_may_read_beside`).
 
     Raises:
       EOFError: the value ends before.
@@ -184,7 +195,8 @@ def read(url: str, start: int = 0, stop: int | None = None) -> Found | None:
         if "OUT_OF_RANGE" in str(error):
             raise EOFError(url) from error
         trouble = trouble_of(error, url)
-        if _may_mean_absence(trouble) and _may_read_beside(bucket, url):
+        is_denied = not is_named and _may_mean_absence(trouble)
+        if is_denied and _may_read_beside(bucket, url):
             return None
         _fail(error, url)
     if found.state != "value":
@@ -286,6 +298,8 @@ def delete(url: str, if_generation: bytes | None = None) -> bool:
 def keys_below(url: str) -> list[str]:
     """The keys of all values below a URL, relative to it, sorted.
 
+    If this program may read and write there, but not list, none are found, and a warning says so.
+
     Raises:
       NoSuchBucketError: there is no such bucket.
       OSError: the store did not tell.
@@ -296,7 +310,18 @@ def keys_below(url: str) -> list[str]:
         listing = bucket.store.list(_below(key), len(prefix.encode()))
         found = listing.result(timeout=bucket.seconds)
     except Exception as error:
-        _fail(error, url)
+        is_denied = _may_mean_absence(trouble_of(error, url))
+        if not (is_denied and _may_read_beside(bucket, f"{url}/any")):
+            _fail(error, url)
+        if not bucket.has_warned:
+            bucket.has_warned = True
+            _log.warning(
+                "%s: the store does not let this program list what is there. Checkpoints are found "
+                "only through the state file, and nothing that interrupted saves have left is "
+                "removed. To change that, allow to list.",
+                url,
+            )
+        return []
     return sorted(name.decode("utf-8", "surrogateescape") for name in found)
 
 
