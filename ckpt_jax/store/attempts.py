@@ -71,17 +71,18 @@ class Attempt:
 
     def __init__(self, path: str, token: str, clock: Callable[[], float] = time.time):
         self.path = self.directory = absolute(path)
-        self.mark = f"{int(clock()):08x}-{token}"
         self._token = token
+        self.mark = f"{int(clock()):08x}-{token}"
         self._manifest = f"{self.path}/{MANIFEST}"
         self._before: Found | None = None  # the manifest that this one replaces
         self._data = b""  # of the manifest of this attempt
         self._may_appear = False  # the commit was asked for, and nobody else has won
 
     @contextlib.contextmanager
-    def claimed(self, *, overwrite: bool, durable: bool) -> Iterator[None]:
+    def claimed(self, *, overwrite: bool, durable: bool, keeps: bool = False) -> Iterator[None]:
         """Notes what is at the URL. If the block fails before the commit, what the attempt has
-        written is removed. If it succeeds, the checkpoint that was replaced is removed.
+        written is removed, unless `keeps` says that another attempt may go on from there. If it
+        succeeds, the checkpoint that was replaced is removed.
 
         Raises:
           FileExistsError: there is a checkpoint that may not be replaced.
@@ -91,7 +92,7 @@ class Attempt:
         try:
             yield
         except BaseException:  # an interrupt, too: it does not call a request back
-            if not self._may_appear:
+            if not (keeps or self._may_appear):
                 self._remove_all(self._token)
             raise
         if self._before is not None:
@@ -110,6 +111,19 @@ class Attempt:
             if is_lost():
                 self._remove_all(self.mark)
             raise
+
+    def written(self) -> frozenset[str]:
+        """What an earlier attempt with this token has written, as far as the store tells. This one
+        takes over its mark, and goes on from there."""
+        try:
+            found = objects.keys_below(self.path)
+        except PermissionError:
+            return frozenset()
+        marks = [mark for key in found if (mark := _MARK.search(key))]
+        own = sorted(mark[0] for mark in marks if mark["token"] == self._token)
+        if own:
+            self.mark = own[-1]
+        return frozenset(key for key in found if self.mark in key)
 
     def check(self) -> None:
         """Nobody takes anything away: the names are this attempt's alone."""
@@ -218,24 +232,28 @@ def values_of(path: str, manifest: bytes) -> list[str]:
     return found
 
 
-def remove(path: str) -> bool:
-    """Removes the checkpoint at a URL. What other attempts have written there stays.
+def taken_away(path: str) -> Callable[[], None] | None:
+    """Removes the manifest of the checkpoint at a URL. What other attempts have written stays.
 
     Returns:
-      Whether there was one.
+      A function that removes the other values; None if there is no checkpoint, or if it has just
+      been replaced.
 
     Raises:
-      OSError: it could not be removed, or not all of it. Then the rest is no checkpoint.
+      OSError: it is not known whether it was removed.
     """
     found = objects.read(f"{path}/{MANIFEST}")
     if found is None:
-        return False
+        return None
     manifest, *others = values_of(path, found.value)
-    if not objects.delete(manifest, found.generation):  # it has just been replaced
-        return False
-    with Workers(objects.PARALLEL, "ckpt-remove") as workers:
-        list(workers.map(objects.delete, others))
-    return True
+    if not objects.delete(manifest, found.generation):
+        return None
+
+    def remove_rest() -> None:
+        with Workers(objects.PARALLEL, "ckpt-remove") as workers:
+            list(workers.map(objects.delete, others))
+
+    return remove_rest
 
 
 def saved_at(path: str) -> float | None:
