@@ -14,7 +14,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -245,9 +245,10 @@ class Collection:
                 if not is_behind:
                     raise
                 raise self._fence.error("Nothing was saved.") from error
-            generation = generation_at(path)
-            if generation is not None:
-                self._published[path] = generation
+            with suppress(OSError):  # the checkpoint is there, and is recorded all the same
+                generation = generation_at(path)
+                if generation is not None:
+                    self._published[path] = generation
 
     def take_back(self, path: str) -> bool:
         """Notes that a save has failed. Returns whether its checkpoint exists all the same, because

@@ -150,6 +150,10 @@ def require_checkpoint(path: str) -> None:
         what += f". Checkpoints in {near}: {', '.join(names[-20:])}"
     elif not is_directory(near):
         absent = f". The directory {near} does not exist"
+        if near.startswith("gs://"):  # Google's store does not tell
+            absent += ", or there is no such bucket"
+        if is_url(near):
+            absent += ", or this program may not list it"
         what += f". {near} is a file" if is_taken(near) else absent
     else:
         what += f". There are no checkpoints in {near}"
