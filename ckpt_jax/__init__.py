@@ -84,7 +84,20 @@ from ckpt_jax.readers import register_format
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.adapters import CheckpointAdapter, ReshardCallback
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
-from ckpt_jax.restoring.transforms import Cast, Stack, Transpose, Unstack
+from ckpt_jax.restoring.inverses import inverse
+from ckpt_jax.restoring.transforms import (
+    Cast,
+    Concat,
+    Dequantize,
+    Map,
+    Pad,
+    Reshape,
+    Slice,
+    Split,
+    Stack,
+    Transpose,
+    Unstack,
+)
 from ckpt_jax.showing.overview import show
 from ckpt_jax.store.state_file import CheckpointState, get_checkpoint_state
 from ckpt_jax.version import __version__ as __version__
@@ -105,18 +118,22 @@ __all__ = [
     "CheckpointRecord",
     "CheckpointState",
     "CheckpointView",
+    "Concat",
     "CorruptCheckpointError",
     "Damage",
     "DelegatingTrackable",
+    "Dequantize",
     "FrozenSaver",
     "KeepAny",
     "KeepBest",
     "KeepEveryNSteps",
     "KeepLatest",
     "LoadStatus",
+    "Map",
     "MaxShardSize",
     "NoDependency",
     "OptaxState",
+    "Pad",
     "PerProcess",
     "PlannedSlice",
     "PreemptionHandler",
@@ -125,6 +142,7 @@ __all__ = [
     "PythonState",
     "RegistrationError",
     "ReportEntry",
+    "Reshape",
     "ReshardCallback",
     "RestoreMismatchError",
     "RestoreReport",
@@ -132,7 +150,9 @@ __all__ = [
     "ShardByDevice",
     "ShardByProcess",
     "ShardError",
+    "Slice",
     "SlotOwner",
+    "Split",
     "Stack",
     "Trackable",
     "TrackableView",
@@ -146,6 +166,7 @@ __all__ = [
     "convert",
     "export",
     "get_checkpoint_state",
+    "inverse",
     "io",
     "latest_checkpoint",
     "list_objects",
