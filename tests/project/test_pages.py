@@ -114,7 +114,8 @@ def test_the_guide_runs_and_restores_what_was_saved(tmp_path, monkeypatch):
 
 def test_the_page_on_renaming_runs_and_the_rules_do_what_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    restored = execute(DOCS / "renaming.md", {})["restored"]
+    names = execute(DOCS / "renaming.md", {})
+    restored = names["restored"]
     expected = {
         "backbone": {"w": np.ones(2)},
         "head": {"kernel": np.ones((3, 2))},
@@ -123,6 +124,10 @@ def test_the_page_on_renaming_runs_and_the_rules_do_what_it_says(tmp_path, monke
     }
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
     assert restored["embed"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(names["ours"]["layers"]["kv"][2, 0], [1] * 4 + [0] * 4)
+    back = ckpt.load("back.safetensors")
+    np.testing.assert_array_equal(back["layers"]["2"]["v"], names["kv"]["v"])
+    assert back["embedding"].shape == (5, 2)
 
 
 def test_the_page_on_the_command_shows_what_is_printed(tmp_path, monkeypatch, capsys):
