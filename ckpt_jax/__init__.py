@@ -14,6 +14,7 @@ from ckpt_jax import io, metrics, readers
 from ckpt_jax.api.checkpoint import Checkpoint
 from ckpt_jax.api.export import convert, export
 from ckpt_jax.api.frozen import FrozenSaver
+from ckpt_jax.api.functions import LoadedFunction, load_function
 from ckpt_jax.api.inspect import (
     CheckpointView,
     TrackableView,
@@ -129,6 +130,7 @@ __all__ = [
     "KeepEveryNSteps",
     "KeepLatest",
     "LoadStatus",
+    "LoadedFunction",
     "Map",
     "MaxShardSize",
     "NoDependency",
@@ -173,6 +175,7 @@ __all__ = [
     "list_variables",
     "load",
     "load_checkpoint",
+    "load_function",
     "load_object",
     "load_variable",
     "metrics",

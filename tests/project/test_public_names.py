@@ -34,6 +34,8 @@ PUBLIC = (
     "plan_restore",
     "save_object",
     "load_object",
+    "load_function",
+    "LoadedFunction",
     "restore_nodes",
     "Transpose",
     "Cast",
