@@ -63,6 +63,7 @@ def test_every_block_of_python_on_a_page_is_run():
     assert pages == {
         "README.md",
         "command.md",
+        "functions.md",
         "guide.md",
         "migrating.md",
         "renaming.md",
@@ -128,6 +129,17 @@ def test_the_page_on_renaming_runs_and_the_rules_do_what_it_says(tmp_path, monke
     back = ckpt.load("back.safetensors")
     np.testing.assert_array_equal(back["layers"]["2"]["v"], names["kv"]["v"])
     assert back["embedding"].shape == (5, 2)
+
+
+def test_the_page_on_functions_runs_and_they_compute_what_the_model_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = execute(DOCS / "functions.md", {})
+    x = np.random.default_rng(0).random((7, 3), np.float32)
+    expected = jax.nn.softmax(names["model"](x))
+    for function in ("predict", "newer"):
+        np.testing.assert_allclose(names[function](x), expected, rtol=1e-6)
+    assert names["anew"].functions["norm"]() == 0
+    assert f"# {names['predict'].signature}" in (DOCS / "functions.md").read_text()
 
 
 def test_the_page_on_the_command_shows_what_is_printed(tmp_path, monkeypatch, capsys):
