@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -60,10 +61,11 @@ from ckpt_jax.objects.variable import Variable
 from ckpt_jax.objects.views import View, add_view, view_of
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
-from ckpt_jax.report import ReportEntry
+from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
-from ckpt_jax.restoring.run import Demand, plan_matched
+from ckpt_jax.restoring.run import Demand, plan_matched, require_fit
+from ckpt_jax.restoring.shardings import with_shardings
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import refuse_async, save_once
 from ckpt_jax.store.paths import as_path
@@ -150,7 +152,7 @@ def save_object(
 
 
 @without_gc()
-def load_object(path: Path) -> Any:
+def load_object(path: Path, *, sharding: Any = None) -> Any:
     """Makes the object anew that `save_object` saved, with all its values.
 
     A registered class makes its objects: `_deserialize_from_proto(proto=, dependencies=)`, or
@@ -171,6 +173,9 @@ def load_object(path: Path) -> Any:
 
     Args:
       path: of a checkpoint that `save_object` wrote.
+      sharding: where arrays are placed: one sharding, a function of (path, struct), or a tree, as
+        for `ckpt.load`. By default they lie on the default device, or where the object that a
+        registered class makes wants them.
 
     Raises:
       RegistrationError: naming every class and every saver of the checkpoint that the program
@@ -205,7 +210,7 @@ def load_object(path: Path) -> Any:
                 "ckpt.load, or restore them into objects with ckpt.restore or Checkpoint.restore."
             )
         _check_registered(graph, objects, reader.path)
-        root = _Revival(reader, graph, objects).run()
+        root = _Revival(reader, graph, objects, sharding).run()
         return _with_functions(root, functions_of(reader, root))
 
 
@@ -285,9 +290,14 @@ class _Revival:
     """One load. `made` is the object of each node as far as there is one."""
 
     def __init__(
-        self, reader: CheckpointReader, graph: ObjectGraph, objects: tuple[SavedObject, ...]
+        self,
+        reader: CheckpointReader,
+        graph: ObjectGraph,
+        objects: tuple[SavedObject, ...],
+        sharding: Any,
     ):
         self.reader, self.graph, self.objects = reader, graph, objects
+        self.options = replace(DEFAULT, shardings=sharding)
         self.made: dict[int, Any] = {}
         self.values: dict[int, Any] = {}  # of nodes that are made with them
         self.adopted: set[int] = set()  # nodes whose object a registered class has made
@@ -345,6 +355,7 @@ class _Revival:
                 continue
             wanted[node] = attribute
             requests[attribute.key] = struct_of(spec) if spec.is_placed else None
+        requests |= self.placements(wanted)
         data = self.reader.read(requests)
         for node, attribute in wanted.items():
             spec = attribute.spec
@@ -352,6 +363,20 @@ class _Revival:
                 self.values[node] = decode(data[attribute.key], spec, spec)
             except (ArithmeticError, LookupError, TypeError, ValueError) as error:
                 raise self.corrupt(error, attribute.key) from error
+
+    def placements(self, wanted: Mapping[int, Attribute]) -> dict[str, jax.ShapeDtypeStruct]:
+        """The values that a caller wants on devices of their choice, by key."""
+        sharding = self.options.shardings
+        structs = {
+            (node, a.name): struct_of(a.spec) for node, a in wanted.items() if a.spec.is_placed
+        }
+        if sharding is None or not structs:
+            return {}
+        found, problems = with_shardings(self.graph, structs, sharding)
+        entries = tuple([ReportEntry(where, what=what) for where, what in problems])
+        report = RestoreReport(self.reader.path, mismatched=entries)
+        require_fit(report, "Nothing was made. Pass a sharding= that fits.")
+        return {wanted[node].key: struct for (node, _), struct in found.items()}
 
     def make(self, node: int) -> None:
         saved, entry = self.objects[node], self.graph.nodes[node]
@@ -470,7 +495,7 @@ class _Revival:
         }
         only = frozenset(range(len(live.objects))) - placed.keys()
         saved = Renamed(self.graph)
-        planned = plan_matched(self.reader, saved, found, live, DEFAULT, only=only)
+        planned = plan_matched(self.reader, saved, found, live, self.options, only=only)
         done = planned.reads.used | set(placed.values())
         lost = [
             ReportEntry(self.graph.paths[node] or "(root)", found=found_there)
@@ -478,7 +503,7 @@ class _Revival:
             if node not in done and (found_there := _values_of(entry))
         ]
         planned.with_unexpected(lost).require(_DEMAND)
-        root, _ = planned.execute(DEFAULT)
+        root, _ = planned.execute(self.options)
         self.check_complete(root)
         return root
 

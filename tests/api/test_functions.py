@@ -258,6 +258,23 @@ def test_weights_are_placed_as_asked(tmp_path, mesh8):
         ckpt.load_function(path, "f", sharding={"v": rows})
 
 
+def test_an_object_is_placed_as_asked(tmp_path, mesh8):
+    obj = ckpt.AutoTrackable()
+    obj.w = ckpt.Variable(jnp.arange(64.0).reshape(8, 8))
+    obj.parts = {"b": jnp.zeros(8), "n": np.zeros(8)}
+    rows = NamedSharding(mesh8, P("data"))
+    fn = (lambda obj, x: x @ obj.w.value + obj.parts["b"], spec("b, 8"))
+    path = ckpt.save_object(obj, tmp_path / "a", functions={"f": fn})
+    for sharding in (rows, {"w": rows, "parts": {"b": rows}}):
+        anew = ckpt.load_object(path, sharding=sharding)
+        for array in (anew.w.value, anew.parts["b"]):
+            assert array.sharding.is_equivalent_to(rows, array.ndim)
+        x = np.ones((4, 8), np.float32)
+        np.testing.assert_allclose(anew.functions["f"](x), x @ obj.w.value)
+    with pytest.raises(ckpt.RestoreMismatchError):
+        ckpt.load_object(path, sharding=NamedSharding(mesh8, P(None, "data")))
+
+
 # --- what is refused -------------------------------------------------------------------
 
 
