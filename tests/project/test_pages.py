@@ -68,6 +68,7 @@ def test_every_block_of_python_on_a_page_is_run():
         "migrating.md",
         "renaming.md",
         "several-processes.md",
+        "state.md",
         "testing.md",  # run by tests/testing/test_testing_page.py
     }
     assert len(blocks(README)) == 1
@@ -140,6 +141,13 @@ def test_the_page_on_functions_runs_and_they_compute_what_the_model_does(tmp_pat
         np.testing.assert_allclose(names[function](x), expected, rtol=1e-6)
     assert names["anew"].functions["norm"]() == 0
     assert f"# {names['predict'].signature}" in (DOCS / "functions.md").read_text()
+
+
+def test_the_page_on_state_runs_and_the_data_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = execute(DOCS / "state.md", {})
+    assert names["fresh"].position == 2  # from the merge, after the third batch
+    assert repr(names["same"]) == repr(names["config"])
 
 
 def test_the_page_on_the_command_shows_what_is_printed(tmp_path, monkeypatch, capsys):
