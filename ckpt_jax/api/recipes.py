@@ -154,8 +154,8 @@ def _plain(value: Any) -> Any:
         )
     if view.container == "leaf":
         raise TypeError(
-            f"{type(value).__qualname__} is no state here, and no plain data that a list or dict of "
-            "a trackable keeps; write it as a string"
+            f"{type(value).__qualname__} is no state here, and no plain data that a list or dict "
+            "of a trackable keeps; write it as a string"
         )
     parts = {at: _plain(part) for at, part in view.children(value)}
     if view.container in ("list", "tuple"):

@@ -278,6 +278,36 @@ def test_moments_go_through_the_steps_that_are_about_places(tmp_path):
     np.testing.assert_allclose(mu, [[0.2, 0.2, 0.3, 0.3, 0]] * 3, rtol=1e-6)
 
 
+def test_moments_are_split_with_their_parameter(tmp_path):
+    model = nnx.Linear(2, 6, use_bias=False, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+    grads = nnx.grad(lambda model: (model(jnp.ones((1, 2))) * jnp.arange(6)).sum())(model)
+    optimizer.update(model, grads)
+
+    class Parts(nnx.Module):
+        def __init__(self):
+            for name in "qkv":
+                setattr(self, name, nnx.Param(jnp.zeros((2, 2))))
+
+    parts = Parts()
+    its = nnx.Optimizer(parts, optax.adam(1e-3), wrt=nnx.Param)
+    path = ckpt.Checkpoint(model=model, optimizer=optimizer).write(tmp_path / "a")
+    rule = ("model/kernel", ("model/q", "model/k", "model/v"), ckpt.Split(axis=1))
+    status = ckpt.Checkpoint(model=parts, optimizer=its).read(path, rename=[rule])
+    status.assert_consumed()
+    np.testing.assert_array_equal(parts.k[...], model.kernel[...][:, 2:4])
+    moments = {
+        entry.path: entry.found
+        for entry in ckpt.plan_restore(
+            path, {"model": parts, "optimizer": its}, rename=[rule]
+        ).restored
+        if ".mu" in entry.path
+    }
+    assert len(moments) == 3
+    mu = jax.tree.leaves(its.opt_state[0].mu["v"])[0]
+    np.testing.assert_allclose(mu, [[0.4, 0.5]] * 2, rtol=1e-6)
+
+
 def test_moments_that_cannot_follow_a_function_are_named(tmp_path):
     model = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
