@@ -122,6 +122,20 @@ def test_a_function_of_several_values(tmp_path):
     np.testing.assert_array_equal(found["new"], -tree["old"])
 
 
+def test_a_function_of_a_number(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"step": 7, "rate": 0.5, "name": "x"})
+    rules = [
+        ("step", "count", ckpt.Map(lambda step: step + 1)),
+        ("rate", "rates", ckpt.Map(lambda rate: np.full(3, rate))),
+    ]
+    target = {"count": 0, "rates": np.zeros(3), "name": ""}
+    found = ckpt.restore(path, target, rename=rules)
+    assert found["count"] == 8 and type(found["count"]) is int
+    assert found["rates"].tolist() == [0.5] * 3
+    (what,) = problems(path, {**target, "step": 0}, ("name", "n", ckpt.Map(str)))
+    assert "needs arrays, and found str" in what
+
+
 def test_quantized_weights_become_floats(tmp_path):
     tree = {"w": np.int8([[1, 2], [3, -4]]), "w_scale": np.float32([0.5, 2])}
     path = ckpt.save(tmp_path / "a", {"layers": {"0": tree, "1": tree}})

@@ -88,8 +88,8 @@ class Map(Each, Joining):
     The moments of an optimizer cannot follow a variable through a function.
 
     Args:
-      fn: a function of numpy arrays that returns an array. It is called while 64-bit types are
-        enabled in JAX.
+      fn: a function of numpy arrays that returns one. A Python number is an array without axes. It
+        is called while 64-bit types are enabled in JAX.
       inverse: a function that undoes it, for the inverse of the rule.
       elementwise: whether each element of the outcome depends on the same element of the arguments
         alone. Then only what a device needs is read; otherwise whole values are.
@@ -130,7 +130,8 @@ class Map(Each, Joining):
 
     def spec(self, specs: Specs) -> LeafSpec:
         for spec in specs:
-            require_array(spec, self)
+            if not spec.is_number or spec.is_bytes:
+                require_array(spec, self)
             if spec.is_key or spec.dtype == ANY_DTYPE:
                 lacks = "has no numbers" if spec.is_key else "has no dtype; give Cast a dtype"
                 raise ValueError(f"{self}: {spec} {lacks}")
@@ -138,7 +139,9 @@ class Map(Each, Joining):
         if self.elementwise and any(shape != spec.shape for spec in specs):
             listed = ", ".join(map(str, specs))
             raise ValueError(f"{self} is elementwise, and makes shape {shape} of {listed}")
-        return replace(reshaped(specs[0], shape), dtype=dtype)
+        kind = "numpy" if shape else "numpy_scalar"
+        first = replace(specs[0], kind=kind) if specs[0].is_number else specs[0]
+        return replace(reshaped(first, shape), dtype=dtype)
 
     def pull(self, box: Box, specs: Specs) -> Sequence[Box]:
         return [box if self.elementwise else whole(spec.shape) for spec in specs]
