@@ -12,6 +12,7 @@ See `Checkpoint` for objects, `save`, `restore` and `load` for trees, and `io` t
 
 from ckpt_jax import io, metrics, readers
 from ckpt_jax.api.checkpoint import Checkpoint
+from ckpt_jax.api.copying import copy
 from ckpt_jax.api.export import convert, export
 from ckpt_jax.api.frozen import FrozenSaver
 from ckpt_jax.api.functions import LoadedFunction, load_function
@@ -37,6 +38,7 @@ from ckpt_jax.errors import (
     BarrierTimeoutError,
     CheckpointError,
     CheckpointNotFoundError,
+    CommitInDoubtError,
     CorruptCheckpointError,
     PreflightError,
     ProcessError,
@@ -47,13 +49,26 @@ from ckpt_jax.errors import (
     UnsaveableError,
     UnsupportedFormatError,
 )
+from ckpt_jax.manage.due import (
+    SaveAny,
+    SaveAtSteps,
+    SaveContinuously,
+    SaveEveryNSeconds,
+    SaveEveryNSteps,
+    SaveOccasion,
+    SaveOnPreemption,
+    SavePolicy,
+)
+from ckpt_jax.manage.evaluate import evaluate_new
 from ckpt_jax.manage.manager import CheckpointManager
 from ckpt_jax.manage.preemption import PreemptionHandler
+from ckpt_jax.manage.removal import Removal
 from ckpt_jax.manage.retention import (
     CheckpointRecord,
     KeepAny,
     KeepBest,
     KeepEveryNSteps,
+    KeepFor,
     KeepLatest,
     RetentionPolicy,
 )
@@ -100,6 +115,7 @@ from ckpt_jax.restoring.transforms import (
     Unstack,
 )
 from ckpt_jax.showing.overview import show
+from ckpt_jax.store.objects import use_storage
 from ckpt_jax.store.state_file import CheckpointState, get_checkpoint_state
 from ckpt_jax.version import __version__ as __version__
 
@@ -119,6 +135,7 @@ __all__ = [
     "CheckpointRecord",
     "CheckpointState",
     "CheckpointView",
+    "CommitInDoubtError",
     "Concat",
     "CorruptCheckpointError",
     "Damage",
@@ -128,6 +145,7 @@ __all__ = [
     "KeepAny",
     "KeepBest",
     "KeepEveryNSteps",
+    "KeepFor",
     "KeepLatest",
     "LoadStatus",
     "LoadedFunction",
@@ -143,12 +161,21 @@ __all__ = [
     "ProcessError",
     "PythonState",
     "RegistrationError",
+    "Removal",
     "ReportEntry",
     "Reshape",
     "ReshardCallback",
     "RestoreMismatchError",
     "RestoreReport",
     "RetentionPolicy",
+    "SaveAny",
+    "SaveAtSteps",
+    "SaveContinuously",
+    "SaveEveryNSeconds",
+    "SaveEveryNSteps",
+    "SaveOccasion",
+    "SaveOnPreemption",
+    "SavePolicy",
     "ShardByDevice",
     "ShardByProcess",
     "ShardError",
@@ -166,6 +193,8 @@ __all__ = [
     "VerifyReport",
     "checkpoints_iterator",
     "convert",
+    "copy",
+    "evaluate_new",
     "export",
     "get_checkpoint_state",
     "inverse",
@@ -196,5 +225,6 @@ __all__ = [
     "save_object",
     "show",
     "sync",
+    "use_storage",
     "verify",
 ]
