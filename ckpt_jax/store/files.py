@@ -15,7 +15,8 @@ import stat
 from ckpt_jax.store.durable import fsync_directory, naming
 from ckpt_jax.store.guard import read_again, replace_seen
 from ckpt_jax.store.objects import is_url
-from ckpt_jax.store.staging import new_file, remove_leftovers
+from ckpt_jax.store.replacing import replace, set_aside, settle
+from ckpt_jax.store.staging import new_file
 
 _MAX_NBYTES = 1 << 23  # of a file beside the checkpoints: about 100,000 of them can be listed
 _CHUNK_NBYTES = 1 << 18  # that is read at once
@@ -39,6 +40,13 @@ def read_file(path: str) -> str | None:
     if is_url(path):
         found = read_again(path)
         return None if found is None else _text_of(found.value)
+    for each in (path, set_aside(path), path):  # the last if it has just been replaced
+        if (text := _read(each)) is not None:
+            return text
+    return None
+
+
+def _read(path: str) -> str | None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
@@ -88,7 +96,7 @@ def replace_file(path: str, text: str) -> None:
         before = read_file(path)
     except ValueError:  # it is odd, and nobody needs it back
         before = None
-    remove_leftovers(path)
+    settle(path)
     _put(path, contents)
     try:
         fsync_directory(os.path.dirname(path) or os.curdir)
@@ -107,4 +115,4 @@ def _put(path: str, contents: bytes) -> None:
             file.write(contents)
             file.flush()
             os.fsync(staging.descriptor)
-        os.replace(staging.path, path)
+        replace(staging.path, path)
