@@ -170,7 +170,7 @@ class StorageConformance:
             _save(storage, f"{directory}/{name}", count)
             assert len(checkpoints_in(directory)) == count
         assert checkpoints_in(directory) == ["ckpt-7", "ckpt-8", "ckpt-70"]
-        storage.remove(f"{directory}/ckpt-8")
+        _remove(storage, f"{directory}/ckpt-8")
         assert checkpoints_in(directory) == ["ckpt-7", "ckpt-70"]
 
     def test_a_removal_leaves_its_neighbours(self, tmp_path: pathlib.Path) -> None:
@@ -178,7 +178,7 @@ class StorageConformance:
         names = ["ckpt-7", "ckpt-70", "ckpt-7x", "ckpt-6"]
         for number, name in enumerate(names):
             _save(storage, f"{directory}/{name}", number)
-        storage.remove(f"{directory}/ckpt-7")
+        _remove(storage, f"{directory}/ckpt-7")
         assert storage.generation(f"{directory}/ckpt-7") is None
         with pytest.raises(CheckpointNotFoundError):
             storage.open(f"{directory}/ckpt-7", f"{directory}/ckpt-7")
@@ -191,19 +191,19 @@ class StorageConformance:
         for number in (1, 2):
             _save(storage, path, number)
             assert _number_at(path) == number
-            storage.remove(path)
+            _remove(storage, path)
             assert storage.generation(path) is None
 
     def test_to_remove_nothing_is_no_error(self, tmp_path: pathlib.Path) -> None:
         storage, directory = self._place(tmp_path)
-        storage.remove(f"{directory}/a")
+        _remove(storage, f"{directory}/a")
         assert storage.generation(f"{directory}/a") is None
 
     def test_what_is_no_checkpoint_is_not_removed(self, tmp_path: pathlib.Path) -> None:
         storage, directory = self._place(tmp_path)
         replace_file(f"{directory}/notes", "mine")
         with pytest.raises(CheckpointNotFoundError):
-            storage.remove(f"{directory}/notes")
+            _remove(storage, f"{directory}/notes")
         assert read_file(f"{directory}/notes") == "mine"
 
     # --- readers -------------------------------------------------------------------------
@@ -233,7 +233,7 @@ class StorageConformance:
         if act == "replaced":
             _save(storage, path, 2, overwrite=True)
         else:
-            storage.remove(path)
+            _remove(storage, path)
         with pytest.raises(CheckpointNotFoundError, match="replaced or removed"):
             pinned.check()
 
@@ -285,6 +285,12 @@ def _staged(
         )
         stage.complete(parts, durable=True)
         yield lambda: stage.publish(overwrite=overwrite, durable=True)
+
+
+def _remove(storage: Storage, path: str) -> None:
+    with storage.removing(path) as remove_rest:
+        if remove_rest is not None:
+            remove_rest()
 
 
 def _save(storage: Storage, path: str, number: int, *, overwrite: bool = False) -> None:
