@@ -58,6 +58,7 @@ OWNER = "[0-9a-f]{16}|[0-9a-f]{32}"
 STAGING = re.compile(rf"^(?P<name>.+)\.staging-(?P<owner>{OWNER})$", re.DOTALL)
 _OWNED = re.compile(rf"^(?P<name>.+)\.(staging|replaced)-(?P<owner>{OWNER})$", re.DOTALL)
 GRACE_SECONDS = 24 * 3600.0
+_PAUSES_SECONDS = (0.001, 0.004, 0.02, 0.05)  # between attempts to lock what is left
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -224,17 +225,22 @@ def leave(staging: str, remove_own: Callable[[], None]) -> None:
     If another process is still at work on it, it stays; that process will leave it, too. If it
     cannot be locked, this is not known; then `remove_own` removes what this process may remove.
     """
-    with suppress(OSError), ExitStack() as exits:
-        try:
-            lock = exits.enter_context(locked(staging))
-        except FileNotFoundError:
-            return
-        except OSError:
-            lock = Lock.NONE
-        if lock is Lock.OURS:
-            _remove(staging)
-        elif lock is Lock.NONE:
-            remove_own()
+    for pause in (*_PAUSES_SECONDS, None):
+        with suppress(OSError), ExitStack() as exits:
+            try:
+                lock = exits.enter_context(locked(staging))
+            except FileNotFoundError:
+                return
+            except OSError:
+                lock = Lock.NONE
+            if lock is Lock.OURS:
+                _remove(staging)
+            elif lock is Lock.NONE:
+                remove_own()
+            elif pause is not None:  # perhaps somebody only looks whether it is abandoned
+                time.sleep(pause)
+                continue
+        return
 
 
 def _remove(staging: str) -> None:

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -418,3 +418,13 @@ def test_a_checkpoint_that_is_being_removed_is_held(tmp_path, monkeypatch):
     remove_checkpoint(path)
     assert seen == [False]
     assert os.listdir(tmp_path) == []
+
+
+def test_who_leaves_last_waits_for_one_who_only_looks(tmp_path, monkeypatch):
+    """A lock that is held for a moment, to judge the staging, is not taken for work on it."""
+    staging = left(tmp_path / "a")
+    with ExitStack() as looking:
+        assert looking.enter_context(locked(staging)) is Lock.OURS
+        monkeypatch.setattr(store.time, "sleep", lambda seconds: looking.close())
+        store.leave(staging, remove_own=lambda: pytest.fail("it can be locked"))
+    assert not os.path.exists(staging)
