@@ -718,8 +718,9 @@ class CheckpointManager:
         return self._checkpoint
 
     def __repr__(self) -> str:
-        count = len(self.checkpoints)
-        return f"<CheckpointManager of {self._given}: {count} checkpoint{'s'[: count != 1]}>"
+        count, steps = len(self.checkpoints), self.steps
+        latest = f", the latest of step {steps[-1]}" if steps else ""
+        return f"<CheckpointManager of {self._given}: {count} checkpoint{'s'[: count != 1]}{latest}>"
 
     @property
     def directory(self) -> str:
