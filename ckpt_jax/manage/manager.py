@@ -718,9 +718,10 @@ class CheckpointManager:
         return self._checkpoint
 
     def __repr__(self) -> str:
-        count, steps = len(self.checkpoints), self.steps
+        steps = self.steps
+        count = f"{len(steps)} checkpoint{'s'[: len(steps) != 1]}"
         latest = f", the latest of step {steps[-1]}" if steps else ""
-        return f"<CheckpointManager of {self._given}: {count} checkpoint{'s'[: count != 1]}{latest}>"
+        return f"<CheckpointManager of {self._given}: {count}{latest}>"
 
     @property
     def directory(self) -> str:
