@@ -136,17 +136,17 @@ class Bar:
 
 def _bars(stream: TextIO) -> Progress:
     # Only a terminal needs it, and the import takes a while.
-    from rich import progress as rich
-    from rich.console import Console
+    from rich import console
+    from rich import progress as bars  # as above
 
-    return rich.Progress(
-        rich.TextColumn("{task.description}", markup=False),
-        rich.BarColumn(_BAR_WIDTH),
-        rich.TaskProgressColumn(),
-        rich.DownloadColumn(),
-        rich.TransferSpeedColumn(),
-        rich.TimeRemainingColumn(compact=True),
-        console=Console(file=stream),
+    return bars.Progress(
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(_BAR_WIDTH),
+        bars.TaskProgressColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(compact=True),
+        console=console.Console(file=stream),
         auto_refresh=False,  # no thread of its own
         redirect_stdout=False,  # a program's streams stay its own
         redirect_stderr=False,

