@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import html
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ckpt_jax.showing import rows, treemap
 from ckpt_jax.showing.contents import Contents, Entry
@@ -31,7 +31,7 @@ _STYLE = """
 .ckpt svg .area{fill:none;stroke:#98a2b3;stroke-opacity:.5}.ckpt svg .group{opacity:.7}
 .ckpt svg .value rect{fill-opacity:.45}.ckpt svg .value:hover rect{fill-opacity:.85}
 """
-_OPEN = 60  # values in a tree that is unfolded at once
+_UNFOLDED = 40  # rows that a tree shows at first, at most; it unfolds level by level
 _MAX_ROWS = 5000  # of a tree or a table in a notebook
 
 
@@ -47,27 +47,36 @@ def tree(contents: Contents) -> str:
             assert isinstance(below, dict)
             at = below
         at[name] = (path, entry)
-    is_open = " open" if len(entries) <= _OPEN else ""
+    depth = _depth([path for path, _ in entries])
     more = len(contents.by_path) - len(entries)
     left = f'<div class="dim">... and {more:,} more values</div>' if more else ""
-    body = "".join(_branch(contents, root, "", is_open))
+    body = "".join(_branch(contents, root, "", depth))
     head = f"<div><b>{html.escape(rows.heading(contents))}</b></div>"
     return _within(f"{head}{body}{left}{_by_dtype(contents)}")
 
 
-def _branch(
-    contents: Contents, found: dict[str, object], above: str, is_open: str
-) -> Iterator[str]:
+def _depth(paths: Sequence[str]) -> int:
+    """How many levels of subtrees are unfolded at first."""
+    names = [path.split("/") for path in paths]
+    deepest = max(map(len, names), default=1)
+    for depth in range(1, deepest):
+        shown = {tuple(each[:length]) for each in names for length in range(1, depth + 2)}
+        if len(shown) > _UNFOLDED:
+            return depth - 1
+    return deepest
+
+
+def _branch(contents: Contents, found: dict[str, object], above: str, depth: int) -> Iterator[str]:
     for name, inside in found.items():
         if isinstance(inside, dict):
             path = f"{above}{name}"
             number, nbytes = contents.subtrees[path[:-1]]
             about = f"{rows.count(number, 'value')}, {rows.size(nbytes)}"
             yield (
-                f"<details{is_open}><summary><code>{html.escape(name)}</code> "
+                f"<details{' open' * (depth > 0)}><summary><code>{html.escape(name)}</code> "
                 f'<span class="dim">{about}</span></summary><div class="in">'
             )
-            yield from _branch(contents, inside, path, is_open)
+            yield from _branch(contents, inside, path, depth - 1)
             yield "</div></details>"
         elif isinstance(inside, tuple):
             yield _leaf(name, *inside)

@@ -70,6 +70,14 @@ def test_of_two_checkpoints_it_shows_the_differences_of_values_as_well(path, tmp
     assert ckpt.show(path, path).differences.changes == ()
 
 
+def test_a_tree_is_unfolded_level_by_level_as_far_as_it_is_short(tmp_path):
+    few = {"a": {"b": {str(i): np.zeros(1) for i in range(10)}}}
+    many = {"a": {"b": {str(i): np.zeros(1) for i in range(100)}}}
+    found = [ckpt.show(ckpt.save(tmp_path / str(len(t["a"]["b"])), t)) for t in (few, many)]
+    opened = [shown._repr_html_().count("<details open>") for shown in found]
+    assert opened == [2, 1]
+
+
 def test_it_takes_a_directory_and_other_formats(path, tmp_path):
     file = ckpt.export(path, tmp_path / "x.npz", format="npz", only="dense/**")
     assert ckpt.show(file).contents.format == "npz"
