@@ -17,6 +17,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 os.environ["AWS_EC2_METADATA_DISABLED"] = "true"
 os.environ["GOOGLE_AUTH_TOKEN_FOR_TESTING"] = "x"
 
+pytest_plugins = ["store_fixtures"]
+
 collect_ignore_glob = [
     "ckpt_jax/graph/_proto/*",  # generated, without doctests
     "tests/foreign/*",  # what made the files there needs the libraries that they belong to

@@ -36,6 +36,7 @@ from ckpt_jax.errors import (
     BarrierTimeoutError,
     CheckpointError,
     CheckpointNotFoundError,
+    CommitInDoubtError,
     CorruptCheckpointError,
     PreflightError,
     ProcessError,
@@ -86,6 +87,7 @@ from ckpt_jax.restoring.adapters import CheckpointAdapter, ReshardCallback
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.transforms import Cast, Stack, Transpose, Unstack
 from ckpt_jax.showing.overview import show
+from ckpt_jax.store.objects import use_storage
 from ckpt_jax.store.state_file import CheckpointState, get_checkpoint_state
 from ckpt_jax.version import __version__ as __version__
 
@@ -105,6 +107,7 @@ __all__ = [
     "CheckpointRecord",
     "CheckpointState",
     "CheckpointView",
+    "CommitInDoubtError",
     "CorruptCheckpointError",
     "Damage",
     "DelegatingTrackable",
@@ -172,5 +175,6 @@ __all__ = [
     "save_object",
     "show",
     "sync",
+    "use_storage",
     "verify",
 ]

@@ -10,6 +10,7 @@
     ├── RegistrationError         (also ValueError)  a registry refused a name, or does not have it
     ├── AsyncSaveError            a save in the background failed
     ├── SupersededError           another manager has taken over the directory
+    ├── CommitInDoubtError        an object store did not say whether the checkpoint was committed
     ├── BarrierTimeoutError       (also TimeoutError)  other processes did not arrive in time
     ├── ProcessError              another process failed, or the processes do different things
     └── PreflightError            (also OSError)  not all processes can write the directory
@@ -99,6 +100,14 @@ class SupersededError(CheckpointError):
 
     This one no longer records, replaces or removes any. A checkpoint that it has just saved stays,
     and the message says so.
+    """
+
+
+class CommitInDoubtError(CheckpointError):
+    """An object store did not say whether it has committed the checkpoint, and may still do so.
+
+    Nothing was removed. The next save finds out, and goes on from there. Until then, the checkpoint
+    is whole if it is there.
     """
 
 

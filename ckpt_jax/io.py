@@ -26,7 +26,7 @@ from ckpt_jax.store import shard as _shard
 from ckpt_jax.store.fetch import ShardedReader
 from ckpt_jax.store.paths import as_path
 from ckpt_jax.store.shard import Slice
-from ckpt_jax.store.storage import POSIX, Pinned
+from ckpt_jax.store.storage import Pinned, storage_of
 from ckpt_jax.values import host
 from ckpt_jax.values.leaves import encode
 
@@ -194,7 +194,8 @@ def read_slices(
     Source: TensorFlow's RestoreV2.
     """
     path = as_path(prefix, "prefix")
-    pinned = Pinned.of(path, POSIX.located(path), POSIX)
+    storage = storage_of(path)
+    pinned = Pinned.of(path, storage.located(path), storage)
     with pinned.unless_replaced(), ShardedReader(pinned.location) as reader:
         return read_values(reader, requests, options)
 

@@ -12,4 +12,4 @@ PROTOS = ROOT / "protos"
 README = ROOT / "README.md"
 
 # The PYTHONPATH of a program that a test starts: the package and the modules that tests share.
-PYTHONPATH = os.pathsep.join(map(str, (ROOT, TESTS, TESTS / "guarantees")))
+PYTHONPATH = os.pathsep.join(map(str, (ROOT, TESTS, TESTS / "guarantees", TESTS / "stores")))

@@ -244,7 +244,7 @@ class Checkpoint(AutoTrackable):
     ) -> LoadStatus:
         if path is None:
             return LoadStatus(None, self._trace_for_restore)
-        with context.meter.restoring(lambda: CheckpointReader(path, context.storage)) as reader:
+        with context.meter.restoring(lambda: CheckpointReader(path, context.storage_of)) as reader:
             saved = renamed(reader.graph_to_restore, rename)
             restoration = Restoration(reader.path, saved, options, self._trace_for_restore, context)
             root = restoration.run(reader, meeting)

@@ -104,7 +104,7 @@ def export(
       ...     path = export(
       ...         tree, f"{d}/a.safetensors", format="safetensors", rename=rules, cast="float32")
       ...     ckpt.load(path)["dense"]["weight"].dtype, ckpt.list_variables(path)
-      (dtype('float32'), [('dense.weight', (3, 2))])
+      (dtype('float32'), [('dense/weight', (3, 2))])
     """
     writer = _writer(format)
     destination = as_path(destination, "destination")

@@ -15,10 +15,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 
 from ckpt_jax.errors import CheckpointError, UnsupportedFormatError
 from ckpt_jax.options import Path
@@ -29,16 +27,13 @@ from ckpt_jax.store.directory import (
     is_checkpoint,
     number_of,
     others_in,
-    require_checkpoint,
     visible_in,
 )
-from ckpt_jax.store.durable import fsync_directory
-from ckpt_jax.store.manifest import MANIFEST
 from ckpt_jax.store.notes import read_notes
-from ckpt_jax.store.paths import absolute, as_path, require_room
+from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.store.presence import is_taken
-from ckpt_jax.store.staging import held, staging_name
 from ckpt_jax.store.state_file import STATE_FILE, CheckpointState, get_checkpoint_state
+from ckpt_jax.store.storage import storage_of
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -138,8 +133,10 @@ def beside(directory: str, path: str) -> str:
     It is usually the path itself. If the directory was copied, nothing may be there. Then it is the
     checkpoint of this name beside the state file, if there is one.
     """
-    here = os.path.join(directory, os.path.basename(os.path.normpath(path)))
-    return here if not is_taken(path) and is_checkpoint(here) else path
+    here = os.path.join(directory, os.path.basename(path.rstrip("/")))
+    if here == path or is_taken(path):
+        return path
+    return here if is_checkpoint(here) else path
 
 
 def warn_of_move(directory: str, named: str, found: str) -> None:
@@ -375,8 +372,9 @@ def get_checkpoint_mtimes(paths: Iterable[Path]) -> list[float]:
       paths: of checkpoints.
 
     Returns:
-      Seconds since the epoch by the clock of the file system, in the order of `paths`.
-      Checkpoints that do not exist are left out.
+      Seconds since the epoch by the clock of the file system, in the order of `paths`. In an
+      object store it is the clock of the process that saved. Checkpoints that do not exist are left
+      out.
 
     Source: `tf.compat.v1.train.get_checkpoint_mtimes`.
 
@@ -386,9 +384,9 @@ def get_checkpoint_mtimes(paths: Iterable[Path]) -> list[float]:
     """
     times: list[float] = []
     for path in paths:
-        if checkpoint_exists(path):
-            with suppress(FileNotFoundError):  # it was just removed
-                times.append(os.stat(os.path.join(as_path(path), MANIFEST)).st_mtime)
+        time = storage_of(as_path(path)).saved_at(as_path(path))
+        if time is not None:
+            times.append(time)
     return times
 
 
@@ -418,28 +416,7 @@ def remove_checkpoint(path: Path) -> None:
       False
     """
     path = absolute(as_path(path))
-    if not is_taken(path):
-        return
-    require_checkpoint(path)
-    try:
-        if os.path.islink(path):
-            os.unlink(path)
-            return
-        with held(path):
-            aside = staging_name(path)
-            require_room(path, aside[len(path) :])
-            os.rename(path, aside)
-            try:
-                # Otherwise a power failure could remove parts of it, but keep its old name.
-                fsync_directory(os.path.dirname(path))
-            except OSError:
-                os.rename(aside, path)
-                raise
-            shutil.rmtree(aside)
-    except FileNotFoundError:
-        if is_taken(path):
-            raise
-        # Another process has just removed it.
+    storage_of(path).remove(path)
 
 
 def _name_without_number(path: str) -> str:

@@ -15,6 +15,9 @@ from ckpt_jax.errors import PreflightError
 from ckpt_jax.options import DEFAULT, Path
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Processes
+from ckpt_jax.store import objects
+from ckpt_jax.store.files import read_file
+from ckpt_jax.store.objects import ABSENT, is_url
 from ckpt_jax.store.paths import absolute, as_path
 
 
@@ -25,7 +28,7 @@ def preflight(
     """Checks that all processes can write to a directory, and that all of them share it.
 
     All processes have to call it. If there are several, `CheckpointManager.restore_or_initialize`
-    calls it.
+    calls it. So it does for an object store, which also has to heed conditions.
 
     Args:
       directory: the directory for the checkpoints. It is created if it does not exist.
@@ -89,6 +92,8 @@ def _problems(
 def _write(path: str, content: str) -> str | None:
     """Writes a small file. If this is not possible, returns the reason."""
     try:
+        if is_url(path):
+            return _write_to_store(path, content.encode("ascii"))
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "x", encoding="ascii") as file:
             file.write(content)
@@ -97,14 +102,28 @@ def _write(path: str, content: str) -> str | None:
     return None
 
 
+def _write_to_store(url: str, content: bytes) -> str | None:
+    """Writes a small value, and checks that the store refuses to write it again."""
+    objects.write(url, content, ABSENT)
+    if objects.write(url, content, ABSENT) is not None:
+        return (
+            "the store ignores conditions: it has created the same value twice. Of two saves that "
+            "meet, both would seem to win. It cannot hold checkpoints safely"
+        )
+    found = objects.read(url)
+    return None if found and found.value == content else "the store has lost what it acknowledged"
+
+
 def _remove(path: str) -> None:
     with contextlib.suppress(OSError):  # it was never written, and the error says so already
-        os.unlink(path)
+        if is_url(path):
+            objects.delete(path)
+        else:
+            os.unlink(path)
 
 
 def _holds(directory: str, name: str, content: str) -> bool:
     try:
-        with open(os.path.join(directory, name), encoding="ascii") as file:
-            return file.read() == content
-    except OSError:
+        return read_file(os.path.join(directory, name)) == content
+    except (OSError, ValueError):
         return False

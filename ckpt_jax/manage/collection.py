@@ -35,13 +35,15 @@ from ckpt_jax.manage.ledger import (
     write_ledger,
 )
 from ckpt_jax.manage.retention import CheckpointRecord, RetentionPolicy, Sweep, plan_sweep
+from ckpt_jax.store.attempts import collect, remains_in
 from ckpt_jax.store.directory import number_of
 from ckpt_jax.store.guard import guarded
 from ckpt_jax.store.notes import NOTES_FILE
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.presence import is_taken, names_in
 from ckpt_jax.store.staging import STAGING, remove_abandoned, why_kept
 from ckpt_jax.store.state_file import state_text
-from ckpt_jax.store.storage import POSIX
+from ckpt_jax.store.storage import generation_at
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -63,7 +65,7 @@ class _Begun:
     @property
     def is_committed(self) -> bool:
         """Whether the checkpoint is at its path."""
-        return POSIX.generation(self.record.path) not in (None, self.before)
+        return generation_at(self.record.path) not in (None, self.before)
 
 
 class Collection:
@@ -161,7 +163,7 @@ class Collection:
             raise self._fence.error("Nothing was saved.")
         origin = number_of(self._origin or "")
         record = replace(record, time=self._clock(), origin=origin)
-        before = POSIX.generation(record.path)
+        before = generation_at(record.path)
         self._begun[record.path] = _Begun(record, before, self._origin)
         self._origin = record.path
 
@@ -185,7 +187,7 @@ class Collection:
                 if not is_behind:
                     raise
                 raise self._fence.error("Nothing was saved.") from error
-            generation = POSIX.generation(path)
+            generation = generation_at(path)
             if generation is not None:
                 self._published[path] = generation
 
@@ -226,7 +228,8 @@ class Collection:
             return [*(record.path for record in sweep.remove), *leftovers]
         self.ledger = ledger.without(unknown)
         self._forget_recorded()
-        return [*self._sweep(sweep), *[p for p in leftovers if _attempt(remove_abandoned, p)]]
+        remove = collect if is_url(self._directory) else remove_abandoned
+        return [*self._sweep(sweep), *[p for p in leftovers if _attempt(remove, p)]]
 
     def record(self, record: CheckpointRecord, is_overtaken: bool = False) -> None:
         """Makes a checkpoint that was just committed the latest, and sweeps.
@@ -249,7 +252,7 @@ class Collection:
             is_older = is_overtaken and ledger.latest is not None
             ledger = ledger.with_older(record) if is_older else ledger.with_latest(record)
             with guarded(self._directory):
-                if self._published.pop(path, None) not in (None, POSIX.generation(path)):
+                if self._published.pop(path, None) not in (None, generation_at(path)):
                     raise self._fence.error(f"It has replaced {path} before that was recorded.")
                 try:
                     self._write_to_files(ledger, is_newest=True)
@@ -384,11 +387,14 @@ class Collection:
         latest = number_of(self.ledger.latest or "")
         if latest is None:
             return []
+        if is_url(self._directory):
+            return remains_in(
+                self._directory, lambda name: self._is_past(name, latest), self._clock
+            )
         found: list[str] = []
         for name in names_in(self._directory):
             staging = STAGING.match(name)
-            number = own_number(self._name, staging["name"]) if staging else None
-            if number is None or number > latest:
+            if staging is None or not self._is_past(staging["name"], latest):
                 continue
             path = os.path.join(self._directory, name)
             reason = why_kept(path)
@@ -397,6 +403,10 @@ class Collection:
             elif is_taken(path):
                 _log.warning("%s is not removed: %s", path, reason)
         return found
+
+    def _is_past(self, name: str, latest: int) -> bool:
+        number = own_number(self._name, name)
+        return number is not None and number <= latest
 
 
 def _remove_managed(path: str) -> bool:

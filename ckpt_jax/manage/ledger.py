@@ -27,8 +27,9 @@ from ckpt_jax.api.latest import beside, checkpoint_exists, state_in, warn_of_mov
 from ckpt_jax.manage.fence import Fence
 from ckpt_jax.manage.retention import CheckpointRecord
 from ckpt_jax.store.directory import checkpoints_in, number_of
-from ckpt_jax.store.guard import guarded
+from ckpt_jax.store.guard import changing
 from ckpt_jax.store.notes import NOTES_FILE, Notes, read_notes, write_notes
+from ckpt_jax.store.paths import absolute
 from ckpt_jax.store.state_file import STATE_FILE, CheckpointState, update_checkpoint_state
 
 _log = logging.getLogger("ckpt_jax")
@@ -298,8 +299,8 @@ def _listed(state: CheckpointState) -> list[tuple[str, float]]:
 
 def _here(directory: str, path: str) -> str:
     """A path of a state file as a manager of its directory writes it."""
-    above, name = os.path.split(os.path.abspath(path))
-    is_here = above == os.path.abspath(directory)
+    above, name = os.path.split(absolute(path))
+    is_here = above == absolute(directory)
     return os.path.join(directory, name) if is_here else beside(directory, path)
 
 
@@ -321,11 +322,14 @@ def write_ledger(
       OSError: a file could not be written.
     """
     assert ledger.latest is not None
-    with guarded(directory):
+
+    def change() -> None:
         writers = fence.renewed(claims=is_newest)
         _write_notes(directory, name, ledger)
         state = _state_with(directory, name, ledger, is_newest)
         update_checkpoint_state(directory, state, writers=writers)
+
+    changing(directory, change)
 
 
 def _state_with(directory: str, name: str, ledger: Ledger, is_newest: bool) -> CheckpointState:

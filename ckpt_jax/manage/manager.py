@@ -60,6 +60,7 @@ from ckpt_jax.processes.meeting import Meeting, Processes
 from ckpt_jax.restoring.formats import foreign_steps
 from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.store.directory import visible_in
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, as_path
 
 SECONDS_PER_HOUR = 3600
@@ -371,7 +372,7 @@ class CheckpointManager:
           ...     os.path.basename(path), fresh.step
           ('ckpt-1', 7)
         """
-        if current().count > 1:
+        if current().count > 1 or is_url(self._directory):
             preflight(self._directory)
         paths = self._agreed_paths(self._candidates)
         if not paths:
@@ -557,7 +558,7 @@ class CheckpointManager:
     def _restored(self, path: str) -> None:
         """Notes that the checkpoint's objects were restored, by the manager or without it."""
         self._has_restored = True
-        above, name = os.path.split(os.path.abspath(path))
+        above, name = os.path.split(absolute(path))
         is_own = above == self._directory and own_number(self._name, name) is not None
         if is_own:
             self._collection.restored(os.path.join(above, name))

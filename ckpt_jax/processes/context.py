@@ -6,13 +6,14 @@ below can also run in memory, as one of several simulated processes, or with ano
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ckpt_jax.metrics import METER, Meter
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.meeting import Processes
 from ckpt_jax.store.forks import require_not_forked
-from ckpt_jax.store.storage import POSIX, Storage
+from ckpt_jax.store.storage import Storage, storage_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +22,12 @@ class Context:
 
     Attributes:
       processes: of the program.
-      storage: where checkpoints lie.
+      storage_of: gives the storage in which a path lies.
       meter: measures saves and restores with a clock.
     """
 
     processes: Processes
-    storage: Storage = POSIX
+    storage_of: Callable[[str], Storage] = storage_of
     meter: Meter = METER
 
 

@@ -35,7 +35,7 @@ from ckpt_jax.restoring.formats import foreign_steps, open_foreign
 from ckpt_jax.restoring.formats.own import OwnReader
 from ckpt_jax.restoring.formats.tensorflow.optimizers import with_slots
 from ckpt_jax.store.paths import absolute, as_path
-from ckpt_jax.store.storage import POSIX, Pinned, Storage
+from ckpt_jax.store.storage import Pinned, Storage, storage_of
 from ckpt_jax.values.host import without_gc
 from ckpt_jax.values.leaves import as_saved
 
@@ -50,7 +50,7 @@ class CheckpointReader:
 
     Args:
       path: of a checkpoint: a directory of ours, or what another format recognises as its own.
-      storage: where the path lies.
+      storage_of: gives the storage in which a path lies.
 
     Attributes:
       path: as it was given.
@@ -68,13 +68,14 @@ class CheckpointReader:
     Source: `tf.train.load_checkpoint`, `tf.train.CheckpointReader`.
     """
 
-    def __init__(self, path: Path, storage: Storage = POSIX):
+    def __init__(self, path: Path, storage_of: Callable[[str], Storage] = storage_of):
         self.path = as_path(path)
         self._own: OwnReader | None = None
         foreign = open_foreign(absolute(self.path))
         if foreign is not None:
             self._read_from(foreign)
             return
+        storage = storage_of(self.path)
         location = storage.located(self.path)
         self._pin(Pinned.of(self.path, location, storage))
         with self._pinned.unless_replaced():

@@ -63,7 +63,7 @@ def opened(
     """Opens a checkpoint for a restore without deferral: its reader and `broadcast_meeting`."""
     with (
         broadcast_meeting(path, options, context.processes) as meeting,
-        context.meter.restoring(lambda: CheckpointReader(path, context.storage)) as reader,
+        context.meter.restoring(lambda: CheckpointReader(path, context.storage_of)) as reader,
     ):
         yield reader, meeting
 

@@ -222,7 +222,7 @@ class Restoration:
     def _unchanged_reader(self) -> Iterator[CheckpointReader]:
         """A reader of the checkpoint, which holds no open files between reads."""
         try:
-            reader = self._reader or CheckpointReader(self._location, self._context.storage)
+            reader = self._reader or CheckpointReader(self._location, self._context.storage_of)
             reader.check_not_replaced()
             if reader.generation != self._generation:
                 raise CheckpointNotFoundError(f"there is another checkpoint at {self._location}")

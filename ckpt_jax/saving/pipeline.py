@@ -37,8 +37,8 @@ from ckpt_jax.progress import progress
 from ckpt_jax.saving.snapshot import counts, snapshot
 from ckpt_jax.saving.write import plan_write, write
 from ckpt_jax.store.index import Shard, Table, decode_entry, encode_entry
-from ckpt_jax.store.merge import SHARDS, commit, read_shard
-from ckpt_jax.store.paths import as_path, resolved
+from ckpt_jax.store.merge import SHARDS, assemble, read_shard
+from ckpt_jax.store.paths import as_path, below, relative, resolved
 from ckpt_jax.store.presence import is_directory
 from ckpt_jax.store.seal import seal
 from ckpt_jax.store.storage import Storage
@@ -126,8 +126,9 @@ class StagedSave:
         with ExitStack() as stack:
             stack.enter_context(self._held_staging())
             stack.push(meeting.tell)  # the others hear of an error before files are removed
-            os.makedirs(self._shards, exist_ok=True)
-            mine = self._own_names() if meeting.count > 1 else ""
+            if not self._staging.mark:
+                os.makedirs(self._shards, exist_ok=True)
+            mine = self._own_names() if meeting.count > 1 or self._staging.mark else ""
             self._registered = _registered_shards(live, os.path.join(self._shards, mine))
             self._held = stack.pop_all()
 
@@ -151,7 +152,8 @@ class StagedSave:
 
     def _own_names(self) -> str:
         """The beginning of the names of this process's shards."""
-        return f"{self._meeting.index:05d}-"
+        mark = f"{self._staging.mark}-" if self._staging.mark else ""
+        return f"{mark}{self._meeting.index:05d}-"
 
     def __enter__(self) -> StagedSave:
         return self
@@ -185,7 +187,7 @@ class StagedSave:
         for shard, table in shards:
             if self._meeting.leads:
                 self._tables[table.digest] = table
-            directory = os.path.relpath(shard.directory, self._staging.directory)
+            directory = relative(shard.directory, self._staging.directory)
             entry = encode_entry(replace(shard, directory=directory), table.digest)
             yield b64encode(entry).decode()
 
@@ -202,16 +204,29 @@ class StagedSave:
             self._failure = self._meeting.report(astuple(report))
         self._watch.committed(self._request.path)
 
+    def is_committed(self) -> bool:
+        """Whether a commit that was in doubt has come to pass; see `Stage.is_committed`."""
+        return self._staging.is_committed()
+
     def _publish(self, reports: Sequence[_Report]) -> None:
         staging, request = self._staging, self._request
         shards = [
             [_below(staging.directory, *decode_entry(b64decode(entry))) for entry in report.shards]
             for report in reports
         ]
-        _check_shared(shards, staging.directory, self._meeting.what)
+        if not staging.mark:  # an object store is the same for all
+            _check_shared(shards, staging.directory, self._meeting.what)
         entries = [entry for of_process in shards for entry in of_process]
         durable = request.options.durable
-        commit(entries, self._tables, staging.directory, self._small, durable=durable)
+        parts = assemble(
+            entries,
+            self._tables,
+            staging.directory,
+            self._small,
+            durable=durable,
+            mark=staging.mark,
+        )
+        staging.complete(parts, durable=durable)
         with request.publishing() as may_replace:
             staging.publish(overwrite=request.overwrite and may_replace, durable=durable)
 
@@ -274,8 +289,7 @@ def _moment_of(
 
 def _below(staging: str, shard: Shard, table: bytes) -> tuple[Shard, bytes]:
     """The entry of a shard, whose directory is given relative to `staging`."""
-    directory = os.path.normpath(os.path.join(staging, shard.directory))
-    return replace(shard, directory=directory), table
+    return replace(shard, directory=below(staging, shard.directory)), table
 
 
 def _check_shared(shards: Sequence[Sequence[tuple[Shard, bytes]]], staging: str, what: str) -> None:

@@ -8,7 +8,8 @@ The owner of a save keeps the *books*: it counts the save, records it, or takes 
 
 A run is *in doubt* if this process has reported its shards but does not know whether process 0 has
 committed them. It then counts as failed. If process 0 turns out to have committed it, it is counted
-and recorded before the next save, so that all processes go on from the same number.
+and recorded before the next save, so that all processes go on from the same number. A commit to an
+object store may be in doubt, too (`CommitInDoubtError`), also if there is one process.
 
 A run is *overtaken* if another one began later and was recorded first. That can only happen on one
 thread: a signal handler or a write callback saves in the middle of a save. The later run then stays
@@ -25,6 +26,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from ckpt_jax.errors import CommitInDoubtError
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.processes.context import Context
 from ckpt_jax.processes.meeting import Meeting
@@ -102,7 +104,7 @@ def save_once(request: SaveRequest, context: Context) -> str:
     what, seconds = f"saving {request.path}", request.options.timeout_seconds
     with (
         context.processes.meeting(what, seconds) as meeting,
-        StagedSave(request, context.storage, meeting, watch) as staged,
+        StagedSave(request, context.storage_of(request.path), meeting, watch) as staged,
     ):
         staged.commit(staged.write())
         staged.finish(lambda: _call_back(request.options.write_callbacks, request.path))
@@ -174,7 +176,7 @@ class SaveRuns:
                 run = stack.enter_context(SaveRun(self, books, meeting))
                 request = replace(books.begin(), call=call)
                 run.path = request.path
-                staged = StagedSave(request, context.storage, meeting, watch)
+                staged = StagedSave(request, context.storage_of(request.path), meeting, watch)
                 if not options.enable_async:
                     run.finish(staged, options)
                     return request.path
@@ -206,7 +208,7 @@ class SaveRuns:
     def settle_doubts(self, patience: Patience) -> None:
         """Counts the saves in doubt that process 0 has committed, and takes back the others."""
         while self._doubts:
-            is_done = self._doubts[0].meeting.done_after_all(patience)
+            is_done = self._doubts[0].is_done_after_all(patience)
             if is_done is None:
                 return
             books = self._doubts.pop(0).books
@@ -280,6 +282,7 @@ class SaveRun:
         self.is_replaced = False
         self._runs = runs
         self._is_committed = False
+        self._doubtful: StagedSave | None = None  # a save of which the storage did not tell
 
     def __enter__(self) -> SaveRun:
         self._runs.opened(self)
@@ -291,8 +294,17 @@ class SaveRun:
             self.books.undo()
             if self.meeting.count_of_0 is not None:
                 self.books.follow(self.meeting.count_of_0 - 1)
-            if self.meeting.is_in_doubt:
+            if self.meeting.is_in_doubt or self._doubtful is not None:
                 self._runs.doubt(self)
+
+    def is_done_after_all(self, patience: Patience) -> bool | None:
+        """Whether a run in doubt has committed its checkpoint; None if this is still not known."""
+        if self._doubtful is None:
+            return self.meeting.done_after_all(patience)
+        try:
+            return self._doubtful.is_committed()
+        except OSError:
+            return None
 
     def finish(self, staged: StagedSave, options: CheckpointOptions) -> None:
         """Writes, commits and records the save; runs on any thread."""
@@ -314,6 +326,9 @@ class SaveRun:
                         self._runs.warn_without_evidence(path, staged.moment)
 
                 staged.finish(act)
+        except CommitInDoubtError:
+            self._doubtful = staged
+            raise
         except _Replaced:
             self._is_committed = True  # the checkpoint at this path is there, and newer
 

@@ -182,4 +182,5 @@ def write(
         durable=options.durable,
         max_inflight_bytes=options.max_inflight_bytes,
         written=written,
+        is_new=True,
     )

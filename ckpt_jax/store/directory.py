@@ -23,13 +23,15 @@ import secrets
 import shutil
 import stat
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from ckpt_jax.errors import CheckpointNotFoundError, UnsupportedFormatError
+from ckpt_jax.store import objects
 from ckpt_jax.store.durable import fsync_directory, make_directories
-from ckpt_jax.store.manifest import MANIFEST, META
+from ckpt_jax.store.manifest import MANIFEST, META, Part, write_manifest
 from ckpt_jax.store.merge import SHARDS
-from ckpt_jax.store.paths import require_addressable, require_room, resolved
+from ckpt_jax.store.objects import is_url
+from ckpt_jax.store.paths import absolute, require_addressable, require_room, resolved
 from ckpt_jax.store.presence import is_directory, is_file, is_taken, names_in
 from ckpt_jax.store.staging import (
     STAGING,
@@ -44,6 +46,7 @@ from ckpt_jax.store.staging import (
     locked,
     remove_abandoned,
     remove_leftovers,
+    staging_name,
     staging_of,
 )
 
@@ -67,6 +70,8 @@ def checkpoints_in(
     Raises:
       OSError: it is not known whether something is a checkpoint.
     """
+    if is_url(directory):
+        return _sorted([name for name in names_with_manifest(directory) if is_wanted(name)])
     names = filter(is_wanted, names_in(directory))
     return _sorted([name for name in names if is_checkpoint(os.path.join(directory, name))])
 
@@ -75,11 +80,19 @@ def visible_in(directory: str) -> list[str]:
     """`checkpoints_in` for the texts of errors and warnings: without what cannot be looked at."""
     found: list[str] = []
     with contextlib.suppress(OSError):
+        if is_url(directory):
+            return _sorted(names_with_manifest(directory))
         for name in names_in(directory):
             with contextlib.suppress(OSError):
                 if is_checkpoint(os.path.join(directory, name)):
                     found.append(name)
     return _sorted(found)
+
+
+def names_with_manifest(url: str) -> list[str]:
+    """The names of the checkpoints below a URL, in one request."""
+    keys = [key.split("/") for key in objects.keys_below(url)]
+    return [names[0] for names in keys if len(names) == 2 and names[1] == MANIFEST]
 
 
 def _sorted(names: list[str]) -> list[str]:
@@ -114,19 +127,19 @@ def require_checkpoint(path: str) -> None:
         return
     if is_staging(path):
         what = f"{path} is the staging directory of a save that did not finish"
-        near = os.path.dirname(os.path.abspath(path))
+        near = os.path.dirname(absolute(path))
     elif is_directory(path):
         what = f"{path} is a directory, but not a checkpoint (it has no {MANIFEST})"
         near = path
     elif is_taken(path):
         what = f"{path} is a file, not a checkpoint directory"
-        near = os.path.dirname(os.path.abspath(path))
+        near = os.path.dirname(absolute(path))
     else:
         what = f"there is no checkpoint at {path}"
-        near = os.path.dirname(os.path.abspath(path))
+        near = os.path.dirname(absolute(path))
     names = visible_in(near)
     if not names and near == path:
-        near = os.path.dirname(os.path.abspath(path))
+        near = os.path.dirname(absolute(path))
         names = visible_in(near)
     if names:
         what += f". Checkpoints in {near}: {', '.join(names[-20:])}"
@@ -141,6 +154,8 @@ def require_checkpoint(path: str) -> None:
 def _other_library(path: str) -> str | None:
     """The other library, or version of this one, that wrote the checkpoint at `path`; None if none
     did."""
+    if is_url(path):
+        return None
     return "ckpt_jax before its first release (format 1)" if _has_format_1(path) else None
 
 
@@ -185,7 +200,10 @@ class Staging:
     Attributes:
       path: where the checkpoint will be.
       directory: the staging directory: beside the path, or in the prepared directory there.
+      mark: none, because the directory is this attempt's alone.
     """
+
+    mark = ""
 
     def __init__(self, path: str, directory: str):
         self.path, self.directory = path, directory
@@ -261,6 +279,17 @@ class Staging:
         assert self._held is not None
         self._held.check()
 
+    def complete(self, parts: Mapping[str, Part], *, durable: bool) -> None:
+        """Makes the directory a whole checkpoint, which only lacks its name.
+
+        Raises:
+          CheckpointError: the directory was taken away.
+        """
+        self.check()
+        write_manifest(self.directory, parts, durable=durable)
+        if durable:
+            fsync_directory(os.path.dirname(self.directory))
+
     def publish(self, *, overwrite: bool, durable: bool) -> None:
         """Gives the checkpoint its name. If that cannot be made durable, it is undone.
 
@@ -273,6 +302,10 @@ class Staging:
             _fill(self.path, self.directory, durable=durable)
         else:
             _publish(self.directory, self.path, overwrite=overwrite, durable=durable)
+
+    def is_committed(self) -> bool:
+        """Nothing is ever in doubt."""
+        return False
 
     @contextlib.contextmanager
     def joined(
@@ -310,6 +343,32 @@ class Staging:
                 with contextlib.suppress(OSError):
                     remove_abandoned(self.directory)
             raise
+
+
+def remove_directory(path: str) -> None:
+    """Removes the checkpoint at an absolute path of a file system; see `Storage.remove`."""
+    if not is_taken(path):
+        return
+    require_checkpoint(path)
+    try:
+        if os.path.islink(path):
+            os.unlink(path)
+            return
+        with held(path):
+            aside = staging_name(path)
+            require_room(path, aside[len(path) :])
+            os.rename(path, aside)
+            try:
+                # Otherwise a power failure could remove parts of it, but keep its old name.
+                fsync_directory(os.path.dirname(path))
+            except OSError:
+                os.rename(aside, path)
+                raise
+            shutil.rmtree(aside)
+    except FileNotFoundError:
+        if is_taken(path):
+            raise
+        # Another process has just removed it.
 
 
 def check_replaceable(path: str, overwrite: bool) -> None:

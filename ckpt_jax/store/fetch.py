@@ -8,6 +8,9 @@
 2. *Assembly.* A box that lies contiguously in one stored slice becomes a view of the run's buffer.
    Other boxes are copied together from the runs that hold their parts. A request is yielded as
    soon as its last run has arrived, while later runs are still being read.
+
+In an object store, a range of a file is read in one request, and many requests are under way at
+once. The sizes of files are not asked for: a read beyond the end of a file fails.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from ckpt_jax.errors import (
     UnsupportedFormatError,
 )
 from ckpt_jax.graph.boxes import Box
+from ckpt_jax.store import objects
 from ckpt_jax.store.durable import naming
 from ckpt_jax.store.forks import require_not_forked, use_tensorstore
 from ckpt_jax.store.gather import (
@@ -53,6 +57,8 @@ from ckpt_jax.store.manifest import (
     read_manifest,
     read_part,
 )
+from ckpt_jax.store.objects import NoSuchBucketError, is_url
+from ckpt_jax.store.paths import absolute, below
 from ckpt_jax.store.stream import (
     ALIGNMENT,
     checksum_of,
@@ -96,6 +102,8 @@ def _parts_and_index(directory: str) -> tuple[dict[str, Part], Index]:
         path = os.path.join(directory, INDEX)
         try:
             return {}, _index(read_file(path), path)  # a shard has no manifest
+        except NoSuchBucketError:
+            raise
         except (FileNotFoundError, NotADirectoryError):
             pass
         raise
@@ -134,7 +142,8 @@ class ShardedReader:
 
     def __init__(self, directory: str):
         use_tensorstore()
-        self.directory = os.path.abspath(directory)
+        self.directory = absolute(directory)
+        self._is_remote = is_url(self.directory)
         self._parts, self.index = _parts_and_index(self.directory)
         self.bytes_read = 0
         self._is_open = True
@@ -234,8 +243,11 @@ class ShardedReader:
         in_flight: deque[tuple[RangeRead, Future[None]]] = deque()
         held = 0
         waiting = next(reads, None)
-        threads = min(cores(), len(runs) + sum(run.nbytes // RUN_NBYTES for run in runs))
+        most = objects.PARALLEL if self._is_remote else cores()
+        threads = min(most, len(runs) + sum(run.nbytes // RUN_NBYTES for run in runs))
         with Workers(threads if threads > 1 else 0, "ckpt-read") as workers:
+            if self._is_remote:  # their indexes are read, all together
+                list(workers.map(self._stream, {run.shard for run in runs}))
             try:
                 yield from assembly.finished()
                 while waiting is not None or in_flight:
@@ -263,6 +275,8 @@ class ShardedReader:
 
     def _check_files(self, requests: Sequence[Request], geometries: list[Geometry]) -> None:
         """Checks the sizes of the files that are needed, once for each shard."""
+        if self._is_remote:
+            return
         index = self.index
         alike: dict[tuple[int, int], list[str]] = {}  # the keys whose slices lie in the same shards
         shards: dict[tuple[int, int], set[int]] = {}
@@ -306,8 +320,24 @@ class ShardedReader:
         Raises:
           CorruptCheckpointError: a shard's files are truncated or missing.
         """
+        if self._is_remote:
+            self._check_values()
+            return
         for number, shard in enumerate(self.index.shards):
             check_files(self._path(number), shard)
+
+    def _check_values(self) -> None:
+        """Checks that everything is there in an object store, as far as it tells."""
+        try:
+            found = {*objects.keys_below(self.directory)}
+        except PermissionError:  # who may not list may read all the same
+            return
+        for number, shard in enumerate(self.index.shards):
+            path = self._path(number)
+            files = [file_path(path, file) for file in range(shard.files)]
+            for file in (*files, os.path.join(path, INDEX)):
+                if file.removeprefix(f"{self.directory}/") not in found:
+                    raise CorruptCheckpointError(f"{file}: the file is missing", file=file)
 
     def damage(
         self,
@@ -328,7 +358,8 @@ class ShardedReader:
           each shard that cannot be read at all.
         """
         chance = random.Random()
-        with Workers(cores() if cores() > 1 else 0, "ckpt-verify") as workers:
+        threads = objects.PARALLEL if self._is_remote else cores()
+        with Workers(threads if threads > 1 else 0, "ckpt-verify") as workers:
             for number, shard in enumerate(self.index.shards):
                 path = self._path(number)
                 try:
@@ -370,7 +401,7 @@ class ShardedReader:
 
     def _path(self, number: int) -> str:
         directory = self.index.shards[number].directory
-        return os.path.normpath(os.path.join(self.directory, directory))
+        return below(self.directory, directory)
 
 
 def _corrupt(
@@ -447,6 +478,7 @@ class _StreamReader:
         self._shard = shard
         self._checksums = _checksums(directory, shard)
         self._store = open_stream(directory, shard, new_context()) if shard.compression else None
+        self._read_part = self._read_value if is_url(directory) else self._read_file
 
     def read(self, start: int, target: np.ndarray) -> None:
         """Reads the range from `start` on into `target`."""
@@ -458,7 +490,7 @@ class _StreamReader:
         while done < target.size:
             number, offset = divmod(start + done, size)
             part = target[done : done + size - offset]
-            self._read_file(number, offset, part)
+            self._read_part(number, offset, part)
             done += part.size
 
     def damage(self, start: int, stop: int) -> tuple[int, list[_Damaged]]:
@@ -483,12 +515,15 @@ class _StreamReader:
         size = self._shard.file_nbytes
         begin = number * size + offset
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            # If it has become a pipe, nobody may ever write into it.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         except (FileNotFoundError, NotADirectoryError) as error:
             end = begin + target.size
             raise _Damaged(path, begin, end, "the file is missing") from error
         try:
             with naming(path):
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise _Damaged(path, begin, begin + target.size, "it is not a regular file")
                 block = self._shard.block_nbytes
                 for start in range(0, target.size, block):
                     part = target[start : start + block]
@@ -498,6 +533,28 @@ class _StreamReader:
                     self._verify_end(descriptor, number, path, offset + target.size)
         finally:
             os.close(descriptor)
+
+    def _read_value(self, number: int, offset: int, target: np.ndarray) -> None:
+        """`_read_file` in an object store: one request."""
+        path = file_path(self._directory, number)
+        size, block = self._shard.file_nbytes, self._shard.block_nbytes
+        begin, stop = number * size + offset, offset + target.size
+        ends = begin + target.size in (size * (number + 1), self._shard.nbytes)
+        end = file_end(self._shard, number) if ends else b""
+        try:
+            found = objects.read(path, offset, stop + len(end))
+        except EOFError as error:
+            raise _Damaged(path, begin, begin + target.size, "the file is truncated") from error
+        if found is None:
+            raise _Damaged(path, begin, begin + target.size, "the file is missing")
+        data = np.frombuffer(found.value, np.uint8)
+        for start in range(0, target.size, block):
+            part = target[start : start + block]
+            part[:] = data[start : start + part.size]
+            self._verify(path, begin + start, part)
+        if data[target.size :].tobytes() != end:
+            what = "its end, after the last block, is not as it was written"
+            raise _Damaged(path, begin, begin + target.size, what)
 
     def _verify_end(self, descriptor: int, number: int, path: str, offset: int) -> None:
         """Verifies the bytes that follow the last block of a file."""
@@ -528,7 +585,8 @@ class _StreamReader:
         try:
             ts.array(target).write(store[start:end].translate_to[0]).result()
         except ValueError as error:
-            cause = storage_error(error, self._directory)
+            trouble = objects.trouble_of(error, path) if is_url(path) else None
+            cause = trouble or storage_error(error, self._directory)
             if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
                 raise cause from error
             raise _Damaged(path, start, end, str(error)) from error

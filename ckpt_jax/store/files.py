@@ -2,7 +2,8 @@
 
 Anything may have been put in their place: a pipe, a device, a link, a file that fills the memory.
 So only regular files of bounded size are read, without waiting, and a new file is written through
-the descriptor that has created it.
+the descriptor that has created it. In an object store, a file is replaced only if it is still the
+one that was read (`guard.changing`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,10 @@ import errno
 import os
 import stat
 
+from ckpt_jax.store import objects
 from ckpt_jax.store.durable import fsync_directory, naming
+from ckpt_jax.store.guard import ChangedMeanwhileError, note_seen, seen
+from ckpt_jax.store.objects import ABSENT, is_url
 from ckpt_jax.store.staging import new_file, remove_leftovers
 
 _MAX_NBYTES = 1 << 23  # of a file beside the checkpoints: about 100,000 of them can be listed
@@ -33,6 +37,10 @@ def read_file(path: str) -> str | None:
       ValueError: it is not a regular file, is too large, or is not text in UTF-8.
       OSError: it cannot be read.
     """
+    if is_url(path):
+        found = objects.read(path)
+        note_seen(path, ABSENT if found is None else found.generation)
+        return None if found is None else found.value.decode("utf-8")
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
@@ -59,6 +67,7 @@ def replace_file(path: str, text: str) -> None:
     """Replaces a small file durably in one step. If that fails, the file is as it was before.
 
     Raises:
+      ChangedMeanwhileError: in an object store, it is not the one that was read.
       OSError: the file could not be replaced, or would be larger than `read_file` reads; the error
         names it.
     """
@@ -70,6 +79,9 @@ def replace_file(path: str, text: str) -> None:
             f"{len(contents)}. Keep fewer checkpoints or metrics, or save into another directory",
             path,
         )
+    if is_url(path):
+        _replace_object(path, contents)
+        return
     try:
         before = read_file(path)
     except ValueError:  # it is odd, and nobody needs it back
@@ -85,6 +97,20 @@ def replace_file(path: str, text: str) -> None:
         else:
             _put(path, before.encode("utf-8"))
         raise
+
+
+def _replace_object(url: str, contents: bytes) -> None:
+    before = seen(url)
+    if before is None:
+        found = objects.read(url)
+        before = ABSENT if found is None else found.generation
+    generation = objects.write(url, contents, before)
+    if generation is None:
+        found = objects.read(url)
+        if found is None or found.value != contents:  # else it is ours, and the reply was lost
+            raise ChangedMeanwhileError(errno.EAGAIN, "another program has changed it", url)
+        generation = found.generation
+    note_seen(url, generation)
 
 
 def _put(path: str, contents: bytes) -> None:

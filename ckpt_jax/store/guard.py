@@ -7,6 +7,10 @@ of another process is lost. On file systems that cannot lock directories (NFS), 
 guarded.
 
 A thread that has the guard may enter it again: a signal handler may save in the middle of a save.
+
+Nothing can be locked in an object store. There a change is made in the hope that nobody else makes
+one: a file is replaced only if it is still the one that was read. If it is not, the change begins
+again (`changing`).
 """
 
 from __future__ import annotations
@@ -15,11 +19,16 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
+from ckpt_jax.store.objects import is_url
+from ckpt_jax.store.paths import resolved
 from ckpt_jax.store.staging import Lock, locked, locked_file
+
+T = TypeVar("T")
 
 LOCK_FILE = "checkpoint.lock"
 PATIENCE_SECONDS = 60.0
@@ -32,6 +41,8 @@ class _Guard:
 
     turn: threading.RLock = field(default_factory=threading.RLock)
     depth: int = 0  # how often its thread has entered it
+    changes: int = 0  # how many of these are calls of `changing`
+    seen: dict[str, bytes] = field(default_factory=dict)  # generations of files in a store, by URL
 
 
 _guards: dict[str, _Guard] = {}
@@ -50,20 +61,68 @@ def guarded(directory: str, patience_seconds: float = PATIENCE_SECONDS) -> Itera
       TimeoutError: another one has not left in time; names the directory.
       OSError: the directory cannot be opened.
     """
-    directory = os.path.realpath(directory or os.curdir)
-    guard = _guards.setdefault(directory, _Guard())
+    directory, guard = _guard_of(directory)
     deadline = time.monotonic() + patience_seconds
     if not guard.turn.acquire(timeout=patience_seconds):
         raise _late(directory, patience_seconds)
     with ExitStack() as exits:
         exits.callback(guard.turn.release)
         if guard.depth == 0:
-            exits.enter_context(_locked(directory, deadline, patience_seconds))
+            guard.seen.clear()
+            if not is_url(directory):
+                exits.enter_context(_locked(directory, deadline, patience_seconds))
         guard.depth += 1
         try:
             yield
         finally:
             guard.depth -= 1
+
+
+class ChangedMeanwhileError(OSError):
+    """A file in an object store is not the one that was read. Nothing was changed."""
+
+
+def changing(directory: str, change: Callable[[], T]) -> T:
+    """Calls a function under the guard of a directory; again if another program was faster.
+
+    Args:
+      directory: it must exist.
+      change: reads files, decides, and replaces them. It is called from its beginning if another
+        program has changed one of them after it was read, which happens in object stores only.
+
+    Raises:
+      ChangedMeanwhileError: others were faster each time, for as long as `guarded` waits.
+      OSError: as for `guarded`.
+    """
+    guard = _guard_of(directory)[1]
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while True:
+        with guarded(directory):
+            guard.changes += 1
+            try:
+                return change()
+            except ChangedMeanwhileError:
+                if guard.changes > 1 or time.monotonic() >= deadline:
+                    raise
+            finally:
+                guard.changes -= 1
+
+
+def note_seen(url: str, generation: bytes) -> None:
+    """Notes which generation of a file in an object store was read, until the guard is left."""
+    guard = _guard_of(os.path.dirname(url))[1]
+    if guard.depth:
+        guard.seen[url] = generation
+
+
+def seen(url: str) -> bytes | None:
+    """The generation of a file that was read under the guard; None if it was not."""
+    return _guard_of(os.path.dirname(url))[1].seen.get(url)
+
+
+def _guard_of(directory: str) -> tuple[str, _Guard]:
+    directory = resolved(directory or os.curdir)
+    return directory, _guards.setdefault(directory, _Guard())
 
 
 @contextmanager

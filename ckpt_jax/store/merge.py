@@ -3,12 +3,15 @@
 No byte of a shard is read or copied, but for its index. The index of the checkpoint names the
 directories of the shards relative to its own, so the checkpoint can be moved and copied. The
 manifest is written last: with it, the directory is a checkpoint.
+
+In an object store, shards are not moved: those that lie elsewhere are copied.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
@@ -19,16 +22,23 @@ from ckpt_jax.errors import (
     CorruptCheckpointError,
     ShardError,
 )
+from ckpt_jax.store import objects
 from ckpt_jax.store.durable import fsync_directory
 from ckpt_jax.store.index import Index, Shard, Table, merge_indexes
 from ckpt_jax.store.manifest import (
     INDEX,
     INDEX_KEY,
     MANIFEST,
+    Part,
+    manifest_of,
     read_file,
+    write_file,
     write_manifest,
     write_parts,
 )
+from ckpt_jax.store.objects import NoSuchBucketError, is_url
+from ckpt_jax.store.paths import absolute, is_within, relative
+from ckpt_jax.store.presence import is_directory, is_taken, names_in
 
 SHARDS = "shards"  # the directory of a checkpoint's shards
 
@@ -64,36 +74,6 @@ def merge_shards(
     return commit(entries, tables, destination, extra, durable=durable)
 
 
-def read_shard(directory: str) -> tuple[Shard, Table]:
-    """The entry of a shard in the index of a checkpoint, with this directory, and its table.
-
-    Raises:
-      CheckpointError: it is a checkpoint, and no shard.
-      CheckpointNotFoundError: there is no such directory.
-      CorruptCheckpointError: it is damaged or its write was interrupted.
-    """
-    path = os.path.join(directory, INDEX)
-    if os.path.lexists(os.path.join(directory, MANIFEST)):
-        raise CheckpointError(f"{directory} is a checkpoint, not a shard")
-    if not os.path.isdir(directory):
-        raise CheckpointNotFoundError(f"there is no shard at {directory}")
-    try:
-        data = read_file(path)
-    except FileNotFoundError as error:
-        raise CorruptCheckpointError(
-            f"{directory}: has no index, because its write was interrupted", file=directory
-        ) from error
-    try:
-        index = Index.from_bytes(data)
-        if not index.is_shard:
-            raise CorruptCheckpointError("this is not the index of a shard")
-    except CorruptCheckpointError as error:
-        raise CorruptCheckpointError(f"{directory}: {error}", file=path) from error
-    (shard,), (table,) = index.shards, index.tables
-    digest = hashlib.sha256(data).digest()
-    return replace(shard, directory=directory, checksums=b"", digest=digest), table
-
-
 def commit(
     shards: Sequence[tuple[Shard, bytes]],
     tables: Mapping[bytes, Table],
@@ -109,10 +89,73 @@ def commit(
       tables: some tables, by digest.
       destination, extra, durable: as for `merge_shards`.
     """
+    if is_taken(os.path.join(destination, MANIFEST)):
+        raise FileExistsError(f"{destination} already is a checkpoint")
+    if is_url(destination):
+        parts = assemble(shards, tables, destination, extra, mark=secrets.token_hex(8))
+        write_file(os.path.join(destination, MANIFEST), manifest_of(parts), durable=durable)
+        return destination
+    parts = assemble(shards, tables, destination, extra, durable=durable)
+    write_manifest(destination, parts, durable=durable)
+    if durable:
+        fsync_directory(os.path.dirname(absolute(destination)))
+    return destination
+
+
+def read_shard(directory: str) -> tuple[Shard, Table]:
+    """The entry of a shard in the index of a checkpoint, with this directory, and its table.
+
+    Raises:
+      CheckpointError: it is a checkpoint, and no shard.
+      CheckpointNotFoundError: there is no such directory.
+      CorruptCheckpointError: it is damaged or its write was interrupted.
+    """
+    path = os.path.join(directory, INDEX)
+    try:
+        data = read_file(path)
+    except NoSuchBucketError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if is_taken(os.path.join(directory, MANIFEST)):
+            raise CheckpointError(f"{directory} is a checkpoint, not a shard") from None
+        if not is_directory(directory):
+            raise CheckpointNotFoundError(f"there is no shard at {directory}") from None
+        raise CorruptCheckpointError(
+            f"{directory}: has no index, because its write was interrupted", file=directory
+        ) from error
+    try:
+        index = Index.from_bytes(data)
+        if not index.is_shard:
+            raise CorruptCheckpointError("this is not the index of a shard")
+    except CorruptCheckpointError as error:
+        raise CorruptCheckpointError(f"{directory}: {error}", file=path) from error
+    (shard,), (table,) = index.shards, index.tables
+    digest = hashlib.sha256(data).digest()
+    return replace(shard, directory=directory, checksums=b"", digest=digest), table
+
+
+def assemble(
+    shards: Sequence[tuple[Shard, bytes]],
+    tables: Mapping[bytes, Table],
+    destination: str,
+    extra: Mapping[str, bytes] = MappingProxyType({}),
+    *,
+    durable: bool = True,
+    mark: str = "",
+) -> dict[str, Part]:
+    """Puts all of a checkpoint into its directory but for the manifest, which makes it one.
+
+    Args:
+      shards: the entry of each shard, and the digest of its table.
+      tables: some tables, by digest. Only those that are not among them are read.
+      destination, extra, durable: as for `merge_shards`.
+      mark: of the attempt, in an object store.
+
+    Returns:
+      The parts for the manifest.
+    """
     if INDEX_KEY in extra:
         raise ValueError(f"{INDEX_KEY} is the name of the index")
-    if os.path.lexists(os.path.join(destination, MANIFEST)):
-        raise FileExistsError(f"{destination} already is a checkpoint")
     known = dict(tables)
     for shard, digest in shards:
         if digest not in known:
@@ -122,7 +165,7 @@ def commit(
                 raise CorruptCheckpointError(what, file=shard.directory)
             known[digest] = table
     sources = [shard.directory for shard, _ in shards]
-    targets = _targets(sources, destination)
+    targets = _targets(sources, destination, mark)
     merged = merge_indexes(
         [
             (replace(shard, directory=target), known[digest])
@@ -135,39 +178,49 @@ def commit(
             f"{destination}: {len(merged.keys)} arrays are cut in too many different ways over "
             f"{len(shards)} shards. Cut arrays of one shape alike; nothing was changed."
         )
-    os.makedirs(os.path.join(destination, SHARDS), exist_ok=True)
-    for source, target in zip(sources, targets, strict=True):
-        path = os.path.join(destination, target)
-        if os.path.abspath(source) != os.path.abspath(path):
-            os.rename(source, path)
-    values = {INDEX_KEY: index, **extra}
-    parts = write_parts(destination, values, durable=durable)
-    if durable:
+    _gather_shards(sources, [os.path.join(destination, target) for target in targets])
+    parts = write_parts(destination, {INDEX_KEY: index, **extra}, durable=durable, mark=mark)
+    if durable and not is_url(destination):
         parents = {os.path.dirname(os.path.join(destination, target)) for target in targets}
         for directory in sorted({*parents, destination}, key=len, reverse=True):
             fsync_directory(directory)
-    write_manifest(destination, parts, durable=durable)
-    if durable:
-        fsync_directory(os.path.dirname(os.path.abspath(destination)))
-    return destination
+    return parts
 
 
-def _targets(directories: Sequence[str], destination: str) -> list[str]:
+def _gather_shards(sources: Sequence[str], targets: Sequence[str]) -> None:
+    """Moves shards to where they belong. In an object store they are copied."""
+    for source, target in zip(sources, targets, strict=True):
+        if absolute(source) == absolute(target):
+            continue
+        if is_url(target):
+            if not is_url(source):
+                raise ShardError(
+                    f"{source}: expected a shard in the object store of {target}, got one in a "
+                    "file system. Write the shards below the checkpoint."
+                )
+            for key in objects.keys_below(source):
+                found = objects.read(f"{source}/{key}")
+                if found is not None:
+                    objects.write(f"{target}/{key}", found.value)
+        else:
+            os.makedirs(os.path.dirname(target), exist_ok=True)
+            os.rename(source, target)
+
+
+def _targets(directories: Sequence[str], destination: str, mark: str) -> list[str]:
     """For each shard, its directory relative to `destination`.
 
     A shard that lies inside keeps its directory; the others get free names.
     """
-    root = os.path.abspath(destination)
-    paths = [os.path.abspath(directory) for directory in directories]
-    inside = {path for path in paths if os.path.commonpath([root, path]) == root != path}
+    root = absolute(destination)
+    paths = [absolute(directory) for directory in directories]
     if len(set(paths)) < len(paths):
         raise ValueError("a shard is listed twice")
-    free = (
-        name
-        for name in (f"{SHARDS}/{i:05d}" for i in range(1 << 30))
-        if not os.path.lexists(os.path.join(root, name))
-    )
-    return [
-        os.path.relpath(path, root).replace(os.sep, "/") if path in inside else next(free)
-        for path in paths
-    ]
+    inside = {path for path in paths if is_within(path, root)}
+    if len(inside) == len(paths):
+        return [relative(path, root) for path in paths]
+    taken = {*names_in(os.path.join(root, SHARDS))}
+    begin = f"{mark}-" if mark else ""
+    names = (f"{begin}{i:05d}" for i in range(1 << 30))
+    free = (f"{SHARDS}/{name}" for name in names if name not in taken)
+    return [relative(path, root) if path in inside else next(free) for path in paths]

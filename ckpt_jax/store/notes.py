@@ -23,7 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ckpt_jax.store.files import read_file, replace_file, shortened
-from ckpt_jax.store.presence import is_taken
+from ckpt_jax.store.presence import is_file
 
 NOTES_FILE = "checkpoint-metrics.json"
 # Not the names of managed checkpoints, which would have a number.
@@ -87,5 +87,5 @@ def write_notes(directory: str, notes: Notes) -> None:
         content[_ABANDONED] = sorted(notes.abandoned)
     if notes.origins:
         content[_ORIGINS] = dict(notes.origins)
-    if content or is_taken(path):
+    if content or is_file(path):
         replace_file(path, json.dumps(content, indent=1, sort_keys=True) + "\n")

@@ -6,6 +6,10 @@ that depends on where it leads:
 
 require_addressable   TensorStore can name the files below it
 require_room          its names and its length leave room for the files that a save writes there
+
+A path may be the URL of an object store. `os.path.join`, `dirname` and `basename` do the same with
+URLs as with paths. The functions that look at the working directory do not: `absolute`, `resolved`,
+`relative` and `below` take their places.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import re
 from typing import Any
 
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.presence import is_taken
 
 _URL = re.compile(r"(?P<scheme>[a-zA-Z][a-zA-Z0-9+.-]*)://", re.DOTALL)
@@ -38,15 +43,15 @@ def as_path(path: Any, argument: str = "path", *, is_directory: bool = False) ->
 
     Raises:
       TypeError: it is something else.
-      ValueError: it is a URL, begins with a home directory ("~"), is empty, or has a null
-        character.
+      ValueError: it is a URL of something else than an object store, begins with a home directory
+        ("~"), is empty, or has a null character.
 
-    >>> as_path(b"runs/a"), as_path("a:b")
-    ('runs/a', 'a:b')
-    >>> as_path("gs://bucket/a")  # doctest: +ELLIPSIS
+    >>> as_path(b"runs/a"), as_path("a:b"), as_path("gs://bucket/a")
+    ('runs/a', 'a:b', 'gs://bucket/a')
+    >>> as_path("hdfs://host/a")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
       ...
-    ValueError: path: expected a path in a file system, got the URL 'gs://bucket/a'. ...
+    ValueError: path: expected a path in a file system, or a URL s3://, gs:// or memory://, got ...
     """
     if not isinstance(path, str | bytes | os.PathLike):
         raise TypeError(
@@ -57,11 +62,13 @@ def as_path(path: Any, argument: str = "path", *, is_directory: bool = False) ->
     url = _URL.match(text)
     if url is None and isinstance(path, os.PathLike):
         url = _SHORTENED_URL.match(text)
-    if url is not None:
+    if url is not None and not is_url(text):
         raise ValueError(
-            f"{argument}: expected a path in a file system, got the URL {text!r}. "
-            f"{_advice(url['scheme'], text[url.end() :])}"
+            f"{argument}: expected a path in a file system, or a URL s3://, gs:// or memory://, "
+            f"got the URL {text!r}. {_advice(url['scheme'], text[url.end() :])}"
         )
+    if url is not None:
+        _check_url(text, argument)
     if _begins_with_home(text):
         raise ValueError(
             f'{argument}: expected a path whose "~" is expanded, got {text!r}. Pass '
@@ -98,10 +105,25 @@ def _type_of(value: Any) -> str:
 def _advice(scheme: str, rest: str) -> str:
     if scheme.lower() == "file":
         return f"Pass the path alone: {'/' + rest.lstrip('/')!r}."
+    if scheme.lower() in ("s3", "gs", "memory"):
+        whole = f"{scheme.lower()}://{rest.lstrip('/')}"
+        return f"Pass {whole!r} as a string: pathlib drops a slash."
     return (
         f"Storages behind {scheme}:// are not supported. Mount the storage and pass the path of "
         "the mounted directory, or save to a local directory and copy the checkpoint."
     )
+
+
+def _check_url(url: str, argument: str) -> None:
+    scheme, _, rest = url.partition("://")
+    bucket, *names = rest.split("/")
+    if scheme != "memory" and not bucket:
+        raise ValueError(f"{argument}: expected a path with a bucket, got {url!r}.")
+    if any(each in (".", "..") for each in names) or "" in names[:-1]:
+        raise ValueError(
+            f"{argument}: expected a path without empty names, '.' and '..', which are names like "
+            f"any other in an object store, got {url!r}."
+        )
 
 
 def _begins_with_home(text: str) -> bool:
@@ -118,6 +140,8 @@ def absolute(path: str) -> str:
     Raises:
       FileNotFoundError: the path is relative, and the working directory was removed.
     """
+    if is_url(path):
+        return path if path.endswith("://") else path.rstrip("/")
     try:
         return os.path.abspath(path)
     except FileNotFoundError as error:
@@ -130,10 +154,35 @@ def resolved(path: str) -> str:
     Raises:
       FileNotFoundError: the path is relative, and the working directory was removed.
     """
+    if is_url(path):
+        return absolute(path)
     try:
         return os.path.realpath(path)
     except FileNotFoundError as error:
         raise _nowhere(path) from error
+
+
+def relative(path: str, directory: str) -> str:
+    """The way from a directory to a path below it, with "/" between names.
+
+    >>> relative("/a/b/c/d", "/a/b"), relative("s3://a/b/c", "s3://a")
+    ('c/d', 'b/c')
+    """
+    if is_url(path):
+        return absolute(path).removeprefix(f"{absolute(directory)}/")
+    return os.path.relpath(path, directory).replace(os.sep, "/")
+
+
+def below(directory: str, names: str) -> str:
+    """The path to which a way leads from a directory; the inverse of `relative`."""
+    if is_url(directory):
+        return f"{absolute(directory)}/{names}"
+    return os.path.normpath(os.path.join(directory, names))
+
+
+def is_within(path: str, directory: str) -> bool:
+    """Whether a path lies below a directory."""
+    return absolute(path).startswith(os.path.join(absolute(directory), ""))
 
 
 def _nowhere(path: str) -> FileNotFoundError:
@@ -151,6 +200,8 @@ def require_addressable(path: str) -> None:
     Raises:
       CheckpointError: it cannot.
     """
+    if is_url(path):
+        return
     if "\\" in path and os.sep == "/":
         raise CheckpointError(
             f"{path}: expected a path without a backslash, which TensorStore takes for a separator "

@@ -6,6 +6,8 @@ many. Chunks that lie within one large slice are written straight from the memor
 Other chunks are copied together from the slices in them. The thread that writes a file also
 computes the checksums of its blocks, and flushes it, while other threads write.
 
+In an object store a file is written in one request, and many requests are under way at once.
+
 The index of a shard is written last. So a directory without an index is the remains of an
 interrupted write.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
@@ -26,9 +29,13 @@ import tensorstore as ts
 
 from ckpt_jax.graph.boxes import Box, Shape, inside, shape_of, whole
 from ckpt_jax.graph.dtypes import BYTES, dtype_name
+from ckpt_jax.store import objects
 from ckpt_jax.store.durable import fsync_directory, fsync_file
 from ckpt_jax.store.index import CHECKSUM, Index, Shard, Table
 from ckpt_jax.store.manifest import INDEX, write_file
+from ckpt_jax.store.objects import is_url
+from ckpt_jax.store.paths import absolute
+from ckpt_jax.store.presence import is_taken
 from ckpt_jax.store.stream import (
     ALIGNMENT,
     CHUNKS,
@@ -36,10 +43,13 @@ from ckpt_jax.store.stream import (
     FILE_NBYTES,
     block_nbytes,
     checksum_of,
+    file_end,
     file_nbytes,
     file_path,
     files_nbytes,
+    memory_context,
     new_context,
+    open_in_memory,
     open_stream,
     round_up,
     storage_error,
@@ -90,6 +100,7 @@ def write_shards(
     durable: bool = True,
     max_inflight_bytes: int = FILE_NBYTES,
     written: Callable[[int], object] = lambda nbytes: None,
+    is_new: bool = False,
 ) -> list[tuple[Shard, Table]]:
     """Writes shards and their indexes to new directories.
 
@@ -103,6 +114,8 @@ def write_shards(
       max_inflight_bytes: bound on the memory for copies and for compressed bytes.
       written: called with the number of bytes of slices that were written since the last call, on
         several threads. An error that it raises ends the write.
+      is_new: whether it is known that nothing is in the directories. An object store is not asked
+        then.
 
     Returns:
       For each shard, its entry in the index of a checkpoint, with the directory as it was given,
@@ -116,14 +129,13 @@ def write_shards(
     if compression not in (None, "zstd"):
         raise ValueError(f"compression is {compression!r}, expected None or 'zstd'")
     streams = [
-        _Stream(directory, *plan_shard(slices, compression or "", max_inflight_bytes))
+        (_RemoteStream if is_url(directory) else _LocalStream)(
+            directory, *plan_shard(slices, compression or "", max_inflight_bytes)
+        )
         for directory, slices in shards.items()
     ]
     for stream in streams:
-        os.makedirs(stream.directory, exist_ok=True)
-        if os.listdir(stream.directory):
-            what = "a shard needs a new directory, but this has files"
-            raise FileExistsError(f"{stream.directory}: {what}")
+        stream.prepare(is_new)
     room = _Room(max_inflight_bytes)
     jobs = [(stream, number) for stream in streams for number in range(stream.shard.files)]
     given_up = threading.Event()
@@ -133,15 +145,14 @@ def write_shards(
             if given_up.is_set():  # another part failed, which is raised, or was interrupted
                 return
             try:
-                stream.write(number)
-                if durable:
-                    fsync_file(file_path(stream.directory, number))
+                stream.write(number, durable=durable)
                 written(stream.payload_nbytes(number))
             except BaseException:
                 given_up.set()
                 raise
 
-    threads = min(cores(), len(jobs))
+    is_remote = any(map(is_url, shards))
+    threads = min(objects.PARALLEL if is_remote else cores(), max(len(jobs), len(streams)))
     with Workers(threads if threads > 1 else 0, "ckpt-write") as workers:
         try:
             writes = [workers.submit(write_one, *job) for job in jobs]
@@ -153,7 +164,7 @@ def write_shards(
         ends = [workers.submit(stream.finish, durable=durable) for stream in streams]
         finished = [end.result() for end in ends]
     if durable:
-        for parent in {os.path.dirname(os.path.abspath(stream.directory)) for stream in streams}:
+        for parent in {os.path.dirname(absolute(each)) for each in shards if not is_url(each)}:
             fsync_directory(parent)
     return finished
 
@@ -263,7 +274,7 @@ def _layout(key: str, part: bytes | Slice) -> Layout:
 _PADDING = np.zeros(ALIGNMENT, np.uint8)
 
 
-class _Stream:
+class _Stream(ABC):
     """The stream of a shard while it is written, each file on any thread."""
 
     def __init__(
@@ -280,9 +291,29 @@ class _Stream:
         self._offsets = offsets
         self._sources = [_Contents(source) for source in sources]
         self._checksums = np.zeros(shard.blocks, CHECKSUM)
-        self._store = open_stream(directory, shard, new_context()) if shard.files else None
+        self._sizes = [0] * shard.files
 
-    def _within(self, number: int) -> Iterator[tuple[int, int, int, _Contents]]:
+    @abstractmethod
+    def prepare(self, is_new: bool) -> None:
+        """Makes the directory, unless something is in it. `is_new` says that nothing is."""
+
+    @abstractmethod
+    def held_nbytes(self, number: int) -> int:
+        """About the memory that writing a file takes, besides the arrays."""
+
+    @abstractmethod
+    def write(self, number: int, *, durable: bool) -> None:
+        """Writes a file, in one piece."""
+
+    @abstractmethod
+    def stored_nbytes(self) -> int:
+        """The size of all files."""
+
+    @abstractmethod
+    def flush_names(self) -> None:
+        """Makes the names of the files durable."""
+
+    def within(self, number: int) -> Iterator[tuple[int, int, int, _Contents]]:
         """(offset, start, stop, contents) of each slice with bytes in a file: its offset in the
         stream, and the range of its own bytes that lie in the file."""
         begin = number * self.shard.file_nbytes
@@ -298,11 +329,11 @@ class _Stream:
 
     def payload_nbytes(self, number: int) -> int:
         """The bytes of slices in a file, without padding."""
-        return sum(stop - start for _, start, stop, _ in self._within(number))
+        return sum(stop - start for _, start, stop, _ in self.within(number))
 
-    def held_nbytes(self, number: int) -> int:
-        """About the memory that writing a file takes, besides the arrays."""
-        held = [(stop - start, each.is_copied) for _, start, stop, each in self._within(number)]
+    def copied_nbytes(self, number: int) -> int:
+        """About the memory for copies that `encode` takes."""
+        held = [(stop - start, each.is_copied) for _, start, stop, each in self.within(number)]
         copied = sum([nbytes for nbytes, is_copied in held if is_copied])
         if self.shard.compression:
             return copied + 2 * self.shard.file_nbytes
@@ -310,20 +341,19 @@ class _Stream:
         chunk = self.shard.chunk_nbytes
         return copied + sum([min(nbytes, 2 * chunk) for nbytes, _ in held])
 
-    def write(self, number: int) -> None:
-        """Writes a file, in one piece."""
-        assert self._store is not None
+    def encode(self, stream: ts.TensorStore, number: int) -> None:
+        """Writes a file of a stream that TensorStore has opened."""
         chunk = self.shard.chunk_nbytes
         begin = position = number * self.shard.file_nbytes
         end = min(begin + self.shard.file_nbytes, self.shard.nbytes)
         transaction = ts.Transaction()
-        store = self._store.with_transaction(transaction)
+        store = stream.with_transaction(transaction)
         writes: list[ts.WriteFutures] = []
         gathered: list[np.ndarray] = []  # from `begin` to `position`
 
         def put(data: np.ndarray) -> None:
             nonlocal begin
-            self._sum_up(begin, data)
+            self.sum_up(begin, data)
             target = store[begin : begin + data.size]
             writes.append(target.write(data, can_reference_source_data_indefinitely=True))
             begin += data.size
@@ -339,7 +369,7 @@ class _Stream:
                 put(joined)
 
         try:
-            for offset, start, stop, contents in self._within(number):
+            for offset, start, stop, contents in self.within(number):
                 if offset + start > position:
                     gathered.append(_PADDING[: offset + start - position])
                 data = contents.bytes(start, stop)
@@ -364,7 +394,7 @@ class _Stream:
         except ValueError as error:
             raise storage_error(error, self.directory) from error
 
-    def _sum_up(self, begin: int, data: np.ndarray) -> None:
+    def sum_up(self, begin: int, data: np.ndarray) -> None:
         """Goes on with the checksums of blocks. A file is summed up from its beginning on."""
         size, done = self.shard.block_nbytes, 0
         while done < data.size:
@@ -378,17 +408,88 @@ class _Stream:
         """Writes the index of the shard, after all files."""
         shard = replace(
             self.shard,
-            stored_nbytes=files_nbytes(self.directory),
+            stored_nbytes=self.stored_nbytes(),
             checksums=self._checksums.tobytes(),
         )
         data = Index((self._table,), (shard,), (0,)).to_bytes()
         write_file(os.path.join(self.directory, INDEX), data, durable=durable)
         if durable:
-            if shard.files:
-                fsync_directory(os.path.join(self.directory, DATA))
-            fsync_directory(self.directory)
+            self.flush_names()
         digest = hashlib.sha256(data).digest()
         return replace(shard, directory=self.directory, checksums=b"", digest=digest), self._table
+
+
+class _LocalStream(_Stream):
+    """A stream in a file system."""
+
+    def prepare(self, is_new: bool) -> None:
+        os.makedirs(self.directory, exist_ok=True)
+        if os.listdir(self.directory):
+            raise _taken(self.directory)
+        self._store = open_stream(self.directory, self.shard, new_context())
+
+    def held_nbytes(self, number: int) -> int:
+        return self.copied_nbytes(number)
+
+    def write(self, number: int, *, durable: bool) -> None:
+        self.encode(self._store, number)
+        if durable:
+            fsync_file(file_path(self.directory, number))
+
+    def stored_nbytes(self) -> int:
+        return files_nbytes(self.directory)
+
+    def flush_names(self) -> None:
+        if self.shard.files:
+            fsync_directory(os.path.join(self.directory, DATA))
+        fsync_directory(self.directory)
+
+
+class _RemoteStream(_Stream):
+    """A stream in an object store. A file is made in memory, and written in one request."""
+
+    def prepare(self, is_new: bool) -> None:
+        if not is_new and is_taken(os.path.join(self.directory, INDEX)):
+            raise _taken(self.directory)
+
+    def held_nbytes(self, number: int) -> int:
+        return self.copied_nbytes(number) + 2 * self.shard.file_nbytes
+
+    def write(self, number: int, *, durable: bool) -> None:
+        data = self._compressed(number) if self.shard.compression else self._plain(number)
+        self._sizes[number] = len(data)
+        objects.write(file_path(self.directory, number), data)
+
+    def _plain(self, number: int) -> bytes:
+        begin = position = number * self.shard.file_nbytes
+        end = min(begin + self.shard.file_nbytes, self.shard.nbytes)
+        parts: list[np.ndarray] = []
+        for offset, start, stop, contents in self.within(number):
+            parts += [_PADDING[: offset + start - position], contents.bytes(start, stop)]
+            position = offset + stop
+        parts.append(_PADDING[: end - position])
+        for part in parts:
+            self.sum_up(begin, part)
+            begin += part.size
+        # Arrays are buffers; numpy's stubs say so from Python 3.12 on.
+        buffers: list[Any] = [*parts, file_end(self.shard, number)]
+        return b"".join(buffers)
+
+    def _compressed(self, number: int) -> bytes:
+        context = memory_context()
+        self.encode(open_in_memory(self.shard, context), number)
+        store = ts.KvStore.open({"driver": "memory"}, context=context).result()
+        return store.read(f"{DATA}/{number}").result().value
+
+    def stored_nbytes(self) -> int:
+        return sum(self._sizes)
+
+    def flush_names(self) -> None:
+        pass  # what a store has acknowledged is durable
+
+
+def _taken(directory: str) -> FileExistsError:
+    return FileExistsError(f"{directory}: a shard needs a new directory, but this has files")
 
 
 class _Contents:

@@ -37,8 +37,9 @@ from google.protobuf import text_format
 
 from ckpt_jax.graph._proto import checkpoint_state_pb2
 from ckpt_jax.store.files import read_file, replace_file, shortened
-from ckpt_jax.store.guard import guarded
-from ckpt_jax.store.paths import as_path
+from ckpt_jax.store.guard import changing
+from ckpt_jax.store.objects import is_url
+from ckpt_jax.store.paths import absolute, as_path, is_within, relative
 
 STATE_FILE = "checkpoint"
 _MAX_PATH, _MAX_NAME = 4096, 255  # characters; no system takes more bytes
@@ -146,7 +147,7 @@ def get_checkpoint_state(
             f"{path}: expected a model_checkpoint_path, found none. Delete the file, or name the "
             "latest checkpoint in it."
         )
-    return _with_paths(state, lambda stored: os.path.join(directory, stored))
+    return _with_paths(state, lambda stored: _usable_path(directory, stored))
 
 
 def _understood(text: str) -> CheckpointState:
@@ -192,15 +193,18 @@ def update_checkpoint_state(
     path = os.path.join(directory, latest_filename or STATE_FILE)
     stored = stored_form(directory, state)
     checkpoint = os.path.join(directory, stored.model_checkpoint_path)
-    if os.path.abspath(checkpoint) == os.path.abspath(path):
+    if absolute(checkpoint) == absolute(path):
         raise RuntimeError(
             f"{path}: expected different names for checkpoint and state file, got the same. "
             "Save under another name, or pass another latest_filename."
         )
-    with guarded(directory):
+
+    def change() -> None:
         text = state_text(directory, os.path.basename(path))
         before = writers_in(text) if writers is None else writers
         replace_file(path, _rendered(before) + render(stored))
+
+    changing(directory, change)
 
 
 def record_latest(directory: str, name: str, path: str) -> None:
@@ -213,12 +217,13 @@ def record_latest(directory: str, name: str, path: str) -> None:
       name: of the checkpoint, without its number.
       path: of the checkpoint.
     """
-    with guarded(directory):
+
+    def change() -> None:
         try:
             before = _understood(state_text(directory))
         except ValueError:
             before = CheckpointState("")
-        before = _with_paths(before, lambda stored: os.path.join(directory, stored))
+        before = _with_paths(before, lambda stored: _usable_path(directory, stored))
         others = {
             other: time
             for other, time in before.managed.items()
@@ -229,6 +234,8 @@ def record_latest(directory: str, name: str, path: str) -> None:
             last = before.last_preserved_timestamp
             state = CheckpointState(path, (*others, path), (*others.values(), last), last)
         update_checkpoint_state(directory, state)
+
+    changing(directory, change)
 
 
 def state_text(directory: str, latest_filename: str = STATE_FILE) -> str:
@@ -275,11 +282,14 @@ def replace_writers(directory: str, writers: Mapping[str, Writer]) -> bool:
       OSError: it could not be replaced.
     """
     path = os.path.join(directory, STATE_FILE)
-    with guarded(directory):
+
+    def change() -> bool:
         text = state_text(directory)
         if text:
             replace_file(path, _rendered(writers) + _WRITER.sub("", text))
-    return bool(text)
+        return bool(text)
+
+    return changing(directory, change)
 
 
 def _rendered(writers: Mapping[str, Writer]) -> str:
@@ -362,9 +372,15 @@ def _with_paths(state: CheckpointState, change: Callable[[str], str]) -> Checkpo
     )
 
 
+def _usable_path(directory: str, stored: str) -> str:
+    return stored if is_url(stored) else os.path.join(directory, stored)
+
+
 def _stored_path(directory: str, path: str) -> str:
+    if is_url(directory) or is_url(path):
+        return relative(path, directory) if is_within(path, directory) else path
     if os.path.isabs(directory) and not os.path.isabs(path):
         return path
-    relative = os.path.relpath(path, directory)
-    outside = relative.split(os.sep, 1)[0] == os.pardir
-    return path if outside and os.path.isabs(path) else relative
+    way = os.path.relpath(path, directory)
+    outside = way.split(os.sep, 1)[0] == os.pardir
+    return path if outside and os.path.isabs(path) else way

@@ -1,30 +1,101 @@
 """Storage: the place where checkpoints lie, behind one interface.
 
-`Posix` is the file system of this machine, or one that several machines have mounted.
+`Posix` is the file system of this machine, or one that several machines have mounted. `ObjectStore`
+is a store without directories, renames and locks. The path says which one it is (`storage_of`). It
+is then passed on, from the public functions to those that save and read.
 """
 
 from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
-from ckpt_jax.store.directory import Staging, require_checkpoint
+from ckpt_jax.store import attempts, objects
+from ckpt_jax.store.attempts import Attempt
+from ckpt_jax.store.directory import (
+    Staging,
+    is_checkpoint,
+    remove_directory,
+    require_checkpoint,
+)
 from ckpt_jax.store.fetch import ShardedReader
 from ckpt_jax.store.forks import require_not_forked, use_tensorstore
-from ckpt_jax.store.manifest import MANIFEST, META
+from ckpt_jax.store.manifest import MANIFEST, META, Part
 from ckpt_jax.store.merge import SHARDS
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, resolved
-from ckpt_jax.store.presence import status_of
+from ckpt_jax.store.presence import is_file, status_of
+
+
+class Stage(Protocol):
+    """The place where a checkpoint is written before it is there.
+
+    Attributes:
+      path: where the checkpoint will be.
+      directory: where it is written.
+      mark: in the names of what this process writes there; empty if the directory is this save's.
+    """
+
+    @property
+    def path(self) -> str: ...
+    @property
+    def directory(self) -> str: ...
+    @property
+    def mark(self) -> str: ...
+
+    def claimed(self, *, overwrite: bool, durable: bool) -> AbstractContextManager[None]:
+        """Entered by the process that publishes, while the checkpoint is written. If the block
+        fails, what was written is removed, unless it may still become a checkpoint.
+
+        Raises:
+          FileExistsError: there is something at the path that may not be replaced.
+        """
+        ...
+
+    def joined(
+        self, shards: str, prefix: str, *, durable: bool, is_lost: Callable[[], bool]
+    ) -> AbstractContextManager[None]:
+        """Entered by the other processes; see `Staging.joined`."""
+        ...
+
+    def check(self) -> None:
+        """Checks that what was written is still there.
+
+        Raises:
+          CheckpointError: it was taken away.
+        """
+        ...
+
+    def complete(self, parts: Mapping[str, Part], *, durable: bool) -> None:
+        """Writes what is left to write, given the parts for the manifest."""
+        ...
+
+    def publish(self, *, overwrite: bool, durable: bool) -> None:
+        """Makes the checkpoint appear at its path, whole, and in one step.
+
+        Raises:
+          FileExistsError: there is something at the path that may not be replaced.
+          CommitInDoubtError: it is not known whether it has appeared.
+        """
+        ...
+
+    def is_committed(self) -> bool:
+        """Whether a checkpoint that was in doubt has appeared.
+
+        Raises:
+          OSError: this is still not known.
+        """
+        ...
 
 
 class Storage(Protocol):
     """A place where checkpoints lie. All paths are paths in it."""
 
-    def stage(self, path: str, token: str) -> Staging:
+    def stage(self, path: str, token: str) -> Stage:
         """The place where the checkpoint of `path` is written; `token` makes its name unique."""
         ...
 
@@ -52,6 +123,21 @@ class Storage(Protocol):
 
         Raises:
           OSError: it is not known what is there.
+        """
+        ...
+
+    def saved_at(self, path: str) -> float | None:
+        """When the checkpoint at a path was committed, in seconds since the epoch; None if there is
+        none, or if the storage does not tell."""
+        ...
+
+    def remove(self, path: str) -> None:
+        """Removes the checkpoint at a path. A part of it is never taken for a checkpoint. It is no
+        error if nothing is there.
+
+        Raises:
+          CheckpointNotFoundError: something else is there; it stays.
+          OSError: it could not be removed, or not all of it.
         """
         ...
 
@@ -83,12 +169,64 @@ class Posix:
                 return status.st_dev, status.st_ino, status.st_mtime_ns
         return None
 
+    def saved_at(self, path: str) -> float | None:
+        status = status_of(os.path.join(path, MANIFEST)) if is_checkpoint(path) else None
+        return None if status is None else status.st_mtime
+
+    def remove(self, path: str) -> None:
+        remove_directory(path)
+
     def entries(self, location: str) -> Hashable:
         folders = [status_of(os.path.join(location, name)) for name in ("", META, SHARDS)]
         return tuple([each and (each.st_ino, each.st_mtime_ns) for each in folders])
 
 
-POSIX = Posix()
+class ObjectStore:
+    """A store behind a URL: a checkpoint is there as soon as its manifest is."""
+
+    def stage(self, path: str, token: str) -> Attempt:
+        return Attempt(path, token)
+
+    def located(self, path: str) -> str:
+        return absolute(path)
+
+    def open(self, location: str, path: str) -> ShardedReader:
+        require_not_forked()
+        try:
+            return ShardedReader(location)
+        except CheckpointNotFoundError:
+            require_checkpoint(path)  # says what is there instead
+            raise
+
+    def generation(self, location: str) -> Hashable | None:
+        return objects.generation_of(f"{location}/{MANIFEST}")
+
+    def saved_at(self, path: str) -> float | None:
+        return attempts.saved_at(absolute(path))
+
+    def remove(self, path: str) -> None:
+        if not attempts.remove(path) and is_file(path):
+            require_checkpoint(path)
+
+    def entries(self, location: str) -> Hashable:
+        return None  # the manifest goes first, and tells
+
+
+POSIX, OBJECT_STORE = Posix(), ObjectStore()
+
+
+def storage_of(path: str) -> Storage:
+    """The storage in which a path lies.
+
+    >>> type(storage_of("s3://bucket/run")).__name__, type(storage_of("run")).__name__
+    ('ObjectStore', 'Posix')
+    """
+    return OBJECT_STORE if is_url(path) else POSIX
+
+
+def generation_at(path: str) -> Hashable | None:
+    """`Storage.generation`, of the storage in which a path lies."""
+    return storage_of(path).generation(path)
 
 
 class Pinned:

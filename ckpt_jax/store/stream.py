@@ -5,6 +5,8 @@ one-dimensional zarr3 array of bytes with the sharding codec. A *chunk* is the u
 compressed. A *block* is a number of chunks that have one checksum. A *file* holds a number of
 blocks and, after them, the place of each chunk. Without compression the chunks lie in a file one
 after the other, so any range of the stream is the same range of its files.
+
+In an object store, a file is one value.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ import tensorstore as ts
 from crc32c import crc32c
 
 from ckpt_jax.errors import CheckpointError
+from ckpt_jax.store import objects
 from ckpt_jax.store.forks import use_tensorstore
 from ckpt_jax.store.index import Shard
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, require_addressable
 from ckpt_jax.store.workers import cores
 
@@ -59,6 +63,12 @@ def new_context() -> ts.Context:
     """
     use_tensorstore()
     return ts.Context({"cache_pool": {"total_bytes_limit": 0}}, _threads())
+
+
+def memory_context() -> ts.Context:
+    """A context whose stores in memory are its own."""
+    use_tensorstore()
+    return ts.Context({"memory_key_value_store": {}}, _threads())
 
 
 def checksum_of(data: np.ndarray, before: int = 0) -> int:
@@ -126,6 +136,19 @@ def open_stream(directory: str, shard: Shard, context: ts.Context) -> ts.TensorS
     """The stream of the shard in `directory`, as an array of bytes. Nothing is read or written."""
     path = absolute(directory)
     require_addressable(path)
+    if is_url(path):
+        kvstore, context = objects.opened_below(path)
+        return _opened(kvstore, shard, context)
+    # A path, not a URL: directories may be called "a?b" or "a%20b".
+    return _opened({"driver": "file", "path": f"{path}/"}, shard, context)
+
+
+def open_in_memory(shard: Shard, context: ts.Context) -> ts.TensorStore:
+    """A stream whose files are values in the memory store of `context`."""
+    return _opened({"driver": "memory"}, shard, context)
+
+
+def _opened(kvstore: dict[str, Any], shard: Shard, context: ts.Context) -> ts.TensorStore:
     codecs: list[object] = [{"name": "bytes"}]
     if shard.compression:
         # Its level is the writer's choice. The checksums of chunks are in the index.
@@ -138,8 +161,7 @@ def open_stream(directory: str, shard: Shard, context: ts.Context) -> ts.TensorS
     grid = {"chunk_shape": [shard.file_nbytes]}
     spec = {
         "driver": "zarr3",
-        # A path, not a URL: directories may be called "a?b" or "a%20b".
-        "kvstore": {"driver": "file", "path": f"{path}/"},
+        "kvstore": kvstore,
         "metadata": {
             "zarr_format": 3,
             "node_type": "array",

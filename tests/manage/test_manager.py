@@ -862,7 +862,7 @@ def test_a_save_that_fails_in_the_background_is_raised_and_can_be_repeated(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ckpt_jax.saving.pipeline.commit", full)
+        patch.setattr("ckpt_jax.saving.pipeline.assemble", full)
         assert manager.save(options=ckpt.CheckpointOptions(enable_async=True))
         with pytest.raises(ckpt.AsyncSaveError, match="No space left"):
             manager.sync()

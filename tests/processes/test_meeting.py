@@ -702,13 +702,14 @@ def test_who_does_not_know_whether_process_0_goes_on_leaves_it_what_it_has_writt
     tmp_path, monkeypatch
 ):
     is_gone = threading.Event()
-    merge = pipeline.commit
+    merge = pipeline.assemble
 
     def merge_slowly(*arguments, **options):
-        merge(*arguments, **options)
+        parts = merge(*arguments, **options)
         assert is_gone.wait(SECONDS)
+        return parts
 
-    monkeypatch.setattr(pipeline, "commit", merge_slowly)
+    monkeypatch.setattr(pipeline, "assemble", merge_slowly)
 
     def program(processes):
         seconds = SHORT if processes.index else SECONDS
@@ -806,15 +807,15 @@ def test_all_find_the_same_steps_due_whenever_they_hear_of_a_save_that_failed(tm
 
 def test_all_find_the_same_steps_due_after_one_did_not_know_of_a_failure(tmp_path, monkeypatch):
     is_gone = threading.Event()
-    merge = pipeline.commit
+    merge = pipeline.assemble
 
     def fail_once(*arguments, **options):
         if not is_gone.is_set():
             assert is_gone.wait(SECONDS)
             raise OSError("no space")
-        merge(*arguments, **options)
+        return merge(*arguments, **options)
 
-    monkeypatch.setattr(pipeline, "commit", fail_once)
+    monkeypatch.setattr(pipeline, "assemble", fail_once)
 
     def program(processes):
         step = ckpt.Variable(0)

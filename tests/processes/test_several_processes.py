@@ -10,6 +10,7 @@ from real_processes import outputs_of, running
 from trees import LAYOUTS, differences, placed_tree
 
 import ckpt_jax as ckpt
+from ckpt_jax.store import stream
 from ckpt_jax.store.fetch import read_index
 
 SAVE = """
@@ -196,7 +197,8 @@ except ckpt.ProcessError as error:
 """
 
 
-def test_with_broadcast_large_replicated_arrays_are_read_once(tmp_path):
+def test_with_broadcast_large_replicated_arrays_are_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "BLOCK_NBYTES", 64 << 10)  # an array has many blocks
     tree = placed_tree(*LAYOUTS["8"])
     ckpt.save(tmp_path / "saved", tree)
     ckpt.save(tmp_path / "w0", {"w": tree["arrays"]["large2"]})

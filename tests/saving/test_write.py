@@ -125,15 +125,15 @@ def test_the_shard_of_one_device_is_written_by_as_many_threads_as_there_are_core
     monkeypatch.setattr(stream_module, "FILE_NBYTES", 4 << 10)
     monkeypatch.setattr(shard_module, "cores", lambda: count)
     meeting = threading.Barrier(count, timeout=60)
-    threads, original = [], shard_module._Stream.write
+    threads, original = [], shard_module._LocalStream.write
 
-    def write(stream, number):
+    def write(stream, number, **options):
         threads.append(threading.current_thread())
         if len(threads) <= count:
             meeting.wait()
-        original(stream, number)
+        original(stream, number, **options)
 
-    monkeypatch.setattr(shard_module._Stream, "write", write)
+    monkeypatch.setattr(shard_module._LocalStream, "write", write)
     tree = {f"{i}": jnp.arange(i * 700, dtype=jnp.int32).reshape(i, 700) for i in range(1, 9)}
     checkpoint = ckpt.Checkpoint(tree=tree)
     path = checkpoint.write(tmp_path / "a", ckpt.CheckpointOptions(enable_async=in_background))

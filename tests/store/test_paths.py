@@ -94,13 +94,14 @@ def door(request, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "url",
     [
-        "gs://bucket/run/ckpt",
-        "s3://bucket/run/ckpt",
+        "https://host/run/ckpt",
         "file:///somewhere/ckpt",
-        "memory://ckpt",
+        "S3://bucket/run/ckpt",
+        "s3:///run/ckpt",
+        "memory://run/../ckpt",
         "hdfs+x.y-1://host/ckpt",
-        b"gs://bucket/run/ckpt",
-        Url("gs://bucket/run/ckpt"),
+        b"hdfs://host/run/ckpt",
+        Url("hdfs://host/run/ckpt"),
         pathlib.PurePosixPath("gs://bucket/run/ckpt"),
         "~",
         "~/runs/ckpt",
@@ -118,8 +119,10 @@ def test_a_url_a_home_directory_and_a_null_character_are_refused_at_every_door(d
 
 def test_an_error_of_a_url_says_what_to_pass_instead(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="gs://.* are not supported.*mounted directory"):
-        ckpt.save("gs://bucket/a", {"a": 1})
+    with pytest.raises(ValueError, match="hdfs://.* are not supported.*mounted directory"):
+        ckpt.save("hdfs://host/a", {"a": 1})
+    with pytest.raises(ValueError, match="Pass 's3://bucket/a' as a string"):
+        ckpt.save(pathlib.PurePosixPath("s3://bucket/a"), {"a": 1})
     with pytest.raises(ValueError, match="Pass the path alone: '/somewhere/a'"):
         ckpt.save("file:///somewhere/a", {"a": 1})
     with pytest.raises(ValueError, match=r"os.path.expanduser\('~/a'\)"):

@@ -204,15 +204,15 @@ def test_streams_are_written_by_as_many_threads_as_there_are_cores(
     count = 3
     monkeypatch.setattr(shard_module, "cores", lambda: count)
     meeting = threading.Barrier(count, timeout=60)
-    names, original = [], shard_module._Stream.write
+    names, original = [], shard_module._LocalStream.write
 
-    def write(stream, number):
+    def write(stream, number, **options):
         names.append(threading.current_thread())
         if len(names) <= count:
             meeting.wait()
-        original(stream, number)
+        original(stream, number, **options)
 
-    monkeypatch.setattr(shard_module._Stream, "write", write)
+    monkeypatch.setattr(shard_module._LocalStream, "write", write)
     values = {f"{tmp_path}/{i}": {"x": np.full(250_000, i)} for i in range(shards)}
     written = write_shards(values, durable=False, max_inflight_bytes=1 << 30)
     assert len({*names[:count]}) == len({*names}) == count
@@ -341,14 +341,14 @@ def test_an_unknown_compression_is_refused(tmp_path):
 def test_an_error_of_the_file_system_is_an_os_error_that_names_the_directory(
     tmp_path, monkeypatch, compression
 ):
-    original = shard_module._Stream.write
+    original = shard_module._LocalStream.write
 
-    def write(stream, number):
+    def write(stream, number, **options):
         with open(os.path.join(stream.directory, "c"), "xb"):  # where the directory would be
             pass
-        original(stream, number)
+        original(stream, number, **options)
 
-    monkeypatch.setattr(shard_module._Stream, "write", write)
+    monkeypatch.setattr(shard_module._LocalStream, "write", write)
     with pytest.raises(OSError, match="shard") as caught:
         write_shard(tmp_path / "shard", {"x": np.ones(100_000)}, compression=compression)
     assert caught.value.errno in (errno.ENOTDIR, errno.EEXIST)
@@ -360,16 +360,16 @@ def test_if_one_file_fails_its_error_is_raised_and_the_others_are_given_up(
     """The other writers wait in the middle of their files until one has failed."""
     monkeypatch.setattr(shard_module, "cores", lambda: 3)
     meeting = threading.Barrier(3, timeout=60)
-    writes, original = [], shard_module._Stream.write
+    writes, original = [], shard_module._LocalStream.write
 
-    def write(stream, number):
+    def write(stream, number, **options):
         writes.append(number)
         meeting.wait()
         if number == 1:
             raise OSError(errno.ENOSPC, "No space left on device", stream.directory)
-        original(stream, number)
+        original(stream, number, **options)
 
-    monkeypatch.setattr(shard_module._Stream, "write", write)
+    monkeypatch.setattr(shard_module._LocalStream, "write", write)
     path = tmp_path / "shard"
     with pytest.raises(OSError, match="No space left") as caught:
         write_shard(path, {"x": np.zeros(100 << 18, np.uint8)}, max_inflight_bytes=1 << 30)
@@ -391,10 +391,10 @@ def test_an_error_of_the_callback_ends_the_write(tmp_path, small_files):
 def test_a_write_that_was_interrupted_is_no_shard(tmp_path, small_files, monkeypatch):
     path = str(tmp_path / "shard")
 
-    def wait(futures, **options):
+    def as_completed(futures, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shard_module, "wait", wait)
+    monkeypatch.setattr(shard_module, "as_completed", as_completed)
     with pytest.raises(KeyboardInterrupt):
         write_shard(path, {"x": np.ones(100_000), "y": np.ones(100_000)})
     for read in (read_index, read_shard):

@@ -131,13 +131,13 @@ def test_staging_is_held_as_long_as_one_of_several_is_at_work_on_it(tmp_path):
 
 
 def test_a_save_in_the_background_holds_its_staging_until_it_is_committed(tmp_path, monkeypatch):
-    commit, seen = pipeline.commit, []
+    commit, seen = pipeline.assemble, []
 
     def look(shards, tables, destination, *arguments, **options):
         seen.append((threading.current_thread().name, is_abandoned(destination)))
         return commit(shards, tables, destination, *arguments, **options)
 
-    monkeypatch.setattr(pipeline, "commit", look)
+    monkeypatch.setattr(pipeline, "assemble", look)
     checkpoint = ckpt.Checkpoint(x=1)
     checkpoint.save(tmp_path / "ckpt", ckpt.CheckpointOptions(enable_async=True))
     checkpoint.sync()
@@ -261,16 +261,17 @@ def test_process_0_leaves_what_others_of_its_run_have_made_where_their_locks_are
 def test_a_save_whose_staging_was_taken_away_fails_and_publishes_nothing(
     tmp_path, monkeypatch, is_made_again
 ):
-    commit = pipeline.commit
+    assemble = pipeline.assemble
 
     def take_away(shards, tables, destination, *arguments, **options):
-        commit(shards, tables, destination, *arguments, **options)
+        parts = assemble(shards, tables, destination, *arguments, **options)
         os.rename(destination, tmp_path / "taken")
         if is_made_again:  # as TensorStore does with directories that are missing
             os.mkdir(destination)
+        return parts
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "commit", take_away)
+        patch.setattr(pipeline, "assemble", take_away)
         with pytest.raises(ckpt.CheckpointError, match="renamed or removed.*Save again"):
             ckpt.save(tmp_path / "a", {"x": 1})
     assert os.listdir(tmp_path) == ["taken"]
@@ -415,7 +416,7 @@ def test_a_checkpoint_that_is_being_removed_is_held(tmp_path, monkeypatch):
         seen.append(is_abandoned(aside))
         rmtree(aside, **options)
 
-    monkeypatch.setattr("ckpt_jax.api.latest.shutil.rmtree", look)
+    monkeypatch.setattr("ckpt_jax.store.directory.shutil.rmtree", look)
     remove_checkpoint(path)
     assert seen == [False]
     assert os.listdir(tmp_path) == []

@@ -23,6 +23,7 @@ from ckpt_jax.restoring.formats.torch import TORCH
 from ckpt_jax.restoring.formats.torch_distributed import TORCH_DISTRIBUTED
 from ckpt_jax.restoring.formats.writing_npz import write_npz
 from ckpt_jax.restoring.formats.writing_safetensors import write_safetensors
+from ckpt_jax.store.objects import is_url
 
 FORMATS: tuple[Format, ...] = (
     replace(SAFETENSORS, write=write_safetensors),
@@ -40,12 +41,16 @@ def formats() -> tuple[Format, ...]:
 
 
 def format_of(path: str) -> Format | None:
-    """The format that recognises what is at an absolute path; None if none does."""
-    return next((format for format in formats() if format.recognises(path)), None)
+    """The format that recognises what is at an absolute path; None if none does. Of what lies in an
+    object store, only formats that a program has registered are asked."""
+    asked = registered_formats() if is_url(path) else formats()
+    return next((format for format in asked if format.recognises(path)), None)
 
 
 def foreign_steps(directory: str) -> dict[int, str]:
     """The checkpoints of other formats in a directory, by number; ascending."""
+    if is_url(directory):
+        return {}
     found = {number: path for each in formats() for number, path in each.steps(directory).items()}
     return dict(sorted(found.items()))
 
@@ -59,7 +64,7 @@ def open_foreign(path: str) -> Reader | None:
     format = format_of(path)
     if format is not None:
         return format.open(path)
-    for format in formats():
+    for format in () if is_url(path) else formats():
         if format.suffixes and path.lower().endswith(format.suffixes) and os.path.isfile(path):
             raise CorruptCheckpointError(
                 f"{path}: damaged or incomplete: its name is that of a file of {format.name}, but "
