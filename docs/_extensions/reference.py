@@ -239,6 +239,11 @@ def _escaped(line):
     return start + "".join(parts)
 
 
+def with_readable_defaults(app, what, name, value, options, signature, returned):
+    """A default that a function makes has no text that could be parsed."""
+    return signature and signature.replace("<factory>", "..."), returned
+
+
 def without_fields(app, what, name, member, skipped, options):
     """Leaves out the fields of named tuples and slots: their classes describe them."""
     kind = type(member).__name__
@@ -246,7 +251,14 @@ def without_fields(app, what, name, member, skipped, options):
 
 
 def setup(app):
+    # Here, because a test of this module needs no Sphinx.
+    from sphinx.domains.python import PyObject
+
     app.connect("builder-inited", write_pages)
     app.connect("autodoc-process-docstring", as_restructured, priority=100)  # before napoleon
+    app.connect("autodoc-process-signature", with_readable_defaults)
     app.connect("autodoc-skip-member", without_fields)
+    for field in PyObject.doc_field_types:
+        if field.name == "variable":
+            field.label = "Attributes"
     return {"parallel_read_safe": True}
