@@ -139,7 +139,7 @@ def test_every_link_to_a_file_leads_to_one():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("script", ["demo", "interop", "test"])
+@pytest.mark.parametrize("script", ["demo", "docs", "interop", "test"])
 def test_without_a_python_a_script_says_in_one_line_what_to_do(script):
     done = subprocess.run(
         [ROOT / "scripts" / script],

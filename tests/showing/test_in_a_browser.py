@@ -1,6 +1,7 @@
 """The page of `show --html` in a real browser: Debian's chromium, without a window."""
 
 import shutil
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -49,20 +50,27 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(params=["light", "dark"])
-def page(request, browser, file):
-    """The page, opened. What it complains about or asks the network for is a failure."""
-    page = browser.new_page(viewport={"width": 1300, "height": 900}, color_scheme=request.param)
+@contextmanager
+def opened(browser, file, scheme="light"):
+    """A page, opened. What it complains about or asks the network for is a failure."""
+    page = browser.new_page(viewport={"width": 1300, "height": 900}, color_scheme=scheme)
     complaints, asked = [], []
     page.on("console", lambda message: complaints.append(message.text))
     page.on("pageerror", lambda error: complaints.append(str(error)))
+    page.on("dialog", lambda dialog: complaints.append(dialog.message) or dialog.dismiss())
     page.on("request", lambda request: asked.append(request.url))
     page.goto(file.as_uri())
-    page.scheme = request.param
+    page.scheme = scheme
     yield page
     assert not complaints
     assert [url for url in asked if not url.startswith("data:")] == [file.as_uri()]
     page.close()
+
+
+@pytest.fixture(params=["light", "dark"])
+def page(request, browser, file):
+    with opened(browser, file, request.param) as page:
+        yield page
 
 
 def background(page):
@@ -156,3 +164,45 @@ def test_the_graph_has_arcs_for_shared_objects_and_slots_and_unfolds(page):
     shared.hover()
     assert graph.locator(".row.lit code").all_inner_texts() == ["embedding", "kernel"]
     assert graph.locator("path.shared.lit:not(.head)").count() == 1
+
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+def test_a_name_is_never_markup_and_a_file_of_another_library_has_a_page(browser, tmp_path):
+    np.savez(tmp_path / "a.npz", **{HOSTILE: np.ones(3), "</script><script>alert(2)//": np.ones(2)})
+    assert main(["show", str(tmp_path / "a.npz"), "--html", str(tmp_path / "a.html")]) == 0
+    with opened(browser, tmp_path / "a.html") as page:
+        page.locator("#values tr", has_text="onerror").click()
+        assert page.inner_text("#detail h3") == HOSTILE
+        page.locator("#map g.value").first.hover()
+        assert page.inner_text("#tip").startswith(HOSTILE)
+        assert page.locator("img").count() == 0
+
+
+def test_copies_of_a_box_are_named_together(browser, tmp_path, mesh42):
+    by_row = NamedSharding(mesh42, PartitionSpec("data"))
+    tree = {"w": jax.device_put(jnp.ones((8, 6)), by_row), "v": np.ones(2)}
+    path = ckpt.save(tmp_path / "a", tree)
+    assert main(["show", path, "--html", str(tmp_path / "a.html")]) == 0
+    with opened(browser, tmp_path / "a.html") as page:
+        cell(page, "w").click()
+        array, mesh = page.locator("#detail svg.grid").all()
+        assert (array.locator("g").count(), mesh.locator("g").count()) == (4, 8)
+        mesh.locator("g").nth(5).hover()
+        held = page.inner_text("#held")
+        assert held == "Device 5 of the mesh (data=2, model=1) held [4:6, 0:6]"
+        assert array.locator("g.lit").text_content() == "4, 5"
+        assert mesh.locator("g.lit").all_text_contents() == ["4", "5"]
+
+
+def test_very_many_values_are_listed_as_far_as_asked_for(browser, tmp_path):
+    path = ckpt.save(tmp_path / "a", {f"layer_{i}": np.ones(2) for i in range(2000)})
+    assert main(["show", path, "--html", str(tmp_path / "a.html")]) == 0
+    with opened(browser, tmp_path / "a.html") as page:
+        rows = page.locator("#values tbody tr")
+        assert rows.count() == 300
+        page.click("#more")
+        assert rows.count() == 2000 and page.locator("#more").is_hidden()
+        page.fill("#search", "layer_1999")
+        assert rows.count() == 1

@@ -206,8 +206,9 @@ function shards(panel, {shape, mesh, splits}) {
     const w = width / columns, h = height / rows;
     const g = drawn('g', {}, drawn('rect', {class: 'box', style: `--hue:${hue(k)}`, rx: 4,
       x: left + j * w, y: i * h, width: w, height: h}));
-    if (w > 26 && h > 15) g.append(drawn('text', {x: left + (j + .5) * w, y: (i + .5) * h},
-      its.length > 2 && w < 90 ? `${its.length} devices` : its.slice(0, 3).map(p => p.number).join(', ') + (its.length > 3 ? ' ...' : '')));
+    const room = Math.floor(w / 24);  // numbers of devices
+    const label = its.length <= room ? its.map(p => p.number).join(', ') : `${its.length} devices`;
+    if (w > 7 * label.length && h > 15) g.append(drawn('text', {x: left + (j + .5) * w, y: (i + .5) * h}, label));
     if (its.length) link(g, k, `${boxOf(its[0].index)} on ${its.slice(0, 8).map(names).join('; ')}${its.length > 8 ? ` and ${its.length - 8} more` : ''}`);
     array.append(g);
   }
