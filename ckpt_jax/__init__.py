@@ -12,6 +12,7 @@ See `Checkpoint` for objects, `save`, `restore` and `load` for trees, and `io` t
 
 from ckpt_jax import io, metrics, readers
 from ckpt_jax.api.checkpoint import Checkpoint
+from ckpt_jax.api.copying import copy
 from ckpt_jax.api.export import convert, export
 from ckpt_jax.api.frozen import FrozenSaver
 from ckpt_jax.api.inspect import (
@@ -47,13 +48,26 @@ from ckpt_jax.errors import (
     UnsaveableError,
     UnsupportedFormatError,
 )
+from ckpt_jax.manage.due import (
+    SaveAny,
+    SaveAtSteps,
+    SaveContinuously,
+    SaveEveryNSeconds,
+    SaveEveryNSteps,
+    SaveOccasion,
+    SaveOnPreemption,
+    SavePolicy,
+)
+from ckpt_jax.manage.evaluate import evaluate_new
 from ckpt_jax.manage.manager import CheckpointManager
 from ckpt_jax.manage.preemption import PreemptionHandler
+from ckpt_jax.manage.removal import Removal
 from ckpt_jax.manage.retention import (
     CheckpointRecord,
     KeepAny,
     KeepBest,
     KeepEveryNSteps,
+    KeepFor,
     KeepLatest,
     RetentionPolicy,
 )
@@ -115,6 +129,7 @@ __all__ = [
     "KeepAny",
     "KeepBest",
     "KeepEveryNSteps",
+    "KeepFor",
     "KeepLatest",
     "LoadStatus",
     "MaxShardSize",
@@ -127,11 +142,20 @@ __all__ = [
     "ProcessError",
     "PythonState",
     "RegistrationError",
+    "Removal",
     "ReportEntry",
     "ReshardCallback",
     "RestoreMismatchError",
     "RestoreReport",
     "RetentionPolicy",
+    "SaveAny",
+    "SaveAtSteps",
+    "SaveContinuously",
+    "SaveEveryNSeconds",
+    "SaveEveryNSteps",
+    "SaveOccasion",
+    "SaveOnPreemption",
+    "SavePolicy",
     "ShardByDevice",
     "ShardByProcess",
     "ShardError",
@@ -147,6 +171,8 @@ __all__ = [
     "VerifyReport",
     "checkpoints_iterator",
     "convert",
+    "copy",
+    "evaluate_new",
     "export",
     "get_checkpoint_state",
     "io",

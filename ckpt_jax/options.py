@@ -7,12 +7,17 @@ is about to write and returns them in groups, one group per shard.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
+
 from ckpt_jax.graph.boxes import Box, size_of
+from ckpt_jax.graph.dtypes import dtype_name, dtype_of, family
+from ckpt_jax.graph.patterns import Pattern
 from ckpt_jax.store.workers import spare_nbytes
 
 Path = str | bytes | os.PathLike[Any]  # as programs give it
@@ -181,6 +186,11 @@ class CheckpointOptions:
         write_callbacks: functions that are called after the commit, with no argument or with the
           path. If there are several processes, the functions must not save.
         compression: None, or "zstd".
+        cast_on_save: (pattern, dtype) pairs: arrays of floats that are stored with another dtype,
+            such as `(("params/**", jnp.bfloat16),)`. For each array the first pattern that matches
+            its path counts; other values are stored as they are. A value that does not fit is an
+            error. The checkpoint says what the dtypes were. To restore into arrays of these dtypes,
+            pass `cast=True`.
         durable: fsync files and directories before a save is reported as done.
       For restores:
         cast: allow a restore to change a value's dtype; otherwise another dtype is a mismatch.
@@ -219,6 +229,7 @@ class CheckpointOptions:
     sharding_policy: ShardingPolicy = ShardByDevice()
     write_callbacks: tuple[Callable[..., Any], ...] = ()
     compression: Literal["zstd"] | None = None
+    cast_on_save: Sequence[tuple[Pattern, Any]] = ()
     durable: bool = True
 
     # For restores.
@@ -256,6 +267,34 @@ class CheckpointOptions:
         if not isinstance(callbacks, Iterable) or not all(map(callable, found := [*callbacks])):
             raise TypeError(f"write_callbacks must be a sequence of functions, got {callbacks!r}")
         object.__setattr__(self, "write_callbacks", tuple(found))
+        object.__setattr__(self, "cast_on_save", _casts(self.cast_on_save))
+
+
+def _casts(given: Any) -> tuple[tuple[Pattern, np.dtype], ...]:
+    """The casts of a save, with numpy's dtypes."""
+    what = 'cast_on_save: expected (pattern, dtype) pairs, as (("params/**", jnp.bfloat16),)'
+    if isinstance(given, str | bytes) or not isinstance(given, Iterable):
+        raise TypeError(f"{what}, got {given!r}")
+    found: list[tuple[Pattern, np.dtype]] = []
+    for each in given:
+        if not isinstance(each, Sequence) or len(each) != 2 or isinstance(each, str):
+            raise TypeError(f"{what}, got {each!r} among them")
+        pattern, kind = each
+        if not isinstance(pattern, str | re.Pattern):
+            raise TypeError(f"{what}, got the pattern {pattern!r}")
+        if not _is_float(kind):
+            raise ValueError(
+                f"cast_on_save: expected a dtype of floats for {pattern!r}, got {kind!r}"
+            )
+        found.append((pattern, np.dtype(kind)))
+    return tuple(found)
+
+
+def _is_float(kind: Any) -> bool:
+    try:
+        return family(dtype_of(dtype_name(np.dtype(kind)))) == "float"
+    except (TypeError, ValueError):
+        return False
 
 
 _SWITCHES = ("enable_async", "durable", "cast", "skip_slot_variables", "broadcast")

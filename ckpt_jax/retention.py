@@ -5,6 +5,7 @@ from ckpt_jax.manage.retention import (
     KeepAny,
     KeepBest,
     KeepEveryNSteps,
+    KeepFor,
     KeepLatest,
     RetentionPolicy,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "KeepAny",
     "KeepBest",
     "KeepEveryNSteps",
+    "KeepFor",
     "KeepLatest",
     "RetentionPolicy",
 ]

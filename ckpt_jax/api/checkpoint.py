@@ -305,6 +305,36 @@ class Checkpoint(AutoTrackable):
         """
         self._runs().background.wait()
 
+    def cancel(self) -> bool:
+        """Cancels a save in the background. Nothing of it stays, and the next save works.
+
+        It waits until the files of the save are removed, which takes no longer than one file of 64
+        MiB takes to write. The save does not count. From the moment on in which the checkpoint
+        takes its name, it cannot be cancelled; then its record is waited for.
+
+        If there are several processes, call it on all of them. It returns the same on all. If one
+        process alone calls it, the save fails on all: the others get an `AsyncSaveError`.
+
+        Returns:
+          Whether a save was cancelled. False if none was under way, or if it was committed: then
+          the checkpoint is there, and is the latest.
+
+        Raises:
+          AsyncSaveError: an earlier save failed; or this one was committed, and failed then; or, if
+            there are several processes, it is not known whether it was committed.
+
+        Example:
+          >>> import numpy as np, os, tempfile
+          >>> in_background = CheckpointOptions(enable_async=True)
+          >>> with tempfile.TemporaryDirectory() as directory:
+          ...     checkpoint = Checkpoint(w=np.zeros(10))
+          ...     path = checkpoint.save(f"{directory}/ckpt", in_background)
+          ...     is_cancelled = checkpoint.cancel()
+          ...     is_cancelled != os.path.exists(path)
+          True
+        """
+        return self._runs().cancel()
+
     def _runs(self) -> SaveRuns:
         return self.__dict__.setdefault("_self_runs", SaveRuns())
 

@@ -416,7 +416,9 @@ def remove_checkpoint(path: Path) -> None:
       False
     """
     path = absolute(as_path(path))
-    storage_of(path).remove(path)
+    with storage_of(path).removing(path) as remove_rest:
+        if remove_rest is not None:
+            remove_rest()
 
 
 def _name_without_number(path: str) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY, object_key_of, path_of
+from ckpt_jax.graph.metadata import METADATA_KEY
 from ckpt_jax.graph.patterns import Selection, selects
 from ckpt_jax.options import Path
 from ckpt_jax.progress import Wanted
@@ -196,6 +197,10 @@ def _graph(reader: CheckpointReader) -> Iterator[Damage]:
         _ = reader.saved_objects
     except (CorruptCheckpointError, UnsupportedFormatError) as error:
         yield _damage(reader.path, error, SAVED_OBJECTS_KEY)
+    try:
+        _ = reader.metadata
+    except CorruptCheckpointError as error:
+        yield _damage(reader.path, error, METADATA_KEY)
 
 
 def _values(

@@ -106,6 +106,7 @@ def to_message(graph: ObjectGraph) -> pb.TrackableObjectGraph:
             weak_type=spec.weak_type,
             prng_impl=spec.prng_impl,
             enum_class=spec.enum_class,
+            cast_from=spec.cast_from,
         )
     for sharding in shardings.numbers:
         out = message.shardings.add(
@@ -224,11 +225,14 @@ def _spec(message: pb.LeafSpec) -> LeafSpec:
         message.weak_type,
         message.prng_impl,
         message.enum_class,
+        message.cast_from,
     )
     if spec.is_array or spec.is_key:
         sound = not spec.is_bytes and (spec.kind != "numpy_scalar" or not spec.shape)
     else:
         sound = spec.dtype in DTYPES_OF_KIND.get(spec.kind, ()) and not spec.shape
+    if spec.cast_from and not spec.is_array:
+        raise ValueError(f"a value of kind {spec.kind!r} cannot have been cast")
     if not sound:
         raise ValueError(f"a value of kind {spec.kind!r} cannot be {spec.dtype}{list(spec.shape)}")
     return spec

@@ -45,6 +45,7 @@ class LeafSpec:
       weak_type: whether JAX took the dtype from a Python scalar.
       prng_impl: of a PRNG key, the name of its implementation.
       enum_class: of the member of an enum, the module-qualified name of its class; never imported.
+      cast_from: of an array that the save has cast, the dtype that it had in the program.
       note: of an unreadable value, why it cannot be read and what to do about it.
 
     >>> spec = LeafSpec("array", "float32", (4, 3))
@@ -58,6 +59,7 @@ class LeafSpec:
     weak_type: bool = False
     prng_impl: str = ""
     enum_class: str = ""
+    cast_from: str = ""
     note: str = ""
 
     def __str__(self) -> str:

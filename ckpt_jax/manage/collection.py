@@ -10,11 +10,13 @@ record  the notes and the state file are written once more
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 
 from ckpt_jax.api.latest import (
     checkpoint_exists,
@@ -27,23 +29,35 @@ from ckpt_jax.manage.fence import Fence
 from ckpt_jax.manage.ledger import (
     Ledger,
     UnknownMetrics,
+    observed,
     own_number,
     path_in,
     read_ledger,
     recovered,
     restorable,
+    with_noted,
     write_ledger,
 )
-from ckpt_jax.manage.retention import CheckpointRecord, RetentionPolicy, Sweep, plan_sweep
+from ckpt_jax.manage.removal import Removal, Remover
+from ckpt_jax.manage.retention import (
+    CheckpointRecord,
+    RetentionPolicy,
+    Sweep,
+    metrics_of,
+    plan_sweep,
+)
 from ckpt_jax.store.attempts import collect, remains_in
 from ckpt_jax.store.directory import number_of
-from ckpt_jax.store.guard import guarded
-from ckpt_jax.store.notes import NOTES_FILE
+from ckpt_jax.store.guard import changing, guarded
+from ckpt_jax.store.lease import without_lease
+from ckpt_jax.store.notes import NOTES_FILE, add_metrics
 from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.presence import is_taken, names_in
 from ckpt_jax.store.staging import STAGING, remove_abandoned, why_kept
 from ckpt_jax.store.state_file import state_text
 from ckpt_jax.store.storage import generation_at
+
+AT_ONCE = Removal()
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -81,6 +95,8 @@ class Collection:
       preserve_interval_seconds: the least time between two checkpoints that are kept forever; None
         keeps none forever.
       clock: returns the time in seconds since the epoch.
+      is_read_only: whether it is only asked.
+      removal: how checkpoints are removed.
 
     Attributes:
       series: the same for managers of the same directory and name.
@@ -94,7 +110,12 @@ class Collection:
         policy: RetentionPolicy | None,
         preserve_interval_seconds: float | None,
         clock: Callable[[], float],
+        is_read_only: bool = False,
+        removal: Removal = AT_ONCE,
     ):
+        self._is_read_only = is_read_only
+        self._remover = Remover(directory, name, removal, clock)
+        self._removal = removal
         self._directory, self._name = self.series = directory, name
         self._clock = clock
         self._policy = policy
@@ -108,7 +129,10 @@ class Collection:
     def _read(self) -> None:
         """Reads the ledger as it is in the files."""
         self._state = state_text(self._directory)
-        self.ledger = recovered(self._directory, self._name, self._clock())
+        if self._is_read_only:
+            self.ledger = observed(self._directory, self._name)
+        else:
+            self.ledger = recovered(self._directory, self._name, self._clock())
 
     def _read_again(self) -> None:
         """Reads the ledger again if another program has changed it."""
@@ -126,12 +150,38 @@ class Collection:
         elif self._fence.is_behind():
             raise self._fence.error()
 
+    def present(self) -> Ledger:
+        """The ledger as it is now, for questions: with the metrics that evaluators have recorded,
+        and, as long as this manager has saved nothing, with the checkpoints of the one that saves.
+        """
+        ledger = self.ledger
+        if not self._fence.is_claimed and state_text(self._directory) != self._state:
+            ledger = observed(self._directory, self._name)
+        return with_noted(self._directory, ledger)
+
+    def record_metrics(self, number: int, metrics: Mapping[str, float]) -> bool:
+        """Adds metrics to those of a managed checkpoint, for this manager and all others.
+
+        Returns:
+          Whether there is such a checkpoint.
+
+        Raises:
+          ValueError: the file of the metrics cannot be understood; it is not changed.
+        """
+        for record in self.present().records:
+            if record.number == number:
+                add = partial(add_metrics, self._directory, os.path.basename(record.path), metrics)
+                changing(self._directory, add)
+                return True
+        return False
+
     def candidates(self) -> list[str]:
         """The checkpoints that can be restored, best first."""
-        latest = self.ledger.latest
+        ledger = self.present()
+        latest = ledger.latest
         if latest is None:
             return []
-        abandoned = {record.path for record in self.ledger.records if record.is_abandoned}
+        abandoned = {record.path for record in ledger.records if record.is_abandoned}
         older = [p for p in older_checkpoints(self._directory, latest) if p not in abandoned]
         return [latest, *older]
 
@@ -216,10 +266,12 @@ class Collection:
     def collect(self, dry_run: bool) -> list[str]:
         """Removes checkpoints that are not needed, and what interrupted saves have left; see
         `CheckpointManager.gc`."""
+        if not dry_run:
+            self._remover.wait()
         self._keep_up()
         if self.ledger.latest is None:
             return []
-        ledger = self._with_adopted(self.ledger)
+        ledger = self._with_adopted(with_noted(self._directory, self.ledger))
         unknown, sweep = self._plan_sweep(ledger)
         leftovers = self._leftovers()
         if not (sweep.preserve or sweep.remove or leftovers) or not self._is_latest_usable():
@@ -229,7 +281,10 @@ class Collection:
         self.ledger = ledger.without(unknown)
         self._forget_recorded()
         remove = collect if is_url(self._directory) else remove_abandoned
-        return [*self._sweep(sweep), *[p for p in leftovers if _attempt(remove, p)]]
+        removed = [*self._sweep(sweep), *[p for p in leftovers if _attempt(remove, p)]]
+        removed += self._remover.empty_trash()
+        self._remover.wait()
+        return removed
 
     def record(self, record: CheckpointRecord, is_overtaken: bool = False) -> None:
         """Makes a checkpoint that was just committed the latest, and sweeps.
@@ -249,13 +304,14 @@ class Collection:
         while True:
             before = self.ledger
             ledger = self._with_adopted(before)
+            fresh = {path, *self._begun}
             is_older = is_overtaken and ledger.latest is not None
             ledger = ledger.with_older(record) if is_older else ledger.with_latest(record)
             with guarded(self._directory):
                 if self._published.pop(path, None) not in (None, generation_at(path)):
                     raise self._fence.error(f"It has replaced {path} before that was recorded.")
                 try:
-                    self._write_to_files(ledger, is_newest=True)
+                    ledger = self._write_to_files(ledger, is_newest=True, fresh=fresh)
                 except SupersededError:
                     saved = f"{path} was saved, but is not recorded: restore it by its path."
                     raise self._fence.error(saved) from None
@@ -269,6 +325,7 @@ class Collection:
             self.ledger = self.ledger.without(unknown)
         if (sweep.preserve or sweep.remove) and self._is_latest_usable():
             self._sweep(sweep)
+            self._remover.empty_trash()
 
     def _forget_recorded(self) -> None:
         for record in self.ledger.records:
@@ -305,12 +362,21 @@ class Collection:
             self._write(self.ledger.without(frozenset([path])))
 
     def _write(self, ledger: Ledger) -> None:
-        self._write_to_files(ledger, is_newest=False)
-        self.ledger = ledger
+        self.ledger = self._write_to_files(ledger, is_newest=False)
 
-    def _write_to_files(self, ledger: Ledger, *, is_newest: bool) -> None:
-        fence = self._fence
-        write_ledger(self._directory, self._name, ledger, is_newest=is_newest, fence=fence)
+    def _write_to_files(
+        self, ledger: Ledger, *, is_newest: bool, fresh: Iterable[str] = ()
+    ) -> Ledger:
+        """Writes a ledger; returns it with the metrics that others have recorded."""
+        return write_ledger(
+            self._directory,
+            self._name,
+            ledger,
+            is_newest=is_newest,
+            fence=self._fence,
+            fresh=frozenset(fresh),
+            has_metrics=self._policy is not None and bool(metrics_of(self._policy)),
+        )
 
     def _plan_sweep(self, ledger: Ledger) -> tuple[frozenset[str], Sweep]:
         """The paths of checkpoints that a policy cannot judge, and the plan for all others."""
@@ -359,7 +425,7 @@ class Collection:
         for record in sweep.remove:
             if self._fence.is_claimed and self._fence.is_behind():
                 break  # the new manager may need what is left
-            outcome = _attempt(_remove_managed, record.path)
+            outcome = _attempt(self._remove_managed, record.path)
             if outcome is None:
                 continue
             if outcome:
@@ -380,6 +446,27 @@ class Collection:
                 "%s: the removal of checkpoints could not be recorded: %s", self._directory, error
             )
         return removed
+
+    def _remove_managed(self, path: str) -> bool:
+        """Removes a checkpoint, at least from its path; returns whether there was one.
+
+        Raises:
+          BlockingIOError: somebody has a lease of it.
+          OSError: it is still there, or this is not known.
+        """
+        if not checkpoint_exists(path):
+            return False
+        remove = remove_checkpoint if self._removal == AT_ONCE else self._remover.remove
+        with without_lease(path) as is_free:
+            if not is_free:
+                raise BlockingIOError(errno.EAGAIN, "an evaluator is at work on it", path)
+            try:
+                remove(path)
+            except OSError as error:
+                if checkpoint_exists(path):
+                    raise
+                _log.warning("%s could not be removed as a whole: %s", path, error)
+        return True
 
     def _leftovers(self) -> list[str]:
         """Abandoned staging directories of saves with numbers up to that of the latest. A warning
@@ -409,28 +496,14 @@ class Collection:
         return number is not None and number <= latest
 
 
-def _remove_managed(path: str) -> bool:
-    """Removes a checkpoint, at least from its path; returns whether there was one.
-
-    Raises:
-      OSError: it is still there, or this is not known.
-    """
-    if not checkpoint_exists(path):
-        return False
-    try:
-        remove_checkpoint(path)
-    except OSError as error:
-        if checkpoint_exists(path):
-            raise
-        _log.warning("%s could not be removed as a whole: %s", path, error)
-    return True
-
-
 def _attempt(remove: Callable[[str], bool], path: str) -> bool | None:
     """What `remove` returns; None if it fails. Its error is logged, not raised, because the save
     itself has succeeded."""
     try:
         return remove(path)
+    except BlockingIOError as error:
+        _log.info("%s stays for now: %s", path, error.strerror)
+        return None
     except OSError as error:
         _log.warning("%s could not be removed: %s", path, error)
         return None

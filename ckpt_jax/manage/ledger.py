@@ -20,7 +20,7 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ckpt_jax.api.latest import beside, checkpoint_exists, state_in, warn_of_move
@@ -206,13 +206,23 @@ def recovered(directory: str, name: str, now: float) -> Ledger:
             *(directory, now, ledger.last_preserved),
         )
         return Ledger(ledger.latest, (), now)
+    return _managed(ledger)
+
+
+def _managed(ledger: Ledger) -> Ledger:
     # A latest checkpoint that no manager manages is listed with this time.
     records = [
         record
         for record in ledger.records
         if record.time != ledger.last_preserved or known_metrics(record)
     ]
-    return Ledger(ledger.latest, tuple(records), ledger.last_preserved)
+    return replace(ledger, records=tuple(records))
+
+
+def observed(directory: str, name: str) -> Ledger:
+    """The ledger that a manager of this name has left so far, for those who only ask."""
+    found = read_ledger(directory, name)
+    return _managed(found or Ledger(_found_by_name(directory, name), (), 0.0))
 
 
 def _warn_of_unrecorded(directory: str, name: str, ledger: Ledger) -> None:
@@ -304,9 +314,38 @@ def _here(directory: str, path: str) -> str:
     return os.path.join(directory, name) if is_here else beside(directory, path)
 
 
+def with_noted(directory: str, ledger: Ledger, fresh: Collection[str] = ()) -> Ledger:
+    """A ledger with the metrics that were recorded since, perhaps by other programs.
+
+    Args:
+      directory: the one that has the files.
+      ledger: of a manager.
+      fresh: the paths of checkpoints that are not recorded yet. What is noted about them belongs to
+        checkpoints that they have replaced.
+    """
+    try:
+        noted = (read_notes(directory) or Notes()).metrics
+    except ValueError:  # a warning has said so
+        return ledger
+    records = [
+        replace(record, metrics={**known_metrics(record), **own})
+        if record.path not in fresh and (own := noted.get(os.path.basename(record.path)))
+        else record
+        for record in ledger.records
+    ]
+    return replace(ledger, records=tuple(records))
+
+
 def write_ledger(
-    directory: str, name: str, ledger: Ledger, *, is_newest: bool, fence: Fence
-) -> None:
+    directory: str,
+    name: str,
+    ledger: Ledger,
+    *,
+    is_newest: bool,
+    fence: Fence,
+    fresh: Collection[str] = (),
+    has_metrics: bool = False,
+) -> Ledger:
     """Writes a ledger that has a latest checkpoint. Entries of managers with other names stay.
 
     Args:
@@ -316,6 +355,12 @@ def write_ledger(
       is_newest: whether its latest checkpoint was saved after all others in the directory. Then the
         name is claimed.
       fence: of the manager.
+      fresh: see `with_noted`.
+      has_metrics: whether a policy asks for metrics. Then there has to be a file of them, because
+        metrics that are not there yet differ from a file that is lost.
+
+    Returns:
+      The ledger that was written: with the metrics that others have recorded.
 
     Raises:
       SupersededError: another manager has claimed the name since.
@@ -323,13 +368,15 @@ def write_ledger(
     """
     assert ledger.latest is not None
 
-    def change() -> None:
+    def change() -> Ledger:
         writers = fence.renewed(claims=is_newest)
-        _write_notes(directory, name, ledger)
-        state = _state_with(directory, name, ledger, is_newest)
+        noted = with_noted(directory, ledger, fresh)
+        _write_notes(directory, name, noted, has_metrics)
+        state = _state_with(directory, name, noted, is_newest)
         update_checkpoint_state(directory, state, writers=writers)
+        return noted
 
-    changing(directory, change)
+    return changing(directory, change)
 
 
 def _state_with(directory: str, name: str, ledger: Ledger, is_newest: bool) -> CheckpointState:
@@ -380,7 +427,7 @@ def _notes_of(directory: str) -> Notes | None:
         return None
 
 
-def _write_notes(directory: str, name: str, ledger: Ledger) -> None:
+def _write_notes(directory: str, name: str, ledger: Ledger, has_metrics: bool) -> None:
     try:
         before = read_notes(directory) or Notes()
     except ValueError:  # a warning has said so
@@ -399,7 +446,9 @@ def _write_notes(directory: str, name: str, ledger: Ledger) -> None:
         for record in ledger.records
         if record.origin not in (None, _usual(record, ledger.records))
     }
-    write_notes(directory, Notes(metrics, frozenset(abandoned), origins))
+    is_known = not any(isinstance(record.metrics, UnknownMetrics) for record in ledger.records)
+    notes = Notes(metrics, frozenset(abandoned), origins)
+    write_notes(directory, notes, is_needed=has_metrics and is_known)
 
 
 def restorable(directory: str, name: str) -> list[int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ckpt_jax.api.checkpoint import Checkpoint, request_for, set_save_counter, take_back_count
 from ckpt_jax.manage.collection import Collection
+from ckpt_jax.manage.mirror import Mirror
 from ckpt_jax.manage.retention import CheckpointRecord
 from ckpt_jax.manage.schedule import Schedule
 from ckpt_jax.options import CheckpointOptions
@@ -26,6 +27,8 @@ class ManagedSave:
       step: the present step; None if there is no interval.
       now: the present step, on which all processes have to agree; None if it is not known.
       new_record: returns the record of the checkpoint, given the save counter.
+      parts: small entries that are committed with the checkpoint.
+      mirror: gets a copy; None if there is none.
     """
 
     def __init__(
@@ -38,9 +41,12 @@ class ManagedSave:
         step: int | None,
         now: int | None,
         new_record: Callable[[int], CheckpointRecord],
+        parts: Mapping[str, bytes],
+        mirror: Mirror | None,
     ):
         self._checkpoint, self._schedule, self._collection = checkpoint, schedule, collection
         self._meeting, self._options, self._new_record = meeting, options, new_record
+        self._parts, self._mirror = parts, mirror
         self._step, self._now, self._before = step, now, schedule.position
         self._count = checkpoint.save_counter + 1
         self._record: CheckpointRecord | None = None
@@ -62,12 +68,18 @@ class ManagedSave:
         if not self._meeting.leads:
             return request
         self._collection.begin(record)
-        return replace(request, publishing=lambda: self._collection.publishing(record.path))
+        return replace(
+            request,
+            publishing=lambda: self._collection.publishing(record.path),
+            extra=lambda live: self._parts,
+        )
 
     def record(self, is_overtaken: bool = False) -> None:
         assert self._record is not None
         if self._meeting.leads:
             self._collection.record(self._record, is_overtaken)
+            if self._mirror is not None:
+                self._mirror.committed(self._record)
         else:
             self._collection.follow()
 

@@ -18,11 +18,11 @@ from __future__ import annotations
 import contextlib
 import html
 import logging
-import operator
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -32,39 +32,43 @@ from ckpt_jax.api.checkpoint import (
     check_values,
     replace_values,
     save_runs_of,
-    set_save_counter,
 )
 from ckpt_jax.api.latest import checkpoint_exists, refuse_others
 from ckpt_jax.api.preflight import preflight
-from ckpt_jax.api.status import LoadStatus, outcome_of
-from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError, RestoreMismatchError
-from ckpt_jax.graph.labels import VARIABLE_VALUE
-from ckpt_jax.manage.collection import Collection
+from ckpt_jax.api.status import LoadStatus
+from ckpt_jax.errors import CheckpointError, CheckpointNotFoundError
+from ckpt_jax.graph.metadata import METADATA_KEY, encode
+from ckpt_jax.manage.arguments import as_integer, as_limit, as_metrics, as_policies
+from ckpt_jax.manage.collection import AT_ONCE, Collection
+from ckpt_jax.manage.due import SavePolicy, goes_by_step
 from ckpt_jax.manage.ledger import known_metrics, own_number
 from ckpt_jax.manage.managed_save import ManagedSave
+from ckpt_jax.manage.mirror import Mirror
+from ckpt_jax.manage.removal import Removal
+from ckpt_jax.manage.restart import Restart, shown, synchronise
 from ckpt_jax.manage.retention import (
     CheckpointRecord,
     KeepAny,
     KeepBest,
-    KeepLatest,
     RetentionPolicy,
     can_keep,
     counts_steps,
     metrics_of,
 )
 from ckpt_jax.manage.schedule import Schedule
-from ckpt_jax.objects.views import view_of
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
-from ckpt_jax.processes.context import current_context
+from ckpt_jax.processes.context import Context, current_context
 from ckpt_jax.processes.current import current
-from ckpt_jax.processes.meeting import Meeting, Processes
-from ckpt_jax.restoring.formats import foreign_steps
+from ckpt_jax.processes.meeting import Meeting
+from ckpt_jax.processes.patience import Patience
+from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.rename import Rule
 from ckpt_jax.store.directory import visible_in
 from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, as_path
 
 SECONDS_PER_HOUR = 3600
+Policy = RetentionPolicy | SavePolicy
 T = TypeVar("T")
 
 _log = logging.getLogger("ckpt_jax")
@@ -89,7 +93,7 @@ class CheckpointManager:
     * `max_to_keep=KeepBest("loss", 3, "min")`: the three best, and the latest.
     * `max_to_keep=3, policies=[KeepEveryNSteps(50)]`: the three latest, and 50, 100, 150, ...
       as long as the training steps are the numbers: `save(step)`.
-    * `max_to_keep=None`: all; policies decide nothing.
+    * `max_to_keep=None`: all; retention policies decide nothing.
 
     After the program has gone back to an earlier step and saved, the checkpoints that the new
     latest did not come from count as older than all others.
@@ -108,15 +112,26 @@ class CheckpointManager:
         function of no argument that returns one of these. Needed for `checkpoint_interval`.
       checkpoint_interval: at least this many steps are between two saves.
       init_fn: called by `restore_or_initialize` if there is nothing to restore.
-      policies: retention policies, or one. The checkpoints that they keep stay besides the
-        `max_to_keep` latest.
+      policies: what to keep and when to save: policies of both kinds, or one. The checkpoints
+        that retention policies keep stay besides the `max_to_keep` latest. If there are policies
+        that say when to save, `save(step)` returns None unless one of them says that it is due.
       last_checkpoint_step: the step of the last save, as if this manager had made it.
-      clock: returns the time in seconds since the epoch. It matters only for
-        `keep_checkpoint_every_n_hours`.
+      read_only: for programs that only restore and ask, such as evaluators: the manager writes,
+        removes and takes over nothing. It always answers for the present state of the directory,
+        which another manager may change.
+      removal: how checkpoints that are not kept are removed: `Removal(in_background=True)`, or
+        `Removal(trash="trash")`. By default a save removes them before it returns.
+      mirror: a directory or URL to which committed checkpoints are copied in the background, such
+        as "s3://bucket/run". Saves never wait for it; `sync` does. The policies choose among the
+        copies, too. `restore_or_initialize` takes the newest usable checkpoint of both places.
+      mirror_every: each checkpoint of this many is copied. If the one before is still being copied,
+        it waits, and is left out if another one is due before its turn.
+      clock: returns the time in seconds since the epoch, for everything that goes by time.
 
     Raises:
       ValueError: `max_to_keep` is not positive, an interval is negative or has no step counter, the
-        name contains directories, a policy can keep nothing, or the state file names no checkpoint
+        name contains directories, a policy can keep nothing, there are both an interval and
+        policies that say when to save, or the state file names no checkpoint
         and the directory has none.
       TypeError: an argument is of the wrong type.
 
@@ -144,8 +159,12 @@ class CheckpointManager:
         step_counter: Any = None,
         checkpoint_interval: int | None = None,
         init_fn: Callable[[], object] | None = None,
-        policies: RetentionPolicy | Iterable[RetentionPolicy] = (),
+        policies: Policy | Iterable[Policy] = (),
         last_checkpoint_step: int | None = None,
+        read_only: bool = False,
+        removal: Removal = AT_ONCE,
+        mirror: Path | None = None,
+        mirror_every: int = 1,
         clock: Callable[[], float] = time.time,
     ):
         if not isinstance(checkpoint, Checkpoint):
@@ -163,8 +182,13 @@ class CheckpointManager:
             raise TypeError(f"init_fn must be a function of no argument, got {init_fn!r}")
         if os.path.basename(checkpoint_name) != checkpoint_name:
             raise ValueError(f"expected a name without directories, got {checkpoint_name!r}")
-        limit = _limit(max_to_keep)
-        further = (policies,) if isinstance(policies, RetentionPolicy) else (*policies,)
+        limit = as_limit(max_to_keep)
+        further, when = as_policies(policies)
+        if when is not None and checkpoint_interval is not None:
+            raise ValueError(
+                "expected a checkpoint_interval or policies that say when to save, got both: "
+                f"{checkpoint_interval} and {when.policies}. An interval is SaveEveryNSteps(n)."
+            )
         everything = KeepAny(further if limit is None else (limit, *further))
         for policy in everything.policies:
             if not can_keep(policy):
@@ -181,13 +205,19 @@ class CheckpointManager:
         self._init_fn = init_fn
         self._step_counter = step_counter
         self._schedule = Schedule(
-            lambda: as_integer(step_counter), checkpoint_interval, last_checkpoint_step
+            None if step_counter is None else lambda: as_integer(step_counter),
+            checkpoint_interval,
+            last_checkpoint_step,
+            when,
+            clock,
         )
+        self._notices: list[Callable[[], bool]] = []  # say whether the program is told to end
         self._known_paths: set[str] = set()  # which this manager replaces without a warning
         self._has_restored = False
         self._has_said_unknown = False
         self._status: LoadStatus | None = None
-        self._metrics = metrics_of(everything)  # the names that its policies ask for
+        # The names that its policies ask for at each save.
+        self._metrics = metrics_of(everything, awaited=False)
         self._is_numbered_by_step = not (step_counter is not None and counts_steps(everything))
         self._collection = Collection(
             self._directory,
@@ -195,6 +225,23 @@ class CheckpointManager:
             None if limit is None else everything,
             preserve_interval_seconds,
             clock,
+            read_only,
+            removal,
+        )
+        self._is_read_only = read_only
+        self._mirror: Mirror | None = None
+        if mirror is not None:
+            self._mirror = Mirror(
+                absolute(as_path(mirror, "mirror", is_directory=True)),
+                checkpoint_name,
+                as_integer(mirror_every),
+                None if limit is None else everything,
+                preserve_interval_seconds,
+                clock,
+            )
+        self._shown = partial(shown, self._given, self._directory)
+        self._restart = Restart(
+            checkpoint, self._collection, self._schedule, self._directory, self._shown, self._mirror
         )
         save_runs_of(checkpoint).listen(self._restored)
 
@@ -207,6 +254,7 @@ class CheckpointManager:
         check_interval: bool = True,
         options: CheckpointOptions | None = None,
         metrics: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
         force: bool = False,
         **values: Any,
     ) -> str | None:
@@ -225,24 +273,29 @@ class CheckpointManager:
           checkpoint_number: the number in the name: an integer, or anything else that is allowed
             as `step_counter`. By default the save counter. A checkpoint of this name is replaced.
           check_interval: whether to return None if fewer than `checkpoint_interval` steps have
-            passed. At the step of the last save None is returned in any case. If there are several
-            processes, a save that failed in the background counts until `sync`, so that all of
-            them find the same steps due.
+            passed, or if the policies say that no save is due. At the step of the last save None is
+            returned in any case. If there are several processes, a save that failed in the
+            background counts until `sync`, so that all of them find the same steps due.
           options: how to save. Write callbacks are called before the state file changes.
-          metrics: numbers by name, for retention policies.
+          metrics: numbers by name, for retention policies. `record_metrics` adds others later.
+          metadata: what else to say about the checkpoint, as JSON: a dict of None, booleans,
+            numbers, strings, lists and dicts, such as the configuration, the revision of the code
+            and the position in the data. It is committed with the checkpoint, and read by
+            `metadata`. If there are several processes, that of process 0 counts.
           force: whether to save even if no save is due, also at the step of the last save.
           **values: new values of the checkpoint by name: `manager.save(step, state=state)`; see
             `Checkpoint.save`. They are assigned in any case, even if nothing is saved.
 
         Returns:
-          The path of the checkpoint, or None if `checkpoint_interval` says not to save, or
-          if another save was in flight and `when_busy="skip"` says not to wait for it.
+          The path of the checkpoint, or None if `checkpoint_interval` or policies say not to save,
+          or if another save was in flight and `when_busy="skip"` says not to wait for it.
 
         Raises:
-          ValueError: the number is negative, a metric is not one number, or the metric of a policy
-            is neither among `metrics` nor recorded before.
+          ValueError: the number is negative, a metric is not one number, the metric of a policy
+            is neither among `metrics` nor recorded before, or `metadata` is no JSON.
           TypeError: a number or step is not an integer, or an argument is of the wrong type.
           UnsaveableError: values cannot be saved; nothing was written.
+          CheckpointError: the manager is read-only.
           SupersededError: another manager has taken over. If nothing was at the path of this
             checkpoint, it was saved, but not recorded; later saves write nothing.
           AsyncSaveError: an earlier save failed in the background, and this one has not begun. If
@@ -251,26 +304,32 @@ class CheckpointManager:
 
         Source: `tf.train.CheckpointManager.save`, where a failed save advances the counter.
         """
+        self._require_writable("save")
         options, context = given(options), current_context()
         patience = context.processes.patience(options.timeout_seconds)
-        schedule, step = self._schedule, self._schedule.step()
+        schedule = self._schedule
+        is_asked = schedule.policy is not None and checkpoint_number is not None
+        step = schedule.step(as_integer(checkpoint_number) if is_asked else None)
         runs = save_runs_of(self._checkpoint)
+        parts: dict[str, bytes] = {}
 
         def check() -> None:
             check_values(self._checkpoint, values)
+            if metadata is not None:
+                parts[METADATA_KEY] = encode(metadata)
             for name, value in {"check_interval": check_interval, "force": force}.items():
                 if not isinstance(value, bool | np.bool_):
                     raise TypeError(f"{name}: expected True or False, got {value!r}")
 
-        if step is not None:
+        if step is not None or schedule.policy is not None:
             runs.settle_doubts(patience)  # their outcome may change what is due
-            if not (force or schedule.is_due(step, check_interval)):
+            if not (force or self._is_due(step, check_interval, context, patience)):
                 check()
                 replace_values(self._checkpoint, values)
                 return None
 
         def open_books(meeting: Meeting) -> ManagedSave | None:
-            if not (force or schedule.is_due(step, check_interval)):
+            if not force and schedule.is_due(step, check_interval) is False:
                 return None  # another thread has saved this step meanwhile
             replace_values(self._checkpoint, values)
             now = step
@@ -290,6 +349,8 @@ class CheckpointManager:
                 step,
                 now,
                 new_record,
+                parts,
+                self._mirror,
             )
 
         prefix = os.path.join(self._directory, self._name)
@@ -298,6 +359,28 @@ class CheckpointManager:
             replace_values(self._checkpoint, values)
             return None
         return self._shown(path)
+
+    def _is_due(
+        self, step: int | None, check_interval: bool, context: Context, patience: Patience
+    ) -> bool:
+        """Whether to save at a step, the same on all processes."""
+        schedule, policy = self._schedule, self._schedule.policy
+        is_due = schedule.is_due(step, check_interval)
+        if is_due is not None or policy is None:
+            return is_due is not False
+
+        def answer() -> bool:
+            occasion = schedule.occasion(
+                step,
+                is_saving=save_runs_of(self._checkpoint).background.is_busy,
+                is_preempted=any([noticed() for noticed in self._notices]),
+            )
+            return bool(policy.due(occasion))
+
+        if goes_by_step(policy):
+            return answer()
+        with context.processes.meeting("asking whether a save is due", patience) as meeting:
+            return bool(meeting.led(answer() if meeting.leads else None))
 
     def _new_record(
         self, count: int, number: Any, metrics: Mapping[str, Any] | None, leads: bool
@@ -317,8 +400,8 @@ class CheckpointManager:
 
     def _checked_metrics(self, metrics: Mapping[str, Any] | None) -> dict[str, float]:
         """The metrics of a save as numbers, after a check that the policies can use them."""
-        scores = _numbers(metrics)
-        records = self._collection.ledger.records
+        scores = as_metrics(metrics)
+        records = self._collection.present().records
         known = {*scores, *(name for record in records for name in known_metrics(record))}
         unknown = ", ".join(map(repr, sorted(self._metrics - known)))
         if unknown and metrics is not None:
@@ -326,13 +409,15 @@ class CheckpointManager:
                 f"{self._given}: a retention policy asks for the metric {unknown}, but no "
                 f"checkpoint has it, and this save gives "
                 f"{', '.join(map(repr, sorted(scores))) or 'no metric'}. Nothing was saved. "
-                "Correct the name in the policy or in metrics={...}."
+                "Correct the name in the policy or in metrics={...}. If an evaluator records the "
+                "metric later, say so: KeepBest(..., awaiting=3)."
             )
         if unknown and records and not self._has_said_unknown:
             self._has_said_unknown = True
             _log.warning(
                 "%s: a retention policy asks for the metric %s, but keeps nothing so far, because "
-                "no save has given metrics. Pass save(metrics={...}).",
+                "no save has given metrics. Pass save(metrics={...}). If an evaluator records the "
+                "metric later, say so: KeepBest(..., awaiting=3).",
                 *(self._given, unknown),
             )
         return scores
@@ -373,15 +458,16 @@ class CheckpointManager:
           ...     os.path.basename(path), fresh.step
           ('ckpt-1', 7)
         """
-        if current().count > 1 or is_url(self._directory):
+        is_shared = current().count > 1 or is_url(self._directory)
+        if is_shared and not self._is_read_only:
             preflight(self._directory)
-        paths = self._agreed_paths(self._candidates)
+        paths = self._restart.agreed_paths(self._restart.candidates)
         if not paths:
             self._warn_of_others()
             if self._init_fn is not None:
                 self._init_fn()
             return None
-        path, _, left = self._restore_newest(paths, (), None)
+        path, left = self._restore_first(paths, (), None)
         if left is not None:
             _log.warning(
                 "%s was restored in part: %s. If you did not expect that, compare the names in "
@@ -442,9 +528,9 @@ class CheckpointManager:
                 found = self._best(best, mode)
                 paths = [found] if found is not None else []
             elif number is not None:
-                return [self._path_of(number)]
+                return [self._restart.path_of(number)]
             else:
-                paths = self._candidates()
+                paths = self._restart.candidates()
             if not paths:
                 refuse_others(self._directory)
                 raise CheckpointNotFoundError(
@@ -454,22 +540,15 @@ class CheckpointManager:
                 )
             return paths
 
-        return self._restore_newest(self._agreed_paths(chosen), rename, options)[1]
+        self._restore_first(self._restart.agreed_paths(chosen), rename, options)
+        assert self._status is not None
+        return self._status
 
-    def _candidates(self) -> list[str]:
-        """The checkpoints that can be restored, best first; those of other libraries come last."""
-        foreign = foreign_steps(self._directory)
-        return [*self._collection.candidates(), *reversed(foreign.values())]
-
-    def _path_of(self, number: int) -> str:
-        """The path of the checkpoint with a number, or else of the step of another library."""
-        try:
-            return self._collection.path_of(number)
-        except CheckpointNotFoundError:
-            foreign = foreign_steps(self._directory)
-            if number not in foreign:
-                raise
-            return foreign[number]
+    def _restore_first(
+        self, paths: Sequence[str], rename: Iterable[Rule], options: CheckpointOptions | None
+    ) -> tuple[str, str | None]:
+        path, self._status, left = self._restart.restore_first(paths, rename, options)
+        return path, left
 
     def _warn_of_replacing(self, path: str) -> None:
         """Warns if a save will replace a checkpoint of an earlier run."""
@@ -497,64 +576,6 @@ class CheckpointManager:
                 "save(step).",
                 *(self._given, os.path.basename(path)),
             )
-
-    def _agreed_paths(self, find: Callable[[], list[str]]) -> list[str]:
-        """The checkpoints to restore, best first, as process 0 finds them."""
-        seconds = DEFAULT.timeout_seconds
-        with current().meeting(f"restoring from {self._directory}", seconds) as meeting:
-            self.sync()
-            return meeting.conclude(None, lambda _: find())
-
-    def _restore_newest(
-        self, paths: Sequence[str], rename: Iterable[Rule], options: CheckpointOptions | None
-    ) -> tuple[str, LoadStatus, str | None]:
-        """Restores the first usable path; returns it, the status, and what was left out."""
-        processes: Processes = current()
-        rules, before = tuple(rename), self._checkpoint.save_counter
-        first: Exception | None = None
-        for path in paths:
-            error: CorruptCheckpointError | CheckpointNotFoundError | None = None
-            status: LoadStatus | None = None
-            # If one process cannot use a checkpoint, none does.
-            with processes.meeting(f"restoring {path}", DEFAULT.timeout_seconds) as meeting:
-                try:
-                    status = self._checkpoint.restore(path, options, rename=rules)
-                except (CorruptCheckpointError, CheckpointNotFoundError) as found:
-                    error = found
-                problem = meeting.conclude(error and str(error), _first_problem)
-            if problem is None:
-                assert status is not None
-                left = self._check_match(path, status, before)
-                if path != paths[0]:
-                    _log.warning("fell back to %s, the newest usable checkpoint", path)
-                self._status = status
-                self._schedule.restored(path)
-                self._count_on(path)
-                return path, status, left
-            _log.warning("the checkpoint %s is not usable: %s", path, problem)
-            first = first or error or CorruptCheckpointError(problem)
-        assert first is not None
-        raise first
-
-    def _count_on(self, path: str) -> None:
-        """Lets the save counter go on from the step of another library, which does not know it."""
-        for step, foreign in foreign_steps(self._directory).items():
-            if foreign == path:
-                set_save_counter(self._checkpoint, step)
-
-    def _check_match(self, path: str, status: LoadStatus, counter: int) -> str | None:
-        """Checks that a restore has restored something; says what it has left out."""
-        is_nothing, left = outcome_of(status)
-        if is_nothing:
-            status.expect_partial()
-            set_save_counter(self._checkpoint, counter)
-            raise RestoreMismatchError(
-                f"{self._shown(path)}: nothing of this checkpoint was restored: "
-                f"{left}. Give the objects the names under which they were saved, "
-                "or pass manager.restore(rename=[(saved, target), ...]).",
-                status.report,
-            )
-        return left
 
     def _restored(self, path: str) -> None:
         """Notes that the checkpoint's objects were restored, by the manager or without it."""
@@ -588,7 +609,7 @@ class CheckpointManager:
         """The path of the managed checkpoint with the best value of a metric.
 
         Args:
-          metric: its name in `save(metrics=...)`.
+          metric: its name in `save(metrics=...)` or `record_metrics`.
           mode: whether "min" or "max" is the best value.
 
         Returns:
@@ -604,7 +625,7 @@ class CheckpointManager:
         best = KeepBest(metric, 1, mode)
         records = [
             replace(record, metrics=known_metrics(record))
-            for record in self._collection.ledger.records
+            for record in self._collection.present().records
             if checkpoint_exists(record.path)
         ]
         numbers = best.keep(tuple(records))
@@ -620,7 +641,7 @@ class CheckpointManager:
         return None
 
     def metrics(self, step: Any) -> dict[str, float]:
-        """The metrics with which a managed checkpoint was saved.
+        """The metrics with which a managed checkpoint was saved, and those recorded since.
 
         Args:
           step: its number.
@@ -629,13 +650,77 @@ class CheckpointManager:
           CheckpointNotFoundError: there is no managed checkpoint of this number.
         """
         number = as_integer(step)
-        for record in self._collection.ledger.records:
+        for record in self._collection.present().records:
             if record.number == number:
                 return dict(known_metrics(record))
-        raise CheckpointNotFoundError(
+        raise self._not_managed(number)
+
+    def _not_managed(self, number: int) -> CheckpointNotFoundError:
+        return CheckpointNotFoundError(
             f"{self._given}: expected a managed checkpoint {self._name}-{number}, found "
             f"{', '.join(map(str, self.steps)) or 'none'}. Pass one of manager.steps."
         )
+
+    def record_metrics(self, step: Any, **metrics: Any) -> None:
+        """Adds metrics to those of a managed checkpoint, after it was saved.
+
+        An evaluator in another process may do this with a manager of its own: that manager does not
+        take over, and the one that saves finds the metrics when its policies choose next. Use
+        `KeepBest(..., awaiting=3)` there, so that checkpoints wait for their metrics.
+
+        If there are several processes, all of them have to call this; the metrics of process 0
+        count.
+
+        Args:
+          step: the number of the checkpoint.
+          **metrics: numbers by name. Those that are recorded already are replaced.
+
+        Raises:
+          CheckpointNotFoundError: there is no managed checkpoint of this number.
+          ValueError: a metric is not one number.
+
+        Example:
+          >>> import tempfile
+          >>> with tempfile.TemporaryDirectory() as directory:
+          ...     manager = CheckpointManager(Checkpoint(step=7), directory)
+          ...     path = manager.save(100, metrics={"loss": 0.5})
+          ...     evaluator = CheckpointManager(Checkpoint(step=0), directory)
+          ...     evaluator.record_metrics(100, accuracy=0.75)
+          ...     manager.metrics(100)
+          {'loss': 0.5, 'accuracy': 0.75}
+        """
+        self._require_writable("record metrics")
+        number, scores = as_integer(step), as_metrics(metrics)
+        what = f"recording metrics of {self._name}-{number}"
+        with current().meeting(what, DEFAULT.timeout_seconds) as meeting:
+            is_there = meeting.conclude(
+                None, lambda _: self._collection.record_metrics(number, scores)
+            )
+        if not is_there:
+            raise self._not_managed(number)
+
+    def metadata(self, step: Any) -> dict[str, Any]:
+        """What `save(metadata=...)` said about a checkpoint; empty if it said nothing.
+
+        No value is read, and no device is used.
+
+        Args:
+          step: the number of the checkpoint, managed or not.
+
+        Raises:
+          CheckpointNotFoundError: there is no checkpoint of this number.
+          CorruptCheckpointError: it is damaged.
+
+        Example:
+          >>> import tempfile
+          >>> with tempfile.TemporaryDirectory() as directory:
+          ...     manager = CheckpointManager(Checkpoint(step=7), directory)
+          ...     path = manager.save(7, metadata={"revision": "4f2a", "config": {"lr": 0.5}})
+          ...     manager.metadata(7)
+          {'config': {'lr': 0.5}, 'revision': '4f2a'}
+        """
+        with CheckpointReader(self._restart.path_of(as_integer(step))) as reader:
+            return reader.metadata
 
     def delete(self, step: Any) -> None:
         """Removes a checkpoint of this manager's name, whether it is managed or not.
@@ -651,8 +736,22 @@ class CheckpointManager:
           SupersededError: another manager has taken over; nothing was removed.
           OSError: it could not be removed.
         """
+        self._require_writable("delete")
         number = as_integer(step)
         self._changed(f"deleting {self._name}-{number}", lambda: self._collection.delete(number))
+
+    def _require_writable(self, verb: str) -> None:
+        """Refuses to change anything in a directory that is only read.
+
+        Raises:
+          CheckpointError: this manager is read-only.
+        """
+        if self._is_read_only:
+            raise CheckpointError(
+                f"{self._given}: this manager is read-only and cannot {verb}. Nothing was changed. "
+                "To record metrics, use ckpt.evaluate_new, or a manager without read_only=True, "
+                "which takes nothing over before it saves."
+            )
 
     def _changed(self, what: str, change: Callable[[], T]) -> T:
         """Lets process 0 change the collection while nothing is saved; the others follow.
@@ -675,7 +774,8 @@ class CheckpointManager:
         Interrupted saves leave staging directories. Those that begin with this manager's name and a
         number up to that of the latest checkpoint are removed, if their owner is provably gone.
         (Those with a larger number are removed by the next save with this number.)
-        If the latest checkpoint is not usable, nothing is removed.
+        If the latest checkpoint is not usable, nothing is removed. If checkpoints are removed in
+        the background, this waits for it.
 
         Args:
           dry_run: whether to say only what would be removed.
@@ -695,12 +795,14 @@ class CheckpointManager:
           ...     [os.path.basename(path) for path in manager.gc(dry_run=True)]
           ['ckpt-1', 'ckpt-2']
         """
+        if not dry_run:
+            self._require_writable("remove")
         what = f"collecting in {self._directory}"
         removed = self._changed(what, lambda: self._collection.collect(dry_run))
         return [self._shown(path) for path in removed]
 
     def sync(self) -> None:
-        """Waits for a save in the background.
+        """Waits for a save in the background, and for copies to a mirror.
 
         Raises:
           AsyncSaveError: it failed; the cause is chained.
@@ -708,7 +810,15 @@ class CheckpointManager:
         Source: `tf.train.CheckpointManager.sync`.
         """
         try:
-            self._checkpoint.sync()
+            synchronise(self._checkpoint, self._schedule)
+        finally:
+            if self._mirror is not None:
+                self._mirror.sync()
+
+    def cancel(self) -> bool:
+        """Cancels a save in the background; see `Checkpoint.cancel`. Its step is due again."""
+        try:
+            return self._checkpoint.cancel()
         finally:
             self._schedule.synchronised()
 
@@ -753,7 +863,7 @@ class CheckpointManager:
 
         It may have been removed since. `ckpt.latest_checkpoint` checks that it exists.
         """
-        latest = self._collection.ledger.latest
+        latest = self._collection.present().latest
         return latest and self._shown(latest)
 
     @property
@@ -762,22 +872,17 @@ class CheckpointManager:
 
         Those on abandoned branches come first. Those that are kept forever are not listed.
         """
-        return [self._shown(record.path) for record in self._collection.ledger.records]
+        return [self._shown(record.path) for record in self._collection.present().records]
 
     @property
     def steps(self) -> tuple[int, ...]:
         """The numbers of the managed checkpoints, in the order of `checkpoints`."""
-        return tuple([record.number for record in self._collection.ledger.records])
+        return tuple([record.number for record in self._collection.present().records])
 
     @property
     def status(self) -> LoadStatus | None:
         """The status of the last restore by this manager; None if there was none."""
         return self._status
-
-    def _shown(self, path: str) -> str:
-        """A path of this manager, beginning with the directory as it was given."""
-        directory, name = os.path.split(path)
-        return os.path.join(self._given, name) if directory == self._directory else path
 
 
 def make_due(manager: CheckpointManager) -> None:
@@ -785,65 +890,37 @@ def make_due(manager: CheckpointManager) -> None:
     manager._schedule.make_due()
 
 
-def has_saved_step(manager: CheckpointManager) -> bool:
-    """Whether a manager's latest checkpoint is one of the step where the program is."""
-    return manager._schedule.has_saved(manager._collection.ledger.latest)
+def has_saved_step(manager: CheckpointManager, step: int | None = None) -> bool:
+    """Whether a manager's latest checkpoint is one of the step where the program is.
 
-
-def _first_problem(problems: Sequence[str | None]) -> str | None:
-    """The first problem of any process; the process is named if there are several."""
-    for process, problem in enumerate(problems):
-        if problem is not None:
-            return problem if len(problems) == 1 else f"process {process}: {problem}"
-    return None
-
-
-# --- numbers ---------------------------------------------------------------------------
-
-
-def as_integer(value: Any) -> int:
-    """The integer that a number, a variable, or a function that returns one of these stands for.
-
-    Raises:
-      TypeError: there is none.
-
-    >>> from ckpt_jax.objects.trackable import Variable
-    >>> as_integer(np.int64(3)), as_integer(Variable(4)), as_integer(lambda: 5)
-    (3, 4, 5)
+    Args:
+      manager: any.
+      step: where the program is, if a policy of the manager goes by the numbers of checkpoints.
     """
-    view = view_of(value)
-    if view is not None and view.mutable:
-        value = view.values(value).get(VARIABLE_VALUE, value)
-    elif callable(value):
-        return as_integer(value())
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(
-            "expected an integer, a variable that holds one, or a function that returns one, "
-            f"got {value!r}"
-        ) from None
+    return manager._schedule.has_saved(manager._collection.ledger.latest, step)
 
 
-def _limit(max_to_keep: Any) -> RetentionPolicy | None:
-    """The policy that `max_to_keep` stands for; None if it keeps all."""
-    if max_to_keep is None:
-        return None
-    if isinstance(max_to_keep, RetentionPolicy):
-        return max_to_keep
-    if as_integer(max_to_keep) <= 0:
-        raise ValueError(f"expected a positive max_to_keep or None, got {max_to_keep}")
-    return KeepLatest(as_integer(max_to_keep))
+def save_step(manager: CheckpointManager, step: int | None) -> str | None:
+    """Saves, whatever the interval or the policies say.
+
+    Args:
+      manager: any.
+      step: where the program is. It is the number of the checkpoint if the policies of the manager
+        go by numbers.
+    """
+    number = step if manager._schedule.goes_by_numbers else None
+    return manager.save(number, check_interval=False)
 
 
-def _numbers(metrics: Mapping[str, Any] | None) -> dict[str, float]:
-    if metrics is not None and not isinstance(metrics, Mapping):
-        raise TypeError(f"metrics must be numbers by name, got {metrics!r}")
-    return {name: _as_number(name, value) for name, value in (metrics or {}).items()}
+def hear_notices(manager: CheckpointManager, noticed: Callable[[], bool]) -> Callable[[], object]:
+    """Lets a manager's policies know whether the program is told to end.
 
+    Args:
+      manager: any.
+      noticed: says whether it is.
 
-def _as_number(name: str, value: Any) -> float:
-    array = np.asarray(value)
-    if not isinstance(name, str) or array.shape != () or array.dtype.kind in "cOSUMm":
-        raise ValueError(f"metrics[{name!r}]: expected one real number by name, got {value!r}")
-    return float(array)
+    Returns:
+      A function that ends this.
+    """
+    manager._notices.append(noticed)
+    return lambda: manager._notices.remove(noticed)

@@ -36,12 +36,19 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from functools import partial
 from types import FrameType
 
 import jax
 
 from ckpt_jax.errors import AsyncSaveError
-from ckpt_jax.manage.manager import CheckpointManager, has_saved_step, make_due
+from ckpt_jax.manage.manager import (
+    CheckpointManager,
+    has_saved_step,
+    hear_notices,
+    make_due,
+    save_step,
+)
 from ckpt_jax.processes.common_step import CommonStep
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.service import CoordinationService
@@ -70,7 +77,8 @@ class PreemptionHandler:
       save: a function that saves. It is given the step that was reached last, and returns the
         path, or None if it has saved nothing; then the next step boundary tries again. By
         default it is `manager.save(check_interval=False)`, which numbers by the save counter;
-        `lambda step: manager.save(step)` numbers by step.
+        `lambda step: manager.save(step)` numbers by step. If the manager has policies that say
+        when to save, and no step counter, the default numbers by step as well.
       agree: a function that decides whether to save at a step, given the step and whether this
         process has had a signal. It is called at every step until it returns true, and has to
         return the same in all processes. By default, a single process decides alone, and several
@@ -109,7 +117,7 @@ class PreemptionHandler:
         self._manager = manager
         self._grace_seconds = grace_seconds
         self._signals = tuple(signals)
-        self._save = save or (lambda step: manager.save(check_interval=False))
+        self._save = save or partial(save_step, manager)
         self._given_agree = agree
         self._agree: Agree = agree or _alone
         self._pass_on: Callable[[], None] = lambda: None  # the notice, to the other processes
@@ -146,6 +154,7 @@ class PreemptionHandler:
 
     def _install(self, undo: ExitStack) -> None:
         """Installs the handlers of signals and the watcher; `undo` removes them."""
+        undo.callback(hear_notices(self._manager, lambda: self._noticed))
         of_jax = {signal.SIGTERM} if self._given_agree is None and _has_jaxs_handler() else set()
         common = None
         if self._given_agree is None and (processes := current()).count > 1:
@@ -235,7 +244,7 @@ class PreemptionHandler:
             _log.error("%s", error, exc_info=error.__cause__)
         before = self._manager.latest_checkpoint
         # A manager saves a step only once: if this step has been saved, that checkpoint counts.
-        is_there = has_saved_step(self._manager)
+        is_there = has_saved_step(self._manager, step)
         if not is_there:
             make_due(self._manager)
         try:

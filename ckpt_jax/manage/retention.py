@@ -124,29 +124,37 @@ class KeepEveryNSteps:
 class KeepBest:
     """Keeps the `count` checkpoints with the best value of a metric.
 
-    Of two equal values, the one with the larger number is better. A checkpoint without the metric,
-    or with NaN, is not kept.
+    Of two equal values, the one with the larger number is better. A checkpoint with NaN is not
+    kept.
 
     Attributes:
-      metric: its name in `CheckpointManager.save(metrics=...)`.
+      metric: its name in `CheckpointManager.save(metrics=...)` or `record_metrics`.
       count: how many to keep.
       mode: whether "max" or "min" is the best value.
+      awaiting: how many of the latest checkpoints that do not have the metric yet are kept, so that
+        an evaluator can record it. If it is 0, a save that gives metrics has to give this one.
 
     Raises:
-      ValueError: `count` is not positive, or the mode is unknown.
+      ValueError: `count` is not positive, `awaiting` is negative, or the mode is unknown.
 
     Example:
       >>> records = tuple(CheckpointRecord(n, 0.0, {"loss": 1 / n}) for n in (1, 2, 3))
       >>> sorted(KeepBest("loss", count=2, mode="min").keep(records))
       [2, 3]
+      >>> records += (CheckpointRecord(4), CheckpointRecord(5), CheckpointRecord(6))
+      >>> sorted(KeepBest("loss", count=1, mode="min", awaiting=2).keep(records))
+      [3, 5, 6]
     """
 
     metric: str
     count: int = 1
     mode: Literal["max", "min"] = "max"
+    awaiting: int = 0
 
     def __post_init__(self) -> None:
         _check_positive(count=self.count)
+        if self.awaiting < 0:
+            raise ValueError(f"expected awaiting to be 0 or more, got {self.awaiting}")
         if self.mode not in ("max", "min"):
             raise ValueError(f"expected mode 'max' or 'min', got {self.mode!r}")
 
@@ -158,7 +166,41 @@ class KeepBest:
             for record in records
             if not math.isnan(value := record.metrics.get(self.metric, math.nan))
         )
-        return frozenset(number for _, number in ranked[-self.count :])
+        best = [number for _, number in ranked[-self.count :]]
+        if self.awaiting:
+            unmeasured = [each.number for each in records if self.metric not in each.metrics]
+            best += unmeasured[-self.awaiting :]
+        return frozenset(best)
+
+
+@dataclass(frozen=True, slots=True)
+class KeepFor:
+    """Keeps each checkpoint for a duration.
+
+    Ages are those at the time of the latest checkpoint. So a program that was stopped for a week
+    finds all that it had when it goes on.
+
+    Raises:
+      ValueError: `seconds` is not positive.
+
+    Example:
+      >>> records = tuple(CheckpointRecord(n, time=100.0 * n) for n in (1, 2, 3))
+      >>> sorted(KeepFor(seconds=100).keep(records))
+      [2, 3]
+    """
+
+    seconds: float
+
+    def __post_init__(self) -> None:
+        if not self.seconds > 0:
+            raise ValueError(f"expected seconds to be positive, got {self.seconds}")
+
+    def keep(self, records: tuple[CheckpointRecord, ...]) -> frozenset[int]:
+        """The numbers of the checkpoints that are young enough."""
+        if not records:
+            return frozenset()
+        now = records[-1].time
+        return frozenset(each.number for each in records if now - each.time <= self.seconds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,16 +287,21 @@ def _kept(policy: RetentionPolicy, records: tuple[CheckpointRecord, ...]) -> set
         ) from error
 
 
-def metrics_of(policy: RetentionPolicy) -> frozenset[str]:
+def metrics_of(policy: RetentionPolicy, *, awaited: bool = True) -> frozenset[str]:
     """The metrics that a policy asks for, as far as that is known.
 
-    >>> sorted(metrics_of(KeepAny((KeepBest("loss"), KeepLatest(1)))))
-    ['loss']
+    Args:
+      policy: any.
+      awaited: whether those count that may be recorded after the save.
+
+    >>> policy = KeepAny((KeepBest("loss"), KeepBest("accuracy", awaiting=2), KeepLatest(1)))
+    >>> sorted(metrics_of(policy)), sorted(metrics_of(policy, awaited=False))
+    (['accuracy', 'loss'], ['loss'])
     """
     if isinstance(policy, KeepBest):
-        return frozenset([policy.metric])
+        return frozenset([policy.metric] if awaited or not policy.awaiting else [])
     if isinstance(policy, KeepAny):
-        return frozenset().union(*map(metrics_of, policy.policies))
+        return frozenset().union(*[metrics_of(each, awaited=awaited) for each in policy.policies])
     return frozenset()
 
 

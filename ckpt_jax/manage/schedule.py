@@ -1,9 +1,12 @@
 """Decides when the next checkpoint is due.
 
+Either a policy says so (`manage.due`), or an interval, or every save is due.
+
 The interval is a number of steps. It usually counts from the step of the last save. If the program
 restores a checkpoint, it counts from the step where the program is after that. If the step is ever
 smaller than before, the program has gone back by other means. Then the interval counts from the
-last saved step that is not larger, or from the present step if there is none.
+last saved step that is not larger, or from the present step if there is none. A policy is told the
+step from which to count.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from ckpt_jax.manage.due import SaveOccasion, SavePolicy
 from ckpt_jax.processes.meeting import Meeting
+from ckpt_jax.store.directory import number_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +30,21 @@ class Position:
       origin: the step from which the interval counts; None if the next save is due in any case.
       saved: the steps up to `origin` that are known to be saved.
       path: the checkpoint that was saved or restored at `last`.
+      time: when that save began, or when the checkpoint was restored.
+      is_due: whether the next save is due in any case, whatever a policy says.
     """
 
     last: int | None = None
     origin: int | None = None
     saved: tuple[int, ...] = ()
     path: str | None = None
+    time: float | None = None
+    is_due: bool = False
 
-    def at(self, step: int, path: str | None) -> Position:
+    def at(self, step: int, path: str | None, time: float | None) -> Position:
         """The position after a save, or after the restore of a checkpoint of the directory."""
         before = [saved for saved in self.saved if saved < step]
-        return Position(step, step, (*before, step), path)
+        return Position(step, step, (*before, step), path, time)
 
     def seen_from(self, step: int) -> Position:
         """The position after the program has come to a step."""
@@ -49,46 +58,82 @@ class Schedule:
     """Says whether a checkpoint is due, given the steps at which the program asks.
 
     Args:
-      step: returns the present step. It is not called if there is no interval.
+      step: returns the present step; None if only the numbers of checkpoints say it. It is not
+        called if there is neither an interval nor a policy.
       interval: the least number of steps between two saves; None if every save is due.
       last_step: the step of the last save; None if there was none.
+      policy: says when a save is due, in place of an interval.
+      clock: returns the time in seconds since the epoch.
+
+    Attributes:
+      policy: the same.
     """
 
-    def __init__(self, step: Callable[[], int], interval: int | None, last_step: int | None):
-        self._step = step if interval is not None else None
+    def __init__(
+        self,
+        step: Callable[[], int] | None,
+        interval: int | None,
+        last_step: int | None,
+        policy: SavePolicy | None,
+        clock: Callable[[], float],
+    ):
+        self.policy, self._clock = policy, clock
+        self._step = None if interval is None and policy is None else step
         self._interval = interval or 0
         self._position = Position()
         if last_step is not None:
-            self._position = self._position.at(last_step, None)
+            self._position = self._position.at(last_step, None, None)
         # The positions before saves that failed, while other processes may not know of the failure.
         self._failed: list[Position] = []
         self._lock = threading.RLock()
 
-    def step(self) -> int | None:
-        """The present step; None if there is no interval.
+    def step(self, number: int | None = None) -> int | None:
+        """The present step; None if it is not known, or if neither an interval nor a policy asks.
+
+        Args:
+          number: of the checkpoint, which says the step if there is a policy and no step counter.
 
         Raises:
           TypeError: the step counter holds no integer.
         """
-        return None if self._step is None else self._step()
+        if self._step is not None:
+            return self._step()
+        return number if self.goes_by_numbers else None
 
-    def is_due(self, step: int | None, check_interval: bool) -> bool:
-        """Whether to save at a step.
+    @property
+    def goes_by_numbers(self) -> bool:
+        """Whether the numbers of checkpoints are the steps: there is a policy, and no counter."""
+        return self.policy is not None and self._step is None
+
+    def is_due(self, step: int | None, check_interval: bool) -> bool | None:
+        """Whether to save at a step; None if the policy has to say it, see `occasion`.
 
         Args:
-          step: the present step; None if there is no interval.
-          check_interval: whether the interval counts. No save is due at the step of the last save,
-            whether it counts or not.
+          step: the present step, as `step` gives it.
+          check_interval: whether the interval or the policy counts. No save is due at the step of
+            the last save, whether it counts or not.
         """
         if step is None:
-            return True
+            is_asked = self.policy is not None and check_interval and not self._position.is_due
+            return None if is_asked else True
         with self._lock:
             position = self._position = self._position.seen_from(step)
-        if position.origin is None:
+        if position.is_due:
             return True
         if step == position.last:
             return False
+        if self.policy is not None:
+            return None if check_interval else True
+        if position.origin is None:
+            return True
         return not check_interval or step >= position.origin + self._interval
+
+    def occasion(self, step: int | None, *, is_saving: bool, is_preempted: bool) -> SaveOccasion:
+        """What a policy goes by at a step."""
+        position = self._position
+        return SaveOccasion(
+            step, self._clock(), position.origin, position.time, is_saving, is_preempted
+        )
 
     @property
     def position(self) -> Position:
@@ -98,8 +143,11 @@ class Schedule:
     def began(self, step: int | None, path: str) -> None:
         """Notes that a save has begun."""
         self._failed.clear()
-        position = self._position
-        self._position = replace(position, path=path) if step is None else position.at(step, path)
+        position, now = self._position, self._clock()
+        if step is None:
+            self._position = replace(position, path=path, time=now, is_due=False)
+        else:
+            self._position = position.at(step, path, now)
 
     def undo(self, before: Position, path: str, meeting: Meeting, *, is_async: bool) -> None:
         """Notes that a save to `path` has failed, and goes back to the position before it.
@@ -128,21 +176,28 @@ class Schedule:
         Raises:
           TypeError: the step counter holds no integer.
         """
-        step = self.step()
-        if step is None:
-            return
+        step = self.step(number_of(path or ""))
         with self._lock:
+            if self.policy is not None:
+                self._position = replace(self._position, time=self._clock())
+            if step is None:
+                return
             if path is not None:
-                self._position = self._position.at(step, path)
+                self._position = self._position.at(step, path, self._clock())
             elif self._position.last is not None:
                 self._position = replace(self._position.seen_from(step), origin=step)
 
     def make_due(self) -> None:
         """Makes the next save due, whatever the step."""
-        self._position = replace(self._position, last=None, origin=None)
+        self._position = replace(self._position, last=None, origin=None, is_due=True)
 
-    def has_saved(self, latest: str | None) -> bool:
-        """Whether `latest` is a checkpoint of the step where the program is."""
-        position, step = self._position, self.step()
+    def has_saved(self, latest: str | None, step: int | None = None) -> bool:
+        """Whether `latest` is a checkpoint of the step where the program is.
+
+        Args:
+          latest: the path of the latest checkpoint.
+          step: where the program is, if a policy goes by the numbers of checkpoints.
+        """
+        position, step = self._position, self.step(step)
         is_latest = position.path is not None and position.path == latest
         return is_latest and step is not None and step == position.last

@@ -184,6 +184,22 @@ class CheckpointReader:
         self.check_not_replaced()
         return found
 
+    @cached_property
+    def metadata(self) -> dict[str, Any]:
+        """What the program said about the checkpoint (`CheckpointManager.save(metadata=...)`).
+
+        It is empty if the program said nothing, and for checkpoints of other libraries.
+
+        Raises:
+          CorruptCheckpointError: it is damaged.
+        """
+        if self._own is None:
+            return {}
+        with self._pinned.unless_replaced():
+            found = self._own.metadata()
+        self.check_not_replaced()
+        return found
+
     def keys(self) -> list[str]:
         """All checkpoint keys, sorted."""
         return list(self._source.index.keys)

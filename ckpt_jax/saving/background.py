@@ -128,6 +128,11 @@ class Background:
         finally:
             self._is_done.set()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether something is running in the background."""
+        return self._is_running()
+
     def _is_running(self) -> bool:
         return self._thread is not None and not self._is_done.is_set() and self._pid == os.getpid()
 

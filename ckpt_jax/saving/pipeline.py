@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
@@ -24,7 +25,7 @@ from typing import Any
 
 import jax
 
-from ckpt_jax.errors import ProcessError, ShardError, UnsaveableError
+from ckpt_jax.errors import CheckpointError, ProcessError, ShardError, UnsaveableError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, path_of
 from ckpt_jax.matching.trace import LiveGraph
@@ -34,6 +35,7 @@ from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.processes.meeting import Meeting, described
 from ckpt_jax.processes.moment import Moment, evidence_of
 from ckpt_jax.progress import progress
+from ckpt_jax.saving.casts import with_casts
 from ckpt_jax.saving.snapshot import counts, snapshot
 from ckpt_jax.saving.write import plan_write, write
 from ckpt_jax.store.index import Shard, Table, decode_entry, encode_entry
@@ -76,6 +78,13 @@ class SaveRequest:
     count: int | None = None
 
 
+CANCELLED = "Checkpoint.cancel() was called"  # what other processes hear, too
+
+
+class Cancelled(CheckpointError):
+    """A save was cancelled."""
+
+
 class StagedSave:
     """A save that has its own copy of the values, before it is committed.
 
@@ -86,6 +95,9 @@ class StagedSave:
             staged.commit(staged.write())
             staged.finish(act)
 
+    If the save is cancelled, the next stage raises `Cancelled`, or the present one as soon as it
+    can, until the checkpoint takes its name.
+
     If the block raises an error, the other processes hear of it before files are removed. Then
     everything is as it was before the save, unless the error comes from `finish`.
 
@@ -94,22 +106,31 @@ class StagedSave:
       storage: where the path lies.
       meeting: with the other processes. The caller enters it, and leaves it after the block.
       watch: measures the save.
+      cancelled: set, on any thread, if the save is to be given up.
 
     Attributes:
       moment: what all processes have in common; None if there is one process.
     """
 
     @without_gc()
-    def __init__(self, request: SaveRequest, storage: Storage, meeting: Meeting, watch: SaveWatch):
+    def __init__(
+        self,
+        request: SaveRequest,
+        storage: Storage,
+        meeting: Meeting,
+        watch: SaveWatch,
+        cancelled: threading.Event | None = None,
+    ):
         options = request.options
         self._request, self._meeting, self._watch = request, meeting, watch
-        live = request.trace()
+        live, casts = with_casts(request.trace(), options.cast_on_save)
         values = encoded_values(live)
         taken = snapshot(
             values,
             in_background=options.enable_async,
             process=meeting.index,
             count=meeting.count,
+            casts=casts,
         )
         self._nbytes = taken.nbytes
         self._plan = plan_write(taken, options.sharding_policy)
@@ -123,6 +144,7 @@ class StagedSave:
         self._shards = os.path.join(self._staging.directory, SHARDS)
         self._tables: dict[bytes, Table] = {}  # of the shards of process 0, by digest
         self._failure: str | None = None  # of process 0, after the commit
+        self._cancelled = cancelled or threading.Event()
         with ExitStack() as stack:
             stack.enter_context(self._held_staging())
             stack.push(meeting.tell)  # the others hear of an error before files are removed
@@ -136,6 +158,10 @@ class StagedSave:
     def path(self) -> str:
         """The path of the checkpoint."""
         return self._request.path
+
+    def _go_on(self) -> None:
+        if self._cancelled.is_set():
+            raise Cancelled(f"{CANCELLED}: nothing was saved")
 
     def _held_staging(self) -> AbstractContextManager[None]:
         """Holds the staging directory. At the end, the files of a failed save are removed."""
@@ -169,9 +195,11 @@ class StagedSave:
     def write(self) -> _Report:
         """Writes the shards of this process; returns its report to process 0."""
         options = self._request.options
+        self._go_on()
         with progress(options.progress, f"saving {self._request.path}", self._nbytes) as advance:
 
             def wrote(nbytes: int) -> None:
+                self._go_on()
                 self._watch.wrote(nbytes)
                 advance(nbytes)
 
@@ -179,6 +207,7 @@ class StagedSave:
             written = write(self._plan, prefix, options, wrote)
         registered = [read_shard(directory) for directory in self._registered]
         self._watch.wrote(sum([int(table.nbytes.sum()) for _, table in registered]))
+        self._go_on()
         self._staging.check()  # that all of it went to one directory
         return _Report(tuple(self._entries([*registered, *written])))
 
@@ -210,6 +239,7 @@ class StagedSave:
 
     def _publish(self, reports: Sequence[_Report]) -> None:
         staging, request = self._staging, self._request
+        self._go_on()
         shards = [
             [_below(staging.directory, *decode_entry(b64decode(entry))) for entry in report.shards]
             for report in reports
@@ -227,6 +257,7 @@ class StagedSave:
             mark=staging.mark,
         )
         staging.complete(parts, durable=durable)
+        self._go_on()
         with request.publishing() as may_replace:
             staging.publish(overwrite=request.overwrite and may_replace, durable=durable)
 

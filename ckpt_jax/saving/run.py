@@ -20,20 +20,21 @@ from __future__ import annotations
 
 import inspect
 import logging
+import threading
 import weakref
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from ckpt_jax.errors import CommitInDoubtError
+from ckpt_jax.errors import AsyncSaveError, CommitInDoubtError
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.processes.context import Context
 from ckpt_jax.processes.meeting import Meeting
 from ckpt_jax.processes.moment import Moment
 from ckpt_jax.processes.patience import Patience
 from ckpt_jax.saving.background import Background
-from ckpt_jax.saving.pipeline import SaveRequest, StagedSave
+from ckpt_jax.saving.pipeline import CANCELLED, SaveRequest, StagedSave
 
 _ALIKE = 2  # saves in a row that nothing tells from the one before are no chance
 
@@ -132,6 +133,7 @@ class SaveRuns:
         self.background = Background()
         self._listeners: list[weakref.WeakMethod[Callable[[str], object]]] = []  # told of restores
         self._doubts: list[SaveRun] = []
+        self._in_background: SaveRun | None = None
         self._open: list[SaveRun] = []  # in the order in which they began
         self._calls = 0
         self._evidence: str | None = None  # of the last save that was committed; see `Moment`
@@ -176,19 +178,51 @@ class SaveRuns:
                 run = stack.enter_context(SaveRun(self, books, meeting))
                 request = replace(books.begin(), call=call)
                 run.path = request.path
-                staged = StagedSave(request, context.storage_of(request.path), meeting, watch)
+                storage = context.storage_of(request.path)
+                staged = StagedSave(request, storage, meeting, watch, run.cancelled)
                 if not options.enable_async:
                     run.finish(staged, options)
                     return request.path
                 watch.unblocked()
                 held = stack.pop_all()  # the meeting and the run are left in the background
+                self._in_background = run
 
                 def work() -> None:
-                    with held:
-                        run.finish(staged, options)
+                    try:
+                        with held:
+                            run.finish(staged, options)
+                    except Exception as error:
+                        if not run.was_cancelled:
+                            raise
+                        error.__traceback__ = None  # its frames hold everything that was saved
+                    finally:
+                        if self._in_background is run:
+                            self._in_background = None  # it has everything that it saves
 
                 self.background.start(work, f"saving {request.path}", options.timeout_seconds)
         return request.path
+
+    def cancel(self) -> bool:
+        """Cancels the save in the background, and waits until nothing of it is left.
+
+        Returns:
+          Whether there was one that is not committed.
+
+        Raises:
+          AsyncSaveError: an earlier save failed; or this one was committed, or may have been, and
+            then failed.
+        """
+        run = self._in_background
+        if run is not None:
+            run.cancelled.set()
+        try:
+            self.background.wait()
+        except AsyncSaveError as error:
+            # Perhaps another process has cancelled it, and this one was about to.
+            if CANCELLED not in str(error):
+                raise
+            return True
+        return run is not None and run.was_cancelled
 
     @contextmanager
     def _turn(self, options: CheckpointOptions, meeting: Meeting) -> Iterator[bool]:
@@ -273,6 +307,7 @@ class SaveRun:
       path: of its checkpoint, as soon as that is known.
       overtaken_by: the newest later run of the same series that was recorded before this one.
       is_replaced: whether a later run has made the checkpoint at the same path.
+      cancelled: set if it is to be given up.
     """
 
     def __init__(self, runs: SaveRuns, books: Bookkeeping, meeting: Meeting):
@@ -280,9 +315,16 @@ class SaveRun:
         self.path: str | None = None
         self.overtaken_by: SaveRun | None = None
         self.is_replaced = False
+        self.cancelled = threading.Event()
         self._runs = runs
         self._is_committed = False
         self._doubtful: StagedSave | None = None  # a save of which the storage did not tell
+
+    @property
+    def was_cancelled(self) -> bool:
+        """Whether it has ended without a checkpoint, after it was cancelled."""
+        is_asked = self.cancelled.is_set()
+        return is_asked and not self._is_committed and not self.meeting.is_in_doubt
 
     def __enter__(self) -> SaveRun:
         self._runs.opened(self)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,8 @@ from ckpt_jax.saving.spread import Holding, own_slices
 from ckpt_jax.values import host
 from ckpt_jax.values.jax_internals import held_shards
 
+Contents = np.ndarray | host.Arriving | host.Converting | bytes
+
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
@@ -36,7 +39,7 @@ class Snapshot:
     """
 
     slices: tuple[PlannedSlice, ...]
-    contents: Mapping[tuple[str, Box], np.ndarray | host.Arriving | bytes]
+    contents: Mapping[tuple[str, Box], Contents]
     shared: frozenset[tuple[str, Box]] = frozenset()
 
     @property
@@ -52,6 +55,7 @@ def snapshot(
     in_background: bool,
     process: int,
     count: int,
+    casts: Mapping[str, host.Cast] = MappingProxyType({}),
 ) -> Snapshot:
     """Brings the slices of `values` that this process writes to the host.
 
@@ -63,6 +67,7 @@ def snapshot(
         copied then, and copies from devices may still be on their way.
       process: index of this process.
       count: number of processes.
+      casts: by key, for arrays that are stored with another dtype.
 
     Raises:
       UnsaveableError: arrays that only a process other than 0 can reach.
@@ -82,11 +87,14 @@ def snapshot(
         found.setdefault(part.key, []).append((part, data[part.where] if part.where else data))
     home = jax.local_devices()[0].id
     planned: list[PlannedSlice] = []
-    contents: dict[tuple[str, Box], np.ndarray | host.Arriving | bytes] = {}
+    contents: dict[tuple[str, Box], Contents] = {}
     for key, value in values.items():
         if isinstance(value, jax.Array):
-            dtype = dtype_name(value.dtype)
+            cast = casts.get(key)
+            dtype = dtype_name(value.dtype if cast is None else cast.dtype)
             for part, data in found.get(key, ()):
+                if cast is not None:
+                    data = host.Converting(data, cast)
                 contents[key, part.box] = data
                 place = (process, part.device)
                 planned.append(PlannedSlice(key, part.box, value.shape, dtype, data.nbytes, *place))
@@ -94,7 +102,9 @@ def snapshot(
             if isinstance(value, bytes):
                 data, box, dtype, nbytes = value, (), "bytes", len(value)
             else:
-                data = value.copy() if in_background else value
+                data = value.copy() if in_background and key not in casts else value
+                if key in casts:
+                    data = casts[key].of(data)  # another array, whatever the program does
                 box, dtype, nbytes = whole(data.shape), dtype_name(data.dtype), data.nbytes
             contents[key, box] = data
             planned.append(PlannedSlice(key, box, shape_of(box), dtype, nbytes, process, home))

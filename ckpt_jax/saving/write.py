@@ -91,7 +91,9 @@ def _shard(
     return shard
 
 
-def _part(snap: Snapshot, piece: PlannedSlice, boxes: Sequence[Box]) -> np.ndarray | host.Arriving:
+def _part(
+    snap: Snapshot, piece: PlannedSlice, boxes: Sequence[Box]
+) -> np.ndarray | host.Arriving | host.Converting:
     for box in boxes:
         if _holds(box, piece.box):
             data = snap.contents[piece.key, box]

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from ckpt_jax.api.checkpoint import Checkpoint
+from ckpt_jax.api.copying import copy
 from ckpt_jax.api.export import convert, export
 from ckpt_jax.api.inspect import load_checkpoint
 from ckpt_jax.api.latest import remove_checkpoint, state_in
@@ -370,6 +371,11 @@ def _convert(args: argparse.Namespace) -> Result:
     return _written(source, path)
 
 
+def _copy(args: argparse.Namespace) -> Result:
+    source = _opened_by(args.source)
+    return _written(source, copy(source, args.destination, overwrite=args.overwrite))
+
+
 def _opened_by(path: str) -> str:
     """The checkpoint that a path means: itself, or the latest of a directory."""
     with load_checkpoint(path) as reader:
@@ -545,6 +551,11 @@ def _parser() -> argparse.ArgumentParser:
 
     into = verb("convert", _convert, "save a checkpoint of any format as one of ckpt_jax")
     copying(into)
+
+    copies = verb("copy", _copy, "copy a checkpoint, verified, also to and from object stores")
+    copies.add_argument("source", metavar="SRC")
+    copies.add_argument("destination", metavar="DST")
+    copies.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST")
 
     gc = verb("gc", _gc, "remove what interrupted saves have left")
     gc.add_argument("directory", metavar="DIR")

@@ -47,7 +47,7 @@ def _listed(each: Listed, metrics: Sequence[str], maximized: Collection[str]) ->
     return (
         printable(each.name),
         "" if each.step is None else str(each.step),
-        time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.time)),
+        time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(each.time)) if each.time else "",
         "" if each.nbytes is None else size(each.nbytes),
         *[number(each.metrics[name]) if name in each.metrics else "" for name in metrics],
         each.format,

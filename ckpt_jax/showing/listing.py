@@ -23,14 +23,16 @@ from ckpt_jax.manage.retention import CheckpointRecord, KeepBest
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.formats import foreign_steps, format_of
 from ckpt_jax.showing.contents import OWN_FORMAT
+from ckpt_jax.store.attempts import remains_in
 from ckpt_jax.store.directory import is_checkpoint, number_of, others_in
 from ckpt_jax.store.glance import glance
-from ckpt_jax.store.manifest import MANIFEST
 from ckpt_jax.store.notes import Notes, read_notes
-from ckpt_jax.store.paths import absolute
+from ckpt_jax.store.objects import is_url
+from ckpt_jax.store.paths import absolute, relative
 from ckpt_jax.store.presence import is_directory, is_taken, names_in
 from ckpt_jax.store.staging import STAGING, why_kept
 from ckpt_jax.store.state_file import STATE_FILE
+from ckpt_jax.store.storage import storage_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,8 @@ class Listed:
       name, path: of the checkpoint.
       format: the name of its format.
       step: the number in its name; None if there is none.
-      time: when it was committed or copied there, in seconds since the epoch.
+      time: when it was committed or copied there, in seconds since the epoch; None if an object
+        store does not tell.
       nbytes: the size of its values; None if it is damaged.
       metrics: that it was saved with.
       problem: why it is damaged or cannot be read; "" if nothing is known to be wrong.
@@ -55,7 +58,7 @@ class Listed:
     path: str
     format: str
     step: int | None
-    time: float
+    time: float | None
     nbytes: int | None
     metrics: Mapping[str, float]
     problem: str = ""
@@ -179,7 +182,7 @@ def _inside(directory: str, notes: Notes) -> list[Listed]:
         and (listed := _listed(os.path.join(directory, name), name, notes)) is not None
     }
     for step, path in foreign_steps(absolute(directory)).items():
-        name = os.path.relpath(path, absolute(directory))
+        name = relative(path, absolute(directory))
         listed = found.get(name) or _foreign(os.path.join(directory, name), name)
         if listed is not None:
             found[name] = replace(listed, step=step)
@@ -187,7 +190,9 @@ def _inside(directory: str, notes: Notes) -> list[Listed]:
 
 
 def unfinished(directory: str) -> tuple[Unfinished, ...]:
-    """The staging directories and files in a directory."""
+    """The staging directories and files in a directory, or what is old and unused in a store."""
+    if is_url(directory):
+        return tuple([Unfinished(path, None) for path in remains_in(directory, lambda name: True)])
     paths = [os.path.join(directory, name) for name in names_in(directory) if STAGING.match(name)]
     return tuple([Unfinished(path, why_kept(path)) for path in paths])
 
@@ -213,7 +218,7 @@ def _listed(path: str, name: str, notes: Notes) -> Listed | None:
         path,
         OWN_FORMAT,
         number_of(path),
-        _time(os.path.join(path, MANIFEST)),
+        storage_of(path).saved_at(path),
         nbytes,
         notes.metrics.get(name, {}),
         problem,

@@ -70,15 +70,17 @@ class Attempt:
 
     def __init__(self, path: str, token: str, clock: Callable[[], float] = time.time):
         self.path = self.directory = absolute(path)
+        self._token = token
         self.mark = f"{int(clock()):08x}-{token}"
         self._manifest = f"{self.path}/{MANIFEST}"
         self._before: Found | None = None  # the manifest that this one replaces
         self._data = b""  # of the manifest of this attempt
 
     @contextlib.contextmanager
-    def claimed(self, *, overwrite: bool, durable: bool) -> Iterator[None]:
+    def claimed(self, *, overwrite: bool, durable: bool, keeps: bool = False) -> Iterator[None]:
         """Notes what is at the URL. If the block fails before the commit, what this process has
-        written is removed. If it succeeds, the checkpoint that was replaced is removed.
+        written is removed, unless `keeps` says that another attempt may go on from there. If it
+        succeeds, the checkpoint that was replaced is removed.
 
         Raises:
           FileExistsError: there is a checkpoint that may not be replaced.
@@ -90,7 +92,8 @@ class Attempt:
         except CommitInDoubtError:
             raise
         except BaseException:
-            self._remove_own()
+            if not keeps:
+                self._remove_own()
             raise
         if self._before is not None:
             kept = {self._manifest, *values_of(self.path, self._data)}
@@ -108,6 +111,19 @@ class Attempt:
             if is_lost():
                 self._remove_own()
             raise
+
+    def written(self) -> frozenset[str]:
+        """What an earlier attempt with this token has written, as far as the store tells. This one
+        takes over its mark, and goes on from there."""
+        try:
+            found = objects.keys_below(self.path)
+        except PermissionError:
+            return frozenset()
+        marks = [mark for key in found if (mark := _MARK.search(key))]
+        own = sorted(mark[0] for mark in marks if mark["token"] == self._token)
+        if own:
+            self.mark = own[-1]
+        return frozenset(key for key in found if self.mark in key)
 
     def check(self) -> None:
         """Nobody takes anything away: the names are this attempt's alone."""
@@ -212,24 +228,28 @@ def values_of(path: str, manifest: bytes) -> list[str]:
     return found
 
 
-def remove(path: str) -> bool:
-    """Removes the checkpoint at a URL. What other attempts have written there stays.
+def taken_away(path: str) -> Callable[[], None] | None:
+    """Removes the manifest of the checkpoint at a URL. What other attempts have written stays.
 
     Returns:
-      Whether there was one.
+      A function that removes the other values; None if there is no checkpoint, or if it has just
+      been replaced.
 
     Raises:
-      OSError: it could not be removed, or not all of it. Then the rest is no checkpoint.
+      OSError: it is not known whether it was removed.
     """
     found = objects.read(f"{path}/{MANIFEST}")
     if found is None:
-        return False
+        return None
     manifest, *others = values_of(path, found.value)
-    if not objects.delete(manifest, found.generation):  # it has just been replaced
-        return False
-    with Workers(objects.PARALLEL, "ckpt-remove") as workers:
-        list(workers.map(objects.delete, others))
-    return True
+    if not objects.delete(manifest, found.generation):
+        return None
+
+    def remove_rest() -> None:
+        with Workers(objects.PARALLEL, "ckpt-remove") as workers:
+            list(workers.map(objects.delete, others))
+
+    return remove_rest
 
 
 def saved_at(path: str) -> float | None:

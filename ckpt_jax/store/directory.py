@@ -31,7 +31,7 @@ from ckpt_jax.store.durable import fsync_directory, make_directories
 from ckpt_jax.store.manifest import MANIFEST, META, Part, write_manifest
 from ckpt_jax.store.merge import SHARDS
 from ckpt_jax.store.objects import is_url
-from ckpt_jax.store.paths import absolute, require_addressable, require_room, resolved
+from ckpt_jax.store.paths import absolute, relative, require_addressable, require_room, resolved
 from ckpt_jax.store.presence import is_directory, is_file, is_taken, names_in
 from ckpt_jax.store.staging import (
     STAGING,
@@ -232,12 +232,12 @@ class Staging:
         return os.path.dirname(self.directory) == self.path
 
     @contextlib.contextmanager
-    def claimed(self, *, overwrite: bool, durable: bool) -> Iterator[None]:
+    def claimed(self, *, overwrite: bool, durable: bool, keeps: bool = False) -> Iterator[None]:
         """Makes the directory and holds it until the block ends.
 
         At the end, the directory under the staging name is removed. After an exchange this is the
         old checkpoint. If the block fails, it is the unfinished checkpoint, which is removed when
-        all processes have left it.
+        all processes have left it; if `keeps` is set, it stays for another attempt with this token.
 
         The leftovers of abandoned saves to the same path are removed first, because they may be
         what fills the disk.
@@ -258,7 +258,8 @@ class Staging:
                     _keep_access(self.path, self.directory)
                 yield
         except BaseException:
-            leave(self.directory, lambda: shutil.rmtree(self.directory, ignore_errors=True))
+            if not keeps:
+                leave(self.directory, lambda: shutil.rmtree(self.directory, ignore_errors=True))
             raise
         discard(self.directory)
 
@@ -269,6 +270,15 @@ class Staging:
             make_directories(parent)
         else:
             os.makedirs(parent, exist_ok=True)
+
+    def written(self) -> frozenset[str]:
+        """The names of the files in the directory, relative to it."""
+        found = [
+            relative(os.path.join(above, name), self.directory)
+            for above, _, names in os.walk(self.directory)
+            for name in names
+        ]
+        return frozenset(found)
 
     def check(self) -> None:
         """Checks that the directory is the one that this process has held from the beginning.
@@ -345,14 +355,18 @@ class Staging:
             raise
 
 
-def remove_directory(path: str) -> None:
-    """Removes the checkpoint at an absolute path of a file system; see `Storage.remove`."""
+@contextlib.contextmanager
+def removing(path: str) -> Iterator[Callable[[], None] | None]:
+    """Renames the checkpoint at an absolute path, so that it can be removed while the block runs;
+    see `Storage.removing`. If there is a link, only the link is removed."""
     if not is_taken(path):
+        yield None
         return
     require_checkpoint(path)
     try:
         if os.path.islink(path):
             os.unlink(path)
+            yield None
             return
         with held(path):
             aside = staging_name(path)
@@ -364,7 +378,7 @@ def remove_directory(path: str) -> None:
             except OSError:
                 os.rename(aside, path)
                 raise
-            shutil.rmtree(aside)
+            yield lambda: shutil.rmtree(aside)
     except FileNotFoundError:
         if is_taken(path):
             raise

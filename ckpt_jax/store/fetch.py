@@ -329,15 +329,11 @@ class ShardedReader:
     def _check_values(self) -> None:
         """Checks that everything is there in an object store, as far as it tells."""
         try:
-            found = {*objects.keys_below(self.directory)}
+            found = frozenset(objects.keys_below(self.directory))
         except PermissionError:  # who may not list may read all the same
             return
         for number, shard in enumerate(self.index.shards):
-            path = self._path(number)
-            files = [file_path(path, file) for file in range(shard.files)]
-            for file in (*files, os.path.join(path, INDEX)):
-                if file.removeprefix(f"{self.directory}/") not in found:
-                    raise CorruptCheckpointError(f"{file}: the file is missing", file=file)
+            check_values(self.directory, self._path(number), shard, found)
 
     def damage(
         self,
@@ -468,6 +464,19 @@ def check_files(directory: str, shard: Shard) -> None:
         raise CorruptCheckpointError(
             f"{directory}: {what}: one is truncated or replaced", file=directory
         )
+
+
+def check_values(checkpoint: str, directory: str, shard: Shard, found: frozenset[str]) -> None:
+    """Checks that the files of a shard are among the keys that were found below a checkpoint in an
+    object store, which does not list their sizes.
+
+    Raises:
+      CorruptCheckpointError: a file is missing.
+    """
+    files = [file_path(directory, number) for number in range(shard.files)]
+    for file in (*files, os.path.join(directory, INDEX)):
+        if file.removeprefix(f"{checkpoint}/") not in found:
+            raise CorruptCheckpointError(f"{file}: the file is missing", file=file)
 
 
 class _StreamReader:

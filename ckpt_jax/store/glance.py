@@ -14,9 +14,11 @@ import numpy as np
 
 from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.graph._proto import index_pb2
-from ckpt_jax.store.fetch import check_files
+from ckpt_jax.store import objects
+from ckpt_jax.store.fetch import check_files, check_values
 from ckpt_jax.store.index import Shard, check_version
 from ckpt_jax.store.manifest import INDEX, INDEX_KEY, META, read_manifest, read_part
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.seal import unseal
 
 
@@ -31,7 +33,8 @@ def glance(directory: str) -> int:
     parts = read_manifest(directory)
     if INDEX_KEY not in parts:
         raise CorruptCheckpointError(f"{directory}: the manifest names no index", file=directory)
-    for part in parts.values():
+    there = frozenset(objects.keys_below(directory)) if is_url(directory) else None
+    for part in () if is_url(directory) else parts.values():
         _check_size(os.path.join(directory, META, part.file), part.nbytes)
     message = index_pb2.Index.FromString(unseal(read_part(directory, parts[INDEX_KEY])))
     check_version(message.format_version, "index")
@@ -48,8 +51,11 @@ def glance(directory: str) -> int:
             stored_nbytes=entry.stored_nbytes,
         )
         place = os.path.join(directory, entry.directory)
-        check_files(place, shard)
-        _check_size(os.path.join(place, INDEX))
+        if there is None:
+            check_files(place, shard)
+            _check_size(os.path.join(place, INDEX))
+        else:
+            check_values(directory, place, shard, there)
     return sum([nbytes[entry.table] for entry in message.shards])
 
 

@@ -9,7 +9,8 @@ earlier step and went on from there):
      "origins": {"ckpt-4": 3}}
 
 They are not in the checkpoints, because a manager needs them to choose between checkpoints, and
-reads one small file instead of opening them all. They are not in the state file, because its other
+reads one small file instead of opening them all. Evaluators in other processes add metrics to it
+(`add_metrics`). They are not in the state file, because its other
 readers refuse unknown fields. The file is replaced in one step. If there is nothing to note, no
 file is created.
 """
@@ -20,7 +21,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from ckpt_jax.store.files import read_file, replace_file, shortened
 from ckpt_jax.store.presence import is_file
@@ -71,8 +72,13 @@ def read_notes(directory: str) -> Notes | None:
         raise ValueError(shortened(str(error))) from error
 
 
-def write_notes(directory: str, notes: Notes) -> None:
+def write_notes(directory: str, notes: Notes, *, is_needed: bool = False) -> None:
     """Replaces the notes of a directory. Numbers that are not finite are written as strings.
+
+    Args:
+      directory: where the file is.
+      notes: its new contents.
+      is_needed: whether there has to be a file, even if there is nothing to note.
 
     Raises:
       OSError: the file could not be written.
@@ -87,5 +93,28 @@ def write_notes(directory: str, notes: Notes) -> None:
         content[_ABANDONED] = sorted(notes.abandoned)
     if notes.origins:
         content[_ORIGINS] = dict(notes.origins)
-    if content or is_file(path):
+    if content or is_needed or is_file(path):
         replace_file(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def add_metrics(directory: str, name: str, metrics: Mapping[str, float]) -> None:
+    """Adds metrics to those of a checkpoint. Those with the same names are replaced.
+
+    Args:
+      directory: of the checkpoint; the caller has its guard.
+      name: of the checkpoint.
+      metrics: to add.
+
+    Raises:
+      ValueError: the file cannot be understood.
+      OSError: it could not be read or written.
+    """
+    try:
+        before = read_notes(directory) or Notes()
+    except ValueError as error:
+        raise ValueError(
+            f"{os.path.join(directory, NOTES_FILE)}: expected a file of metrics, found something "
+            f"else: {error}. Nothing was recorded. Restore the file from a copy."
+        ) from error
+    own = {**before.metrics.get(name, {}), **metrics}
+    write_notes(directory, replace(before, metrics={**before.metrics, name: own}))

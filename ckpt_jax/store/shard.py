@@ -36,6 +36,7 @@ from ckpt_jax.store.manifest import INDEX, write_file
 from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute
 from ckpt_jax.store.presence import is_taken
+from ckpt_jax.store.room import Room
 from ckpt_jax.store.stream import (
     ALIGNMENT,
     CHUNKS,
@@ -136,7 +137,7 @@ def write_shards(
     ]
     for stream in streams:
         stream.prepare(is_new)
-    room = _Room(max_inflight_bytes)
+    room = Room(max_inflight_bytes)
     jobs = [(stream, number) for stream in streams for number in range(stream.shard.files)]
     given_up = threading.Event()
 
@@ -167,40 +168,6 @@ def write_shards(
         for parent in {os.path.dirname(absolute(each)) for each in shards if not is_url(each)}:
             fsync_directory(parent)
     return finished
-
-
-class _Room:
-    """Bounds a number of bytes that several threads hold. More than all is held by one alone."""
-
-    def __init__(self, nbytes: int):
-        self._nbytes = nbytes
-        self._held = 0
-        self._changed = threading.Condition()
-
-    def taken(self, nbytes: int) -> _Taken:
-        return _Taken(self, nbytes)
-
-    def add(self, nbytes: int) -> None:
-        with self._changed:
-            self._changed.wait_for(lambda: not self._held or self._held + nbytes <= self._nbytes)
-            self._held += nbytes
-
-    def remove(self, nbytes: int) -> None:
-        with self._changed:
-            self._held -= nbytes
-            self._changed.notify_all()
-
-
-@dataclass(frozen=True, slots=True)
-class _Taken:
-    room: _Room
-    nbytes: int
-
-    def __enter__(self) -> None:
-        self.room.add(self.nbytes)
-
-    def __exit__(self, *exception: object) -> None:
-        self.room.remove(self.nbytes)
 
 
 def plan_shard(

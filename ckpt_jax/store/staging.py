@@ -265,6 +265,15 @@ def locked_file(path: str) -> Iterator[Lock]:
 
 
 @contextmanager
+def locked_for_writing(path: str) -> Iterator[Lock]:
+    """`locked` for a file that is there, opened for writing: some file systems lock only such
+    files."""
+    flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    with _hold(path, os.open(path, flags), fcntl.LOCK_EX) as (_, lock):
+        yield lock
+
+
+@contextmanager
 def _locked(path: str, operation: int) -> Iterator[Lock]:
     with _opened(path, operation) as (_, lock):
         yield lock

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol
 
 from ckpt_jax.errors import CheckpointNotFoundError, CorruptCheckpointError
@@ -19,7 +19,7 @@ from ckpt_jax.store.attempts import Attempt
 from ckpt_jax.store.directory import (
     Staging,
     is_checkpoint,
-    remove_directory,
+    removing,
     require_checkpoint,
 )
 from ckpt_jax.store.fetch import ShardedReader
@@ -28,7 +28,9 @@ from ckpt_jax.store.manifest import MANIFEST, META, Part
 from ckpt_jax.store.merge import SHARDS
 from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, resolved
-from ckpt_jax.store.presence import is_file, status_of
+from ckpt_jax.store.presence import status_of
+
+Removing = Callable[[], object] | None
 
 
 class Stage(Protocol):
@@ -47,9 +49,12 @@ class Stage(Protocol):
     @property
     def mark(self) -> str: ...
 
-    def claimed(self, *, overwrite: bool, durable: bool) -> AbstractContextManager[None]:
+    def claimed(
+        self, *, overwrite: bool, durable: bool, keeps: bool = False
+    ) -> AbstractContextManager[None]:
         """Entered by the process that publishes, while the checkpoint is written. If the block
-        fails, what was written is removed, unless it may still become a checkpoint.
+        fails, what was written is removed, unless it may still become a checkpoint, or `keeps` says
+        that another attempt with the same token may go on from there.
 
         Raises:
           FileExistsError: there is something at the path that may not be replaced.
@@ -60,6 +65,11 @@ class Stage(Protocol):
         self, shards: str, prefix: str, *, durable: bool, is_lost: Callable[[], bool]
     ) -> AbstractContextManager[None]:
         """Entered by the other processes; see `Staging.joined`."""
+        ...
+
+    def written(self) -> frozenset[str]:
+        """The names of the files that an earlier attempt with this token has left, relative to the
+        directory. To be called in the block of `claimed`."""
         ...
 
     def check(self) -> None:
@@ -131,13 +141,16 @@ class Storage(Protocol):
         none, or if the storage does not tell."""
         ...
 
-    def remove(self, path: str) -> None:
-        """Removes the checkpoint at a path. A part of it is never taken for a checkpoint. It is no
-        error if nothing is there.
+    def removing(self, path: str) -> AbstractContextManager[Removing]:
+        """Takes the checkpoint at a path away, so that it can be removed while the block runs. A
+        part of it is never taken for a checkpoint.
+
+        Returns:
+          A context manager. Its value is a function that removes what is left; None if nothing is.
 
         Raises:
           CheckpointNotFoundError: something else is there; it stays.
-          OSError: it could not be removed, or not all of it.
+          OSError: the checkpoint could not be taken away.
         """
         ...
 
@@ -173,8 +186,8 @@ class Posix:
         status = status_of(os.path.join(path, MANIFEST)) if is_checkpoint(path) else None
         return None if status is None else status.st_mtime
 
-    def remove(self, path: str) -> None:
-        remove_directory(path)
+    def removing(self, path: str) -> AbstractContextManager[Removing]:
+        return removing(path)
 
     def entries(self, location: str) -> Hashable:
         folders = [status_of(os.path.join(location, name)) for name in ("", META, SHARDS)]
@@ -204,9 +217,8 @@ class ObjectStore:
     def saved_at(self, path: str) -> float | None:
         return attempts.saved_at(absolute(path))
 
-    def remove(self, path: str) -> None:
-        if not attempts.remove(path) and is_file(path):
-            require_checkpoint(path)
+    def removing(self, path: str) -> AbstractContextManager[Removing]:
+        return nullcontext(attempts.taken_away(absolute(path)))
 
     def entries(self, location: str) -> Hashable:
         return None  # the manifest goes first, and tells

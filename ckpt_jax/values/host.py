@@ -13,6 +13,7 @@ import gc
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -22,6 +23,7 @@ import numpy as np
 from jax.core import ShapedArray
 
 from ckpt_jax.graph.boxes import Box, Shape, from_index, size_of, slices
+from ckpt_jax.graph.dtypes import LossyConversionError, converted
 from ckpt_jax.values.jax_internals import held_shards, place_shards
 
 _log = logging.getLogger("ckpt_jax")
@@ -123,6 +125,50 @@ class Arriving:
         with transfers_allowed(), jax.enable_x64(True):
             whole_array = np.asarray(self._started)
             return whole_array[self._where] if self._where else whole_array
+
+
+@dataclass(frozen=True, slots=True)
+class Cast:
+    """How an array is stored with another dtype.
+
+    Attributes:
+      path: of the array, for errors.
+      dtype: to convert it to.
+    """
+
+    path: str
+    dtype: np.dtype
+
+    def of(self, data: np.ndarray) -> np.ndarray:
+        """The converted contents.
+
+        Raises:
+          LossyConversionError: a value does not fit into the dtype.
+        """
+        try:
+            return converted(data, self.dtype)
+        except LossyConversionError as error:
+            raise LossyConversionError(
+                f"{self.path}: {error} (CheckpointOptions.cast_on_save). Nothing was saved. Cast "
+                "it to a dtype with a larger range, or leave it out."
+            ) from None
+
+
+class Converting:
+    """A slice that is converted to another dtype when it is written."""
+
+    def __init__(self, source: np.ndarray | Arriving, cast: Cast):
+        self._source, self._cast = source, cast
+        self.dtype, self.shape = cast.dtype, source.shape
+        self.nbytes = math.prod(self.shape) * cast.dtype.itemsize
+
+    def __getitem__(self, where: tuple[slice, ...]) -> Converting:
+        return Converting(self._source[where], self._cast)
+
+    def wait(self) -> np.ndarray:
+        """The converted contents; on any thread."""
+        source = self._source
+        return self._cast.of(source if isinstance(source, np.ndarray) else source.wait())
 
 
 def to_host(

@@ -237,6 +237,9 @@ def difference(saved: LeafSpec, target: LeafSpec, cast: bool) -> str | None:
     if target.is_array and saved.is_array:
         if saved.dtype == target.dtype or cast:
             return None
+        if saved.cast_from:
+            was = f"which the save made of {saved.cast_from} (cast_on_save)"
+            return f"expected dtype {target.dtype}, got {saved.dtype}, {was}; cast=True converts it"
         return f"expected dtype {target.dtype}, got {saved.dtype} (cast=True would convert it)"
     # A Python number on either side: the family of the number has to be the same.
     if cast or _family(saved) == _family(target):

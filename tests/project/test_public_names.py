@@ -67,6 +67,18 @@ PUBLIC = (
     "KeepEveryNSteps",
     "KeepBest",
     "KeepAny",
+    "KeepFor",
+    "Removal",
+    # when to save
+    "SaveAny",
+    "SaveAtSteps",
+    "SaveContinuously",
+    "SaveEveryNSeconds",
+    "SaveEveryNSteps",
+    "SaveOccasion",
+    "SaveOnPreemption",
+    "SavePolicy",
+    "evaluate_new",
     "preflight",
     # formats of other libraries, and of one's own
     "readers",

@@ -443,6 +443,22 @@ def test_export_and_convert_go_there_and_back(run, run_json, tmp_path, managed):
     assert run("convert", managed, tmp_path / "z", "--rename", "w")[0] == 2
 
 
+def test_a_checkpoint_is_copied_into_a_store_and_looked_at_there(run, run_json, managed):
+    directory = "memory://test-of-the-command/run"
+    for _ in range(2):
+        code, found = run_json("copy", managed, f"{directory}/ckpt-9", "--overwrite")
+        assert code == 0 and found["destination"] == f"{directory}/ckpt-9"
+    assert run("copy", managed, f"{directory}/ckpt-9")[0] == 2
+    code, found = run_json("ls", directory)
+    (listed,) = found["checkpoints"]
+    assert code == 0 and listed["name"] == "ckpt-9" and listed["ok"] and listed["latest"]
+    for verb in ("show", "stats", "verify"):
+        assert run(verb, f"{directory}/ckpt-9")[0] == 0
+    assert run("diff", managed, f"{directory}/ckpt-9", "--values")[0] == 0
+    assert run("rm", f"{directory}/ckpt-9", "--yes")[0] == 0
+    assert run("ls", directory)[0] == 2
+
+
 def test_gc_removes_what_is_provably_abandoned(run_json, managed):
     staging = f"{managed}/ckpt-9.staging-{'0' * 32}"
     os.mkdir(staging)
@@ -562,6 +578,7 @@ def test_completion_knows_all_verbs_and_options(run, shell):
         "plan",
         "export",
         "convert",
+        "copy",
         "gc",
         "rm",
     ]

@@ -121,3 +121,49 @@ def test_a_missing_checkpoint_is_not_found_and_its_neighbours_are_named(any_stor
     with pytest.raises(ckpt.CheckpointNotFoundError, match="Checkpoints in .*: ckpt-7"):
         ckpt.load(f"{any_store.url}/ckpt-70")
     assert os.path.basename(ckpt.latest_checkpoint(any_store.url) or "") == "ckpt-7"
+
+
+@pytest.mark.parametrize("compression", [None, "zstd"])
+def test_a_checkpoint_is_copied_there_and_back(any_store, tmp_path, compression):
+    options = ckpt.CheckpointOptions(compression=compression)
+    here = ckpt.save(tmp_path / "a", tree(), options=options)
+    there = ckpt.copy(here, f"{any_store.url}/a")
+    assert ckpt.verify(there).ok
+    assert_alike(ckpt.load(there), tree())
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        ckpt.copy(here, there)
+    ckpt.copy(ckpt.save(tmp_path / "b", tree(1)), there, overwrite=True)
+    back = ckpt.copy(there, tmp_path / "c")
+    assert ckpt.verify(back).ok
+    assert_alike(ckpt.restore(back, tree()), tree(1))
+    assert sorted(os.listdir(tmp_path)) == ["a", "b", "c"]
+
+
+def test_a_copy_that_was_interrupted_goes_on_where_it_was(s3, tmp_path):
+    options = ckpt.CheckpointOptions(max_inflight_bytes=1 << 20)
+    big = {"w": np.random.default_rng(0).integers(0, 256, 8 << 20, np.uint8)}
+    here = ckpt.save(tmp_path / "a", big, options=options)
+    proxy = s3.through_proxy()
+    ckpt.use_storage(s3.url, retries=0)
+    files = len(os.listdir(tmp_path / "a" / "shards" / "00000-00000" / "c"))
+    assert files > 3
+    proxy.dies_at(6, acted=False)
+    with pytest.raises(OSError):
+        ckpt.copy(here, f"{s3.url}/a")
+    proxy.heal()
+    before = proxy.count("WRITE", "/c/")
+    ckpt.copy(here, f"{s3.url}/a")
+    assert 0 < proxy.count("WRITE", "/c/") - before < files
+    assert_alike(ckpt.load(f"{s3.url}/a"), big)
+
+
+def test_a_damaged_checkpoint_is_not_copied(any_store, tmp_path):
+    here = ckpt.save(tmp_path / "a", tree())
+    file = tmp_path / "a" / "shards" / "00000-00000" / "c" / "0"
+    data = bytearray(file.read_bytes())
+    data[100] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(ckpt.CorruptCheckpointError, match="block 0"):
+        ckpt.copy(here, f"{any_store.url}/a")
+    with pytest.raises(ckpt.CheckpointNotFoundError):
+        ckpt.load(f"{any_store.url}/a")

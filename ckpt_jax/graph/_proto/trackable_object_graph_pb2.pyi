@@ -116,20 +116,22 @@ class RegisteredSaver(_message.Message):
     def __init__(self, name: _Optional[str] = ..., object_name: _Optional[str] = ...) -> None: ...
 
 class LeafSpec(_message.Message):
-    __slots__ = ("kind", "dtype", "shape", "weak_type", "prng_impl", "enum_class")
+    __slots__ = ("kind", "dtype", "shape", "weak_type", "prng_impl", "enum_class", "cast_from")
     KIND_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     WEAK_TYPE_FIELD_NUMBER: _ClassVar[int]
     PRNG_IMPL_FIELD_NUMBER: _ClassVar[int]
     ENUM_CLASS_FIELD_NUMBER: _ClassVar[int]
+    CAST_FROM_FIELD_NUMBER: _ClassVar[int]
     kind: str
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
     weak_type: bool
     prng_impl: str
     enum_class: str
-    def __init__(self, kind: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., weak_type: bool = ..., prng_impl: _Optional[str] = ..., enum_class: _Optional[str] = ...) -> None: ...
+    cast_from: str
+    def __init__(self, kind: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., weak_type: bool = ..., prng_impl: _Optional[str] = ..., enum_class: _Optional[str] = ..., cast_from: _Optional[str] = ...) -> None: ...
 
 class ShardingSpec(_message.Message):
     __slots__ = ("kind", "axis_names", "mesh_shape", "partitions", "num_devices", "memory_kind", "text")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from ckpt_jax.errors import CorruptCheckpointError
-from ckpt_jax.graph import codec
+from ckpt_jax.graph import codec, metadata
 from ckpt_jax.graph import saved_objects as objects
 from ckpt_jax.graph.boxes import Box
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
+from ckpt_jax.graph.metadata import METADATA_KEY
 from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.readers import Contents
 from ckpt_jax.store.seal import unseal
@@ -65,12 +66,25 @@ class OwnReader:
         """
         return self._decoded(SAVED_OBJECTS_KEY, lambda data: objects.decode(data, graph))
 
-    def _decoded(self, key: str, decode: Callable[[bytes], T]) -> T | None:
+    def metadata(self) -> dict[str, Any]:
+        """What the program said about the checkpoint; empty if it said nothing.
+
+        Raises:
+          CorruptCheckpointError: it is damaged.
+        """
+        return self._decoded(METADATA_KEY, metadata.decode, lambda data: data) or {}
+
+    def _decoded(
+        self,
+        key: str,
+        decode: Callable[[bytes], T],
+        opened: Callable[[bytes], bytes] = unseal,
+    ) -> T | None:
         data = self._values.extra(key)
         if data is None:
             return None
         try:
-            return decode(unseal(data))
+            return decode(opened(data))
         except CorruptCheckpointError as error:
             raise CorruptCheckpointError(
                 f"{self.path}: {key}: {error}", file=self.path, key=key
