@@ -85,6 +85,7 @@ TESTED = {
     "command.md",
     "guide.md",
     "migrating.md",
+    "object-stores.md",
     "renaming.md",
     "several-processes.md",
     "testing.md",  # run by tests/testing/test_testing_page.py
@@ -230,6 +231,13 @@ def test_the_page_on_several_processes_runs_on_one(tmp_path):
     exec(code, names)
     names["manager"].sync()
     assert ckpt.latest_checkpoint(tmp_path / "a") == str(tmp_path / "a" / "ckpt-1")
+
+
+def test_the_page_on_object_stores_runs(tmp_path):
+    """In a process of its own, whose settings of stores end with it."""
+    program = "\n".join(code for _, code in blocks(DOCS / "object-stores.md"))
+    code, output = run(program, tmp_path)
+    assert code == 0, output
 
 
 # What has to hold after the code of docs/migrating.md.
