@@ -25,6 +25,7 @@ extensions = [
     "sphinx_design",
     "reference",
     "closed_site",
+    "every_page",
 ]
 exclude_patterns = ["_build", "_extensions", "pictures"]
 
