@@ -16,4 +16,5 @@ def add_unnamed(app, name, source):
 
 def setup(app):
     app.connect("source-read", add_unnamed)
+    app.connect("env-get-outdated", lambda app, env, added, changed, removed: ["index"])
     return {"parallel_read_safe": True}
