@@ -144,11 +144,12 @@ def merge_shards(
     extra: Mapping[str, bytes] | None = None,
     options: CheckpointOptions = DEFAULT,
 ) -> str:
-    """Makes one checkpoint directory of shards, by reference: no array byte is copied.
+    """Makes one checkpoint directory of shards, by reference: no array byte is copied, unless a
+    shard lies on another file system.
 
     Args:
       prefixes: the shards, as `write_shard` returned them. Shards outside of `destination` are
-        moved into it.
+        moved into it. If that fails, all of them are where they were.
       destination: the directory of the checkpoint.
       extra: small values by key that are committed in the same transaction.
       options: `durable` applies.

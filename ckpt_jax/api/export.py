@@ -48,7 +48,9 @@ from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
 from ckpt_jax.store.durable import fsync_directory, fsync_file, make_directories
 from ckpt_jax.store.paths import absolute, as_path, require_room
-from ckpt_jax.store.staging import discard, joined, remove_leftovers, staging_name
+from ckpt_jax.store.presence import is_taken
+from ckpt_jax.store.replacing import settle
+from ckpt_jax.store.staging import discard, joined, staging_name
 from ckpt_jax.values.leaves import describe, encode
 
 Cast = Any  # a dtype, or pairs of a pattern and a dtype
@@ -109,7 +111,7 @@ def export(
     writer = _writer(format)
     destination = as_path(destination, "destination")
     path = absolute(destination)
-    if os.path.lexists(path):
+    if is_taken(path):
         raise FileExistsError(f"{destination} exists; export to another path, or remove it first")
     if type(max_shard_nbytes) is not int or max_shard_nbytes <= 0:
         raise ValueError(f"expected a positive max_shard_nbytes, got {max_shard_nbytes!r}")
@@ -122,7 +124,7 @@ def export(
         _check(reader.path, graph)
         read = _reading(reader, saved, graph)
         make_directories(os.path.dirname(path))
-        remove_leftovers(path)
+        settle(path)
         staging = staging_name(path)
         with joined(staging):
             try:
@@ -384,7 +386,7 @@ def _publish(inside: str, path: str, endings: Iterable[str]) -> None:
         if os.path.isfile(inside + ending):
             fsync_file(inside + ending)
     for ending in endings:
-        if os.path.lexists(path + ending):
+        if is_taken(path + ending):
             raise FileExistsError(f"{path + ending} exists; nothing was written")
     for ending in endings:
         os.rename(inside + ending, path + ending)

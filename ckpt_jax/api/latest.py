@@ -32,6 +32,7 @@ from ckpt_jax.store.directory import (
 from ckpt_jax.store.notes import read_notes
 from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.store.presence import is_taken
+from ckpt_jax.store.replacing import settle_in
 from ckpt_jax.store.state_file import STATE_FILE, CheckpointState, get_checkpoint_state
 from ckpt_jax.store.storage import storage_of
 
@@ -88,6 +89,7 @@ def latest_checkpoint(directory: Path, latest_filename: str | None = None) -> st
         if latest == first:
             break
         first = latest  # read again: a newer save may have just replaced and removed it
+        settle_in(os.path.dirname(latest), os.path.basename(latest).__eq__)
     _refuse_unsupported(latest)
     _warn_of_problem(latest, problem)
     path = _first_usable(older_checkpoints(directory, latest))
@@ -154,6 +156,7 @@ def _numbered(directory: str) -> list[str]:
 
 def _newest_by_name(directory: str) -> str | None:
     """The newest checkpoint of a directory without a state file, by the numbers in the names."""
+    settle_in(directory, lambda name: number_of(name) is not None)
     numbered = _numbered(directory)
     names = [] if numbered else visible_in(directory)
     if not numbered and not names:

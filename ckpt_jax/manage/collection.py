@@ -14,7 +14,7 @@ import errno
 import logging
 import os
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -53,9 +53,10 @@ from ckpt_jax.store.lease import without_lease
 from ckpt_jax.store.notes import NOTES_FILE, add_metrics
 from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.presence import is_taken, names_in
-from ckpt_jax.store.staging import STAGING, remove_abandoned, why_kept
+from ckpt_jax.store.replacing import ASIDE, settle_in
+from ckpt_jax.store.staging import STAGING, owned_path, remove_abandoned, why_kept
 from ckpt_jax.store.state_file import state_text
-from ckpt_jax.store.storage import generation_at
+from ckpt_jax.store.storage import generation_at, storage_of
 
 AT_ONCE = Removal()
 
@@ -124,7 +125,13 @@ class Collection:
         self._origin: str | None = None  # the checkpoint that was saved or restored last
         self._published: dict[str, Hashable] = {}  # generations by path, until they are recorded
         self._fence = Fence(directory, name)
+        self._is_recovered = False  # what dead runs have left was looked for
+        if not is_read_only:
+            settle_in(directory, self._is_own)
         self._read()
+
+    def _is_own(self, name: str) -> bool:
+        return own_number(self._name, name) is not None
 
     def _read(self) -> None:
         """Reads the ledger as it is in the files."""
@@ -211,6 +218,7 @@ class Collection:
         """
         if self._fence.is_known or (self._fence.is_behind() and is_taken(record.path)):
             raise self._fence.error("Nothing was saved.")
+        self._recover()
         origin = number_of(self._origin or "")
         record = replace(record, time=self._clock(), origin=origin)
         before = generation_at(record.path)
@@ -237,9 +245,10 @@ class Collection:
                 if not is_behind:
                     raise
                 raise self._fence.error("Nothing was saved.") from error
-            generation = generation_at(path)
-            if generation is not None:
-                self._published[path] = generation
+            with suppress(OSError):  # the checkpoint is there, and is recorded all the same
+                generation = generation_at(path)
+                if generation is not None:
+                    self._published[path] = generation
 
     def take_back(self, path: str) -> bool:
         """Notes that a save has failed. Returns whether its checkpoint exists all the same, because
@@ -273,7 +282,8 @@ class Collection:
             return []
         ledger = self._with_adopted(with_noted(self._directory, self.ledger))
         unknown, sweep = self._plan_sweep(ledger)
-        leftovers = self._leftovers()
+        latest = number_of(self.ledger.latest or "")
+        leftovers = self._leftovers(lambda number: latest is not None and number <= latest)
         if not (sweep.preserve or sweep.remove or leftovers) or not self._is_latest_usable():
             return []
         if dry_run:
@@ -418,14 +428,18 @@ class Collection:
         return problem is None
 
     def _sweep(self, sweep: Sweep) -> list[str]:
-        """Removes checkpoints as planned. Those that cannot be removed stay managed, and the next
-        sweep tries again."""
+        """Removes checkpoints as planned, in two phases: they lose their names and their records,
+        and then they are deleted, which may take long. Those whose names stay are still managed,
+        and the next sweep tries again."""
         removed: list[str] = []
+        rests: list[_Rest] = []
         gone = {record.path for record in sweep.preserve}
         for record in sweep.remove:
             if self._fence.is_claimed and self._fence.is_behind():
                 break  # the new manager may need what is left
-            outcome = _attempt(self._remove_managed, record.path)
+            if len(rests) == _MOST_RESTS:
+                _delete(rests)
+            outcome = _attempt(lambda path: self._remove_managed(path, rests), record.path)
             if outcome is None:
                 continue
             if outcome:
@@ -445,10 +459,15 @@ class Collection:
             _log.warning(
                 "%s: the removal of checkpoints could not be recorded: %s", self._directory, error
             )
+        _delete(rests)
         return removed
 
-    def _remove_managed(self, path: str) -> bool:
+    def _remove_managed(self, path: str, rests: list[_Rest]) -> bool:
         """Removes a checkpoint, at least from its path; returns whether there was one.
+
+        Args:
+          path: of the checkpoint.
+          rests: what is left to delete is appended to them.
 
         Raises:
           BlockingIOError: somebody has a lease of it.
@@ -456,44 +475,88 @@ class Collection:
         """
         if not checkpoint_exists(path):
             return False
-        remove = remove_checkpoint if self._removal == AT_ONCE else self._remover.remove
         with without_lease(path) as is_free:
             if not is_free:
                 raise BlockingIOError(errno.EAGAIN, "an evaluator is at work on it", path)
             try:
-                remove(path)
+                if self._removal != AT_ONCE:
+                    self._remover.remove(path)
+                elif (rest := _taken_away(path)) is not None:
+                    rests.append((path, rest))
             except OSError as error:
                 if checkpoint_exists(path):
                     raise
                 _log.warning("%s could not be removed as a whole: %s", path, error)
         return True
 
-    def _leftovers(self) -> list[str]:
-        """Abandoned staging directories of saves with numbers up to that of the latest. A warning
-        says why others stay."""
-        latest = number_of(self.ledger.latest or "")
-        if latest is None:
-            return []
+    def _recover(self) -> None:
+        """Removes, once, what saves of dead runs have left, before it fills the disk."""
+        if self._is_recovered or is_url(self._directory):
+            return
+        self._is_recovered = True
+        settle_in(self._directory, self._is_own)
+        left = self._leftovers(lambda number: True, warns=False)
+        if left and (self.ledger.latest is None or self._is_latest_usable()):
+            for path in left:
+                _attempt(remove_abandoned, path)
+
+    def _leftovers(self, is_wanted: Callable[[int], bool], *, warns: bool = True) -> list[str]:
+        """Abandoned staging directories of saves with some numbers. A warning says why others
+        stay."""
+
+        def is_meant(name: str) -> bool:
+            number = own_number(self._name, name)
+            return number is not None and is_wanted(number)
+
         if is_url(self._directory):
-            return remains_in(
-                self._directory, lambda name: self._is_past(name, latest), self._clock
-            )
+            return remains_in(self._directory, is_meant, self._clock)
         found: list[str] = []
         for name in names_in(self._directory):
-            staging = STAGING.match(name)
-            if staging is None or not self._is_past(staging["name"], latest):
+            left = STAGING.match(name) or ASIDE.match(name)
+            if left is None or not is_meant(left["name"]):
                 continue
             path = os.path.join(self._directory, name)
+            if not (STAGING.match(name) or is_taken(owned_path(path))):
+                continue  # a process is putting it back
             reason = why_kept(path)
             if reason is None:
                 found.append(path)
-            elif is_taken(path):
+            elif warns and is_taken(path):
                 _log.warning("%s is not removed: %s", path, reason)
         return found
 
-    def _is_past(self, name: str, latest: int) -> bool:
-        number = own_number(self._name, name)
-        return number is not None and number <= latest
+
+_Rest = tuple[str, Callable[[], None]]  # the path of a checkpoint, and what deletes its files
+_MOST_RESTS = 100  # at a time: each has a file open
+
+
+def _delete(rests: list[_Rest]) -> None:
+    """Deletes the files of checkpoints that were taken away, and empties the list."""
+    while rests:
+        path, remove_rest = rests.pop(0)
+        try:
+            remove_rest()
+        except OSError as error:
+            _log.warning("%s could not be removed as a whole: %s", path, error)
+
+
+def _taken_away(path: str) -> Callable[[], None] | None:
+    """Takes a checkpoint away from its path. Returns what deletes its files, if any are left.
+
+    Raises:
+      OSError: it is still there, or this is not known.
+    """
+    with ExitStack() as stack:
+        remove_rest = stack.enter_context(storage_of(path).removing(path))
+        if remove_rest is None:
+            return None
+        held = stack.pop_all()
+
+    def work() -> None:
+        with held:
+            remove_rest()
+
+    return work
 
 
 def _attempt(remove: Callable[[str], bool], path: str) -> bool | None:

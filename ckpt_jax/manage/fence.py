@@ -22,6 +22,7 @@ import socket
 from collections.abc import Mapping
 
 from ckpt_jax.errors import SupersededError
+from ckpt_jax.store.guard import changing
 from ckpt_jax.store.state_file import Writer, replace_writers, writers_of
 
 
@@ -49,9 +50,14 @@ class Fence:
 
     def claim(self) -> None:
         """Claims the name, if there is a state file. Otherwise it is claimed by `renewed`."""
-        writers = writers_of(self._directory)
-        own = self._successor(writers.get(self._name))
-        if replace_writers(self._directory, {**writers, self._name: own}):
+
+        def change() -> Writer | None:
+            writers = writers_of(self._directory)
+            own = self._successor(writers.get(self._name))
+            return own if replace_writers(self._directory, {**writers, self._name: own}) else None
+
+        own = changing(self._directory, change)
+        if own is not None:
             self._last, self.is_claimed = own, True
 
     def renewed(self, *, claims: bool) -> Mapping[str, Writer]:

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -31,6 +30,8 @@ from ckpt_jax.store.guard import changing
 from ckpt_jax.store.notes import NOTES_FILE, Notes, read_notes, write_notes
 from ckpt_jax.store.paths import absolute
 from ckpt_jax.store.state_file import STATE_FILE, CheckpointState, update_checkpoint_state
+
+_MAX_DIGITS = 255  # no file name is longer
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -64,7 +65,7 @@ class Ledger:
         """The ledger after a checkpoint was saved."""
         others, record = self._joined_by(record)
         live = _branch(record, others)
-        others = [replace(other, is_abandoned=other.number not in live) for other in others]
+        others = [_marked(other, other.number not in live) for other in others]
         return Ledger(record.path, (*others, record), self.last_preserved)
 
     def with_adopted(self, records: Iterable[CheckpointRecord]) -> Ledger:
@@ -98,12 +99,22 @@ class Ledger:
     def without(self, paths: frozenset[str]) -> Ledger:
         """The ledger without the records of some paths. The latest stays the latest."""
         gone = {record.number: record.origin for record in self.records if record.path in paths}
+        if not gone:
+            return self
         records = [
             replace(record, origin=_remaining(record.origin, gone))
+            if record.origin in gone
+            else record
             for record in self.records
             if record.path not in paths
         ]
         return Ledger(self.latest, tuple(records), self.last_preserved)
+
+
+def _marked(record: CheckpointRecord, is_abandoned: bool) -> CheckpointRecord:
+    if record.is_abandoned == is_abandoned:
+        return record
+    return replace(record, is_abandoned=is_abandoned)
 
 
 def _remaining(origin: int | None, gone: Mapping[int, int | None]) -> int | None:
@@ -136,9 +147,13 @@ def _branch(latest: CheckpointRecord, records: Iterable[CheckpointRecord]) -> se
     return branch
 
 
-def _usual(record: CheckpointRecord, records: Iterable[CheckpointRecord]) -> int | None:
-    """The origin of a checkpoint if nothing is noted about it."""
-    return None if record.is_abandoned else _last_live(records, record.number - 1)
+def _usual_origins(records: Sequence[CheckpointRecord]) -> dict[str, int | None]:
+    """The origins of checkpoints if nothing is noted about them, by path."""
+    live = sorted([record.number for record in records if not record.is_abandoned])
+    before = {number: live[at - 1] if at else None for at, number in reversed([*enumerate(live)])}
+    return {
+        record.path: None if record.is_abandoned else before[record.number] for record in records
+    }
 
 
 def _last_live(records: Iterable[CheckpointRecord], number: int) -> int | None:
@@ -181,8 +196,9 @@ def own_number(name: str, path: str) -> int | None:
     >>> own_number("ckpt", "/runs/ckpt-3"), own_number("ckpt", "/runs/ckpt-eval-3")
     (3, None)
     """
-    is_own = re.fullmatch(re.escape(name) + r"-\d+", os.path.basename(path)) is not None
-    return number_of(path) if is_own else None
+    beginning, _, number = os.path.basename(path).rpartition("-")
+    is_own = beginning == name and number.isdecimal() and len(number) <= _MAX_DIGITS
+    return int(number) if is_own else None
 
 
 def recovered(directory: str, name: str, now: float) -> Ledger:
@@ -294,8 +310,9 @@ def _ledger_of(directory: str, name: str, state: CheckpointState) -> Ledger:
         )
         for path, time in own
     ]
+    usual = _usual_origins(records)
     records = [
-        record if record.origin is not None else replace(record, origin=_usual(record, records))
+        record if record.origin is not None else replace(record, origin=usual[record.path])
         for record in records
     ]
     return Ledger(latest, tuple(records), state.last_preserved_timestamp)
@@ -441,10 +458,11 @@ def _write_notes(directory: str, name: str, ledger: Ledger, has_metrics: bool) -
     abandoned = {path for path in before.abandoned if is_of_another(path)}
     abandoned |= {os.path.basename(r.path) for r in ledger.records if r.is_abandoned}
     origins = {path: number for path, number in before.origins.items() if is_of_another(path)}
+    usual = _usual_origins(ledger.records)
     origins |= {
         os.path.basename(record.path): record.origin
         for record in ledger.records
-        if record.origin not in (None, _usual(record, ledger.records))
+        if record.origin not in (None, usual[record.path])
     }
     is_known = not any(isinstance(record.metrics, UnknownMetrics) for record in ledger.records)
     notes = Notes(metrics, frozenset(abandoned), origins)

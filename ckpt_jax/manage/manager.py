@@ -78,7 +78,8 @@ class CheckpointManager:
     """Saves numbered checkpoints into a directory and removes those that are not needed.
 
     A new manager takes over the checkpoints that an earlier manager of the directory recorded.
-    Creating a manager removes nothing. A checkpoint is removed only if this manager or an earlier
+    Creating a manager removes nothing. Its first save removes the staging directories that dead
+    runs of the same name have left. A checkpoint is removed only if this manager or an earlier
     one wrote it, and only after a newer one was committed and could be opened.
 
     There can be one manager of a directory and name at a time. The first save of a new one takes
@@ -773,7 +774,8 @@ class CheckpointManager:
 
         Interrupted saves leave staging directories. Those that begin with this manager's name and a
         number up to that of the latest checkpoint are removed, if their owner is provably gone.
-        (Those with a larger number are removed by the next save with this number.)
+        (Those with a larger number are removed by the first save of the next manager, or by the
+        next save with this number.)
         If the latest checkpoint is not usable, nothing is removed. If checkpoints are removed in
         the background, this waits for it.
 

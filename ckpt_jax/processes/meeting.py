@@ -218,6 +218,8 @@ class Meeting:
       what: names it in errors.
       count_of_0: the save counter of process 0, if the meeting has failed because the processes
         were apart; else None.
+      has_failed_late: whether process 0 has failed after it had decided to act, so that it alone
+        knows what has come of that.
     """
 
     def __init__(self, processes: Processes, number: int, what: str, patience: Patience):
@@ -225,6 +227,7 @@ class Meeting:
         self.count = processes.count
         self.what = what
         self.count_of_0: int | None = None
+        self.has_failed_late = False
         self._processes = processes
         self._number = number
         self._board = Board(processes.service, number, what, self.count, patience)
@@ -602,7 +605,8 @@ class Meeting:
 
     def _announce(self, error: BaseException, *, has_decided: bool) -> CheckpointError | None:
         """Tells the others of an error; returns the error of a process that failed before."""
-        said = {**described(error, self.index, self.what), "digest": self._digest}
+        said = described(error, self.index, self.what)
+        said |= {"digest": self._digest, "is_late": has_decided}
         text = json.dumps({"error": said})
         try:
             if self.leads:  # the others may be waiting for one of these
@@ -632,6 +636,7 @@ class Meeting:
             for process in numbers_in(apart):
                 self._processes._apart.setdefault(process, set()).add(digest)
         self.count_of_0 = said.get("count")
+        self.has_failed_late = said.get("is_late", False)
         message = f"{self.what}: {said['message']}"
         if said["is_timeout"]:
             return BarrierTimeoutError(message, processes)

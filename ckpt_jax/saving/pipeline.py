@@ -173,8 +173,14 @@ class StagedSave:
             self._shards,
             self._own_names(),
             durable=durable,
-            is_lost=lambda: not meeting.is_in_doubt,
+            is_lost=lambda: not (meeting.is_in_doubt or self._may_appear),
         )
+
+    @property
+    def _may_appear(self) -> bool:
+        """Whether process 0 has failed in an object store, and may have asked for the commit. It
+        removes the shards of all if it has not."""
+        return bool(self._staging.mark) and self._meeting.has_failed_late
 
     def _own_names(self) -> str:
         """The beginning of the names of this process's shards."""

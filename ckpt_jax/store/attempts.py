@@ -14,7 +14,8 @@ through it the values of one attempt alone.
 
 If the store does not say what has become of the manifest, the commit is *in doubt*: the request may
 arrive at any later time. Then nothing is removed. An attempt removes what it has written if it has
-failed before it asked for the commit. All other remains are collected when they are old.
+failed before it asked for the commit, or if another one has won. All other remains are collected
+when they are old.
 """
 
 from __future__ import annotations
@@ -75,10 +76,11 @@ class Attempt:
         self._manifest = f"{self.path}/{MANIFEST}"
         self._before: Found | None = None  # the manifest that this one replaces
         self._data = b""  # of the manifest of this attempt
+        self._may_appear = False  # the commit was asked for, and nobody else has won
 
     @contextlib.contextmanager
     def claimed(self, *, overwrite: bool, durable: bool, keeps: bool = False) -> Iterator[None]:
-        """Notes what is at the URL. If the block fails before the commit, what this process has
+        """Notes what is at the URL. If the block fails before the commit, what the attempt has
         written is removed, unless `keeps` says that another attempt may go on from there. If it
         succeeds, the checkpoint that was replaced is removed.
 
@@ -89,11 +91,9 @@ class Attempt:
         self._check_replaceable(overwrite)
         try:
             yield
-        except CommitInDoubtError:
-            raise
-        except BaseException:
-            if not keeps:
-                self._remove_own()
+        except BaseException:  # an interrupt, too: it does not call a request back
+            if not (keeps or self._may_appear):
+                self._remove_all(self._token)
             raise
         if self._before is not None:
             kept = {self._manifest, *values_of(self.path, self._data)}
@@ -109,7 +109,7 @@ class Attempt:
             yield
         except BaseException:
             if is_lost():
-                self._remove_own()
+                self._remove_all(self.mark)
             raise
 
     def written(self) -> frozenset[str]:
@@ -142,17 +142,18 @@ class Attempt:
         """
         self._check_replaceable(overwrite)
         expected = ABSENT if self._before is None else self._before.generation
+        self._may_appear = True
         try:
-            is_written = objects.write(self._manifest, self._data, expected) is not None
-        except (PermissionError, objects.NoSuchBucketError):  # it was refused
+            if objects.write(self._manifest, self._data, expected) is not None:
+                return
+            # If a reply was lost, TensorStore has asked again, and has met its own manifest.
+            # If a bucket is missing, reading says so.
+            if not self._is_ours(objects.read(self._manifest)):
+                raise self._overtaken()
+        except _OvertakenError:
             raise
         except OSError as error:
             self._settle(expected, error)
-            return
-        # If a reply was lost, TensorStore has asked again, and has met its own manifest.
-        # If a bucket is missing, reading says so.
-        if not is_written and not self._is_ours(objects.read(self._manifest)):
-            raise self._overtaken()
 
     def is_committed(self) -> bool:
         """Whether a commit that was in doubt has come to pass.
@@ -172,6 +173,8 @@ class Attempt:
                     return
                 if (ABSENT if found is None else found.generation) != expected:
                     raise self._overtaken() from error
+            if isinstance(error, PermissionError | objects.NoSuchBucketError):
+                raise error  # it was refused, at least when it was asked for last
             if time.monotonic() >= deadline:
                 raise CommitInDoubtError(
                     f"{self.path}: the store did not say whether it has committed this checkpoint "
@@ -190,6 +193,7 @@ class Attempt:
             )
 
     def _overtaken(self) -> _OvertakenError:
+        self._may_appear = False
         return _OvertakenError(
             errno.EEXIST,
             "expected what was there when this save began, but another save has committed its "
@@ -197,12 +201,12 @@ class Attempt:
             self.path,
         )
 
-    def _remove_own(self) -> None:
-        """Removes what this process has written, as far as possible."""
+    def _remove_all(self, mark: str) -> None:
+        """Removes what bears a mark, as far as possible."""
         # Errors are not raised: the save has said why it has failed. What stays is collected later.
         with contextlib.suppress(OSError):
             found = objects.keys_below(self.path)
-            _remove(f"{self.path}/{key}" for key in found if self.mark in key)
+            _remove(f"{self.path}/{key}" for key in found if mark in key)
 
 
 class _OvertakenError(FileExistsError):

@@ -15,14 +15,10 @@ removes them.
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import os
 import re
-import secrets
 import shutil
 import stat
-import sys
 from collections.abc import Callable, Iterator, Mapping
 
 from ckpt_jax.errors import CheckpointNotFoundError, UnsupportedFormatError
@@ -33,6 +29,7 @@ from ckpt_jax.store.merge import SHARDS
 from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, relative, require_addressable, require_room, resolved
 from ckpt_jax.store.presence import is_directory, is_file, is_taken, names_in
+from ckpt_jax.store.replacing import ASIDE, aside_of, exchange, is_refused, settle
 from ckpt_jax.store.staging import (
     STAGING,
     Held,
@@ -45,7 +42,6 @@ from ckpt_jax.store.staging import (
     leave,
     locked,
     remove_abandoned,
-    remove_leftovers,
     staging_name,
     staging_of,
 )
@@ -105,7 +101,10 @@ def number_of(path: str) -> int | None:
     >>> number_of("runs/ckpt-12"), number_of("runs/final")
     (12, None)
     """
-    found = re.search(r"-(\d{1,255})$", os.path.basename(path))  # no file name is longer
+    name = os.path.basename(path)
+    found = re.search(r"-(\d{1,255})$", name)  # no file name is longer
+    if found and ASIDE.match(name):  # it happens to have no letters among its digits
+        return None
     return int(found.group(1)) if found else None
 
 
@@ -134,6 +133,12 @@ def require_checkpoint(path: str) -> None:
     elif is_taken(path):
         what = f"{path} is a file, not a checkpoint directory"
         near = os.path.dirname(absolute(path))
+    elif aside := aside_of(path):
+        what = (
+            f"there is no checkpoint at {path}: a save that was to replace it has not come to its "
+            f"end. The earlier one is at {aside}; the next save or manager puts it back"
+        )
+        near = os.path.dirname(absolute(path))
     else:
         what = f"there is no checkpoint at {path}"
         near = os.path.dirname(absolute(path))
@@ -145,6 +150,10 @@ def require_checkpoint(path: str) -> None:
         what += f". Checkpoints in {near}: {', '.join(names[-20:])}"
     elif not is_directory(near):
         absent = f". The directory {near} does not exist"
+        if near.startswith("gs://"):  # Google's store does not tell
+            absent += ", or there is no such bucket"
+        if is_url(near):
+            absent += ", or this program may not list it"
         what += f". {near} is a file" if is_taken(near) else absent
     else:
         what += f". There are no checkpoints in {near}"
@@ -161,8 +170,8 @@ def _other_library(path: str) -> str | None:
 
 def _has_format_1(path: str) -> bool:
     old, new = (os.path.join(path, name) for name in ("manifest.ocdbt", MANIFEST))
-    is_old = os.path.isfile(old) and os.path.isdir(os.path.join(path, SHARDS))
-    return is_old and not os.path.exists(new) and not is_staging(path)
+    is_old = is_file(old) and is_directory(os.path.join(path, SHARDS))
+    return is_old and not is_taken(new) and not is_staging(path)
 
 
 def others_in(directory: str) -> dict[str, str]:
@@ -251,7 +260,8 @@ class Staging:
         if self.is_inside:
             _remove_unfinished(self.path, keep=self.directory)
         else:
-            remove_leftovers(self.path, keep=self.directory)
+            settle(self.path, keep=self.directory)
+            check_replaceable(self.path, overwrite)  # an earlier one may be there again
         try:
             with joined(self.directory) as self._held:
                 if not self.is_inside:
@@ -470,7 +480,7 @@ def _remove_unfinished(path: str, keep: str) -> None:
             return
         for name in _PARTS if staged else ():  # before the staging, which marks them as leftovers
             shutil.rmtree(os.path.join(path, name), ignore_errors=True)
-        remove_leftovers(manifest, keep=keep)
+        settle(manifest, keep=keep)
 
 
 def _fill(path: str, staging: str, *, durable: bool) -> None:
@@ -528,39 +538,8 @@ def _take_name(staging: str, path: str, overwrite: bool) -> Callable[[], object]
         os.rename(staging, path)
         return lambda: os.rename(path, staging)
     except OSError as error:
-        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+        if not is_refused(error, path):
             raise
     check_replaceable(path, overwrite)
-    _swap(staging, path)
-    return lambda: _swap(staging, path)
-
-
-def _swap(staging: str, path: str) -> None:
-    if _exchange(staging, path):
-        return
-    # Without an atomic exchange, the old checkpoint is first renamed to a name that is never taken
-    # for abandoned: if this process dies between the renames, it is the only checkpoint there is.
-    aside = f"{path}.replaced-{secrets.token_hex(8)}"
-    os.rename(path, aside)
-    try:
-        os.rename(staging, path)
-    except OSError:
-        os.rename(aside, path)
-        raise
-    os.rename(aside, staging)
-
-
-def _exchange(one: str, other: str) -> bool:
-    """Swaps two names in one step with Linux's renameat2; False if that is impossible."""
-    if not sys.platform.startswith("linux"):
-        return False
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    at_fdcwd, rename_exchange = -100, 2
-    if renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0:
-        return True
-    number = ctypes.get_errno()
-    if number in (errno.ENOSYS, errno.EINVAL):
-        return False
-    raise OSError(number, os.strerror(number), one, None, other)
+    exchange(staging, path)
+    return lambda: exchange(staging, path)

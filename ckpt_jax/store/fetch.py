@@ -50,6 +50,7 @@ from ckpt_jax.store.index import CHECKSUM, Index, Shard, own_checksums
 from ckpt_jax.store.manifest import (
     INDEX,
     INDEX_KEY,
+    MANIFEST,
     Part,
     part_path,
     read_digested,
@@ -332,6 +333,8 @@ class ShardedReader:
             found = frozenset(objects.keys_below(self.directory))
         except PermissionError:  # who may not list may read all the same
             return
+        if MANIFEST not in found:  # Google's store says so by showing nothing
+            return
         for number, shard in enumerate(self.index.shards):
             check_values(self.directory, self._path(number), shard, found)
 
@@ -551,7 +554,7 @@ class _StreamReader:
         ends = begin + target.size in (size * (number + 1), self._shard.nbytes)
         end = file_end(self._shard, number) if ends else b""
         try:
-            found = objects.read(path, offset, stop + len(end))
+            found = objects.read(path, offset, stop + len(end), is_named=True)
         except EOFError as error:
             raise _Damaged(path, begin, begin + target.size, "the file is truncated") from error
         if found is None:

@@ -12,11 +12,11 @@ import errno
 import os
 import stat
 
-from ckpt_jax.store import objects
 from ckpt_jax.store.durable import fsync_directory, naming
-from ckpt_jax.store.guard import ChangedMeanwhileError, note_seen, seen
-from ckpt_jax.store.objects import ABSENT, is_url
-from ckpt_jax.store.staging import new_file, remove_leftovers
+from ckpt_jax.store.guard import read_again, replace_seen
+from ckpt_jax.store.objects import is_url
+from ckpt_jax.store.replacing import replace, set_aside, settle
+from ckpt_jax.store.staging import new_file
 
 _MAX_NBYTES = 1 << 23  # of a file beside the checkpoints: about 100,000 of them can be listed
 _CHUNK_NBYTES = 1 << 18  # that is read at once
@@ -38,9 +38,15 @@ def read_file(path: str) -> str | None:
       OSError: it cannot be read.
     """
     if is_url(path):
-        found = objects.read(path)
-        note_seen(path, ABSENT if found is None else found.generation)
-        return None if found is None else found.value.decode("utf-8")
+        found = read_again(path)
+        return None if found is None else _text_of(found.value)
+    for each in (path, set_aside(path), path):  # the last if it has just been replaced
+        if (text := _read(each)) is not None:
+            return text
+    return None
+
+
+def _read(path: str) -> str | None:
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except (FileNotFoundError, NotADirectoryError):
@@ -58,6 +64,10 @@ def read_file(path: str) -> str | None:
                 contents += chunk
     finally:
         os.close(descriptor)
+    return _text_of(contents)
+
+
+def _text_of(contents: bytes | bytearray) -> str:
     if len(contents) > _MAX_NBYTES:
         raise ValueError(f"it has more than {_MAX_NBYTES} bytes")
     return contents.decode("utf-8")
@@ -80,13 +90,13 @@ def replace_file(path: str, text: str) -> None:
             path,
         )
     if is_url(path):
-        _replace_object(path, contents)
+        replace_seen(path, contents)
         return
     try:
         before = read_file(path)
     except ValueError:  # it is odd, and nobody needs it back
         before = None
-    remove_leftovers(path)
+    settle(path)
     _put(path, contents)
     try:
         fsync_directory(os.path.dirname(path) or os.curdir)
@@ -99,24 +109,10 @@ def replace_file(path: str, text: str) -> None:
         raise
 
 
-def _replace_object(url: str, contents: bytes) -> None:
-    before = seen(url)
-    if before is None:
-        found = objects.read(url)
-        before = ABSENT if found is None else found.generation
-    generation = objects.write(url, contents, before)
-    if generation is None:
-        found = objects.read(url)
-        if found is None or found.value != contents:  # else it is ours, and the reply was lost
-            raise ChangedMeanwhileError(errno.EAGAIN, "another program has changed it", url)
-        generation = found.generation
-    note_seen(url, generation)
-
-
 def _put(path: str, contents: bytes) -> None:
     with new_file(path) as staging:
         with naming(staging.path), open(staging.descriptor, "wb", closefd=False) as file:
             file.write(contents)
             file.flush()
             os.fsync(staging.descriptor)
-        os.replace(staging.path, path)
+        replace(staging.path, path)

@@ -24,7 +24,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ckpt_jax.store.objects import is_url
+from ckpt_jax.store import objects
+from ckpt_jax.store.objects import ABSENT, Found, is_url
 from ckpt_jax.store.paths import resolved
 from ckpt_jax.store.staging import Lock, locked, locked_file
 
@@ -40,9 +41,10 @@ class _Guard:
     """The guard of one directory, as this process sees it."""
 
     turn: threading.RLock = field(default_factory=threading.RLock)
+    owner: int | None = None  # the thread that has the turn
     depth: int = 0  # how often its thread has entered it
     changes: int = 0  # how many of these are calls of `changing`
-    seen: dict[str, bytes] = field(default_factory=dict)  # generations of files in a store, by URL
+    seen: dict[str, Found | None] = field(default_factory=dict)  # files in a store, by URL
 
 
 _guards: dict[str, _Guard] = {}
@@ -71,11 +73,14 @@ def guarded(directory: str, patience_seconds: float = PATIENCE_SECONDS) -> Itera
             guard.seen.clear()
             if not is_url(directory):
                 exits.enter_context(_locked(directory, deadline, patience_seconds))
+            guard.owner = threading.get_ident()
         guard.depth += 1
         try:
             yield
         finally:
             guard.depth -= 1
+            if guard.depth == 0:
+                guard.owner = None
 
 
 class ChangedMeanwhileError(OSError):
@@ -89,6 +94,7 @@ def changing(directory: str, change: Callable[[], T]) -> T:
       directory: it must exist.
       change: reads files, decides, and replaces them. It is called from its beginning if another
         program has changed one of them after it was read, which happens in object stores only.
+        There it reads each file once: what it decides is about the file that it replaces.
 
     Raises:
       ChangedMeanwhileError: others were faster each time, for as long as `guarded` waits.
@@ -98,6 +104,8 @@ def changing(directory: str, change: Callable[[], T]) -> T:
     deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         with guarded(directory):
+            if guard.changes == 0:
+                guard.seen.clear()
             guard.changes += 1
             try:
                 return change()
@@ -108,16 +116,47 @@ def changing(directory: str, change: Callable[[], T]) -> T:
                 guard.changes -= 1
 
 
-def note_seen(url: str, generation: bytes) -> None:
-    """Notes which generation of a file in an object store was read, until the guard is left."""
+def read_again(url: str) -> Found | None:
+    """What is at the URL of a file; in a change, what was there when it was read first.
+
+    Raises:
+      OSError: it is not known what is there.
+    """
     guard = _guard_of(os.path.dirname(url))[1]
-    if guard.depth:
-        guard.seen[url] = generation
+    is_ours = guard.owner == threading.get_ident()
+    if is_ours and guard.changes and url in guard.seen:
+        return guard.seen[url]
+    found = objects.read(url)
+    if is_ours:
+        guard.seen[url] = found
+    return found
 
 
-def seen(url: str) -> bytes | None:
-    """The generation of a file that was read under the guard; None if it was not."""
-    return _guard_of(os.path.dirname(url))[1].seen.get(url)
+def replace_seen(url: str, value: bytes) -> None:
+    """Replaces a file in an object store, if it is still the one that was read under the guard.
+
+    Raises:
+      ChangedMeanwhileError: it is not.
+      OSError: it is not known whether it was replaced.
+    """
+    guard = _guard_of(os.path.dirname(url))[1]
+    is_ours = guard.owner == threading.get_ident()
+    before = guard.seen[url] if is_ours and url in guard.seen else objects.read(url)
+    generation = objects.write(url, value, ABSENT if before is None else before.generation)
+    if generation is None:
+        found = objects.read(url)
+        if found is None and before is None:
+            raise PermissionError(
+                errno.EACCES,
+                "the store says that this file is there, and does not show it. Check that the "
+                "credentials allow to read it",
+                url,
+            )
+        if found is None or found.value != value:  # else it is ours, and the reply was lost
+            raise ChangedMeanwhileError(errno.EAGAIN, "another program has changed it", url)
+        generation = found.generation
+    if is_ours:
+        guard.seen[url] = Found(value, generation)
 
 
 def _guard_of(directory: str) -> tuple[str, _Guard]:

@@ -214,7 +214,7 @@ def read_digested(path: str, digest: bytes, nbytes: int | None = None) -> bytes:
       CorruptCheckpointError: they are not the ones that were committed.
     """
     try:
-        data = read_file(path, _MAX_PART_NBYTES)
+        data = read_file(path, _MAX_PART_NBYTES, is_named=True)
     except NoSuchBucketError:
         raise
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -228,8 +228,13 @@ def read_digested(path: str, digest: bytes, nbytes: int | None = None) -> bytes:
     return data
 
 
-def read_file(path: str, max_nbytes: int = _MAX_PART_NBYTES) -> bytes:
+def read_file(path: str, max_nbytes: int = _MAX_PART_NBYTES, *, is_named: bool = False) -> bytes:
     """The contents of a regular file of bounded size.
+
+    Args:
+      path: of the file.
+      max_nbytes: how many bytes it may have.
+      is_named: whether a checkpoint names it; see `objects.read`.
 
     Raises:
       CorruptCheckpointError: it is no regular file, or is too large.
@@ -237,7 +242,7 @@ def read_file(path: str, max_nbytes: int = _MAX_PART_NBYTES) -> bytes:
       OSError: it cannot be read.
     """
     if is_url(path):
-        found = objects.read(path)
+        found = objects.read(path, is_named=is_named)
         if found is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         return found.value

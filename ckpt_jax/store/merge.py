@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -29,6 +31,7 @@ from ckpt_jax.store.manifest import (
     INDEX,
     INDEX_KEY,
     MANIFEST,
+    META,
     Part,
     manifest_of,
     read_file,
@@ -39,6 +42,7 @@ from ckpt_jax.store.manifest import (
 from ckpt_jax.store.objects import NoSuchBucketError, is_url
 from ckpt_jax.store.paths import absolute, is_within, relative
 from ckpt_jax.store.presence import is_directory, is_taken, names_in
+from ckpt_jax.store.transfer import transferred
 
 SHARDS = "shards"  # the directory of a checkpoint's shards
 
@@ -50,7 +54,8 @@ def merge_shards(
     *,
     durable: bool = True,
 ) -> str:
-    """Makes one checkpoint of shards. Shards that lie outside of it are moved into it.
+    """Makes one checkpoint of shards. Shards that lie outside of it are moved into it; from other
+    file systems they are copied, and then removed. If that fails, they are where they were.
 
     Args:
       directories: the shards. They have to make up whole arrays.
@@ -95,11 +100,39 @@ def commit(
         parts = assemble(shards, tables, destination, extra, mark=secrets.token_hex(8))
         write_file(os.path.join(destination, MANIFEST), manifest_of(parts), durable=durable)
         return destination
-    parts = assemble(shards, tables, destination, extra, durable=durable)
-    write_manifest(destination, parts, durable=durable)
-    if durable:
-        fsync_directory(os.path.dirname(absolute(destination)))
+    with _all_or_nothing(destination), ExitStack() as moves:
+        parts = assemble(shards, tables, destination, extra, durable=durable, moves=moves)
+        with _no_manifest_after_failure(destination):
+            write_manifest(destination, parts, durable=durable)
+            if durable:
+                fsync_directory(os.path.dirname(absolute(destination)))
     return destination
+
+
+@contextmanager
+def _all_or_nothing(destination: str) -> Iterator[None]:
+    """Removes what the block has made around the shards, if it fails."""
+    is_new = not is_taken(destination)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(os.path.join(destination, META), ignore_errors=True)
+        with suppress(OSError):  # there may be shards in it that were there before
+            os.rmdir(os.path.join(destination, SHARDS))
+            if is_new:
+                os.rmdir(destination)
+        raise
+
+
+@contextmanager
+def _no_manifest_after_failure(destination: str) -> Iterator[None]:
+    """Takes the manifest away before shards are, if the block fails: it needs all of them."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(os.path.join(destination, MANIFEST))
+        raise
 
 
 def read_shard(directory: str) -> tuple[Shard, Table]:
@@ -142,6 +175,7 @@ def assemble(
     *,
     durable: bool = True,
     mark: str = "",
+    moves: ExitStack | None = None,
 ) -> dict[str, Part]:
     """Puts all of a checkpoint into its directory but for the manifest, which makes it one.
 
@@ -150,6 +184,8 @@ def assemble(
       tables: some tables, by digest. Only those that are not among them are read.
       destination, extra, durable: as for `merge_shards`.
       mark: of the attempt, in an object store.
+      moves: shards are moved for as long as its block runs, and moved back if that fails. By
+        default, until this function returns.
 
     Returns:
       The parts for the manifest.
@@ -178,33 +214,35 @@ def assemble(
             f"{destination}: {len(merged.keys)} arrays are cut in too many different ways over "
             f"{len(shards)} shards. Cut arrays of one shape alike; nothing was changed."
         )
-    _gather_shards(sources, [os.path.join(destination, target) for target in targets])
-    parts = write_parts(destination, {INDEX_KEY: index, **extra}, durable=durable, mark=mark)
-    if durable and not is_url(destination):
-        parents = {os.path.dirname(os.path.join(destination, target)) for target in targets}
-        for directory in sorted({*parents, destination}, key=len, reverse=True):
-            fsync_directory(directory)
+    paths = [os.path.join(destination, target) for target in targets]
+    moved = [(a, b) for a, b in zip(sources, paths, strict=True) if absolute(a) != absolute(b)]
+    parents = {os.path.dirname(path) for path in paths}
+    with ExitStack() as own:
+        if is_url(destination):
+            _copy_objects(moved)
+        else:
+            for _, path in moved:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+            (moves or own).enter_context(transferred(moved, durable=durable))
+        parts = write_parts(destination, {INDEX_KEY: index, **extra}, durable=durable, mark=mark)
+        if durable and not is_url(destination):
+            for directory in sorted({*parents, destination}, key=len, reverse=True):
+                fsync_directory(directory)
     return parts
 
 
-def _gather_shards(sources: Sequence[str], targets: Sequence[str]) -> None:
-    """Moves shards to where they belong. In an object store they are copied."""
-    for source, target in zip(sources, targets, strict=True):
-        if absolute(source) == absolute(target):
-            continue
-        if is_url(target):
-            if not is_url(source):
-                raise ShardError(
-                    f"{source}: expected a shard in the object store of {target}, got one in a "
-                    "file system. Write the shards below the checkpoint."
-                )
-            for key in objects.keys_below(source):
-                found = objects.read(f"{source}/{key}")
-                if found is not None:
-                    objects.write(f"{target}/{key}", found.value)
-        else:
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            os.rename(source, target)
+def _copy_objects(moves: Sequence[tuple[str, str]]) -> None:
+    """Copies shards to where they belong, in an object store."""
+    for source, target in moves:
+        if not is_url(source):
+            raise ShardError(
+                f"{source}: expected a shard in the object store of {target}, got one in a file "
+                "system. Write the shards below the checkpoint."
+            )
+        for key in objects.keys_below(source):
+            found = objects.read(f"{source}/{key}")
+            if found is not None:
+                objects.write(f"{target}/{key}", found.value)
 
 
 def _targets(directories: Sequence[str], destination: str, mark: str) -> list[str]:

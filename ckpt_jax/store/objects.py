@@ -12,12 +12,13 @@ taken for absence or for damage.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import secrets
 import threading
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn
 
 import tensorstore as ts
@@ -29,6 +30,7 @@ PARALLEL = 32  # requests at once: a store answers many together as soon as one
 _URL = re.compile(r"(?P<scheme>s3|gs|memory)://(?P<rest>.*)", re.DOTALL)
 _DRIVERS = {"s3": "s3", "gs": "gcs"}
 _RETRIES = 6  # with the waits between them, about half a minute
+_WAITS = {"initial_delay": "500ms", "max_delay": "8s"}  # between two tries
 _REQUEST_SECONDS = 60.0
 _IN_PASSING = ("ABORTED", "UNAVAILABLE", "RESOURCE_EXHAUSTED", "DEADLINE_EXCEEDED", "CANCELLED")
 _REGION = "us-east-1"  # of stores that are not Amazon's, and that do not care
@@ -63,6 +65,7 @@ class Settings:
         return getattr(self, name) is None
 
 
+_log = logging.getLogger("ckpt_jax")
 _settings: dict[str, Settings] = {}  # by URL, without a "/" at the end
 _lock = threading.Lock()
 
@@ -75,7 +78,8 @@ class _Bucket:
     url: str
     seconds: float
     is_there: bool = False  # or it does not tell
-    is_granted: bool = False  # something was read or written
+    readable: set[str] = field(default_factory=set)  # directories in which something was read
+    has_warned: bool = False  # that nothing is listed
 
 
 _buckets: dict[tuple[str, Settings, tuple[str | None, ...]], _Bucket] = {}
@@ -168,8 +172,16 @@ class Found:
     generation: bytes
 
 
-def read(url: str, start: int = 0, stop: int | None = None) -> Found | None:
+def read(
+    url: str, start: int = 0, stop: int | None = None, *, is_named: bool = False
+) -> Found | None:
     """The bytes from `start` to `stop` of the value at a URL; None if there is no value.
+
+    Args:
+      url: of the value.
+      start, stop: the part to read.
+      is_named: whether a checkpoint names the value. If the store refuses to show it, this is then
+        an error. Otherwise the value may be absent (`_may_read_beside`).
 
     Raises:
       EOFError: the value ends before.
@@ -183,13 +195,15 @@ def read(url: str, start: int = 0, stop: int | None = None) -> Found | None:
         if "OUT_OF_RANGE" in str(error):
             raise EOFError(url) from error
         trouble = trouble_of(error, url)
-        if isinstance(trouble, PermissionError) and _may_write(bucket, url):
+        is_denied = not is_named and _may_mean_absence(trouble)
+        if is_denied and _may_read_beside(bucket, url):
             return None
         _fail(error, url)
     if found.state != "value":
         _require_bucket(bucket, url, key)
         return None
-    bucket.is_there = bucket.is_granted = True
+    bucket.is_there = True
+    bucket.readable.add(os.path.dirname(url))
     return Found(found.value, found.stamp.generation)
 
 
@@ -207,20 +221,34 @@ def _require_bucket(bucket: _Bucket, url: str, key: str) -> None:
     bucket.is_there = True
 
 
-def _may_write(bucket: _Bucket, url: str) -> bool:
-    """Whether a store that refuses to read a value lets this process write.
+def _may_mean_absence(trouble: OSError | None) -> bool:
+    """Whether an error may say that nothing is there: stores do not tell that to those who may not
+    list. Wrong credentials are another matter."""
+    wrong = "InvalidAccessKeyId", "SignatureDoesNotMatch", "Token", "RequestTimeTooSkewed"
+    said = str(trouble)
+    return isinstance(trouble, PermissionError) and not any(each in said for each in wrong)
 
-    Amazon's store refuses to read what is not there, too, if the credentials do not allow to list.
-    Who may write a value on the condition that it is not there may take it for absent.
+
+def _may_read_beside(bucket: _Bucket, url: str) -> bool:
+    """Whether this process may read in the directory of a value that a store refuses to show.
+
+    If so, the value is not there. If nothing has been read there yet, a probe is written and read.
     """
-    if not bucket.is_granted:
-        probe = f"{os.path.dirname(url)}/.probe-{secrets.token_hex(8)}"
+    directory = os.path.dirname(url)
+    if not any(directory == each or directory.startswith(f"{each}/") for each in bucket.readable):
+        probe = f"{directory}/.probe-{secrets.token_hex(8)}"
+        key = _parted(probe)[1]
         try:
-            bucket.is_granted = write(probe, b"", ABSENT) is not None
+            write(probe, b"", ABSENT)
+            found = bucket.store.read(key).result(timeout=bucket.seconds)
+        except Exception:  # the caller has an error that says more
+            return False
+        with suppress(OSError):
             delete(probe)
-        except OSError:
-            pass
-    return bucket.is_granted
+        if found.state != "value":
+            return False
+        bucket.readable.add(directory)
+    return True
 
 
 def generation_of(url: str) -> bytes | None:
@@ -251,7 +279,7 @@ def write(url: str, value: bytes, if_generation: bytes | None = None) -> bytes |
     except Exception as error:
         _fail(error, url)
     if stamp.generation:
-        bucket.is_there = bucket.is_granted = True
+        bucket.is_there = True
     return stamp.generation or None
 
 
@@ -270,6 +298,8 @@ def delete(url: str, if_generation: bytes | None = None) -> bool:
 def keys_below(url: str) -> list[str]:
     """The keys of all values below a URL, relative to it, sorted.
 
+    If this program may read and write there, but not list, none are found, and a warning says so.
+
     Raises:
       NoSuchBucketError: there is no such bucket.
       OSError: the store did not tell.
@@ -280,7 +310,18 @@ def keys_below(url: str) -> list[str]:
         listing = bucket.store.list(_below(key), len(prefix.encode()))
         found = listing.result(timeout=bucket.seconds)
     except Exception as error:
-        _fail(error, url)
+        is_denied = _may_mean_absence(trouble_of(error, url))
+        if not (is_denied and _may_read_beside(bucket, f"{url}/any")):
+            _fail(error, url)
+        if not bucket.has_warned:
+            bucket.has_warned = True
+            _log.warning(
+                "%s: the store does not let this program list what is there. Checkpoints are found "
+                "only through the state file, and nothing that interrupted saves have left is "
+                "removed. To change that, allow to list.",
+                url,
+            )
+        return []
     return sorted(name.decode("utf-8", "surrogateescape") for name in found)
 
 
@@ -302,7 +343,7 @@ def _spec(root: str, settings: Settings) -> dict[str, Any]:
     if scheme == "memory":
         return {"driver": "memory"}
     driver = _DRIVERS[scheme]
-    retries = {"max_retries": settings.retries, "initial_delay": "500ms", "max_delay": "8s"}
+    retries = {"max_retries": settings.retries, **_WAITS}
     spec: dict[str, Any] = {
         "driver": driver,
         "bucket": bucket,

@@ -54,7 +54,9 @@ from itertools import pairwise
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.store.durable import naming
 
-STAGING = re.compile(r"^(?P<name>.+)\.staging-(?P<owner>[0-9a-f]{16}|[0-9a-f]{32})$", re.DOTALL)
+OWNER = "[0-9a-f]{16}|[0-9a-f]{32}"
+STAGING = re.compile(rf"^(?P<name>.+)\.staging-(?P<owner>{OWNER})$", re.DOTALL)
+_OWNED = re.compile(rf"^(?P<name>.+)\.(staging|replaced)-(?P<owner>{OWNER})$", re.DOTALL)
 GRACE_SECONDS = 24 * 3600.0
 
 _log = logging.getLogger("ckpt_jax")
@@ -159,10 +161,15 @@ def owner_digits() -> str:
 _alone: set[str] = set()  # the digits of names that no other process of this run knows
 
 
+def new_owner() -> str:
+    """New digits for the end of a name that this process alone uses."""
+    _alone.add(digits := f"{owner_digits()}{secrets.token_hex(4)}")
+    return digits
+
+
 def staging_name(path: str) -> str:
     """A new staging name for `path`, for this process alone."""
-    _alone.add(digits := f"{owner_digits()}{secrets.token_hex(4)}")
-    return f"{path}.staging-{digits}"
+    return f"{path}.staging-{new_owner()}"
 
 
 @contextmanager
@@ -368,7 +375,7 @@ def remove_abandoned(staging: str, clock: Callable[[], float] = time.time) -> bo
         if _why_kept(staging, lock, clock) is not None:
             return False
         # A name of our own: a save that still wants to publish it finds nothing under the old one.
-        doomed = staging_name(_path_of(staging))
+        doomed = staging_name(owned_path(staging))
         try:
             os.rename(staging, doomed)
         except FileNotFoundError:  # it was published or removed at this moment
@@ -377,34 +384,16 @@ def remove_abandoned(staging: str, clock: Callable[[], float] = time.time) -> bo
         return True
 
 
-def remove_leftovers(path: str, keep: str | None = None) -> None:
-    """Removes abandoned staging for `path`, before new work on `path` begins.
-
-    Args:
-      path: of a checkpoint or of a file.
-      keep: staging for `path` that stays, because it is the present work.
-    """
-    for staging in staging_of(path):
-        if staging == keep:
-            continue
-        try:
-            remove_abandoned(staging)
-        except FileNotFoundError:  # another process is removing it
-            pass
-        except OSError as error:  # new work can begin all the same
-            _log.warning("%s is abandoned, but could not be removed: %s", staging, error)
-
-
-def _path_of(staging: str) -> str:
-    """The path for which staging was made."""
+def owned_path(staging: str) -> str:
+    """The path for which staging was made, or at which what was set aside had been."""
     above, name = os.path.split(os.path.abspath(staging))
-    match = STAGING.match(name)
+    match = _OWNED.match(name)
     assert match is not None
     return os.path.join(above, match["name"])
 
 
 def _why_kept(staging: str, lock: Lock, clock: Callable[[], float]) -> str | None:
-    match = STAGING.match(os.path.basename(os.path.abspath(staging)))
+    match = _OWNED.match(os.path.basename(os.path.abspath(staging)))
     if match is None:
         return "it is not called like staging"
     if lock is Lock.THEIRS:

@@ -43,6 +43,13 @@ from ckpt_jax.store.paths import absolute, as_path, is_within, relative
 
 STATE_FILE = "checkpoint"
 _MAX_PATH, _MAX_NAME = 4096, 255  # characters; no system takes more bytes
+# What needs no escapes, and a line of a state file that has none. All else is left to protobuf,
+# which takes a hundred times as long; each save of a manager reads and writes all checkpoints.
+_PLAIN = re.compile(r"[ !#-&(-\[\]-~]*")
+_LINE = re.compile(
+    rf"""^(?:#.*|(\w+): (?:"({_PLAIN.pattern})"|(\d+(?:\.\d+)?(?:e[+-]?\d+)?)))$""",
+    re.ASCII | re.MULTILINE,
+)
 _WRITER = re.compile(r"^# ckpt_jax writer (\{.{1,4000}\})\n", re.MULTILINE)
 
 _log = logging.getLogger("ckpt_jax")
@@ -339,6 +346,8 @@ def render(state: CheckpointState) -> str:
     all_model_checkpoint_paths: "ckpt-1"
     all_model_checkpoint_timestamps: 12.5
     """
+    if all(map(_PLAIN.fullmatch, (state.model_checkpoint_path, *state.all_model_checkpoint_paths))):
+        return _rendered_lines(state)
     message = checkpoint_state_pb2.CheckpointState(
         model_checkpoint_path=state.model_checkpoint_path,
         all_model_checkpoint_paths=state.all_model_checkpoint_paths,
@@ -348,12 +357,30 @@ def render(state: CheckpointState) -> str:
     return text_format.MessageToString(message, as_utf8=False)
 
 
+def _rendered_lines(state: CheckpointState) -> str:
+    """What protobuf makes of a state without characters that need an escape."""
+    latest, preserved = state.model_checkpoint_path, float(state.last_preserved_timestamp)
+    lines = [
+        *([f'model_checkpoint_path: "{latest}"\n'] if latest else []),
+        *[f'all_model_checkpoint_paths: "{path}"\n' for path in state.all_model_checkpoint_paths],
+        *[
+            f"all_model_checkpoint_timestamps: {float(time)}\n"
+            for time in state.all_model_checkpoint_timestamps
+        ],
+        *([f"last_preserved_timestamp: {preserved}\n"] if str(preserved) != "0.0" else []),
+    ]
+    return "".join(lines)
+
+
 def parse(text: str) -> CheckpointState:
     """The inverse of `render`; an empty text gives an empty state.
 
     Raises:
       google.protobuf.text_format.ParseError: it is not a state file, or it has unknown fields.
     """
+    found = _parsed_lines(text)
+    if found is not None:
+        return found
     message = checkpoint_state_pb2.CheckpointState()
     text_format.Merge(text, message)
     return CheckpointState(
@@ -362,6 +389,25 @@ def parse(text: str) -> CheckpointState:
         tuple(message.all_model_checkpoint_timestamps),
         message.last_preserved_timestamp,
     )
+
+
+def _parsed_lines(text: str) -> CheckpointState | None:
+    """The state in a text as `render` writes it; None if there is anything else in it."""
+    lines = _LINE.findall(text)
+    if len(lines) != text.count("\n") or not text.endswith("\n"):
+        return None
+    texts: dict[str, list[str]] = {}
+    numbers: dict[str, list[float]] = {}
+    for field, string, number in lines:
+        if number:
+            numbers.setdefault(field, []).append(float(number))
+        elif field:
+            texts.setdefault(field, []).append(string)
+    latest = texts.pop("model_checkpoint_path", [""])[-1]
+    paths = tuple(texts.pop("all_model_checkpoint_paths", ()))
+    times = tuple(numbers.pop("all_model_checkpoint_timestamps", ()))
+    preserved = numbers.pop("last_preserved_timestamp", [0.0])[-1]
+    return None if texts or numbers else CheckpointState(latest, paths, times, preserved)
 
 
 def _with_paths(state: CheckpointState, change: Callable[[str], str]) -> CheckpointState:
@@ -377,6 +423,9 @@ def _usable_path(directory: str, stored: str) -> str:
 
 
 def _stored_path(directory: str, path: str) -> str:
+    above, slash, name = path.rpartition("/")
+    if slash and above == directory and name not in ("", ".", ".."):  # as nearly always
+        return name
     if is_url(directory) or is_url(path):
         return relative(path, directory) if is_within(path, directory) else path
     if os.path.isabs(directory) and not os.path.isabs(path):

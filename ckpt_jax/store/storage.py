@@ -28,7 +28,7 @@ from ckpt_jax.store.manifest import MANIFEST, META, Part
 from ckpt_jax.store.merge import SHARDS
 from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, resolved
-from ckpt_jax.store.presence import status_of
+from ckpt_jax.store.presence import is_file, status_of
 
 Removing = Callable[[], object] | None
 
@@ -218,7 +218,10 @@ class ObjectStore:
         return attempts.saved_at(absolute(path))
 
     def removing(self, path: str) -> AbstractContextManager[Removing]:
-        return nullcontext(attempts.taken_away(absolute(path)))
+        remove_rest = attempts.taken_away(absolute(path))
+        if remove_rest is None and is_file(path):
+            require_checkpoint(path)
+        return nullcontext(remove_rest)
 
     def entries(self, location: str) -> Hashable:
         return None  # the manifest goes first, and tells

@@ -3,16 +3,17 @@
 A *conformance suite* is a class of tests that the author of a plug-in subclasses. The subclass
 says how to make the objects, and pytest runs every promise of the interface against them:
 
-    SaverTests     savers that are registered with `ckpt.register_checkpoint_saver`
-    ViewTests      views that are registered with `ckpt.register_view`, and any other kind of object
-    ReaderTests    readers of checkpoints, for formats that `ckpt.register_format` is given
-    ServiceTests   coordination services
+    SaverTests          savers that are registered with `ckpt.register_checkpoint_saver`
+    ViewTests           views that are registered with `ckpt.register_view`, and any other object
+    ReaderTests         readers of checkpoints, for formats that `ckpt.register_format` is given
+    ServiceTests        coordination services
+    StorageConformance  places for checkpoints: file systems and object stores
 
 `run_processes` runs a program as several processes, which are threads that share a
 `MemoryService`.
 
-SaverTests, ViewTests and ReaderTests need pytest and import it when they are first asked for. The
-others need nothing that the library itself does not.
+SaverTests, ViewTests, ReaderTests and StorageConformance need pytest and import it when they are
+first asked for. The others need nothing that the library itself does not.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ from ckpt_jax.testing.processes import MemoryService, ServiceTests, run_processe
 if TYPE_CHECKING:
     from ckpt_jax.testing.readers import ReaderTests
     from ckpt_jax.testing.savers import SaverTests
+    from ckpt_jax.testing.storages import StorageConformance
     from ckpt_jax.testing.views import ViewTests
 
 _NEED_PYTEST = {
     "ReaderTests": "ckpt_jax.testing.readers",
     "SaverTests": "ckpt_jax.testing.savers",
+    "StorageConformance": "ckpt_jax.testing.storages",
     "ViewTests": "ckpt_jax.testing.views",
 }
 
@@ -56,6 +59,7 @@ __all__ = [
     "ReaderTests",
     "SaverTests",
     "ServiceTests",
+    "StorageConformance",
     "ViewTests",
     "run_processes",
 ]

@@ -9,6 +9,7 @@ A sample of the calls by default, chosen by a seed that is printed; all of them 
 * the next save works, and nothing is left behind after it.
 """
 
+import contextlib
 import errno
 import random
 import shutil
@@ -16,7 +17,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from faults import KILL, Faults, compiler
+from faults import KILL, NFS, SSHFS, Faults, compiler
 from faults.disk import any_beginning, loaded, nothing, states, stored
 from faults.values import checkpoint_of, step_in, tree_of
 
@@ -174,6 +175,48 @@ def test_a_save_killed_at_a_call_leaves_the_old_state_or_the_new(
         assert_goes_on(scenario, directory)
 
 
+REPLACING = [("overwrite", NFS), ("overwrite", SSHFS), ("counted", SSHFS), ("managed", SSHFS)]
+
+
+@pytest.mark.parametrize("exhaustive", [False, pytest.param(True, marks=EXHAUSTIVE)])
+@pytest.mark.parametrize(
+    "scenario, renames", REPLACING, ids=["overwrite-nfs", "overwrite", "counted", "managed"]
+)
+def test_where_a_rename_replaces_nothing_a_killed_save_leaves_the_old_state_or_the_new(
+    faults, templates, tmp_path, scenario, renames, exhaustive
+):
+    """NFS cannot exchange two names, and sshfs renames nothing over anything."""
+    whole = copied(templates / scenario, tmp_path / "whole")
+    outcome = faults.run(scenario, whole, renames=renames)
+    assert outcome.succeeded, outcome
+    assert_sound(scenario, whole, succeeded=True)
+    assert not [path for path in whole.iterdir() if ".replaced" in path.name]
+    # The renames are where it differs, and they are few.
+    total = faults.run(
+        scenario, copied(templates / scenario, tmp_path / "all"), only="rename", renames=renames
+    ).count
+    calls = [("rename", at) for at in range(1, total + 1)]
+    calls += [("", at) for at in chosen(outcome.count, scenario, exhaustive)]
+    for only, at in calls:
+        directory = copied(templates / scenario, tmp_path / f"{only}{at}")
+        outcome = faults.run(scenario, directory, at=at, action=KILL, only=only, renames=renames)
+        assert outcome.signal == signal.SIGKILL, (at, outcome)
+        if scenario == "overwrite":
+            found = {path.name.partition(".")[0]: step_in(path) for path in aside_in(directory)}
+            assert found or checkpoints_in(directory)
+            with contextlib.suppress(FileExistsError):  # it has been put back, or was never away
+                ckpt.save(directory / "a", tree_of(2))
+            assert checkpoints_in(directory)["a"] in (1, 2)
+        else:
+            assert_sound(scenario, directory, succeeded=None)
+        assert_goes_on(scenario, directory)
+        assert aside_in(directory) == []
+
+
+def aside_in(directory):
+    return [path for path in directory.iterdir() if ".replaced" in path.name]
+
+
 # --- refused ---------------------------------------------------------------------------
 
 
@@ -235,14 +278,18 @@ def test_a_disk_that_fails_for_good_takes_nothing_that_was_there(
 
 
 @pytest.mark.parametrize("exhaustive", [False, pytest.param(True, marks=EXHAUSTIVE)])
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize(
+    "scenario, renames",
+    [*((scenario, 0) for scenario in SCENARIOS), ("managed", SSHFS)],
+    ids=[*SCENARIOS, "managed-sshfs"],
+)
 def test_what_was_reported_survives_a_power_failure_at_any_moment(
-    faults, templates, tmp_path, scenario, exhaustive
+    faults, templates, tmp_path, scenario, renames, exhaustive
 ):
     directory = copied(templates / scenario, tmp_path / "run")
     disk = loaded(directory)
     record = tmp_path / "record"
-    assert faults.run(scenario, directory, record=record).succeeded
+    assert faults.run(scenario, directory, record=record, renames=renames).succeeded
     seed = random.randrange(2**32)
     print(f"{scenario}: seed {seed}")
     chance = random.Random(seed)

@@ -3,17 +3,20 @@
 Work is counted, never timed: how often a node is looked at, and how many functions are called.
 """
 
+import itertools
+import os
 from collections import Counter
 from typing import ClassVar
 
 import jax.numpy as jnp
 import pytest
-from calls import calls
+from calls import calls, calls_of_the_system, lines
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.match import match
+from ckpt_jax.store.state_file import CheckpointState, update_checkpoint_state
 
 ZERO = jnp.zeros(())
 
@@ -137,3 +140,39 @@ def test_four_times_the_depth_of_an_attribute_takes_four_times_the_calls(leaf, a
 
     work(20)  # what is made once for each type is made here
     assert calls(lambda: work(400)) <= 4.2 * calls(lambda: work(100))
+
+
+def save_beside(directory, count):
+    """A save of a manager that keeps many checkpoints, of which only the names are there."""
+    directory.mkdir()
+    paths = [str(directory / f"ckpt-{number}") for number in range(1, count + 1)]
+    for path in paths:
+        os.mkdir(path)
+        open(f"{path}/manifest.ckpt", "x").close()
+    times = [1000.0 + number for number in range(count)]
+    update_checkpoint_state(directory, CheckpointState(paths[-1], (*paths,), (*times,), 1.0))
+    manager = ckpt.CheckpointManager(ckpt.Checkpoint(x=1), directory, max_to_keep=None)
+    assert len(manager.steps) == count
+    numbers = itertools.count(count + 1)
+    manager.save(next(numbers))  # what is done once is done here
+    return lambda: manager.save(next(numbers))
+
+
+def test_a_save_asks_the_system_equally_often_however_many_checkpoints_there_are(tmp_path):
+    few, many = (save_beside(tmp_path / str(count), count) for count in (5, 1000))
+    assert calls_of_the_system(many) == calls_of_the_system(few) > 50
+
+
+def test_four_times_the_checkpoints_take_at_most_four_times_the_lines(tmp_path):
+    few, many = (save_beside(tmp_path / str(count), count) for count in (250, 1000))
+    assert lines(many) <= 4.2 * lines(few)
+
+
+def test_opening_a_manager_of_four_times_the_checkpoints_takes_four_times_the_lines(tmp_path):
+    for count in (250, 1000):
+        save_beside(tmp_path / str(count), count)
+
+    def opened(count):
+        ckpt.CheckpointManager(ckpt.Checkpoint(x=1), tmp_path / str(count), max_to_keep=None)
+
+    assert lines(lambda: opened(1000)) <= 4.2 * lines(lambda: opened(250))

@@ -406,7 +406,7 @@ def test_a_deletion_that_fails_does_not_fail_the_save_and_is_tried_again(
         raise OSError(16, "Device or resource busy")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ckpt_jax.manage.collection.remove_checkpoint", busy)
+        patch.setattr("ckpt_jax.manage.collection.storage_of", busy)
         paths.append(manager.save())
     assert "could not be removed" in caplog.text
     assert manager.checkpoints == paths

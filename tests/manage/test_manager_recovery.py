@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 from foreign import FIXTURES
 from managers import numbers_in, run_in, save
+from owners import ELSEWHERE, digits_of, ended_process
 
 import ckpt_jax as ckpt
 from ckpt_jax.api.latest import checkpoints_iterator
+from ckpt_jax.store.staging import owner_digits
 from ckpt_jax.store.state_file import CheckpointState, update_checkpoint_state
 
 pytestmark = pytest.mark.usefixtures("no_flushing")
@@ -496,3 +498,96 @@ def test_a_notice_that_the_loop_never_asks_for_is_told_at_once(tmp_path, asks):
         logging.getLogger("ckpt_jax").removeHandler(listener)
     assert handler.saved == str(tmp_path / "ckpt-1")
     assert [("reached(step)" in each) for each in said] == [True] * (not asks)
+
+
+# --- what dead runs have left -------------------------------------------------------------------
+
+
+def left_by(owner, path):
+    """Staging with something in it."""
+    staging = f"{path}.staging-{owner}"
+    os.makedirs(f"{staging}/shards")
+    return os.path.basename(staging)
+
+
+def left_in(directory):
+    return {name for name in os.listdir(directory) if ".staging-" in name}
+
+
+def test_the_first_save_of_a_manager_removes_what_dead_runs_of_its_name_have_left(tmp_path):
+    save(run_in(tmp_path), 1, 2)
+    dead, alive = digits_of(ended_process()), f"{owner_digits()}00000000"
+    for number in (1, 2, 7):
+        left_by(dead, tmp_path / f"ckpt-{number}")
+    kept = {left_by(alive, tmp_path / "ckpt-8"), left_by(ELSEWHERE, tmp_path / "ckpt-9")}
+    kept |= {left_by(dead, tmp_path / name) for name in ("ckpt-eval-1", "ckpt-x", "other-1")}
+    before = os.listdir(tmp_path)
+    manager = run_in(tmp_path)
+    manager.restore_or_initialize()
+    assert os.listdir(tmp_path) == before  # it may belong to an evaluation
+    save(manager, 3)
+    assert left_in(tmp_path) == kept
+    again = left_by(dead, tmp_path / "ckpt-7")
+    save(manager, 4)
+    assert left_in(tmp_path) == kept | {again}  # it does not look again at each save
+
+
+def test_a_directory_without_checkpoints_is_cleaned_as_well(tmp_path):
+    left_by(digits_of(ended_process()), tmp_path / "ckpt-5")
+    save(run_in(tmp_path), 1)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "ckpt-1"]
+
+
+def test_while_the_latest_is_unusable_what_dead_runs_have_left_stays(tmp_path):
+    """It may be the one whole copy that there is."""
+    save(run_in(tmp_path), 1, 2)
+    left = left_by(digits_of(ended_process()), tmp_path / "ckpt-1")
+    os.unlink(tmp_path / "ckpt-2" / "meta" / "index")
+    save(run_in(tmp_path), 3)
+    assert left_in(tmp_path) == {left}
+
+
+# --- removal in two phases ----------------------------------------------------------------------
+
+
+def test_what_is_removed_leaves_the_state_file_before_it_is_deleted(tmp_path, monkeypatch):
+    manager = run_in(tmp_path, max_to_keep=2)
+    save(manager, 1, 2)
+    rmtree, seen = shutil.rmtree, []
+
+    def look(path, **options):
+        if "ckpt-1.staging-" in str(path):
+            state = ckpt.get_checkpoint_state(tmp_path)
+            seen.append(list(map(os.path.basename, state.all_model_checkpoint_paths)))
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", look)
+    save(manager, 3)
+    assert seen == [["ckpt-2", "ckpt-3"]]
+    assert numbers_in(tmp_path) == [2, 3]
+
+
+def test_a_run_that_is_killed_while_it_deletes_leaves_it_to_the_next(tmp_path):
+    program = """
+        import os, shutil, signal, sys
+        import ckpt_jax as ckpt
+
+        manager = ckpt.CheckpointManager(ckpt.Checkpoint(step=0), sys.argv[1], max_to_keep=1)
+        manager.save(1)
+        rmtree = shutil.rmtree
+
+        def die(path, **options):
+            if "ckpt-1.staging-" in str(path):
+                os.kill(os.getpid(), signal.SIGKILL)
+            rmtree(path, **options)
+
+        shutil.rmtree = die
+        manager.save(2)
+        """
+    run = subprocess.run([sys.executable, "-c", textwrap.dedent(program), tmp_path])
+    assert run.returncode == -signal.SIGKILL
+    assert len(left_in(tmp_path)) == 1
+    manager = run_in(tmp_path, max_to_keep=1)
+    assert manager.steps == (2,)
+    save(manager, 3)
+    assert sorted(os.listdir(tmp_path)) == ["checkpoint", "ckpt-3"]

@@ -9,6 +9,7 @@ what is there. The law, after each run:
   that is saved with them, are of one step;
 * every save that any process has reported is there, and holds the step of which it was reported;
 * what `latest_checkpoint` names can be restored, and is no older than what was reported last;
+* after the last run, the first save of another manager leaves nothing of the dead processes;
 * no process hangs, and none is ended by JAX unless process 0 was killed.
 
 A seed says what the processes do and when they are killed, but not at which moment the others are
@@ -220,6 +221,14 @@ def check(directory: Path, reported: dict[str, int]) -> None:
         assert steps[os.path.basename(latest)] >= max(numbered)
 
 
+def check_cleaned(directory: Path) -> None:
+    """The first save of the next run removes what the others, which are all dead, have left."""
+    manager = ckpt.CheckpointManager(ckpt.Checkpoint(x=1), directory, max_to_keep=None)
+    manager.save(1_000_000)
+    left = [name for name in os.listdir(directory) if name.startswith(("ckpt-", "checkpoint"))]
+    assert not [name for name in left if ".staging-" in name or ".replaced" in name], left
+
+
 def try_program(directory: Path, seed: str, runs: int) -> None:
     chance = random.Random(f"{seed}/fates")
     reported: dict[str, int] = {}
@@ -233,6 +242,7 @@ def try_program(directory: Path, seed: str, runs: int) -> None:
                     _, name, step = line.split()
                     reported[name] = int(step)
             check(directory, reported)
+        check_cleaned(directory)
     except BaseException:
         print(f"seed {seed}")
         for fates, outputs in said:

@@ -1,7 +1,9 @@
 """Merging: shards become one checkpoint, by reference, in one step, or nothing changes."""
 
+import errno
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from ckpt_jax.errors import (
     ShardError,
 )
 from ckpt_jax.store import merge as merge_module
+from ckpt_jax.store import transfer
 from ckpt_jax.store.fetch import ShardedReader, read_index
 from ckpt_jax.store.merge import commit, merge_shards, read_shard
 from ckpt_jax.store.shard import Slice, write_shards
@@ -193,6 +196,99 @@ def test_the_manifest_is_written_last(tmp_path, monkeypatch):
         merge_shards(moved if os.path.exists(moved[0]) else paths, root, {"graph": b"g"})
         check(root)
         assert [part.name for part in manifest(root).parts] == ["_INDEX", "graph"]
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """A directory on another file system."""
+    if not os.path.isdir("/dev/shm") or os.stat("/dev/shm").st_dev == tmp_path.stat().st_dev:
+        pytest.skip("This needs two file systems.")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        yield directory
+
+
+@pytest.mark.parametrize("durable", [True, False])
+def test_shards_of_another_file_system_are_copied_and_then_removed(tmp_path, elsewhere, durable):
+    left, right = write_halves(tmp_path)
+    far = shutil.move(right, elsewhere)
+    root = merge_shards([left, far], str(tmp_path / "root"), durable=durable)
+    check(root)
+    assert os.listdir(elsewhere) == []
+    assert sorted(os.listdir(os.path.join(root, "shards"))) == ["00000", "00001"]
+
+
+def test_a_copy_that_cannot_be_removed_is_no_failure(tmp_path, elsewhere, monkeypatch, caplog):
+    paths = [shutil.move(path, elsewhere) for path in write_halves(tmp_path)]
+    rmtree = shutil.rmtree
+
+    def refuse(path, **options):
+        if str(path) == paths[0]:
+            raise OSError(errno.EROFS, "Read-only file system", path)
+        rmtree(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    check(merge_shards(paths, str(tmp_path / "root")))
+    assert os.listdir(elsewhere) == ["left"]
+    assert f"{paths[0]} was copied, but could not be removed" in caplog.text
+
+
+FAILING = [
+    "copytree",
+    "fsync_file",
+    "write_parts",
+    "write_manifest",
+    "fsync of the directory above",
+]
+
+
+@pytest.mark.parametrize("step", FAILING)
+def test_if_a_merge_fails_all_shards_are_where_they_were(tmp_path, elsewhere, monkeypatch, step):
+    """The first is renamed, the second is copied."""
+    (tmp_path / "runs").mkdir()
+    left, right = write_halves(tmp_path / "runs")
+    paths = [left, shutil.move(right, elsewhere)]
+    before = files(tmp_path), files(elsewhere)
+    tried = []
+
+    def fail(path, *arguments, **options):
+        tried.append(path)
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    def fail_above(path):
+        if path == str(tmp_path):
+            fail(path)
+
+    with monkeypatch.context() as patch:
+        if step == FAILING[-1]:
+            patch.setattr(merge_module, "fsync_directory", fail_above)
+        else:
+            module = shutil if step == "copytree" else merge_module
+            patch.setattr(transfer if step == "fsync_file" else module, step, fail)
+        with pytest.raises(OSError, match="No space left"):
+            merge_shards(paths, str(tmp_path / "root"))
+    assert tried
+    assert (files(tmp_path), files(elsewhere)) == before
+    assert not (tmp_path / "root").exists()
+    check(merge_shards(paths, str(tmp_path / "root")))
+
+
+def test_a_merge_that_fails_leaves_what_was_there_before(tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    (root / "shards" / "mine").mkdir(parents=True)
+    left, right = write_halves(tmp_path)
+    inside = shutil.move(left, root / "left")
+    before = files(tmp_path)
+
+    def fail(*arguments, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(merge_module, "write_manifest", fail)
+        with pytest.raises(OSError, match="Input/output error"):
+            merge_shards([str(inside), right], str(root))
+    assert files(tmp_path) == before
+    assert os.listdir(root / "shards") == ["mine"]
+    check(merge_shards([str(inside), right], str(root)))
 
 
 def test_arrays_that_are_cut_in_more_ways_than_a_reader_accepts_are_refused(tmp_path, monkeypatch):

@@ -17,9 +17,8 @@ import ckpt_jax as ckpt
 from ckpt_jax import io
 from ckpt_jax.api.latest import remove_checkpoint
 from ckpt_jax.saving import pipeline
-from ckpt_jax.store import directory as store_directory
 from ckpt_jax.store import staging as store
-from ckpt_jax.store.directory import checkpoints_in
+from ckpt_jax.store.replacing import settle
 from ckpt_jax.store.staging import (
     Lock,
     is_abandoned,
@@ -28,7 +27,6 @@ from ckpt_jax.store.staging import (
     locked,
     new_file,
     remove_abandoned,
-    remove_leftovers,
     staging_name,
     staging_of,
     why_kept,
@@ -116,7 +114,7 @@ def test_staging_is_held_as_long_as_one_of_several_is_at_work_on_it(tmp_path):
     staging = str(tmp_path / f"a.staging-{store.owner_digits()}00000000")
     with joined(staging):
         with joined(staging):
-            remove_leftovers(str(tmp_path / "a"))
+            settle(str(tmp_path / "a"))
             assert os.path.isdir(staging)
         shared: list[bool] = []
         store.leave(staging, lambda: shared.append(True))
@@ -420,49 +418,3 @@ def test_a_checkpoint_that_is_being_removed_is_held(tmp_path, monkeypatch):
     remove_checkpoint(path)
     assert seen == [False]
     assert os.listdir(tmp_path) == []
-
-
-def test_without_an_atomic_exchange_an_overwriting_save_goes_through_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(store_directory, "_exchange", lambda one, other: False)
-    path = ckpt.save(tmp_path / "a", {"x": 1})
-    ckpt.save(path, {"x": 2}, overwrite=True)
-    assert ckpt.load(path) == {"x": 2}
-    assert os.listdir(tmp_path) == ["a"]
-
-
-def test_without_an_atomic_exchange_the_old_checkpoint_comes_back_or_stays_in_sight(
-    tmp_path, monkeypatch
-):
-    """It stands aside for a moment; whatever happens then, nobody removes it."""
-    monkeypatch.setattr(store_directory, "_exchange", lambda one, other: False)
-    path = ckpt.save(tmp_path / "a", {"x": 1})
-    rename = os.rename
-
-    def refuse(source, target):
-        if is_staging(source) and target == path:
-            raise OSError(5, "Input/output error", source)
-        rename(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", refuse)
-        with pytest.raises(OSError, match="Input/output error"):
-            ckpt.save(path, {"x": 2}, overwrite=True)
-    assert ckpt.load(path) == {"x": 1}
-    assert os.listdir(tmp_path) == ["a"]
-
-    def die(source, target):
-        if source == path or ".replaced-" in source:
-            rename(source, target)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", die)
-        patch.setattr(store, "_remove", lambda staging: None)
-        with pytest.raises(KeyboardInterrupt):
-            store_directory._swap(str(tmp_path / "new"), path)
-    (aside,) = checkpoints_in(str(tmp_path))
-    assert aside.startswith("a.replaced-")
-    with pytest.raises(ckpt.CheckpointNotFoundError, match=aside):
-        ckpt.load(path)
-    ckpt.save(path, {"x": 3})
-    assert ckpt.load(tmp_path / aside) == {"x": 1}

@@ -5,12 +5,14 @@ import math
 import os
 import re
 import stat
+from dataclasses import asdict
 
 import pytest
 from google.protobuf import text_format
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ckpt_jax.graph._proto import checkpoint_state_pb2
 from ckpt_jax.store.state_file import (
     CheckpointState,
     get_checkpoint_state,
@@ -373,6 +375,17 @@ def test_parse_inverts_render(state):
     )
 
 
+@given(states)
+def test_the_text_is_the_one_that_protobuf_writes_and_reads(state):
+    message = checkpoint_state_pb2.CheckpointState(**asdict(state))
+    text = text_format.MessageToString(message, as_utf8=False)
+    assert render(state) == text
+    again = checkpoint_state_pb2.CheckpointState()
+    text_format.Merge(f"# a comment\n{text}", again)
+    assert again == message
+    assert parse(f"# a comment\n{text}") == parse(text) == state
+
+
 pieces = st.sampled_from(
     ["model_checkpoint_path", "last_preserved_timestamp", ":", '"', "'", "\\", "x", "{", "}",
      "<", "[", "]", ",", ";", "-", "1", "1e999", "0x1", "inf", "\n", " ", "#"]
@@ -380,12 +393,16 @@ pieces = st.sampled_from(
 
 
 @given(st.lists(pieces | text, max_size=12).map("".join))
-def test_any_text_is_parsed_or_refused(content):
+def test_any_text_is_parsed_or_refused_as_protobuf_does(content):
+    message = checkpoint_state_pb2.CheckpointState()
     try:
-        state = parse(content)
+        text_format.Merge(content, message)
     except text_format.ParseError:
+        with pytest.raises(text_format.ParseError):
+            parse(content)
         return
-    assert isinstance(state.model_checkpoint_path, str)
+    state = parse(content)
+    assert repr(message) == repr(checkpoint_state_pb2.CheckpointState(**asdict(state)))
 
 
 @given(st.lists(names, min_size=1, max_size=3), st.sampled_from(["/runs/a", "runs/a", "/", "."]))

@@ -30,7 +30,7 @@ print(run_processes(2, lambda processes: processes.index))
     assert output_of(program) == "[0, 1]"
 
 
-@pytest.mark.parametrize("name", ["SaverTests", "ViewTests", "ReaderTests"])
+@pytest.mark.parametrize("name", ["SaverTests", "ViewTests", "ReaderTests", "StorageConformance"])
 def test_a_suite_that_needs_pytest_says_so(name: str):
     program = f"""
 import ckpt_jax.testing

@@ -17,6 +17,7 @@ from places import PYTHONPATH, ROOT
 
 SOURCE = Path(__file__).parent / "interposer.c"
 KILL = 0
+NFS, SSHFS = 1, 2
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Faults:
         action: int = KILL,
         record: Path | None = None,
         only: str = "",
+        renames: int = 0,
     ) -> Outcome:
         """Runs a scenario of `program.py` on a directory.
 
@@ -86,10 +88,11 @@ class Faults:
           action: KILL, or the error number of that call; negative for all calls from there on.
           record: a file for what was done.
           only: the kind of the calls that are counted; by default, all.
+          renames: NFS or SSHFS, for what their renames can do; by default, all.
         """
         assert self._program.stdin is not None
         assert self._program.stdout is not None
-        request = [scenario, str(directory), str(record or ""), at, action, only]
+        request = [scenario, str(directory), str(record or ""), at, action, only, renames]
         print(json.dumps(request), file=self._program.stdin, flush=True)
         answer = self._program.stdout.readline()
         assert answer, "the program that saves has ended"

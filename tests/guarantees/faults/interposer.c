@@ -7,6 +7,9 @@
  *     interpose_arm(directory, record, at, action)   action: 0 kills, an errno fails that call,
  *                                                    -errno fails that call and all later ones
  *     interpose_only(kind)                           from now on, only calls of this kind count
+ *     interpose_renames(like)                        1: names cannot be exchanged, as on NFS;
+ *                                                    2: nor is anything renamed over another
+ *                                                    thing, as on sshfs
  *     interpose_mark(text)                           a line of the program's own in the record
  *     interpose_count()                              how many calls there were
  *
@@ -37,6 +40,7 @@ static int record = -1;
 static long at, count;
 static int action;
 static char only[16];
+static int renames;
 
 #define REAL(name, ...) \
     static __typeof__(&name) real; \
@@ -121,6 +125,8 @@ void interpose_arm(const char *directory, const char *file, long when, int what)
 }
 
 void interpose_only(const char *kind) { snprintf(only, sizeof only, "%s", kind); }
+
+void interpose_renames(int like) { renames = like; }
 
 void interpose_mark(const char *text) {
     pthread_mutex_lock(&mutex);
@@ -305,6 +311,14 @@ int renameat2(int from, const char *old, int to, const char *new, unsigned flags
     at_directory(from, old, one);
     at_directory(to, new, other);
     if (!is_below(one) && !is_below(other)) return real(from, old, to, new, flags);
+    if (renames && flags) {
+        errno = EINVAL;
+        return -1;
+    }
+    if (renames == 2 && !faccessat(to, new, F_OK, AT_SYMLINK_NOFOLLOW)) {
+        errno = EPERM;
+        return -1;
+    }
     COUNTED("rename", real(from, old, to, new, flags),
             line("%s\t%s\t%s\n", flags & RENAME_EXCHANGE ? "exchange" : "rename", one, other))
 }

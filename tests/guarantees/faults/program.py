@@ -65,11 +65,12 @@ SCENARIOS = {
 }
 
 
-def child(answer, scenario, directory, record, at, action, only):
+def child(answer, scenario, directory, record, at, action, only, renames):
     log = io.StringIO()
     logging.getLogger("ckpt_jax").addHandler(logging.StreamHandler(log))
     C.interpose_arm(os.fsencode(directory), os.fsencode(record), ctypes.c_long(at), action)
     C.interpose_only(only.encode())
+    C.interpose_renames(renames)
     error = None
     try:
         SCENARIOS[scenario](Path(directory))

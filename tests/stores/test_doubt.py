@@ -1,0 +1,274 @@
+"""Commits in doubt: lost replies, and requests that arrive after everybody has given up."""
+
+import signal
+import threading
+
+import numpy as np
+import pytest
+from fault_proxy import CUT_AFTER, CUT_BEFORE, HOLD, answer
+
+import ckpt_jax as ckpt
+from ckpt_jax.store import attempts, objects
+from ckpt_jax.store.directory import checkpoints_in
+from ckpt_jax.testing import run_processes
+
+MANIFEST = "manifest.ckpt$"
+STATE = "/checkpoint$"
+NOTES = "checkpoint-metrics.json$"
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setattr(attempts, "_DOUBT_SECONDS", 0.0)
+    monkeypatch.setattr(attempts, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(objects, "_WAITS", {"initial_delay": "5ms", "max_delay": "20ms"})
+
+
+@pytest.fixture
+def proxy(any_server):
+    ckpt.use_storage(any_server.url, retries=1, request_timeout_seconds=60)
+    return any_server.through_proxy()
+
+
+@pytest.fixture
+def beside(any_server):
+    """The same place, past the proxy."""
+
+    def keys(path=""):
+        there = any_server.endpoint
+        any_server.point_at(any_server.server.url)
+        found = any_server.kvstore(path).list().result()
+        any_server.point_at(there)
+        return {key.decode() for key in found}
+
+    return keys
+
+
+def hasty(place, name):
+    """Lets a request for the manifest of a checkpoint time out soon, as it does if it is held."""
+    ckpt.use_storage(f"{place.url}/{name}/manifest.ckpt", retries=0, request_timeout_seconds=1.0)
+
+
+def values(step):
+    return {"w": np.arange(3.0) + step}
+
+
+class Numbered:
+    def __init__(self, directory):
+        self.directory, self.checkpoint = directory, ckpt.Checkpoint(**values(0))
+
+    def save(self, step):
+        return self.checkpoint.save(f"{self.directory}/ckpt", **values(step))
+
+
+class Managed(Numbered):
+    def __init__(self, directory):
+        super().__init__(directory)
+        self.manager = ckpt.CheckpointManager(self.checkpoint, directory, max_to_keep=3)
+
+    def save(self, step):
+        return self.manager.save(metrics={"loss": step}, **values(step))
+
+
+@pytest.fixture(params=[Numbered, Managed])
+def program(request, any_server):
+    return request.param(any_server.url)
+
+
+def assert_holds(path, step):
+    assert ckpt.verify(path).ok
+    np.testing.assert_array_equal(ckpt.load(path)["w"], values(step)["w"])
+
+
+# --- lost replies -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [CUT_AFTER, answer(500, acts=True)], ids=["cut", "error"])
+@pytest.mark.parametrize("key", [MANIFEST, STATE, NOTES])
+def test_a_lost_reply_is_no_failure(program, any_server, proxy, key, fault):
+    program.save(1)
+    proxy.fault(fault, operation="WRITE", key=key, times=1)
+    path = program.save(2)
+    assert ckpt.latest_checkpoint(any_server.url) == path
+    assert_holds(path, 2)
+    assert checkpoints_in(any_server.url) == ["ckpt-1", "ckpt-2"]
+
+
+def test_a_lost_reply_and_a_store_that_does_not_answer_after_it_remove_nothing(
+    any_server, proxy, monkeypatch
+):
+    publish = attempts.Attempt.publish
+
+    def dying(self, **given):
+        proxy.fault(CUT_AFTER, operation="WRITE", key=MANIFEST, times=1)
+        proxy.fault(CUT_BEFORE, operation="READ", key=MANIFEST)
+        publish(self, **given)
+
+    monkeypatch.setattr(attempts.Attempt, "publish", dying)
+    with pytest.raises(ckpt.CommitInDoubtError, match="did not say whether"):
+        ckpt.save(f"{any_server.url}/a", values(1))
+    proxy.heal()
+    assert proxy.count("DELETE") == 0
+    assert_holds(f"{any_server.url}/a", 1)
+
+
+def test_a_state_file_of_which_every_reply_is_lost_fails_the_record_and_not_the_checkpoint(
+    program, any_server, proxy
+):
+    first = program.save(1)
+    proxy.fault(CUT_AFTER, operation="WRITE", key=STATE, first=1)
+    with pytest.raises(OSError, match="try again later"):
+        program.save(2)
+    proxy.heal()
+    assert_holds(f"{any_server.url}/ckpt-2", 2)
+    assert ckpt.latest_checkpoint(any_server.url) in (first, f"{any_server.url}/ckpt-2")
+    path = program.save(3)
+    assert ckpt.latest_checkpoint(any_server.url) == path
+    assert_holds(path, 3)
+
+
+# --- late arrivals ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def held(program, any_server, proxy, beside):
+    """A second save, whose manifest is held back until it has given up."""
+    program.save(1)
+    hasty(any_server, "ckpt-2")
+    proxy.fault(HOLD, operation="WRITE", key=r"ckpt-2/manifest.ckpt$", times=1)
+    with pytest.raises(ckpt.CommitInDoubtError) as caught:
+        program.save(2)
+    assert "Nothing was removed" in str(caught.value)
+    assert "ckpt-2" in str(caught.value)
+    proxy.heal()
+    assert proxy.count("DELETE") == 0 and beside("ckpt-2/")
+    assert ckpt.latest_checkpoint(any_server.url) == f"{any_server.url}/ckpt-1"
+    assert program.checkpoint.save_counter == 1
+    return proxy
+
+
+def test_a_commit_that_arrives_late_is_counted_by_the_next_save(held, program, any_server):
+    held.release()
+    path = program.save(3)
+    assert path == f"{any_server.url}/ckpt-3" == ckpt.latest_checkpoint(any_server.url)
+    for step in (1, 2, 3):
+        assert_holds(f"{any_server.url}/ckpt-{step}", step)
+    if isinstance(program, Managed):
+        assert program.manager.steps == (1, 2, 3)
+
+
+def test_after_a_commit_that_never_arrives_the_next_save_takes_its_number(
+    held, program, any_server
+):
+    path = program.save(3)
+    assert path == f"{any_server.url}/ckpt-2" == ckpt.latest_checkpoint(any_server.url)
+    assert_holds(path, 3)
+    # Now it is refused.
+    held.release()
+    assert_holds(path, 3)
+    assert_holds(program.save(4), 4)
+
+
+def test_a_commit_that_arrives_in_the_middle_of_the_next_save_fails_that_one(
+    held, program, any_server, monkeypatch
+):
+    publish = attempts.Attempt.publish
+
+    def arrived(self, **given):
+        held.release()
+        publish(self, **given)
+
+    monkeypatch.setattr(attempts.Attempt, "publish", arrived)
+    with pytest.raises(FileExistsError, match="another save has committed"):
+        program.save(3)
+    assert_holds(f"{any_server.url}/ckpt-2", 2)
+    path = program.save(4)
+    assert path == ckpt.latest_checkpoint(any_server.url)
+    assert_holds(path, 4)
+
+
+def test_a_program_that_is_started_again_goes_on_after_a_commit_in_doubt(held, program, any_server):
+    again = type(program)(any_server.url)
+    again.checkpoint.restore(ckpt.latest_checkpoint(any_server.url))
+    held.release()
+    path = again.save(3)
+    assert path == f"{any_server.url}/ckpt-2" == ckpt.latest_checkpoint(any_server.url)
+    assert_holds(path, 3)
+
+
+def test_an_interrupt_does_not_call_a_commit_back(any_server, proxy):
+    proxy.fault(HOLD, operation="WRITE", key=MANIFEST)
+
+    def interrupt():
+        proxy.wait_until_held()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        ckpt.save(f"{any_server.url}/a", values(1))
+    thread.join()
+    assert proxy.count("DELETE") == 0
+    proxy.heal()
+    proxy.release()
+    assert_holds(f"{any_server.url}/a", 1)
+
+
+def test_if_process_0_is_in_doubt_the_others_remove_nothing(any_server, proxy, beside):
+    hasty(any_server, "a")
+    proxy.fault(HOLD, operation="WRITE", key=MANIFEST)
+
+    def program(processes):
+        own = ckpt.PerProcess(np.arange(4.0) + processes.index)
+        return ckpt.save(f"{any_server.url}/a", {"own": own})
+
+    errors = run_processes(3, program)
+    assert isinstance(errors[0], ckpt.CommitInDoubtError)
+    for error in errors[1:]:
+        assert isinstance(error, ckpt.ProcessError) and "CommitInDoubtError" in str(error)
+    assert proxy.count("DELETE") == 0
+    proxy.heal()
+    proxy.release()
+    assert ckpt.verify(f"{any_server.url}/a").ok
+
+
+def test_if_process_0_fails_before_its_commit_nothing_stays_of_any_process(
+    any_server, proxy, beside
+):
+    proxy.fault(answer(403), operation="WRITE", key="/meta/")
+
+    def program(processes):
+        own = ckpt.PerProcess(np.arange(4.0) + processes.index)
+        return ckpt.save(f"{any_server.url}/a", {"own": own})
+
+    errors = run_processes(3, program)
+    assert isinstance(errors[0], PermissionError)
+    assert [type(error) for error in errors[1:]] == [ckpt.ProcessError] * 2
+    assert beside() == set()
+
+
+def test_a_commit_that_the_store_refuses_is_an_error_of_its_kind(any_server, proxy):
+    proxy.fault(answer(403), operation="WRITE", key=MANIFEST)
+    with pytest.raises(PermissionError, match="refuses"):
+        ckpt.save(f"{any_server.url}/a", values(1))
+    proxy.heal()
+    with pytest.raises(ckpt.CheckpointNotFoundError):
+        ckpt.load(f"{any_server.url}/a")
+    assert_holds(ckpt.save(f"{any_server.url}/a", values(2)), 2)
+
+
+def test_in_the_background_a_commit_in_doubt_is_the_cause_of_the_error(any_server, proxy):
+    checkpoint = ckpt.Checkpoint(**values(1))
+    options = ckpt.CheckpointOptions(enable_async=True)
+    hasty(any_server, "ckpt-1")
+    proxy.fault(HOLD, operation="WRITE", key=MANIFEST)
+    checkpoint.save(f"{any_server.url}/ckpt", options)
+    with pytest.raises(ckpt.AsyncSaveError) as caught:
+        checkpoint.sync()
+    assert isinstance(caught.value.__cause__, ckpt.CommitInDoubtError)
+    proxy.heal()
+    proxy.release()
+    path = checkpoint.save(f"{any_server.url}/ckpt", **values(2))
+    assert path == f"{any_server.url}/ckpt-2"
+    assert_holds(f"{any_server.url}/ckpt-1", 1)
+    assert_holds(path, 2)
