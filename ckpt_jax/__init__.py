@@ -15,6 +15,7 @@ from ckpt_jax.api.checkpoint import Checkpoint
 from ckpt_jax.api.copying import copy
 from ckpt_jax.api.export import convert, export
 from ckpt_jax.api.frozen import FrozenSaver
+from ckpt_jax.api.functions import LoadedFunction, load_function
 from ckpt_jax.api.inspect import (
     CheckpointView,
     TrackableView,
@@ -99,7 +100,20 @@ from ckpt_jax.readers import register_format
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.adapters import CheckpointAdapter, ReshardCallback
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
-from ckpt_jax.restoring.transforms import Cast, Stack, Transpose, Unstack
+from ckpt_jax.restoring.inverses import inverse
+from ckpt_jax.restoring.transforms import (
+    Cast,
+    Concat,
+    Dequantize,
+    Map,
+    Pad,
+    Reshape,
+    Slice,
+    Split,
+    Stack,
+    Transpose,
+    Unstack,
+)
 from ckpt_jax.showing.overview import show
 from ckpt_jax.store.objects import use_storage
 from ckpt_jax.store.state_file import CheckpointState, get_checkpoint_state
@@ -122,9 +136,11 @@ __all__ = [
     "CheckpointState",
     "CheckpointView",
     "CommitInDoubtError",
+    "Concat",
     "CorruptCheckpointError",
     "Damage",
     "DelegatingTrackable",
+    "Dequantize",
     "FrozenSaver",
     "KeepAny",
     "KeepBest",
@@ -132,9 +148,12 @@ __all__ = [
     "KeepFor",
     "KeepLatest",
     "LoadStatus",
+    "LoadedFunction",
+    "Map",
     "MaxShardSize",
     "NoDependency",
     "OptaxState",
+    "Pad",
     "PerProcess",
     "PlannedSlice",
     "PreemptionHandler",
@@ -144,6 +163,7 @@ __all__ = [
     "RegistrationError",
     "Removal",
     "ReportEntry",
+    "Reshape",
     "ReshardCallback",
     "RestoreMismatchError",
     "RestoreReport",
@@ -159,7 +179,9 @@ __all__ = [
     "ShardByDevice",
     "ShardByProcess",
     "ShardError",
+    "Slice",
     "SlotOwner",
+    "Split",
     "Stack",
     "Trackable",
     "TrackableView",
@@ -175,12 +197,14 @@ __all__ = [
     "evaluate_new",
     "export",
     "get_checkpoint_state",
+    "inverse",
     "io",
     "latest_checkpoint",
     "list_objects",
     "list_variables",
     "load",
     "load_checkpoint",
+    "load_function",
     "load_object",
     "load_variable",
     "metrics",

@@ -35,11 +35,12 @@ from ckpt_jax.processes.context import current_context
 from ckpt_jax.progress import Advance, Wanted
 from ckpt_jax.progress import progress as shown
 from ckpt_jax.readers import Export, Extent, ExtentsReader, Format, Stored
-from ckpt_jax.report import RestoreReport
+from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.derived import DerivedReader
 from ckpt_jax.restoring.formats import formats
 from ckpt_jax.restoring.formats.names import graph_of_tree
+from ckpt_jax.restoring.formulas import ANY_DTYPE
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.rename import rename as renamed
 from ckpt_jax.restoring.rules import Rule
@@ -81,6 +82,7 @@ def export(
         (`run/300`), the step of a manager. "tensorflow" writes a checkpoint with its object graph,
         for `tf.train.Checkpoint.restore`; the destination is its prefix.
       rename: rules as for `ckpt.restore`, from the names in the source to those in the outcome.
+        `ckpt.inverse` makes them of the rules by which such files are restored.
       only: which values of the source are written: a pattern, a list of patterns or a function
         of paths.
       cast: a dtype for all arrays of floats, or pairs (pattern, dtype) for arrays by the names in
@@ -118,8 +120,7 @@ def export(
     require_room(path, staging_name(path)[len(path) :])
     with _opened(source, nests=writer.nests) as reader:
         chosen = _chosen(reader, only)
-        saved = renamed(chosen, rename)
-        require_fit(RestoreReport(reader.path, mismatched=saved.problems), _RULES)
+        saved = _renamed(reader, chosen, rename)
         graph = _cast(_pruned(saved.graph, reader.object_graph, only), cast)
         _check(reader.path, graph)
         read = _reading(reader, saved, graph)
@@ -249,6 +250,26 @@ def _chosen(reader: CheckpointReader, only: Selection | None) -> ObjectGraph:
         for node in graph.nodes
     ]
     return replace(graph, nodes=tuple(nodes))
+
+
+def _renamed(reader: CheckpointReader, graph: ObjectGraph, rules: Iterable[Rule]) -> Renamed:
+    """The graph under the names of the outcome.
+
+    Raises:
+      RestoreMismatchError: naming all rules that cannot be applied.
+    """
+    saved = renamed(graph, rules)
+    without_dtype = [
+        ReportEntry(
+            saved.graph.value_path(node, a.name),
+            what="Cast() has no target here that has a dtype; write Cast(dtype)",
+        )
+        for node, a in saved.graph.attributes()
+        if a.key in saved.derived and a.spec.dtype == ANY_DTYPE
+    ]
+    problems = (*saved.problems, *without_dtype)
+    require_fit(RestoreReport(reader.path, mismatched=problems), _RULES)
+    return saved
 
 
 def _pruned(graph: ObjectGraph, original: ObjectGraph, only: Selection | None) -> ObjectGraph:
@@ -431,8 +452,7 @@ def convert(
     """
     options, destination, context = given(options), as_path(destination), current_context()
     with METER.restoring(lambda: CheckpointReader(source)) as reader:
-        saved = renamed(_chosen(reader, None), rename)
-        require_fit(RestoreReport(reader.path, mismatched=saved.problems), _RULES)
+        saved = _renamed(reader, _chosen(reader, None), rename)
         _check(reader.path, saved.graph)
         derived = DerivedReader(reader, saved.derived)
         keys = dict.fromkeys(saved.graph.by_key)

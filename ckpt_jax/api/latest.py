@@ -16,7 +16,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 from ckpt_jax.errors import CheckpointError, UnsupportedFormatError
 from ckpt_jax.options import Path
@@ -34,7 +34,7 @@ from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.store.presence import is_taken
 from ckpt_jax.store.replacing import settle_in
 from ckpt_jax.store.state_file import STATE_FILE, CheckpointState, get_checkpoint_state
-from ckpt_jax.store.storage import storage_of
+from ckpt_jax.store.storage import generation_at, storage_of
 
 _log = logging.getLogger("ckpt_jax")
 
@@ -261,9 +261,10 @@ def checkpoints_iterator(
 ) -> Iterator[str]:
     """Yields the checkpoints of a directory as they appear, for evaluation during training.
 
-    Each iteration yields the latest checkpoint, if it is a new one. Checkpoints that were overtaken
-    in between are skipped. While the latest is not usable, because it is still being copied, is
-    damaged, or was just removed, a warning says so, and no older one is yielded in its place.
+    Each iteration yields the latest checkpoint, if it is a new one, or was saved again. Checkpoints
+    that were overtaken in between are skipped. While the latest is not usable, because it is still
+    being copied, is damaged, or was just removed, a warning says so, and no older one is yielded in
+    its place.
 
     Args:
       directory: where another program saves; it need not exist yet.
@@ -307,15 +308,15 @@ def _as_they_appear(
     wait: Callable[[float], object],
     clock: Callable[[], float],
 ) -> Iterator[str]:
-    seen: str | None = None
+    seen: tuple[str, Hashable] | None = None
     while True:
         deadline = math.inf if timeout is None else clock() + timeout
-        path, problem = _newer(directory, seen, None)
+        path, generation, problem = _newer(directory, seen, None)
         while path is None and (remaining := deadline - clock()) > 0:
             wait(min(poll_seconds, remaining))
-            path, problem = _newer(directory, seen, problem)
+            path, generation, problem = _newer(directory, seen, problem)
         if path is not None:
-            seen, earliest = path, clock() + min_interval_seconds
+            seen, earliest = (path, generation), clock() + min_interval_seconds
             yield path
             if (early := earliest - clock()) > 0:
                 wait(early)
@@ -324,12 +325,13 @@ def _as_they_appear(
 
 
 def _newer(
-    directory: str, seen: str | None, known_problem: str | None
-) -> tuple[str | None, str | None]:
+    directory: str, seen: tuple[str, Hashable] | None, known_problem: str | None
+) -> tuple[str | None, Hashable, str | None]:
     """The latest checkpoint, if it is not `seen` and is usable.
 
     Returns:
-      Its path, or None and the problem with it. A known problem is not logged again.
+      Its path, its generation, and None; or None twice, and the problem with it. A known problem is
+      not logged again.
     """
     state = state_in(directory)
     if state is not None:
@@ -339,15 +341,16 @@ def _newer(
     elif steps := foreign_steps(directory):
         path = [*steps.values()][-1]
     else:
-        return None, None
-    if path == seen:
-        return None, None
+        return None, None, None
+    generation = generation_at(absolute(path))
+    if seen is not None and path == seen[0] and generation in (None, seen[1]):
+        return None, None, None
     problem = problem_with(path)
     if problem is None:
-        return path, None
+        return path, generation, None
     if problem != known_problem:
         _log.warning("the checkpoint %s is not usable yet: %s", path, problem)
-    return None, problem
+    return None, None, problem
 
 
 def checkpoint_exists(path: Path) -> bool:

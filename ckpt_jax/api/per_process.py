@@ -11,6 +11,9 @@ that it holds as a small object graph with its arrays, under keys that name the 
 
 A restore reads the value of the same process. If the number of processes is not the same as in
 the save, a merge function has to say which value each process gets.
+
+Objects that give their state themselves, such as data iterators (see `objects.stateful`), are
+written by the same saver, in a `PerProcess` or without one.
 """
 
 from __future__ import annotations
@@ -27,8 +30,9 @@ from ckpt_jax.graph import codec
 from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.match import match
-from ckpt_jax.objects.registry import IsExactly, register_checkpoint_saver
-from ckpt_jax.objects.views import View, add_view
+from ckpt_jax.objects.registry import OfType, register_checkpoint_saver
+from ckpt_jax.objects.stateful import STATEFUL, give_state, state_of
+from ckpt_jax.objects.views import View, add_view, known_view, view_of
 from ckpt_jax.options import DEFAULT
 from ckpt_jax.processes.current import current
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
@@ -45,10 +49,12 @@ class PerProcess:
 
     Args:
       value: Python values, numpy arrays, pytrees, trackables, without arrays that lie on devices
-        of several processes. It may differ between processes.
+        of several processes. It may differ between processes. Or one object with `get_state` and
+        `set_state`, or `state_dict` and `load_state_dict`, such as a data iterator.
       merge: `(values, index, count) -> value`, called if another number of processes wrote the
         checkpoint. It gets the values of all these processes, in their order, as `ckpt.load` gives
-        them, and returns the value for process `index` of `count`.
+        them, and returns the value for process `index` of `count`. For an object that gives its
+        state, these are its states.
 
     If another number of processes wrote the checkpoint and there is no `merge`, the restore fails
     with `ProcessError`.
@@ -88,7 +94,9 @@ def _save(objects: dict[str, Any], prefix: str) -> str:
     values: dict[str, Any] = {}
     for name, each in objects.items():
         root = _key(name, process)
-        live = live_graph(each.value, root, for_restore=False)
+        inner = _value_of(each)
+        value = state_of(inner) if _gives_state(inner) else inner
+        live = live_graph(value, root, for_restore=False)
         refused = [
             (path, f"is taken by the checkpoint saver {node.saver.name}")
             for path, node in zip(live.graph.paths, live.graph.nodes, strict=True)
@@ -103,7 +111,7 @@ def _save(objects: dict[str, Any], prefix: str) -> str:
         if refused:
             lines = "\n".join(f"  {path}: {what}" for path, what in refused)
             raise UnsaveableError(
-                f"ckpt.PerProcess cannot hold these values:\n{lines}", tuple(refused)
+                f"state of one process cannot hold these values:\n{lines}", tuple(refused)
             )
         values |= encoded
         values[f"{root}/.GRAPH"] = seal(codec.encode(live.graph))
@@ -117,7 +125,7 @@ def _restore(objects: dict[str, Any], path: str) -> None:
         unmerged = [
             f"{name or '(root)'}: saved by {len(graphs[name])} processes"
             for name, each in objects.items()
-            if len(graphs[name]) != processes.count and each.merge is None
+            if len(graphs[name]) != processes.count and getattr(each, "merge", None) is None
         ]
         if unmerged:
             lines = "\n".join(f"  {problem}" for problem in unmerged)
@@ -125,19 +133,41 @@ def _restore(objects: dict[str, Any], path: str) -> None:
                 f"{path} has state that each process saved for itself, but now there are "
                 f"{processes.count} processes:\n{lines}\n"
                 "Restore with as many processes as in the save, or pass "
-                "ckpt.PerProcess(value, merge=...), which makes the state of each process."
+                "ckpt.PerProcess(value, merge=...), which makes the state of each process. The "
+                "value may be an iterator itself."
             )
         restored = {}
         for name, each in objects.items():
             if len(graphs[name]) == processes.count:
                 saved = graphs[name][processes.index]
                 root = _key(name, processes.index)
-                restored[name] = _own_value(reader, saved, each.value, root)
+                inner = _value_of(each)
+                restored[name] = (
+                    _loaded(reader, saved)
+                    if _gives_state(inner)
+                    else _own_value(reader, saved, inner, root)
+                )
             else:
                 values = [_loaded(reader, saved) for saved in graphs[name]]
                 restored[name] = each.merge(values, processes.index, processes.count)
     for name, value in restored.items():
-        objects[name].value = value
+        inner = _value_of(objects[name])
+        if _gives_state(inner):
+            give_state(inner, value)
+        else:
+            objects[name].value = value
+
+
+def _value_of(each: Any) -> Any:
+    return each.value if isinstance(each, PerProcess) else each
+
+
+def _gives_state(obj: Any) -> bool:
+    return view_of(obj) is STATEFUL
+
+
+def _is_taken(kind: type) -> bool:
+    return kind is PerProcess or known_view(kind) is STATEFUL
 
 
 def _graphs(reader: CheckpointReader, name: str) -> list[ObjectGraph]:
@@ -165,7 +195,7 @@ add_view(PerProcess, _PerProcessView())
 register_checkpoint_saver(
     package="ckpt_jax",
     name="PerProcess",
-    predicate=IsExactly(PerProcess),
+    predicate=OfType(_is_taken),
     save_fn=_save,
     restore_fn=_restore,
 )

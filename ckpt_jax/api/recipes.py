@@ -152,6 +152,11 @@ def _plain(value: Any) -> Any:
             "holds it with ckpt.register_serializable and let it keep the element outside of this "
             "container"
         )
+    if view.container == "leaf":
+        raise TypeError(
+            f"{type(value).__qualname__} is no state here, and no plain data that a list or dict "
+            "of a trackable keeps; write it as a string"
+        )
     parts = {at: _plain(part) for at, part in view.children(value)}
     if view.container in ("list", "tuple"):
         return list(parts.values()) if view.container == "list" else tuple(parts.values())

@@ -20,13 +20,16 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import numpy as np
 from google.protobuf.any_pb2 import Any as AnyMessage
 
+from ckpt_jax.api.compiling import Functions, checked, compiled
+from ckpt_jax.api.functions import LoadedFunction, functions_of
 from ckpt_jax.api.recipes import TYPE_NAME, lasting, recorded
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, RegistrationError
 from ckpt_jax.graph.labels import SAVED_OBJECTS_KEY, Label, local_name, plain_keys
@@ -47,19 +50,22 @@ from ckpt_jax.graph.saved_objects import (
 )
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.match import match
+from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.metrics import METER
 from ckpt_jax.objects import registry
 from ckpt_jax.objects.containers import Wrapper
 from ckpt_jax.objects.python_state import PythonState
+from ckpt_jax.objects.state import NoDependency
 from ckpt_jax.objects.trackable import AutoTrackable, Trackable
 from ckpt_jax.objects.variable import Variable
-from ckpt_jax.objects.views import View, view_of
+from ckpt_jax.objects.views import View, add_view, view_of
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
-from ckpt_jax.report import ReportEntry
+from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
-from ckpt_jax.restoring.run import Demand, plan_matched
+from ckpt_jax.restoring.run import Demand, plan_matched, require_fit
+from ckpt_jax.restoring.shardings import with_shardings
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import refuse_async, save_once
 from ckpt_jax.store.paths import as_path
@@ -75,7 +81,13 @@ _DEMAND = Demand(
 
 
 def save_object(
-    obj: Any, path: Path, *, options: CheckpointOptions | None = None, overwrite: bool = False
+    obj: Any,
+    path: Path,
+    *,
+    functions: Functions | None = None,
+    platforms: Sequence[str] | None = None,
+    options: CheckpointOptions | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Saves an object so that `load_object` can make it anew.
 
@@ -89,6 +101,12 @@ def save_object(
     Args:
       obj: a trackable, a pytree, a Flax object, or anything else with a view.
       path: the directory to create.
+      functions: functions to run without the program's code, by name: (fn, *arg_specs), for
+        `fn(obj, *args)`. The specs are arrays, `jax.ShapeDtypeStruct`s (their sizes may be those of
+        `jax.export.symbolic_shape`), or pytrees of them. The arrays of `obj` are arguments of the
+        function, which it takes from the checkpoint; numbers and strings in it are constants.
+      platforms: that the functions are compiled for, such as ("cpu", "cuda", "tpu"); by default
+        the present one.
       options: how. `enable_async` is refused: this verb saves in the foreground.
       overwrite: whether a checkpoint at `path` may be replaced (atomically).
 
@@ -98,7 +116,8 @@ def save_object(
     Raises:
       FileExistsError: `path` exists.
       UnsaveableError: naming every object that cannot be saved or made anew: one with values or
-        slots of its own has to be of a registered class. Nothing was written.
+        slots of its own has to be of a registered class. Or naming every function that cannot be
+        traced, or that holds arrays of its own. Nothing was written.
       ValueError: `options` has `enable_async`.
 
     Source: `tf.saved_model.save`, what it does for objects.
@@ -112,21 +131,28 @@ def save_object(
       >>> anew.layers[0].value, anew.layers[1]["scale"].item()
       (Array([0., 1.], dtype=float32), 3.0)
     """
-    options = given(options)
+    options, wanted = given(options), checked(functions)
     refuse_async("ckpt.save_object", options)
+
+    def extra(live: LiveGraph) -> dict[str, bytes]:
+        objects = recorded(live)
+        records, artifacts = compiled(live, wanted, platforms)
+        sealed = {key: seal(artifact) for key, artifact in artifacts.items()}
+        return {SAVED_OBJECTS_KEY: seal(encode(live.graph, objects, records)), **sealed}
+
     request = SaveRequest(
         as_path(path),
         lambda: lasting(live_graph(obj, for_restore=False)),
         options,
         overwrite=overwrite,
-        extra=lambda live: {SAVED_OBJECTS_KEY: seal(encode(live.graph, recorded(live)))},
+        extra=extra,
         verb="ckpt.save_object",
     )
     return save_once(request, current_context())
 
 
 @without_gc()
-def load_object(path: Path) -> Any:
+def load_object(path: Path, *, sharding: Any = None) -> Any:
     """Makes the object anew that `save_object` saved, with all its values.
 
     A registered class makes its objects: `_deserialize_from_proto(proto=, dependencies=)`, or
@@ -141,8 +167,15 @@ def load_object(path: Path) -> Any:
     imported their class, and otherwise strings or numbers. Functions and other parts of modules
     that are no state become None, in their places.
 
+    If functions were saved with the object, it has them by name in its attribute `functions`. They
+    take the values that the object has when they are called. (A child that is called `functions`
+    keeps its name; then `ckpt.load_function` loads them.)
+
     Args:
       path: of a checkpoint that `save_object` wrote.
+      sharding: where arrays are placed: one sharding, a function of (path, struct), or a tree, as
+        for `ckpt.load`. By default they lie on the default device, or where the object that a
+        registered class makes wants them.
 
     Raises:
       RegistrationError: naming every class and every saver of the checkpoint that the program
@@ -177,7 +210,57 @@ def load_object(path: Path) -> Any:
                 "ckpt.load, or restore them into objects with ckpt.restore or Checkpoint.restore."
             )
         _check_registered(graph, objects, reader.path)
-        return _Revival(reader, graph, objects).run()
+        root = _Revival(reader, graph, objects, sharding).run()
+        return _with_functions(root, functions_of(reader, root))
+
+
+def _with_functions(root: Any, functions: dict[str, LoadedFunction]) -> Any:
+    """The object, with functions as its attribute."""
+    if not functions:
+        return root
+    if type(root) in _WITH_FUNCTIONS:
+        root = _WITH_FUNCTIONS[type(root)](root)
+    if not hasattr(root, "functions"):
+        tracks = issubclass(type(root), AutoTrackable)  # what is assigned to its attributes
+        root.functions = NoDependency(functions) if tracks else functions
+    return root
+
+
+class _Dict(dict[Any, Any]):
+    """A dict that has functions as an attribute; for JAX, it is a plain one."""
+
+
+class _List(list[Any]):
+    """A list that has functions as an attribute; for JAX, it is a plain one."""
+
+
+class _Tuple(tuple[Any, ...]):
+    """A tuple that has functions as an attribute; for JAX, it is a plain one."""
+
+
+_WITH_FUNCTIONS: dict[type, Any] = {dict: _Dict, list: _List, tuple: _Tuple}
+
+
+def _as_plain(kind: type, plain: type) -> None:
+    """Lets JAX take apart objects of a kind, and put together plain ones."""
+
+    def parts(obj: Any) -> tuple[list[Any], Any]:
+        if plain is not dict:
+            return [(jax.tree_util.SequenceKey(i), part) for i, part in enumerate(obj)], None
+        keys = tuple(sorted(obj))
+        return [(jax.tree_util.DictKey(key), obj[key]) for key in keys], keys
+
+    def whole(keys: Any, parts: Iterable[Any]) -> Any:
+        return plain(parts) if plain is not dict else dict(zip(keys, parts, strict=True))
+
+    jax.tree_util.register_pytree_with_keys(kind, parts, whole)
+    view = view_of(plain())
+    assert view is not None
+    add_view(kind, view)
+
+
+for _plain, _kind in _WITH_FUNCTIONS.items():
+    _as_plain(_kind, _plain)
 
 
 def _check_registered(graph: ObjectGraph, objects: Iterable[SavedObject], path: str) -> None:
@@ -198,7 +281,8 @@ def _check_registered(graph: ObjectGraph, objects: Iterable[SavedObject], path: 
         )
         raise RegistrationError(
             f"{path} cannot be made anew, {len(missing)} registrations cannot be found:\n{lines}\n"
-            "Import the modules that register them first, or read the values with ckpt.load."
+            "Import the modules that register them first, or read the values with ckpt.load. Saved "
+            "functions run without them: ckpt.load_function."
         )
 
 
@@ -206,9 +290,14 @@ class _Revival:
     """One load. `made` is the object of each node as far as there is one."""
 
     def __init__(
-        self, reader: CheckpointReader, graph: ObjectGraph, objects: tuple[SavedObject, ...]
+        self,
+        reader: CheckpointReader,
+        graph: ObjectGraph,
+        objects: tuple[SavedObject, ...],
+        sharding: Any,
     ):
         self.reader, self.graph, self.objects = reader, graph, objects
+        self.options = replace(DEFAULT, shardings=sharding)
         self.made: dict[int, Any] = {}
         self.values: dict[int, Any] = {}  # of nodes that are made with them
         self.adopted: set[int] = set()  # nodes whose object a registered class has made
@@ -266,6 +355,7 @@ class _Revival:
                 continue
             wanted[node] = attribute
             requests[attribute.key] = struct_of(spec) if spec.is_placed else None
+        requests |= self.placements(wanted)
         data = self.reader.read(requests)
         for node, attribute in wanted.items():
             spec = attribute.spec
@@ -273,6 +363,20 @@ class _Revival:
                 self.values[node] = decode(data[attribute.key], spec, spec)
             except (ArithmeticError, LookupError, TypeError, ValueError) as error:
                 raise self.corrupt(error, attribute.key) from error
+
+    def placements(self, wanted: Mapping[int, Attribute]) -> dict[str, jax.ShapeDtypeStruct]:
+        """The values that a caller wants on devices of their choice, by key."""
+        sharding = self.options.shardings
+        structs = {
+            (node, a.name): struct_of(a.spec) for node, a in wanted.items() if a.spec.is_placed
+        }
+        if sharding is None or not structs:
+            return {}
+        found, problems = with_shardings(self.graph, structs, sharding)
+        entries = tuple([ReportEntry(where, what=what) for where, what in problems])
+        report = RestoreReport(self.reader.path, mismatched=entries)
+        require_fit(report, "Nothing was made. Pass a sharding= that fits.")
+        return {wanted[node].key: struct for (node, _), struct in found.items()}
 
     def make(self, node: int) -> None:
         saved, entry = self.objects[node], self.graph.nodes[node]
@@ -391,7 +495,7 @@ class _Revival:
         }
         only = frozenset(range(len(live.objects))) - placed.keys()
         saved = Renamed(self.graph)
-        planned = plan_matched(self.reader, saved, found, live, DEFAULT, only=only)
+        planned = plan_matched(self.reader, saved, found, live, self.options, only=only)
         done = planned.reads.used | set(placed.values())
         lost = [
             ReportEntry(self.graph.paths[node] or "(root)", found=found_there)
@@ -399,7 +503,7 @@ class _Revival:
             if node not in done and (found_there := _values_of(entry))
         ]
         planned.with_unexpected(lost).require(_DEMAND)
-        root, _ = planned.execute(DEFAULT)
+        root, _ = planned.execute(self.options)
         self.check_complete(root)
         return root
 

@@ -174,7 +174,9 @@ def restore(
         for each value the first rule that matches counts. In a pattern "*" stands for any text
         without "/", "**" for any text, "?" for one character, and in the target pattern for what
         those of the saved pattern matched, in order; a compiled regular expression works as
-        well. Transforms are `Transpose`, `Cast`, `Stack` and `Unstack`:
+        well. Either may be a tuple of patterns, if a transform takes or gives several values.
+        Transforms are `Transpose`, `Reshape`, `Pad`, `Slice`, `Cast`, `Map`, `Dequantize`, `Stack`,
+        `Concat`, `Unstack` and `Split`:
 
             rename=[
                 ("encoder/**", "backbone/**"),

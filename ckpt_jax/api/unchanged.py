@@ -26,6 +26,7 @@ from ckpt_jax.api.per_process import PerProcess
 from ckpt_jax.graph.labels import Label
 from ckpt_jax.graph.nodes import reachable
 from ckpt_jax.matching.trace import LiveGraph
+from ckpt_jax.objects.stateful import STATEFUL
 
 _MAX_COMPARED_NBYTES = 1 << 20  # of numpy arrays
 
@@ -71,8 +72,8 @@ def _trains_in_place(live: LiveGraph) -> bool:
     for node, view in enumerate(live.views):
         if view.mutable:
             if live.graph.nodes[node].saver is not None:
-                if not isinstance(live.objects[node], PerProcess):  # positions in data
-                    return True
+                if view is not STATEFUL and not isinstance(live.objects[node], PerProcess):
+                    return True  # neither of these holds parameters, but positions in data
                 continue
             for value in live.values[node].values():
                 if isinstance(value, jax.Array | np.ndarray) and _are_parameters(value):

@@ -195,8 +195,15 @@ def _graph(reader: CheckpointReader) -> Iterator[Damage]:
         return
     try:
         _ = reader.saved_objects
+        functions = reader.saved_functions
     except (CorruptCheckpointError, UnsupportedFormatError) as error:
         yield _damage(reader.path, error, SAVED_OBJECTS_KEY)
+        functions = {}
+    for name in functions:
+        try:
+            _ = reader.artifact(name)
+        except CorruptCheckpointError as error:
+            yield _damage(reader.path, error, functions[name].artifact)
     try:
         _ = reader.metadata
     except CorruptCheckpointError as error:

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
+from types import MappingProxyType
 from typing import Any, NamedTuple, TypeVar
 
 from google.protobuf.any_pb2 import Any as AnyMessage
@@ -63,6 +64,31 @@ class PlainPart(NamedTuple):
     position: int
     label: Label
     value: Any
+
+
+class FunctionRecord(NamedTuple):
+    """A function that was saved with the objects.
+
+    Attributes:
+      inputs: nodes whose values are given to the function before the caller's arguments.
+      arguments: the signature of the caller's arguments, as JSON.
+      outputs: the signature of what it returns, as JSON.
+      artifact: the entry of the checkpoint that holds the compiled function.
+      exported_by: the program that compiled it.
+      calling_convention: of `jax.export`.
+      platforms: that it was compiled for.
+    """
+
+    inputs: tuple[int, ...]
+    arguments: str
+    outputs: str
+    artifact: str
+    exported_by: str
+    calling_convention: int
+    platforms: tuple[str, ...]
+
+
+Functions = Mapping[str, FunctionRecord]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +202,12 @@ def order_by_dependency(dependencies: Mapping[T, Iterable[T]]) -> list[T]:
 # --- to a message ----------------------------------------------------------------------
 
 
-def encode(graph: ObjectGraph, objects: Sequence[SavedObject]) -> bytes:
-    """The objects of a graph as an unsealed `SavedObjectGraph` message."""
+def encode(
+    graph: ObjectGraph,
+    objects: Sequence[SavedObject],
+    functions: Functions = MappingProxyType({}),
+) -> bytes:
+    """The objects and functions of a graph as an unsealed `SavedObjectGraph` message."""
     message = pb.SavedObjectGraph(format_version=FORMAT_VERSION)
     for number, (node, saved) in enumerate(zip(graph.nodes, objects, strict=True)):
         out = message.nodes.add(registered_name=saved.registered_name)
@@ -199,6 +229,15 @@ def encode(graph: ObjectGraph, objects: Sequence[SavedObject]) -> bytes:
             elif saved.plain_parts:
                 parts = [[*part] for part in saved.plain_parts]
                 out.user_object.metadata = plain.encode(parts)
+    for name, function in functions.items():
+        traced = message.concrete_functions[name]
+        traced.bound_inputs.extend(function.inputs)
+        traced.canonicalized_input_signature = function.arguments.encode()
+        traced.output_signature = function.outputs.encode()
+        traced.artifact = function.artifact
+        traced.exported_by = function.exported_by
+        traced.calling_convention = function.calling_convention
+        traced.platforms.extend(function.platforms)
     return message.SerializeToString(deterministic=True)
 
 
@@ -230,11 +269,50 @@ def decode(data: bytes, graph: ObjectGraph) -> tuple[SavedObject, ...]:
       UnsupportedFormatError: they come from a newer format.
     """
     with decoding("list of saved objects"):
-        message = pb.SavedObjectGraph.FromString(data)
-        check_version(message.format_version, FORMAT_VERSION)
-        if len(message.nodes) != len(graph.nodes):
-            raise ValueError(f"{len(message.nodes)} objects for {len(graph.nodes)} nodes")
+        message = _message(data, graph)
         return tuple([_object(n, entry, graph) for n, entry in enumerate(message.nodes)])
+
+
+def decode_functions(data: bytes, graph: ObjectGraph) -> Functions:
+    """The functions in an unsealed `SavedObjectGraph` message of the checkpoint that has `graph`.
+
+    Raises:
+      CorruptCheckpointError: the bytes are no such message, or a function takes what is no value.
+      UnsupportedFormatError: they come from a newer format.
+    """
+    with decoding("list of saved functions"):
+        message = _message(data, graph)
+        return {
+            name: _function(name, each, graph) for name, each in message.concrete_functions.items()
+        }
+
+
+def _message(data: bytes, graph: ObjectGraph) -> Any:
+    message = pb.SavedObjectGraph.FromString(data)
+    check_version(message.format_version, FORMAT_VERSION)
+    if len(message.nodes) != len(graph.nodes):
+        raise ValueError(f"{len(message.nodes)} objects for {len(graph.nodes)} nodes")
+    return message
+
+
+def _function(name: str, entry: Any, graph: ObjectGraph) -> FunctionRecord:
+    for node in entry.bound_inputs:
+        names = (
+            [a.name for a in graph.nodes[node].attributes] if 0 <= node < len(graph.nodes) else []
+        )
+        if names != [VARIABLE_VALUE]:
+            raise ValueError(f"the function {name!r} takes node {node}, which is no value")
+    if not entry.artifact:
+        raise ValueError(f"the function {name!r} has no artifact")
+    return FunctionRecord(
+        tuple(entry.bound_inputs),
+        entry.canonicalized_input_signature.decode(),
+        entry.output_signature.decode(),
+        entry.artifact,
+        entry.exported_by,
+        entry.calling_convention,
+        tuple(entry.platforms),
+    )
 
 
 def _object(number: int, entry: Any, graph: ObjectGraph) -> SavedObject:

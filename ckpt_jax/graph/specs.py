@@ -8,6 +8,7 @@ holds an array or a device. The *kind* of a spec says what the value was in the 
     numpy, numpy_scalar         an array or a scalar of numpy
     bool, int, float, complex   a Python number
     str, bytes, enum            a string, a byte string, the member of an enum
+    date, time, datetime, timedelta, path, dtype    stored as text, see `texts`
     python_state                what `serialize()` of a `PythonState` returned
     unreadable                  a value in a file of another format that cannot be read
     ""                          unknown
@@ -31,6 +32,7 @@ DTYPES_OF_KIND = {
     "bytes": (BYTES,),
     "enum": (BYTES,),
     "python_state": (BYTES,),
+    **dict.fromkeys(("date", "time", "datetime", "timedelta", "path", "dtype"), (BYTES,)),
 }
 
 

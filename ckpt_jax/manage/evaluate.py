@@ -42,8 +42,8 @@ def evaluate_new(
     It waits for the latest checkpoint, reads values from it, calls `fn`, and records the metrics
     that `fn` returns; then it waits for the next one. Checkpoints that were overtaken meanwhile are
     skipped. While `fn` is at work, no manager removes the checkpoint (a lock on it says so), so
-    that the best one is still there when its metrics come. If the file system has no locks, and the
-    checkpoint is removed before it was read, the next one is taken.
+    that the best one is still there when its metrics come. If nothing can be locked, as in an
+    object store, and the checkpoint is removed before it was read, the next one is taken.
 
     The manager that saves takes the metrics into account at its next save. Its policy should let
     checkpoints wait for them: `KeepBest("accuracy", 3, awaiting=2)`.

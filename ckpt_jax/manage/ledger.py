@@ -340,10 +340,18 @@ def with_noted(directory: str, ledger: Ledger, fresh: Collection[str] = ()) -> L
       fresh: the paths of checkpoints that are not recorded yet. What is noted about them belongs to
         checkpoints that they have replaced.
     """
+    return _merged(ledger, _understood_notes(directory), fresh)
+
+
+def _understood_notes(directory: str) -> Notes:
     try:
-        noted = (read_notes(directory) or Notes()).metrics
+        return read_notes(directory) or Notes()
     except ValueError:  # a warning has said so
-        return ledger
+        return Notes()
+
+
+def _merged(ledger: Ledger, notes: Notes, fresh: Collection[str]) -> Ledger:
+    noted = notes.metrics
     records = [
         replace(record, metrics={**known_metrics(record), **own})
         if record.path not in fresh and (own := noted.get(os.path.basename(record.path)))
@@ -387,8 +395,9 @@ def write_ledger(
 
     def change() -> Ledger:
         writers = fence.renewed(claims=is_newest)
-        noted = with_noted(directory, ledger, fresh)
-        _write_notes(directory, name, noted, has_metrics)
+        before = _understood_notes(directory)
+        noted = _merged(ledger, before, fresh)
+        _write_notes(directory, name, noted, before, has_metrics)
         state = _state_with(directory, name, noted, is_newest)
         update_checkpoint_state(directory, state, writers=writers)
         return noted
@@ -444,12 +453,9 @@ def _notes_of(directory: str) -> Notes | None:
         return None
 
 
-def _write_notes(directory: str, name: str, ledger: Ledger, has_metrics: bool) -> None:
-    try:
-        before = read_notes(directory) or Notes()
-    except ValueError:  # a warning has said so
-        before = Notes()
-
+def _write_notes(
+    directory: str, name: str, ledger: Ledger, before: Notes, has_metrics: bool
+) -> None:
     def is_of_another(path: str) -> bool:
         return own_number(name, path) is None
 

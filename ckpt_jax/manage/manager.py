@@ -39,6 +39,7 @@ from ckpt_jax.api.status import LoadStatus
 from ckpt_jax.errors import CheckpointError, CheckpointNotFoundError
 from ckpt_jax.graph.metadata import METADATA_KEY, encode
 from ckpt_jax.manage.arguments import as_integer, as_limit, as_metrics, as_policies
+from ckpt_jax.manage.asking import Asking
 from ckpt_jax.manage.collection import AT_ONCE, Collection
 from ckpt_jax.manage.due import SavePolicy, goes_by_step
 from ckpt_jax.manage.ledger import known_metrics, own_number
@@ -212,6 +213,7 @@ class CheckpointManager:
             when,
             clock,
         )
+        self._asking = Asking(clock)
         self._notices: list[Callable[[], bool]] = []  # say whether the program is told to end
         self._known_paths: set[str] = set()  # which this manager replaces without a warning
         self._has_restored = False
@@ -380,8 +382,7 @@ class CheckpointManager:
 
         if goes_by_step(policy):
             return answer()
-        with context.processes.meeting("asking whether a save is due", patience) as meeting:
-            return bool(meeting.led(answer() if meeting.leads else None))
+        return self._asking.is_due(context.processes, patience, answer)
 
     def _new_record(
         self, count: int, number: Any, metrics: Mapping[str, Any] | None, leads: bool
@@ -402,6 +403,8 @@ class CheckpointManager:
     def _checked_metrics(self, metrics: Mapping[str, Any] | None) -> dict[str, float]:
         """The metrics of a save as numbers, after a check that the policies can use them."""
         scores = as_metrics(metrics)
+        if not self._metrics:
+            return scores
         records = self._collection.present().records
         known = {*scores, *(name for record in records for name in known_metrics(record))}
         unknown = ", ".join(map(repr, sorted(self._metrics - known)))

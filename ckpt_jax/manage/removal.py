@@ -35,8 +35,9 @@ class Removal:
       in_background: whether files are removed on a thread of their own, so that no save waits for
         it. The checkpoints are gone at once. The end of the program, and `gc`, wait for the thread.
       trash: a directory to which the checkpoints are moved instead, relative to that of the
-        checkpoints, on the same file system. They can be restored from there by their paths,
-        `trash/ckpt-3.1764272000`; the number at the end is the time, in seconds since the epoch.
+        checkpoints, on the same file system; not for object stores. They can be restored from
+        there by their paths, `trash/ckpt-3.1764272000`; the number at the end is the time, in
+        seconds since the epoch.
       trash_seconds: how long they stay there; None leaves them until somebody removes them by hand.
 
     Raises:

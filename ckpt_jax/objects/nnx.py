@@ -8,7 +8,7 @@ and other static elements belong to the program. An `nnx.Variable` is a mutable 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -37,11 +37,18 @@ from ckpt_jax.objects.views import (
 )
 
 
+def copies(objects: Sequence[Any], arrays: Mapping[int, Any]) -> Sequence[Any]:
+    """Copies of nnx objects, with other arrays. `copy.deepcopy` would copy the arrays, too."""
+    structure, state = nnx.split(tuple(objects))
+    return nnx.merge(structure, jax.tree.map(lambda leaf: arrays.get(id(leaf), leaf), state))
+
+
 class NnxObjectView(View):
     """An nnx object: the attributes that hold data, or a mutable object that nnx does not know."""
 
     identity = True
     mutable = True
+    copier = staticmethod(copies)
     has_program = True
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
@@ -130,6 +137,7 @@ class NnxVariableView(View):
     container = "leaf"
     identity = True
     mutable = True
+    copier = staticmethod(copies)
 
     def children(self, obj: nnx.Variable[Any]) -> Iterable[tuple[Label, Any]]:
         value = obj.get_raw_value()

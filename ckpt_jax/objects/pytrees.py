@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from ckpt_jax.graph.labels import VARIABLE_VALUE, Label
+from ckpt_jax.graph.texts import is_text
 from ckpt_jax.objects.views import View
 
 
@@ -198,6 +199,8 @@ def pytree_view(obj: Any) -> View | None:
             return _VALUE
         case jax.ShapeDtypeStruct():
             return _VALUE  # a description: equal ones are not one array
+        case _ if is_text(obj):
+            return _VALUE
         case tuple() if hasattr(obj, "_fields"):
             return _REGISTERED if _is_registered_namedtuple(type(obj)) else _NAMED_TUPLE
         case tuple() if type(obj) is tuple or not is_registered(obj):

@@ -118,14 +118,29 @@ class IsExactly:
         return type(obj) is self.kind
 
 
+@dataclass(frozen=True, slots=True)
+class OfType:
+    """A predicate that looks at the type of an object alone."""
+
+    test: Callable[[type], bool]
+
+    def __call__(self, obj: Any) -> bool:
+        return self.test(type(obj))
+
+
 def saver_of() -> Callable[[Any], str | None]:
-    """`saver_name`, as a function that needs one lookup if all predicates are `IsExactly`."""
-    names: dict[type, str] = {}
-    for saver in _savers.values():
-        if not isinstance(saver.predicate, IsExactly):
-            return saver_name
-        names[saver.predicate.kind] = saver.name
-    return lambda obj: names.get(type(obj))
+    """`saver_name`, as a function that needs one lookup if all predicates look at types alone."""
+    if not all(isinstance(saver.predicate, IsExactly | OfType) for saver in _savers.values()):
+        return saver_name
+    names: dict[type, str | None] = {}
+
+    def name(obj: Any) -> str | None:
+        kind = type(obj)
+        if kind not in names:
+            names[kind] = saver_name(obj)
+        return names[kind]
+
+    return name
 
 
 def get_saver(name: str) -> RegisteredSaver:

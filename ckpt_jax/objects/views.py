@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,6 +28,9 @@ class NoState(Exception):
     """Raised by a view if an object has nothing to save; the message says what to do instead."""
 
 
+Copier = Callable[[Sequence[Any], Mapping[int, Any]], Sequence[Any]]
+
+
 class View:
     """How the object graph sees objects of one kind. Subclasses override what applies to it.
 
@@ -36,6 +39,8 @@ class View:
       identity: whether two edges to one object mean one node. True for mutable objects and
         arrays. False for immutable containers and scalars: which object they are means nothing.
       mutable: whether `rebuild` and `assign` change the object in place.
+      copier: (objects, arrays) -> copies of several objects at once, with what they share, and with
+        arrays replaced by identity. None if `copy.deepcopy` does it.
       has_program: whether things without a view in the object, at any depth, belong to the program
         and are not state: functions, dtypes, devices.
     """
@@ -43,6 +48,7 @@ class View:
     container: str = ""
     identity: bool = False
     mutable: bool = False
+    copier: Copier | None = None
     has_program: bool = False
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
@@ -254,6 +260,11 @@ def view_of(obj: Any) -> View | None:
     except KeyError:
         view = _cache[kind] = _find(obj)
         return view
+
+
+def known_view(kind: type) -> View | None:
+    """The view of the objects of a type, if one of them was looked at."""
+    return _cache.get(kind)
 
 
 def _import_views(kind: type) -> None:

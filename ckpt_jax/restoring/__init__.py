@@ -1,7 +1,9 @@
 """The way in: from a checkpoint to restored objects.
 
 checkpoint_reader  a checkpoint by its keys, of this format or of another (`formats`)
-rename      the saved graph under other names and in other shapes (`transforms`)
+rename      the saved graph under other names and in other shapes (`rules`, `transforms`)
+formulas    how one value is made of others, box by box (`grids`: by the steps of a rule)
+inverses    rules, read from the other side
 adapters    the saved graph as a class says that its older checkpoints are read
 derived     values that are made of stored ones
 shardings   where arrays are placed, if the target does not say

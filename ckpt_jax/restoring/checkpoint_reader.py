@@ -25,7 +25,7 @@ from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, dtype_of
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
 from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.graph.plain_slots import slots_as_children
-from ckpt_jax.graph.saved_objects import SavedObject
+from ckpt_jax.graph.saved_objects import Functions, SavedObject
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.io import read_values
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
@@ -183,6 +183,30 @@ class CheckpointReader:
             found = self._own.saved_objects(self._graph)
         self.check_not_replaced()
         return found
+
+    @cached_property
+    def saved_functions(self) -> Functions:
+        """The functions that were saved with the objects, by name.
+
+        Raises:
+          CorruptCheckpointError: the list is damaged, or disagrees with the object graph.
+        """
+        if self._own is None:
+            return {}
+        with self._pinned.unless_replaced():
+            found = self._own.saved_functions(self._graph)
+        self.check_not_replaced()
+        return found
+
+    def artifact(self, function: str) -> bytes:
+        """What `jax.export` made of a saved function.
+
+        Raises:
+          CorruptCheckpointError: it is damaged.
+        """
+        assert self._own is not None  # it has listed the function
+        with self._pinned.unless_replaced():
+            return self._own.artifact(self.saved_functions[function].artifact)
 
     @cached_property
     def metadata(self) -> dict[str, Any]:

@@ -11,7 +11,6 @@ read as they are.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,11 +18,11 @@ import jax
 import numpy as np
 
 from ckpt_jax.graph.boxes import Box, whole
-from ckpt_jax.graph.dtypes import LossyConversionError, converted, dtype_of
+from ckpt_jax.graph.dtypes import LossyConversionError, converted
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.restoring.adapters import Resharded
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
-from ckpt_jax.restoring.transforms import Derivation, Derived
+from ckpt_jax.restoring.formulas import Derivation, Derived, evaluate, needs
 from ckpt_jax.store.batches import batches
 from ckpt_jax.values import host
 
@@ -74,8 +73,7 @@ class DerivedReader:
         if key in self._resharded:
             return sum(map(self._reader.stored_nbytes, self._resharded[key].keys))
         if key in self._derived:
-            derived = self._derived[key]
-            return math.prod(derived.spec.shape) * dtype_of(derived.stored.dtype).itemsize
+            return self._derived[key].stored_nbytes
         return self._reader.stored_nbytes(key)
 
     def _derive(
@@ -84,8 +82,8 @@ class DerivedReader:
         boxes = {key: _boxes(request, self._derived[key]) for key, request in requests.items()}
         needed: dict[str, dict[Box, None]] = {}
         for key, wanted in boxes.items():
-            for keys, box in map(self._derived[key].needs, wanted):
-                for source in keys:
+            for each in wanted:
+                for source, box in needs(self._derived[key].formula, each):
                     needed.setdefault(source, {})[box] = None
         parts = self._reader.read_boxes({key: [*found] for key, found in needed.items()}, options)
         taken: set[tuple[str, Box]] = set()
@@ -97,12 +95,12 @@ class DerivedReader:
             return parts[source, box].copy() if again else parts[source, box]
 
         results: dict[str, Any] = {}
+        known: dict[int, np.ndarray] = {}  # what functions made of whole values
         for key, request in requests.items():
             derived = self._derived[key]
             try:
                 contents = [
-                    derived.make([part(source, box) for source in keys])
-                    for keys, box in map(derived.needs, boxes[key])
+                    _contiguous(evaluate(derived.formula, box, part, known)) for box in boxes[key]
                 ]
                 results[key] = _placed(contents, request, derived.spec.shape)
             except LossyConversionError as error:
@@ -120,6 +118,10 @@ def _boxes(request: Request, derived: Derived) -> Sequence[Box]:
     if request is None or request.sharding is None:
         return (whole(derived.spec.shape),)
     return host.wanted_boxes(request.sharding, derived.spec.shape)
+
+
+def _contiguous(part: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(part) if part.ndim else part
 
 
 def _placed(contents: list[np.ndarray], request: Request, shape: tuple[int, ...]) -> Any:

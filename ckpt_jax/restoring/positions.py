@@ -23,8 +23,8 @@ from ckpt_jax.graph.labels import VARIABLE_VALUE, Label, attribute_key, local_na
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, Slot, descendants, object_keys
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects.views import OptimizerView, ParameterPath, StatePlace
+from ckpt_jax.restoring.formulas import Derivation, Derived, Source
 from ckpt_jax.restoring.rename import Renamed
-from ckpt_jax.restoring.transforms import Cast, Derivation, Derived, derive
 
 
 def slots_of_positions(
@@ -106,10 +106,10 @@ class _Made:
         if len(sources) < len(found):
             return -1, set()
         values = [self.saved.nodes[node].attributes[0] for node in sources]
-        steps = [Cast() if isinstance(step, Cast) else step for step in derivation.steps]
+        slots = [Source(value.key, value.spec) for value in values]
         try:
-            made = derive([v.key for v in values], [v.spec for v in values], steps)
-        except ValueError:  # it has another shape than the parameter, as moments of Adafactor have
+            made = derivation.of_slots(dict(zip(derivation.keys, slots, strict=True)))
+        except ValueError:  # of another shape than the parameter, as moments of Adafactor are
             return -1, set()
         node = len(self.nodes)
         key = attribute_key(f".DERIVED/{node}", VARIABLE_VALUE)

@@ -40,7 +40,10 @@ from ckpt_jax.graph.nodes import (
     object_keys,
     slots_in,
 )
+from ckpt_jax.graph.patterns import fill
 from ckpt_jax.report import ReportEntry
+from ckpt_jax.restoring.formulas import Derivation, Derived, Source
+from ckpt_jax.restoring.grids import part_of_stored, through
 from ckpt_jax.restoring.rules import (
     ParsedRule,
     Rule,
@@ -49,16 +52,7 @@ from ckpt_jax.restoring.rules import (
     parse,
     unmatched_rule,
 )
-from ckpt_jax.restoring.transforms import (
-    Cast,
-    Derivation,
-    Derived,
-    Stack,
-    Step,
-    Transform,
-    Unstack,
-    derive,
-)
+from ckpt_jax.restoring.transforms import Concat, Split, Stack, Transform, Unstack
 
 _MAX_LISTED = 6
 
@@ -99,41 +93,64 @@ def rename(graph: ObjectGraph, rules: Iterable[Rule]) -> Renamed:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """An edge to a value that a rule with transforms matched."""
+    """An edge to a value that a rule with transforms matched; `member` is the number of the
+    pattern."""
 
     child: int
     path: str
     match: re.Match[str]
+    member: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """Saved nodes, in order, of which transforms make one new node."""
+    """Saved nodes of which a rule makes new nodes.
 
-    target: str
-    members: tuple[int, ...]
-    transforms: tuple[Transform, ...]
-    take: int | None  # the position, if the values are taken apart
+    Attributes:
+      rule: the rule.
+      rows: the nodes by number and by member, see `grids`.
+      match: of the first of them.
+      without: the wildcard of its pattern that numbers the rows; None if there is none.
+      saved_path: says where they are.
+    """
+
+    rule: ParsedRule
+    rows: tuple[tuple[int, ...], ...]
+    match: re.Match[str]
+    without: int | None
     saved_path: str
 
-    def derive(self, attributes: Sequence[Attribute], *, of_slot: bool = False) -> Derived:
-        """The value that is made of one attribute of each member.
+    @property
+    def members(self) -> tuple[int, ...]:
+        """All the nodes."""
+        return tuple([node for row in self.rows for node in row])
 
-        `Cast(dtype)` is for the variable. A slot takes the dtype that its optimizer wants.
+    def targets(self, count: int, member: int) -> list[str]:
+        """The paths of the values that the rule makes: of all numbers, for one target pattern."""
+        step = self.rule.step_for("numbers", makes=True)
+        if step is None:
+            return [self.rule.target(self.match, self.without, member)]
+        assert isinstance(step, Unstack | Split)
+        return numbered_targets(self.rule, step, self.match, count, member)
+
+    def derive(
+        self, attributes: Mapping[int, Attribute], more: ParsedRule | None, *, of_slots: bool
+    ) -> list[list[Derived]]:
+        """The values that are made of one attribute of each member.
+
+        Args:
+          attributes: by node.
+          more: a rule of which the steps come after those of this group.
+          of_slots: whether these are the slots of the variables that the rule is for.
         """
-        keys = [attribute.key for attribute in attributes]
-        specs = [attribute.spec for attribute in attributes]
-        steps: list[Step] = []
-        for transform in self.transforms:
-            if isinstance(transform, Unstack):
-                spec = derive(keys, specs, steps).spec
-                count = transform.count(spec)
-                if self.take is None or not self.take < count:
-                    raise ValueError(f"{transform}: {spec} has no position {self.take}")
-                steps.append(transform.take(self.take, spec))
-            else:
-                steps.append(Cast() if of_slot and isinstance(transform, Cast) else transform)
-        return derive(keys, specs, steps)
+        values = [
+            [Source(attributes[node].key, attributes[node].spec) for node in row]
+            for row in self.rows
+        ]
+        grid = through(self.rule, values, of_slots=of_slots)
+        if more is not None:
+            grid = [[through(more, [[each]])[0][0] for each in row] for row in grid]
+        return [[Derived(each) for each in row] for row in grid]
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,8 +193,9 @@ class _Renaming:
         self.found: dict[int, list[_Found]] = defaultdict(list)  # by rule, if it has transforms
         self.slot_rules: dict[tuple[int, str], _SlotRule] = {}  # by optimizer and slot name
         self.consumed: set[int] = set()
-        self.containers: dict[int, str] = {}  # rule -> a container that it matched
-        self.made: dict[tuple[object, ...], int] = {}  # derived nodes by members and transforms
+        self.containers: dict[tuple[int, int], str] = {}  # rule, pattern -> a container it matched
+        self.made: dict[tuple[object, ...], list[list[int]]] = {}  # nodes by members and steps
+        self.notes: dict[int, str] = {}
 
     def run(self) -> Renamed:
         self.apply_rules()
@@ -186,12 +204,10 @@ class _Renaming:
             self.insert(child, target, path)
         for number, matches in self.found.items():
             try:
-                groups = [*self.groups_of(self.rules[number], matches)]
+                for group in self.groups_of(self.rules[number], matches):
+                    self.add_group(group)
             except ValueError as error:
                 self.problems.append((matches[0].path, f"{error} (rule {self.rules[number]})"))
-                continue
-            for group in groups:
-                self.add_group(group)
         return self.finish()
 
     def apply_rules(self) -> None:
@@ -211,18 +227,22 @@ class _Renaming:
         if len(self.matched) < len(self.rules) and not is_tree(self.graph):
             self.apply_to_other_paths()
         for number, rule in enumerate(self.rules):
-            if number not in self.matched:
-                self.problems.append(unmatched_rule(rule, self.containers.get(number), paths))
+            members = {one.member for one in self.found.get(number, ())}
+            for member in range(len(rule.sources)):
+                if number not in self.matched or (len(rule.sources) > 1 and member not in members):
+                    container = self.containers.get((number, member))
+                    self.problems.append(unmatched_rule(rule, container, paths, member))
 
     def apply(self, number: int, match: re.Match[str], child: int, path: str) -> bool:
         """Applies a rule to an edge that it matches; whether it moves the edge."""
         self.matched.add(number)
         rule = self.rules[number]
-        if match.re is not rule.pattern:
+        if match.re not in rule.patterns:
             rule = rule.of_containers
             assert rule is not None
         if rule.transforms:
-            self.found[number].append(_Found(child, path, match))
+            member = rule.patterns.index(match.re)
+            self.found[number].append(_Found(child, path, match, member))
         elif (target := rule.target(match)) == path:
             return False
         else:
@@ -271,111 +291,189 @@ class _Renaming:
         node = self.graph.nodes[child]
         for number in range(len(self.rules)) if among is None else among:
             rule = self.rules[number]
-            match = rule.pattern.fullmatch(path)
-            if match is None:
+            found = rule.match(path)
+            if found is None:
                 whole = rule.of_containers if node.slots else None
                 if whole is not None and (match := whole.pattern.fullmatch(path)):
                     return number, match
                 continue
+            member, match = found
             if node.attributes:
                 return number, match
             if not rule.transforms and (node.saver or not rule.pattern.groups):
                 return number, match
             if node.slots and rule.moves_all_below(path, match):
                 return number, match
-            self.containers.setdefault(number, path)
+            self.containers.setdefault((number, member), path)
         return -1, None
 
     def groups_of(self, rule: ParsedRule, found: Sequence[_Found]) -> Iterator[_Group]:
-        match rule.many:
-            case Stack() as stack:
-                yield from self.stacked(rule, stack, found)
-            case Unstack() as unstack:
-                for one in found:
-                    yield from self.unstacked(rule, unstack, one)
-            case None:
-                for one in found:
-                    target = rule.target(one.match)
-                    yield _Group(target, (one.child,), rule.transforms, None, one.path)
-
-    def stacked(self, rule: ParsedRule, stack: Stack, found: Sequence[_Found]) -> Iterator[_Group]:
-        group = counting_wildcard(rule, stack, [one.match for one in found])
-        by_target: dict[str, list[tuple[int, _Found]]] = defaultdict(list)
+        """The groups of values that a rule takes together."""
+        if rule.step_for("numbers", makes=False) is None and len(rule.sources) == 1:
+            for one in found:
+                yield _Group(rule, ((one.child,),), one.match, None, one.path)
+            return
+        by_target: dict[tuple[str, ...], list[tuple[int, _Found]]] = defaultdict(list)
+        wildcards = self.counting_wildcards(rule, found)
         for one in found:
-            number = one.match.group(group + 1) or ""
+            group = wildcards.get(one.member)
+            number = "0" if group is None else one.match.group(group + 1) or ""
             if not number.isdecimal():
                 self.problems.append((one.path, f"cannot be stacked: {number!r} is no number"))
                 continue
-            by_target[rule.target(one.match, without=group)].append((int(number), one))
-        for target, members in by_target.items():
-            members.sort(key=lambda member: member[0])
-            if problem := _gaps([number for number, _ in members]):
-                self.problems.append((target, f"cannot be stacked: {problem} (rule {rule})"))
-                continue
-            first, last = members[0][1].path, members[-1][1].path
-            path = f"{first} ... {last}" if len(members) > 1 else first
-            children = tuple([one.child for _, one in members])
-            yield _Group(target, children, rule.transforms, None, path)
+            targets = [rule.target(one.match, group, i) for i in range(len(rule.templates))]
+            by_target[tuple(targets)].append((int(number), one))
+        for targets, members in by_target.items():
+            group = self.gathered(rule, ", ".join(targets), members, wildcards)
+            if group is not None:
+                yield group
 
-    def unstacked(self, rule: ParsedRule, unstack: Unstack, one: _Found) -> Iterator[_Group]:
-        attribute = self.graph.nodes[one.child].attributes[0]
-        before = [step for step in rule.transforms[: rule.at] if not isinstance(step, Unstack)]
-        spec = derive([attribute.key], [attribute.spec], before).spec
-        targets = numbered_targets(rule, unstack, one.match, unstack.count(spec))
-        axis = unstack.axis % max(len(spec.shape), 1)
-        for i, target in enumerate(targets):
-            where = ", ".join([":"] * axis + [str(i)])
-            path = f"{one.path}[{where}]"
-            yield _Group(target, (one.child,), rule.transforms, i, path)
+    def counting_wildcards(self, rule: ParsedRule, found: Sequence[_Found]) -> dict[int, int]:
+        """By member: the wildcard that numbers the values; none if they are not numbered."""
+        step = rule.step_for("numbers", makes=False)
+        if step is None:
+            return {}
+        assert isinstance(step, Stack | Concat)
+        matches: dict[int, list[re.Match[str]]] = defaultdict(list)
+        for one in found:
+            matches[one.member].append(one.match)
+        return {
+            member: counting_wildcard(rule, step, each, member) for member, each in matches.items()
+        }
+
+    def gathered(
+        self,
+        rule: ParsedRule,
+        target: str,
+        members: Sequence[tuple[int, _Found]],
+        wildcards: Mapping[int, int],
+    ) -> _Group | None:
+        """The group of numbered values; None, after a problem was noted, if it is not complete."""
+        count = len(rule.sources)
+        by_member: list[list[tuple[int, _Found]]] = [[] for _ in range(count)]
+        for number, one in sorted(members, key=lambda each: each[0]):
+            by_member[one.member].append((number, one))
+        for each in by_member:
+            if problem := _gaps([number for number, _ in each]):
+                self.problems.append((target, f"cannot be stacked: {problem} (rule {rule})"))
+                return None
+        lost = _lost(rule, by_member, wildcards)
+        if lost:
+            what = f"is made of {_listed(lost)}, too, which the checkpoint lacks, or which an "
+            self.problems.append((target, f"{what}earlier rule takes (rule {rule})"))
+            return None
+        rows = tuple([tuple([one.child for _, one in row]) for row in zip(*by_member, strict=True)])
+        paths = [
+            f"{each[0][1].path} ... {each[-1][1].path}" if len(each) > 1 else each[0][1].path
+            for each in by_member
+        ]
+        first = by_member[0][0][1]
+        return _Group(rule, rows, first.match, wildcards.get(0), _listed(paths))
 
     def add_group(self, group: _Group) -> None:
-        """Adds a node for a group of values, and nodes for the slots of these values."""
-        source = (group.members, group.transforms, group.take)
-        node = self.made.get(source)
-        if node is not None:  # values that were tied stay tied
-            self.insert(node, group.target, group.saved_path)
-            return
-        node = self.add_node(group, group.target, group.members)
-        if node is None:
-            return
-        self.made[source] = node
-        self.insert(node, group.target, group.saved_path)
-        self.consumed.update(group.members)
-        for optimizer, name, slots in slot_groups(self.graph, group.members):
-            path = f"{group.target} ({name} of {self.graph.paths[optimizer]})"
+        """Adds nodes for the values that a rule makes of a group, and nodes for the slots of these
+        values."""
+        source = (group.rows, group.rule.transforms, len(group.rule.templates))
+        nodes = self.made.get(source)  # values that were tied stay tied
+        if nodes is None:
+            nodes = self.add_nodes(group, group.rows)
+            if nodes is None:
+                return
+            self.made[source] = nodes
+            self.consumed.update(group.members)
+            self.add_slots(group, nodes)
+        for member, column in enumerate(zip(*nodes, strict=True)):
+            targets = group.targets(len(nodes), member)
+            for node, target in zip(column, targets, strict=True):
+                self.insert(node, target, self.saved_paths[node])
+
+    def add_slots(self, group: _Group, nodes: Sequence[Sequence[int]]) -> None:
+        """Adds nodes for the slots of the values of a group."""
+        members = group.members
+        for optimizer, name, slots in slot_groups(self.graph, members):
             rule = self.slot_rules.get((optimizer, name))
-            more = rule.transforms if rule else ()
-            together = replace(group, transforms=(*group.transforms, *more))
-            slot = self.add_node(together, path, slots, of_slot=True)
-            if slot is not None:
-                self.slots[optimizer].append(Slot(node, rule.name if rule else name, slot))
-                self.consumed.update(slots)
+            slot_of = dict(zip(members, slots, strict=True))
+            rows = tuple([tuple([slot_of[node] for node in row]) for row in group.rows])
+            of_slots = replace(group, rows=rows)
+            path = f"{name} of {self.graph.paths[optimizer]}"
+            made = self.add_nodes(of_slots, rows, path, rule.rule if rule else None)
+            if made is None:
+                continue
+            for row, its in zip(nodes, made, strict=True):
+                for node, slot in zip(row, its, strict=True):
+                    new = Slot(node, rule.name if rule else name, slot)
+                    self.slots[optimizer].append(new)
+            self.consumed.update(slots)
+
+    def add_nodes(
+        self,
+        group: _Group,
+        rows: Sequence[Sequence[int]],
+        slots: str = "",
+        more: ParsedRule | None = None,
+    ) -> list[list[int]] | None:
+        """Nodes for the values that a rule makes; None, after a problem was noted, if it cannot.
+
+        Args:
+          group: what the rule takes.
+          rows: the nodes of the group.
+          slots: if they are slots: which ones, for messages.
+          more: a rule for slots.
+        """
+        members = [node for row in rows for node in row]
+        entries = {node: self.graph.nodes[node] for node in members}
+        made: dict[str, list[list[Derived]]] = {}
+        try:
+            for attribute in entries[members[0]].attributes:
+                name = attribute.name
+                alike = {
+                    node: a for node, e in entries.items() for a in e.attributes if a.name == name
+                }
+                if len(alike) != len(entries):
+                    raise ValueError(f"not all of them have {name}")
+                made[name] = group.derive(alike, more, of_slots=bool(slots))
+            shapes = {(len(grid), len(grid[0]) if grid else 0) for grid in made.values()}
+            if len(shapes) != 1:
+                raise ValueError("the values of these objects are not alike")
+            ((height, width),) = shapes
+            targets = [group.targets(height, member) for member in range(width)]
+        except ValueError as error:
+            if slots:
+                self.notes.update(dict.fromkeys(members, str(error)))
+                return None
+            target = ", ".join(group.rule.templates)
+            if group.rule.step_for("numbers", makes=True) is None:
+                each = range(len(group.rule.templates))
+                target = ", ".join([group.targets(1, number)[0] for number in each])
+            self.problems.append((target, f"cannot be made of {group.saved_path}: {error}"))
+            return None
+        nodes: list[list[int]] = []
+        for row in range(height):
+            nodes.append([])
+            for column in range(width):
+                grid = {name: each[row][column] for name, each in made.items()}
+                path = targets[column][row] + (f" ({slots})" if slots else "")
+                nodes[-1].append(self.add_node(grid, path, group, is_slot=bool(slots)))
+        return nodes
 
     def add_node(
-        self, group: _Group, path: str, members: Sequence[int], *, of_slot: bool = False
-    ) -> int | None:
-        entries = [self.graph.nodes[member] for member in members]
+        self, values: Mapping[str, Derived], path: str, group: _Group, *, is_slot: bool
+    ) -> int:
+        """A node with derived values, by the name of the attribute."""
         node = len(self.nodes)
         attributes: list[Attribute] = []
-        for attribute in entries[0].attributes:
-            alike = [a for entry in entries for a in entry.attributes if a.name == attribute.name]
-            try:
-                if len(alike) != len(entries):
-                    raise ValueError(f"not all of them have {attribute.name}")
-                derived = group.derive(alike, of_slot=of_slot)
-            except ValueError as error:
-                self.problems.append((path, f"cannot be made of {group.saved_path}: {error}"))
-                return None
-            key = attribute_key(f".DERIVED/{node}", attribute.name)
+        for name, derived in values.items():
+            key = attribute_key(f".DERIVED/{node}", name)
             self.derived[key] = derived
-            attributes.append(Attribute(attribute.name, key, derived.spec))
+            attributes.append(Attribute(name, key, derived.spec))
         self.nodes.append(Node("leaf", attributes=tuple(attributes)))
         self.edges[node] = []
-        self.saved_paths[node] = (
-            f"{self.graph.paths[members[0]]}{' ...' * (len(members) > 1)}"
-            if of_slot
-            else group.saved_path
-        )
+        if is_slot:
+            first, more = group.members[0], " ..." * (len(group.members) > 1)
+            self.saved_paths[node] = f"{self.graph.paths[first]}{more}"
+        else:
+            part = part_of_stored(next(iter(values.values())).formula)
+            self.saved_paths[node] = f"{group.saved_path}{part}"
         return node
 
     def insert(self, child: int, target: str, path: str) -> None:
@@ -423,14 +521,21 @@ class _Renaming:
                 rule = self.slot_rules.get((optimizer, slot.name))
                 node: int | None = slot.node
                 if rule is not None and rule.transforms:
-                    path = self.graph.paths[slot.node]
-                    group = _Group(path, (slot.node,), rule.transforms, None, path)
-                    node = self.add_node(group, path, group.members)
-                    self.consumed.add(slot.node)
+                    node = self.add_slot(slot.node, rule.rule)
                 if node is not None:
                     name = slot.name if rule is None else rule.name
                     slots.append(replace(slot, name=name, node=node))
             self.nodes[optimizer] = replace(self.nodes[optimizer], slots=tuple(slots))
+
+    def add_slot(self, slot: int, rule: ParsedRule) -> int | None:
+        """A node for a slot that a rule for slots changes."""
+        path = self.graph.paths[slot]
+        match = re.fullmatch("(.*)", path)
+        assert match is not None
+        whole = replace(rule, templates=("**",))  # a slot keeps its place
+        nodes = self.add_nodes(_Group(whole, ((slot,),), match, None, path), ((slot,),))
+        self.consumed.add(slot)
+        return None if nodes is None else nodes[0][0]
 
     def check_slot_rules(self, renamed: ObjectGraph) -> None:
         """Slots stay with their optimizer: a rule must not name another place for them."""
@@ -468,7 +573,7 @@ class _Renaming:
         paths = {**self.saved_paths, **self.graph.other_paths(renamed)}
         problems = [ReportEntry(path, what=what) for path, what in self.problems]
         consumed = frozenset(self.consumed - gone)
-        return Renamed(renamed, paths, tuple(problems), self.derived, consumed)
+        return Renamed(renamed, paths, tuple(problems), self.derived, consumed, self.notes)
 
     def finished(self, number: int, node: Node) -> Node:
         children, slots = tuple(self.edges[number]), self.slots.get(number, ())
@@ -491,6 +596,28 @@ def slot_groups(
     for (optimizer, name), found in by_owner.items():
         if len(found) == len(set(variables)):
             yield optimizer, name, tuple([found[variable] for variable in variables])
+
+
+def _lost(
+    rule: ParsedRule,
+    by_member: Sequence[Sequence[tuple[int, _Found]]],
+    wildcards: Mapping[int, int],
+) -> list[str]:
+    """The paths of members that a group lacks."""
+    numbers = sorted({number for each in by_member for number, _ in each})
+    lost: list[str] = []
+    for member, each in enumerate(by_member):
+        source, known = rule.sources[member], {number for number, _ in each}
+        for number in numbers:
+            if number in known:
+                continue
+            other = next(one for many in by_member for n, one in many if n == number)
+            groups = [*other.match.groups()]
+            if not isinstance(source, str):
+                lost.append(source.pattern)
+            else:
+                lost.append(fill(source, groups))
+    return lost
 
 
 def _unescaped(name: str) -> str:

@@ -324,7 +324,8 @@ class SaveRun:
     def was_cancelled(self) -> bool:
         """Whether it has ended without a checkpoint, after it was cancelled."""
         is_asked = self.cancelled.is_set()
-        return is_asked and not self._is_committed and not self.meeting.is_in_doubt
+        is_in_doubt = self.meeting.is_in_doubt or self._doubtful is not None
+        return is_asked and not self._is_committed and not is_in_doubt
 
     def __enter__(self) -> SaveRun:
         self._runs.opened(self)

@@ -329,12 +329,7 @@ class ShardedReader:
 
     def _check_values(self) -> None:
         """Checks that everything is there in an object store, as far as it tells."""
-        try:
-            found = frozenset(objects.keys_below(self.directory))
-        except PermissionError:  # who may not list may read all the same
-            return
-        if MANIFEST not in found:  # Google's store says so by showing nothing
-            return
+        found = frozenset(objects.keys_below(self.directory))
         for number, shard in enumerate(self.index.shards):
             check_values(self.directory, self._path(number), shard, found)
 
@@ -471,11 +466,14 @@ def check_files(directory: str, shard: Shard) -> None:
 
 def check_values(checkpoint: str, directory: str, shard: Shard, found: frozenset[str]) -> None:
     """Checks that the files of a shard are among the keys that were found below a checkpoint in an
-    object store, which does not list their sizes.
+    object store, which does not list their sizes. If not even the manifest was found, which has
+    been read, this program may not list, and nothing is known.
 
     Raises:
       CorruptCheckpointError: a file is missing.
     """
+    if MANIFEST not in found:
+        return
     files = [file_path(directory, number) for number in range(shard.files)]
     for file in (*files, os.path.join(directory, INDEX)):
         if file.removeprefix(f"{checkpoint}/") not in found:

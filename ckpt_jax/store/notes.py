@@ -24,6 +24,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from ckpt_jax.store.files import read_file, replace_file, shortened
+from ckpt_jax.store.guard import read_again
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.presence import is_file
 
 NOTES_FILE = "checkpoint-metrics.json"
@@ -93,7 +95,7 @@ def write_notes(directory: str, notes: Notes, *, is_needed: bool = False) -> Non
         content[_ABANDONED] = sorted(notes.abandoned)
     if notes.origins:
         content[_ORIGINS] = dict(notes.origins)
-    if content or is_needed or is_file(path):
+    if content or is_needed or _is_there(path):
         replace_file(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
@@ -118,3 +120,7 @@ def add_metrics(directory: str, name: str, metrics: Mapping[str, float]) -> None
         ) from error
     own = {**before.metrics.get(name, {}), **metrics}
     write_notes(directory, replace(before, metrics={**before.metrics, name: own}))
+
+
+def _is_there(path: str) -> bool:
+    return read_again(path) is not None if is_url(path) else is_file(path)

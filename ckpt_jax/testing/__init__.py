@@ -27,13 +27,13 @@ from ckpt_jax.testing.processes import MemoryService, ServiceTests, run_processe
 if TYPE_CHECKING:
     from ckpt_jax.testing.readers import ReaderTests
     from ckpt_jax.testing.savers import SaverTests
-    from ckpt_jax.testing.storages import StorageConformance
+    from ckpt_jax.testing.storage_suite import StorageConformance
     from ckpt_jax.testing.views import ViewTests
 
 _NEED_PYTEST = {
     "ReaderTests": "ckpt_jax.testing.readers",
     "SaverTests": "ckpt_jax.testing.savers",
-    "StorageConformance": "ckpt_jax.testing.storages",
+    "StorageConformance": "ckpt_jax.testing.storage_suite",
     "ViewTests": "ckpt_jax.testing.views",
 }
 

@@ -22,6 +22,7 @@ from jax.core import Tracer
 from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, BYTES, converted, dtype_name, dtype_of, family
 from ckpt_jax.graph.labels import enum_class_of, imported_member
 from ckpt_jax.graph.specs import OPEN, LeafSpec, ShardingSpec
+from ckpt_jax.graph.texts import KINDS, kind_of
 from ckpt_jax.objects.python_state import PythonState
 
 _INT64 = range(-(2**63), 2**63)
@@ -46,6 +47,8 @@ def describe(value: Any) -> tuple[LeafSpec, ShardingSpec | None]:
     for kind, describe_kind in _DESCRIBE:
         if isinstance(value, kind):
             return describe_kind(value), None
+    if (kind := kind_of(value)) is not None:
+        return LeafSpec(kind, BYTES), None
     if callable(value):
         return OPEN, None
     kind = type(value)
@@ -181,6 +184,8 @@ def encode(value: Any) -> jax.Array | np.ndarray | bytes:
         return value
     if isinstance(value, PythonState):
         return _state_bytes(value)
+    if (kind := kind_of(value)) is not None:
+        return KINDS[kind].write(value).encode()
     if isinstance(value, int) and not isinstance(value, bool):
         return np.asarray(value, np.int64) if int(value) in _INT64 else hex(value).encode()
     return np.asarray(value)
@@ -362,6 +367,8 @@ def _decode_bytes(data: bytes, kind: str) -> Any:
         return data.decode("utf-8", "surrogatepass")
     if kind == "int":
         return int(data, 16)
+    if kind in KINDS:
+        return KINDS[kind].read(data.decode())
     return data
 
 

@@ -262,16 +262,40 @@ def test_an_evaluator_beside_a_trainer_in_another_process(tmp_path):
     assert len(numbers_in(tmp_path)) <= 4
 
 
+def test_a_step_that_is_saved_again_is_evaluated_again(tmp_path):
+    trainer = run_in(tmp_path)
+    save(trainer, 1)
+    again = iter([True])
+
+    def wait(seconds):
+        if next(again, False):
+            trainer.save(1, force=True, step=7)
+
+    done = ckpt.evaluate_new(
+        tmp_path,
+        lambda path, values: {"seen": values["step"]},
+        timeout=5,
+        wait=wait,
+        clock=iter(range(99)).__next__,
+    )
+    assert [os.path.basename(path) for path in done] == ["ckpt-1", "ckpt-1"]
+    assert trainer.metrics(1) == {"seen": 7.0}
+
+
 def test_metrics_of_what_was_replaced_meanwhile_are_not_recorded(tmp_path, caplog):
     trainer = run_in(tmp_path)
     save(trainer, 1)
 
-    def evaluate(path, values):
-        save(trainer, 1, force=True)
-        return {"accuracy": 1.0}
+    times = iter([True])
 
-    ckpt.evaluate_new(tmp_path, evaluate, timeout=0)
-    assert trainer.metrics(1) == {}
+    def evaluate(path, values):
+        if next(times, False):
+            save(trainer, 1, force=True)
+            return {"accuracy": 1.0}
+        return {"f1": 0.5}  # of what has replaced it
+
+    assert len(ckpt.evaluate_new(tmp_path, evaluate, timeout=0)) == 2
+    assert trainer.metrics(1) == {"f1": 0.5}
     assert "was replaced or removed by hand" in caplog.text
 
 

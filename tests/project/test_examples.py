@@ -47,12 +47,14 @@ def rows(output):
 
 def test_every_example_is_tested():
     tested = {
+        "convert_llama.py",
         "custom_sharded_saver.py",
         "from_tensorflow.py",
         "linen_train_state.py",
         "multi_process.py",
         "quantized_saver.py",
         "resume_on_another_mesh.py",
+        "serve_without_code.py",
         "transfer_learning.py",
     }
     assert {file.name for file in EXAMPLES.glob("*.py")} == tested
@@ -140,6 +142,21 @@ def test_four_processes_save_and_two_go_on(run):
     pattern = r"^(\w+) +(\d) x (\d) +(\d+) +(\d+) "
     found = re.findall(pattern, output, flags=re.MULTILINE)
     assert found == [("first", "4", "2", "1", "6"), ("second", "2", "4", "7", "10")], output
+
+
+def test_a_llama_of_the_hub_becomes_a_scanned_model_and_goes_back(run):
+    code, output = run("convert_llama.py")
+    assert code == 0, output
+    assert "FAILED" not in output
+    assert output.count("ok     ") == 2
+    assert "10 arrays of Flax on 8 devices" in output
+
+
+def test_a_model_is_served_without_its_code_and_with_newer_weights(run):
+    code, output = run("serve_without_code.py")
+    assert code == 0, output
+    assert "FAILED" not in output
+    assert output.count("ok     ") == 3
 
 
 def test_an_encoder_and_its_moments_go_into_another_model(run):

@@ -83,11 +83,14 @@ PRINTING = {
 TESTED = {
     "README.md",
     "command.md",
+    "functions.md",
     "guide.md",
+    "managing.md",
     "migrating.md",
     "object-stores.md",
     "renaming.md",
     "several-processes.md",
+    "state.md",
     "testing.md",  # run by tests/testing/test_testing_page.py
 }
 
@@ -174,9 +177,26 @@ def test_the_guide_runs_and_restores_what_was_saved(tmp_path, monkeypatch):
     assert names["model"]["step"] == 100
 
 
+def test_the_page_on_managers_runs_and_its_policies_do_what_it_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names = execute(DOCS / "managing.md", {})
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == [
+        "(400, 500, 800, 900, 1000)",
+        "runs/a/ckpt-500 {'loss': 0.1}",
+        "{'lr': 0.001}",
+    ]
+    assert "'accuracy': 250.0" in said[3]
+    assert names["manager"].steps == (1002,)
+    assert any(each.startswith("ckpt-500.") for each in os.listdir("runs/a/trash"))
+    w = names["checkpoint"].state["params"]["w"]
+    assert w.dtype == np.float64
+
+
 def test_the_page_on_renaming_runs_and_the_rules_do_what_it_says(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    restored = execute(DOCS / "renaming.md", {})["restored"]
+    names = execute(DOCS / "renaming.md", {})
+    restored = names["restored"]
     expected = {
         "backbone": {"w": np.ones(2)},
         "head": {"kernel": np.ones((3, 2))},
@@ -185,6 +205,28 @@ def test_the_page_on_renaming_runs_and_the_rules_do_what_it_says(tmp_path, monke
     }
     jax.tree.map(np.testing.assert_array_equal, restored, expected)
     assert restored["embed"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(names["ours"]["layers"]["kv"][2, 0], [1] * 4 + [0] * 4)
+    back = ckpt.load("back.safetensors")
+    np.testing.assert_array_equal(back["layers"]["2"]["v"], names["kv"]["v"])
+    assert back["embedding"].shape == (5, 2)
+
+
+def test_the_page_on_functions_runs_and_they_compute_what_the_model_does(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = execute(DOCS / "functions.md", {})
+    x = np.random.default_rng(0).random((7, 3), np.float32)
+    expected = jax.nn.softmax(names["model"](x))
+    for function in ("predict", "newer"):
+        np.testing.assert_allclose(names[function](x), expected, rtol=1e-6)
+    assert names["anew"].functions["norm"]() == 0
+    assert f"# {names['predict'].signature}" in (DOCS / "functions.md").read_text()
+
+
+def test_the_page_on_state_runs_and_the_data_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = execute(DOCS / "state.md", {})
+    assert names["fresh"].position == 2  # from the merge, after the third batch
+    assert repr(names["same"]) == repr(names["config"])
 
 
 def test_the_page_on_the_command_shows_what_is_printed(tmp_path, monkeypatch, capsys):

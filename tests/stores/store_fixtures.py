@@ -192,6 +192,12 @@ def any_server(request) -> Place:
     return request.getfixturevalue(request.param)
 
 
+@pytest.fixture(params=["moto", "gcs", pytest.param("s3", marks=pytest.mark.slow)])
+def a_server(request) -> Place:
+    """`any_server`, of which the slow one is left out by default."""
+    return request.getfixturevalue(request.param)
+
+
 @pytest.fixture(params=["moto", "s3"])
 def any_s3(request) -> Place:
     return request.getfixturevalue(request.param)

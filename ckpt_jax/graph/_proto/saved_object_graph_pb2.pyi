@@ -187,14 +187,22 @@ class SavedFunction(_message.Message):
     def __init__(self, concrete_functions: _Optional[_Iterable[str]] = ..., function_spec: _Optional[_Union[FunctionSpec, _Mapping]] = ...) -> None: ...
 
 class SavedConcreteFunction(_message.Message):
-    __slots__ = ("bound_inputs", "canonicalized_input_signature", "output_signature")
+    __slots__ = ("bound_inputs", "canonicalized_input_signature", "output_signature", "artifact", "exported_by", "calling_convention", "platforms")
     BOUND_INPUTS_FIELD_NUMBER: _ClassVar[int]
     CANONICALIZED_INPUT_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
     OUTPUT_SIGNATURE_FIELD_NUMBER: _ClassVar[int]
+    ARTIFACT_FIELD_NUMBER: _ClassVar[int]
+    EXPORTED_BY_FIELD_NUMBER: _ClassVar[int]
+    CALLING_CONVENTION_FIELD_NUMBER: _ClassVar[int]
+    PLATFORMS_FIELD_NUMBER: _ClassVar[int]
     bound_inputs: _containers.RepeatedScalarFieldContainer[int]
     canonicalized_input_signature: bytes
     output_signature: bytes
-    def __init__(self, bound_inputs: _Optional[_Iterable[int]] = ..., canonicalized_input_signature: _Optional[bytes] = ..., output_signature: _Optional[bytes] = ...) -> None: ...
+    artifact: str
+    exported_by: str
+    calling_convention: int
+    platforms: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, bound_inputs: _Optional[_Iterable[int]] = ..., canonicalized_input_signature: _Optional[bytes] = ..., output_signature: _Optional[bytes] = ..., artifact: _Optional[str] = ..., exported_by: _Optional[str] = ..., calling_convention: _Optional[int] = ..., platforms: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class SavedBareConcreteFunction(_message.Message):
     __slots__ = ("concrete_function_name", "argument_keywords", "allowed_positional_arguments", "function_spec")

@@ -66,6 +66,30 @@ class OwnReader:
         """
         return self._decoded(SAVED_OBJECTS_KEY, lambda data: objects.decode(data, graph))
 
+    def saved_functions(self, graph: ObjectGraph) -> objects.Functions:
+        """The functions that were saved with the objects, by name.
+
+        Raises:
+          CorruptCheckpointError: the list is damaged, or disagrees with the object graph.
+        """
+        return (
+            self._decoded(SAVED_OBJECTS_KEY, lambda data: objects.decode_functions(data, graph))
+            or {}
+        )
+
+    def artifact(self, key: str) -> bytes:
+        """The compiled function under a key that a list of functions names.
+
+        Raises:
+          CorruptCheckpointError: it is damaged or not there.
+        """
+        found = self._decoded(key, lambda data: data)
+        if found is None:
+            raise CorruptCheckpointError(
+                f"{self.path}: there is no entry {key}", file=self.path, key=key
+            )
+        return found
+
     def metadata(self) -> dict[str, Any]:
         """What the program said about the checkpoint; empty if it said nothing.
 

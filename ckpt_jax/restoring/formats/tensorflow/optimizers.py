@@ -28,8 +28,9 @@ import numpy as np
 from ckpt_jax.graph.boxes import Box
 from ckpt_jax.graph.nodes import Node, ObjectGraph, Slot, object_keys
 from ckpt_jax.graph.specs import LeafSpec
+from ckpt_jax.restoring.formulas import Derivation, Derived, Formula, Operation, Source, made
 from ckpt_jax.restoring.rename import Renamed
-from ckpt_jax.restoring.transforms import Cast, Derivation, Derived, Span, Step, derive
+from ckpt_jax.restoring.transforms import Cast
 
 _VARIABLES = "_trainable_variables"
 _COUNTERS = ("_iterations", "iter")
@@ -305,21 +306,21 @@ class _Translation:
         specs = [attribute.spec for attribute in self.nodes[node].attributes]
         return len(specs) == 1 and specs[0].is_array and not specs[0].is_bytes
 
-    def derive(self, node: int, step: Step) -> None:
+    def derive(self, node: int, step: Operation) -> None:
         """Lets a step change the value of a node."""
         if not self.is_number(node):
             return  # it will not fit what it is read for
         (attribute,) = self.nodes[node].attributes
         known = self.derived.get(attribute.key)
         if known is None:
-            made = derive([attribute.key], [attribute.spec], [step])
+            before: Formula = Source(attribute.key, attribute.spec)
         elif isinstance(known, Derived):
-            (spec,) = step.specs([known.spec])
-            made = replace(known, steps=(*known.steps, step), spec=spec)
+            before = known.formula
         else:
             return  # an adapter makes the value
-        self.derived[attribute.key] = made
-        attributes = (replace(attribute, spec=made.spec),)
+        formula = made(step, before)
+        self.derived[attribute.key] = Derived(formula)
+        attributes = (replace(attribute, spec=formula.spec),)
         self.nodes[node] = replace(self.nodes[node], attributes=attributes)
 
 
@@ -368,19 +369,24 @@ def _counterparts(node: Node) -> dict[str, tuple[tuple[str, ...], str]]:
 
 
 @dataclass(frozen=True, slots=True)
-class Divided(Step):
+class Divided(Operation):
     """Divides floating-point numbers by a constant."""
 
     by: float
 
-    def specs(self, specs: Sequence[LeafSpec]) -> list[LeafSpec]:
-        return [*specs]
+    def spec(self, specs: Sequence[LeafSpec]) -> LeafSpec:
+        (spec,) = specs
+        return spec
 
-    def pull(self, span: Span, box: Box) -> tuple[Span, Box]:
-        return span, box
+    def pull(self, box: Box, specs: Sequence[LeafSpec]) -> Sequence[Box]:
+        return [box]
 
-    def apply(self, parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [np.asarray(part / np.asarray(self.by, part.dtype)) for part in parts]
+    def apply(
+        self, box: Box, parts: Sequence[np.ndarray | None], specs: Sequence[LeafSpec]
+    ) -> np.ndarray:
+        (part,) = parts
+        assert part is not None
+        return np.asarray(part / np.asarray(self.by, part.dtype))
 
 
 # --- the way back ----------------------------------------------------------------------
