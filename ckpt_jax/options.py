@@ -212,9 +212,9 @@ class CheckpointOptions:
           stopped is noticed earlier, after 15 seconds. `timeout_seconds` also bounds how long the
           program's exit waits for a save in the background.
         progress: a function `(done_bytes, total_bytes)` that is called while values are written
-          or read, by one thread at a time, from 0 up to the total; or True for a line on stderr,
-          if that is a terminal. If the function raises, this is logged once, and the function is
-          not called again.
+          or read, by one thread at a time, from 0 up to the total; or True for a bar on stderr,
+          if that is a terminal, or a line in a notebook. If the function raises, this is logged
+          once, and the function is not called again.
 
     Source: `tf.train.CheckpointOptions`.
 

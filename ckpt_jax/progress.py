@@ -1,16 +1,25 @@
-"""Progress: how many bytes of a save or restore are done, for a user's function or a terminal."""
+"""Progress: how many bytes of a piece of work are done, for a user's function or for people.
+
+On a terminal there is a bar for each piece of work that is under way, drawn by `rich`. In a
+notebook it is a line that changes. Elsewhere, such as in a log file, nothing is shown.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _log = logging.getLogger("ckpt_jax")
 _BAR_WIDTH = 30
+_REFRESH_SECONDS = 0.1
 
 Report = Callable[[int, int], object]
 Wanted = bool | Report | None
@@ -22,9 +31,9 @@ def progress(wanted: Wanted, what: str, total: int) -> Iterator[Advance]:
     """Reports progress while the block runs.
 
     Args:
-      wanted: a function `(done_bytes, total_bytes)`; True for a line on stderr, if that is a
-        terminal; None or False for nothing.
-      what: the name of the work on the terminal.
+      wanted: a function `(done_bytes, total_bytes)`; True for a bar on stderr, if that is a
+        terminal or a notebook; None or False for nothing.
+      what: the name of the work, for people.
       total: the number of bytes to save or restore.
 
     Returns:
@@ -32,11 +41,8 @@ def progress(wanted: Wanted, what: str, total: int) -> Iterator[Advance]:
       the last call. The reported numbers begin with 0, never decrease, and end with the total if
       the block succeeds. The report is called by one thread at a time.
     """
-    if callable(wanted):
-        report = wanted
-    elif wanted and sys.stderr.isatty():
-        report = Line(what, sys.stderr)
-    else:
+    report = wanted if callable(wanted) else _shown(what, total) if wanted else None
+    if report is None:
         yield lambda nbytes: None
         return
     tally = _Tally(report, total)
@@ -45,8 +51,17 @@ def progress(wanted: Wanted, what: str, total: int) -> Iterator[Advance]:
         yield tally.advance
         tally.finish()
     finally:
-        if isinstance(report, Line):
+        if isinstance(report, Bar | Line):
             report.end()
+
+
+def _shown(what: str, total: int) -> Bar | Line | None:
+    """What shows the progress of a piece of work; None if there is nobody who looks."""
+    if sys.stderr.isatty():
+        return Bar(what, total)
+    # Notebooks redraw a line, as terminals do.
+    is_notebook = type(sys.stdout).__module__ == "ipykernel.iostream"
+    return Line(what, sys.stdout) if is_notebook else None
 
 
 class _Tally:
@@ -80,8 +95,66 @@ class _Tally:
             _log.exception("the progress function failed, and is not called again")
 
 
+class Bar:
+    """A bar on a terminal, below those of other work that is under way."""
+
+    _lock = threading.Lock()
+    _display: Progress | None = None  # of all bars; None if there are none
+    _number = 0  # of bars that are under way
+    _drawn = 0.0  # when the bars were drawn last
+
+    def __init__(self, what: str, total: int):
+        cls = type(self)
+        with cls._lock:
+            if cls._display is None:
+                cls._display = _bars(sys.stderr)
+                cls._display.start()
+            cls._number += 1
+            self._shown = cls._display
+            # A file of no bytes is done at once; a bar of no length would never be.
+            self._task = cls._display.add_task(what, total=max(total, 1))
+
+    def __call__(self, done: int, total: int) -> None:
+        cls = type(self)
+        with cls._lock:
+            self._shown.update(self._task, completed=done if total else 1)
+            now = time.monotonic()
+            if done >= total or now - cls._drawn >= _REFRESH_SECONDS:
+                cls._drawn = now
+                self._shown.refresh()
+
+    def end(self) -> None:
+        """Leaves the bar as it is. The last one that ends gives the terminal back."""
+        cls = type(self)
+        with cls._lock:
+            cls._number -= 1
+            self._shown.stop_task(self._task)
+            if not cls._number:
+                self._shown.stop()
+                cls._display = None
+
+
+def _bars(stream: TextIO) -> Progress:
+    # Only a terminal needs it, and the import takes a while.
+    from rich import console
+    from rich import progress as bars  # as above
+
+    return bars.Progress(
+        bars.TextColumn("{task.description}", markup=False),
+        bars.BarColumn(_BAR_WIDTH),
+        bars.TaskProgressColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(compact=True),
+        console=console.Console(file=stream),
+        auto_refresh=False,  # no thread of its own
+        redirect_stdout=False,  # a program's streams stay its own
+        redirect_stderr=False,
+    )
+
+
 class Line:
-    """One line on a terminal that is redrawn whenever it changes."""
+    """One line that is redrawn whenever it changes."""
 
     def __init__(self, what: str, stream: TextIO):
         self._what, self._stream = what, stream

@@ -51,8 +51,8 @@ class Checkpoint(AutoTrackable):
     Args:
       root: an object to save as the root of the graph (or a weak reference to one); by
         default the checkpoint itself is the root.
-      **named: objects by name. Anything that has a view: trackables, `nnx` modules and
-        optimizers, pytrees, arrays, Python scalars, strings, None.
+      **named: objects by name: trackables, `nnx` modules and optimizers, pytrees, arrays, Python
+        scalars, strings, None, and objects of classes that `register_view` has made known.
 
     Under `jax.distributed` all processes save the same objects in the same order, to a directory
     that they share. A value that lies on no device, or on devices of one process, is saved as

@@ -6,6 +6,7 @@ convert   a checkpoint of any format, in the format of this library
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ from ckpt_jax.objects.nested import nested
 from ckpt_jax.objects.views import View
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
+from ckpt_jax.progress import Advance, Wanted
+from ckpt_jax.progress import progress as shown
 from ckpt_jax.readers import Export, Extent, ExtentsReader, Format, Stored
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
@@ -64,6 +67,7 @@ def export(
     only: Selection | None = None,
     cast: Any = None,
     max_shard_nbytes: int = 5 << 30,
+    progress: Wanted = None,
 ) -> str:
     """Writes values in the format of another library.
 
@@ -84,6 +88,7 @@ def export(
       cast: a dtype for all arrays of floats, or pairs (pattern, dtype) for arrays by the names in
         the outcome; the first pattern that matches counts.
       max_shard_nbytes: of one file, if the format has several.
+      progress: a function `(done_bytes, total_bytes)`; True for a bar on a terminal.
 
     Returns:
       `destination`.
@@ -126,7 +131,9 @@ def export(
             try:
                 assert writer.write is not None  # `_writer` has looked
                 inside = os.path.join(staging, os.path.basename(path))
-                endings = writer.write(Export(path, graph, read, max_shard_nbytes), inside)
+                with shown(progress, f"exporting {destination}", _nbytes(graph)) as advance:
+                    told = _telling(read, advance)
+                    endings = writer.write(Export(path, graph, told, max_shard_nbytes), inside)
                 _publish(inside, path, endings)
             finally:
                 discard(staging)
@@ -363,6 +370,26 @@ def _reading(
         return np.ascontiguousarray(value).reshape(specs[key].shape)
 
     return read
+
+
+def _nbytes(graph: ObjectGraph) -> int:
+    """The size of all arrays."""
+    specs = [spec for spec in graph.by_key.values() if spec.dtype and not spec.is_bytes]
+    return sum([math.prod(spec.shape) * dtype_of(spec.dtype).itemsize for spec in specs])
+
+
+def _telling(
+    read: Callable[[str], np.ndarray | bytes], advance: Advance
+) -> Callable[[str], np.ndarray | bytes]:
+    """The same function, which tells how many bytes of arrays it has read."""
+
+    def told(key: str) -> np.ndarray | bytes:
+        value = read(key)
+        if not isinstance(value, bytes):
+            advance(value.nbytes)
+        return value
+
+    return told
 
 
 def _publish(inside: str, path: str, endings: Iterable[str]) -> None:

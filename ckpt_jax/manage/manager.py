@@ -16,6 +16,7 @@ outcome from the state file. Process 0 decides which checkpoint is restored.
 from __future__ import annotations
 
 import contextlib
+import html
 import logging
 import os
 import time
@@ -834,8 +835,22 @@ class CheckpointManager:
         return self._checkpoint
 
     def __repr__(self) -> str:
-        count = len(self.checkpoints)
-        return f"<CheckpointManager of {self._given}: {count} checkpoint{'s'[: count != 1]}>"
+        steps = self.steps
+        count = f"{len(steps)} checkpoint{'s'[: len(steps) != 1]}"
+        latest = f", the latest of step {steps[-1]}" if steps else ""
+        return f"<CheckpointManager of {self._given}: {count}{latest}>"
+
+    def _repr_html_(self) -> str:
+        """The checkpoints with their metrics, for notebooks."""
+        records = self._collection.ledger.records
+        found = [(record.number, known_metrics(record)) for record in records]
+        names = sorted({name for _, metrics in found for name in metrics})
+        rows = [["step", *names]]
+        for step, metrics in found:
+            rows.append([str(step), *[f"{metrics[n]:.6g}" if n in metrics else "" for n in names]])
+        cells = ["".join([f"<td>{html.escape(cell)}</td>" for cell in row]) for row in rows]
+        table = "".join([f"<tr>{row}</tr>" for row in cells]) if found else ""
+        return f"<div>{html.escape(repr(self)[1:-1])}</div><table>{table}</table>"
 
     @property
     def directory(self) -> str:

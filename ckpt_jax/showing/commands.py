@@ -27,10 +27,11 @@ from ckpt_jax.api.copying import copy
 from ckpt_jax.api.export import convert, export
 from ckpt_jax.api.inspect import load_checkpoint
 from ckpt_jax.api.latest import remove_checkpoint, state_in
-from ckpt_jax.api.verify import VerifyReport, verify
+from ckpt_jax.api.verify import verify
 from ckpt_jax.errors import CheckpointError, CheckpointNotFoundError
 from ckpt_jax.graph.boxes import Box
 from ckpt_jax.manage.manager import CheckpointManager
+from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.progress import Advance, progress
 from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.formats import formats
@@ -287,12 +288,7 @@ def _diff(args: argparse.Namespace) -> Result:
 
 
 def _verify(args: argparse.Namespace) -> Result:
-    sizes = _checkpoints_at(args.path)
-    found: list[VerifyReport] = []
-    with _bar(args, sum(sizes.values())) as advance:
-        for path, nbytes in sizes.items():
-            found.append(verify(path))
-            advance(nbytes)
+    found = [verify(path, progress=True) for path in _checkpoints_at(args.path)]
     data = {
         "ok": all([report.ok for report in found]),
         "checkpoints": [
@@ -312,11 +308,11 @@ def _verify(args: argparse.Namespace) -> Result:
     return Result(data, parts, FINE if data["ok"] else FOUND)
 
 
-def _checkpoints_at(path: str) -> dict[str, int]:
-    """The checkpoint at a path, or those in a directory, with their sizes as far as known."""
+def _checkpoints_at(path: str) -> list[str]:
+    """The checkpoint at a path, or those in a directory."""
     if is_checkpoint(path) or not is_directory(path):
-        return {path: 0}
-    found = {os.path.normpath(each.path): each.nbytes or 0 for each in listing(path).checkpoints}
+        return [path]
+    found = [os.path.normpath(each.path) for each in listing(path).checkpoints]
     if not found:
         require_checkpoint(path)  # says what is there instead
     return found
@@ -363,13 +359,16 @@ def _export(args: argparse.Namespace) -> Result:
         rename=_rules(args.rename),
         only=args.only,
         cast=args.cast and np.dtype(args.cast),
+        progress=True,
     )
     return _written(source, path)
 
 
 def _convert(args: argparse.Namespace) -> Result:
     source = _opened_by(args.source)
-    return _written(source, convert(source, args.destination, rename=_rules(args.rename)))
+    options = CheckpointOptions(progress=True)
+    path = convert(source, args.destination, rename=_rules(args.rename), options=options)
+    return _written(source, path)
 
 
 def _copy(args: argparse.Namespace) -> Result:

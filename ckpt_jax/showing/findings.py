@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
@@ -113,6 +114,8 @@ def detail(change: Change) -> str:
     if amount.absolute is None:
         return f"{text}, another text"
     text += f", {amount.differing:,} of {amount.elements:,} differ"
+    if math.isnan(amount.absolute):
+        return f"{text}, some because one side has NaN"
     text += f", by at most {number(amount.absolute)}"
     return text + ("" if amount.relative is None else f" (relative {number(amount.relative)})")
 

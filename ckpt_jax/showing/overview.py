@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ckpt_jax.api.inspect import load_checkpoint
 from ckpt_jax.options import Path
-from ckpt_jax.showing import pages, rows
+from ckpt_jax.showing import notebook, rows
 from ckpt_jax.showing.contents import Contents, contents_of
 from ckpt_jax.showing.differences import Differences, structural, with_values
 from ckpt_jax.showing.findings import difference_parts
@@ -34,8 +34,8 @@ class Overview:
 
     def _repr_html_(self) -> str:
         if self.differences is not None:
-            return pages.differences(self.differences)
-        return pages.tree(self.contents)
+            return notebook.differences(self.differences)
+        return notebook.tree(self.contents)
 
 
 def show(path: Path, other: Path | None = None) -> Overview:

@@ -38,7 +38,12 @@ def test_what_a_prompt_or_a_notebook_shows_says_what_it_is(prefix):
         assert repr(reader) == f"CheckpointReader({saved!r})"
     manager = ckpt.CheckpointManager(checkpoint, os.path.dirname(prefix))
     manager.save()
-    assert repr(manager) == f"<CheckpointManager of {os.path.dirname(prefix)}: 1 checkpoint>"
+    where = os.path.dirname(prefix)
+    assert repr(manager) == f"<CheckpointManager of {where}: 1 checkpoint, the latest of step 2>"
+    assert manager._repr_html_().endswith("<tr><td>step</td></tr><tr><td>2</td></tr></table>")
+    manager.save(3, metrics={"a<b": 0.5})
+    shown = manager._repr_html_()
+    assert "<td>a&lt;b</td></tr><tr><td>2</td><td></td></tr><tr><td>3</td><td>0.5</td>" in shown
 
 
 def test_an_assertion_about_no_checkpoint_says_where_none_comes_from():

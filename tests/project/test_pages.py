@@ -43,6 +43,17 @@ def shown(page, first):
     return found.group(1)
 
 
+def printing_blocks(page):
+    """The Python of a page with what the page shows as printed below each block: (line, code, text
+    or None). It stands in a block of `text` that follows at once."""
+    text = page.read_text()
+    pattern = r"^```python\n(.*?)^```$(?:\n\n```text\n(.*?)^```$)?"
+    return [
+        (text.count("\n", 0, found.start(1)) + 1, found.group(1), found.group(2))
+        for found in re.finditer(pattern, text, re.DOTALL | re.MULTILINE)
+    ]
+
+
 def run(program, directory, **environment):
     """Runs a program in a process and a directory of its own; its exit code and its output."""
     (directory / "program.py").write_text(program)
@@ -58,30 +69,81 @@ def run(program, directory, **environment):
     return done.returncode, done.stdout
 
 
+# Pages that show what their code prints; each runs from top to bottom.
+PRINTING = {
+    "background.md",
+    "custom-savers.md",
+    "keep-the-best.md",
+    "mismatch.md",
+    "performance.md",
+    "resume-elsewhere.md",
+    "start.md",
+}
+# Pages with a test of their own.
+TESTED = {
+    "README.md",
+    "command.md",
+    "functions.md",
+    "guide.md",
+    "managing.md",
+    "migrating.md",
+    "object-stores.md",
+    "renaming.md",
+    "several-processes.md",
+    "state.md",
+    "testing.md",  # run by tests/testing/test_testing_page.py
+}
+
+
 def test_every_block_of_python_on_a_page_is_run():
     pages = {page.name for page in [README, *DOCS.glob("*.md")] if blocks(page)}
-    assert pages == {
-        "README.md",
-        "command.md",
-        "functions.md",
-        "guide.md",
-        "managing.md",
-        "migrating.md",
-        "renaming.md",
-        "several-processes.md",
-        "state.md",
-        "testing.md",  # run by tests/testing/test_testing_page.py
-    }
+    assert pages == PRINTING | TESTED
     assert len(blocks(README)) == 1
+    texts = {page.name: page.read_text() for page in DOCS.glob("*.md")}
+    assert {name for name, text in texts.items() if "\n```text\n" in text} <= PRINTING
+
+
+@pytest.mark.parametrize("name", sorted(PRINTING))
+def test_a_page_prints_what_it_shows(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    page = DOCS / name
+    names = {"__name__": "page"}
+    found = printing_blocks(page)
+    assert [code for _, code, _ in found] == [code for _, code in blocks(page)]
+    assert page.read_text().count("\n```text\n") == len([1 for *_, text in found if text])
+    with ckpt.registration_scope():
+        for line, code, expected in found:
+            exec(compile("\n" * (line - 1) + code, page, "exec"), names)
+            printed = capsys.readouterr().out
+            assert printed == (expected or ""), f"{name}:{line}"
+
+
+def test_the_pictures_are_those_that_the_script_draws():
+    script = [sys.executable, DOCS / "pictures" / "draw.py", "--check"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.md"))
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_runs_from_top_to_bottom(notebook, tmp_path):
+    """As a program; the site executes it in a kernel when it is built."""
+    cell = r"^```\{code-cell\}.*?\n(?::.*\n)*(.*?)^```$"
+    cells = re.findall(cell, notebook.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(cells) > 3
+    code, output = run("\n".join(cells), tmp_path)
+    assert code == 0, output
 
 
 def test_every_link_to_a_file_leads_to_one():
-    for page in [*ROOT.glob("*.md"), *DOCS.glob("*.md")]:
+    for page in [*ROOT.glob("*.md"), *DOCS.glob("*.md"), *NOTEBOOKS]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("script", ["demo", "interop", "test"])
+@pytest.mark.parametrize("script", ["demo", "docs", "interop", "test"])
 def test_without_a_python_a_script_says_in_one_line_what_to_do(script):
     done = subprocess.run(
         [ROOT / "scripts" / script],
@@ -211,6 +273,13 @@ def test_the_page_on_several_processes_runs_on_one(tmp_path):
     exec(code, names)
     names["manager"].sync()
     assert ckpt.latest_checkpoint(tmp_path / "a") == str(tmp_path / "a" / "ckpt-1")
+
+
+def test_the_page_on_object_stores_runs(tmp_path):
+    """In a process of its own, whose settings of stores end with it."""
+    program = "\n".join(code for _, code in blocks(DOCS / "object-stores.md"))
+    code, output = run(program, tmp_path)
+    assert code == 0, output
 
 
 # What has to hold after the code of docs/migrating.md.

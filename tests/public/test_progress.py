@@ -1,9 +1,14 @@
 """Progress: what a user's function is told, and what a terminal shows."""
 
+import fcntl
+import io
 import os
 import pty
+import re
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 import threading
 from pathlib import Path
@@ -13,8 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from places import ROOT
 
 import ckpt_jax as ckpt
+from ckpt_jax.progress import progress
 
 
 class Recorder:
@@ -137,10 +144,12 @@ PROGRAM = """
 """
 
 
-def test_true_draws_a_line_on_a_terminal(tmp_path: Path):
+def on_a_terminal(*command) -> str:
+    """What a program draws on a terminal, without what steers the terminal."""
     ours, theirs = pty.openpty()
-    program = textwrap.dedent(PROGRAM)
-    with subprocess.Popen([sys.executable, "-c", program, tmp_path / "c"], stderr=theirs) as child:
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    environment = {**os.environ, "TERM": "xterm", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, stderr=theirs, env=environment) as child:
         os.close(theirs)
         shown = b""
         try:
@@ -150,10 +159,63 @@ def test_true_draws_a_line_on_a_terminal(tmp_path: Path):
             pass
         assert child.wait() == 0
     os.close(ours)
-    text = shown.decode()
-    assert "saving" in text and "restoring" in text
-    assert text.count("100% of 8.0 MB\r\n") == 2
-    assert "  0% of 8.0 MB" in text
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode())
+
+
+def lines_of(text: str) -> list[str]:
+    """The lines that stay: what is redrawn begins with a return."""
+    return [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
+
+
+def test_true_draws_a_bar_on_a_terminal(tmp_path: Path):
+    text = on_a_terminal(sys.executable, "-c", textwrap.dedent(PROGRAM), tmp_path / "c")
+    assert re.search(r"saving .*  0%.* 0.0/8.0 MB", text)
+    done = [line for line in lines_of(text) if "100%" in line and "8.0/8.0 MB" in line]
+    assert [line.split()[0] for line in done[-2:]] == ["saving", "restoring"]
+
+
+TWO = """
+    import sys
+    from ckpt_jax.progress import progress
+    with progress(True, "one", 10) as first:
+        first(3)
+        with progress(True, "two [b]", 0):
+            first(3)
+    with progress(True, "three", 4) as third:
+        third(4)
+"""
+
+
+def test_bars_of_work_at_the_same_time_stand_below_each_other():
+    text = on_a_terminal(sys.executable, "-c", textwrap.dedent(TWO))
+    assert "two [b]" in text  # a name is no markup
+    kept = lines_of(text)
+    assert len([line for line in kept if line.startswith("three") and "100%" in line]) == 1
+    together = [at for at, line in enumerate(kept) if line.startswith("one")]
+    assert any(kept[at + 1].startswith("two") for at in together)
+
+
+def test_in_a_notebook_it_is_a_line(monkeypatch: pytest.MonkeyPatch):
+    iostream = pytest.importorskip("ipykernel.iostream")
+    written = io.StringIO()
+    stream = iostream.OutStream.__new__(iostream.OutStream)  # one that has no kernel
+    monkeypatch.setattr(iostream.OutStream, "write", lambda self, text: written.write(text))
+    monkeypatch.setattr(iostream.OutStream, "flush", lambda self: None)
+    monkeypatch.setattr(iostream.OutStream, "__del__", lambda self: None)
+    monkeypatch.setattr(sys, "stdout", stream)
+    with progress(True, "saving x", 8_000_000) as advance:
+        advance(8_000_000)
+    first, last = written.getvalue().strip().split("\r")
+    assert first.startswith("saving x [ ") and first.endswith("  0% of 8.0 MB")
+    assert last.startswith("saving x [####") and last.endswith("100% of 8.0 MB")
+
+
+def test_an_export_reports_from_nothing_to_everything(tmp_path: Path):
+    recorder = Recorder()
+    tree = {"a": np.zeros(100, np.float32), "b": [np.zeros(50)]}
+    ckpt.export(tree, tmp_path / "x.npz", format="npz", cast="float16", progress=recorder)
+    recorder.check(300)
+    assert len(recorder.calls) == 3
 
 
 def test_true_is_silent_where_there_is_no_terminal(tmp_path: Path):

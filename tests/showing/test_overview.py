@@ -24,7 +24,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        if tag not in ("meta", "input"):
+        if tag not in ("meta", "input", "link", "wbr"):
             self.open.append(tag)
         self.loaded += [v for name, v in attributes if name in ("src", "href", "action")]
 
@@ -51,7 +51,8 @@ def test_its_html_is_well_formed_loads_nothing_and_escapes_names(path):
     page = Page(html)
     assert not page.open and not page.loaded and "http" not in html
     assert "img" not in page.tags and "script" not in page.tags
-    assert page.tags.count("details") == 2 and "(data, -) of data=4, model=2" in html
+    assert page.tags.count("details") == 3 and "(data, -) of data=4, model=2" in html
+    assert page.tags.count("g") == 3  # a map of the sizes
 
 
 def test_of_two_checkpoints_it_shows_the_differences_of_values_as_well(path, tmp_path):
@@ -65,7 +66,16 @@ def test_of_two_checkpoints_it_shows_the_differences_of_values_as_well(path, tmp
     assert "32 of 32 differ, by at most 1" in str(shown)
     page = Page(shown._repr_html_())
     assert not page.open and not page.loaded and "img" not in page.tags
+    assert page.tags.count("g") == 3 and "the same" in shown._repr_html_()
     assert ckpt.show(path, path).differences.changes == ()
+
+
+def test_a_tree_is_unfolded_level_by_level_as_far_as_it_is_short(tmp_path):
+    few = {"a": {"b": {str(i): np.zeros(1) for i in range(10)}}}
+    many = {"a": {"b": {str(i): np.zeros(1) for i in range(100)}}}
+    found = [ckpt.show(ckpt.save(tmp_path / str(len(t["a"]["b"])), t)) for t in (few, many)]
+    opened = [shown._repr_html_().count("<details open>") for shown in found]
+    assert opened == [2, 1]
 
 
 def test_it_takes_a_directory_and_other_formats(path, tmp_path):

@@ -14,7 +14,7 @@ from test_overview import HOSTILE, Page
 
 import ckpt_jax as ckpt
 from ckpt_jax.showing.commands import main
-from ckpt_jax.showing.pages import squarified
+from ckpt_jax.showing.treemap import rectangles, squarified
 
 
 @given(st.lists(st.integers(1, 10**12), max_size=60), st.floats(1, 2000), st.floats(1, 2000))
@@ -44,20 +44,45 @@ def page(tmp_path, mesh42):
 
 def test_the_page_loads_nothing_and_no_name_can_get_out_of_its_place(page):
     parsed = Page(page)
-    assert not parsed.open and not parsed.loaded
-    assert not re.search(r"https?:|@import|url\(|fetch\(|XMLHttp", page)
+    assert not parsed.open and parsed.loaded == ["data:,"]
+    namespace = "http://www.w3.org/2000/svg"  # a name, not an address
+    assert not re.search(r"https?:|@import|url\(|fetch\(|XMLHttp", page.replace(namespace, ""))
     assert "img" not in parsed.tags and parsed.tags.count("script") == 2
-    assert "prefers-color-scheme:dark" in page
+    assert "default-src 'none'" in page and "prefers-color-scheme: dark" in page
 
 
-def test_the_page_has_all_values_and_the_layout_of_arrays(page):
+def test_the_page_has_all_values_the_layout_of_arrays_and_the_objects(page):
     data = re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1]
-    table = {row["path"]: row for row in json.loads(data)}
+    data = json.loads(data)
+    table = {row["path"]: row for row in data["values"]}
     assert {*table} == {"w", HOSTILE, "</script>"}
-    assert table["w"]["boxes"] == {
+    assert table["w"]["layout"] == {
         "shape": [8, 4],
-        "splits": [{"axes": [["data", 4], ["model", 2]]}, {"axes": []}],
-        "copies": [],
+        "mesh": [["data", 4], ["model", 2]],
+        "splits": [["data", "model"], []],
     }
-    assert table[HOSTILE]["boxes"] is None
-    assert page.count("<rect") == 2  # of those that have a size
+    assert table[HOSTILE]["layout"] is None
+    assert page.count('<g class="value"') == 2  # of those that have a size
+    assert "1 more are empty or too small to be drawn" in page
+    assert [name for name, _ in data["graph"][0]["children"]] == ["w", HOSTILE, "<"]
+
+
+@given(st.dictionaries(st.text("ab/", max_size=8), st.integers(0, 10**9), max_size=40))
+def test_a_map_has_a_rectangle_for_each_value_with_a_size_and_all_lie_within(sizes):
+    found = [*rectangles(sizes, 900, 500)]
+    values = [each for each in found if each.is_value]
+    assert sorted(each.path for each in values) == sorted(path for path, n in sizes.items() if n)
+    for each in found:
+        assert each.x >= 0 and each.y >= 0
+        assert each.x + each.width <= 900 * (1 + 1e-6)
+        assert each.y + each.height <= 500 * (1 + 1e-6)
+
+
+def test_a_subtree_has_a_heading_above_its_values():
+    found = [*rectangles({"model/a/w": 2, "model/b": 1, "step": 1}, 800, 400)]
+    (subtree,) = [each for each in found if not each.is_value]
+    inside = [each for each in found if each.is_value and each.path.startswith("model/")]
+    assert subtree.name == "model" and [each.name for each in inside] == ["a/w", "b"]
+    for each in inside:
+        assert subtree.x < each.x and each.x + each.width < subtree.x + subtree.width
+        assert each.y >= subtree.y + 16
