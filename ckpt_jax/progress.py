@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _log = logging.getLogger("ckpt_jax")
-_BAR_WIDTH = 30
+_BAR_WIDTH = 16
+_NUMBERS_WIDTH = 44  # of the columns beside the bar, at most
 _REFRESH_SECONDS = 0.1
 
 Report = Callable[[int, int], object]
@@ -112,7 +113,8 @@ class Bar:
             cls._number += 1
             self._shown = cls._display
             # A file of no bytes is done at once; a bar of no length would never be.
-            self._task = cls._display.add_task(what, total=max(total, 1))
+            room = cls._display.console.width - _NUMBERS_WIDTH - _BAR_WIDTH
+            self._task = cls._display.add_task(_shortened(what, room), total=max(total, 1))
 
     def __call__(self, done: int, total: int) -> None:
         cls = type(self)
@@ -132,6 +134,16 @@ class Bar:
             if not cls._number:
                 self._shown.stop()
                 cls._display = None
+
+
+def _shortened(what: str, room: int) -> str:
+    """The name of the work, with the end of a long path: the numbers matter more.
+
+    >>> _shortened("saving /home/me/runs/a/ckpt-12", 20)
+    'saving …runs/a/ckpt-12'
+    """
+    verb, _, path = what.partition(" ")
+    return what if len(what) <= max(room, 20) else f"{verb} …{path[-max(room - len(verb), 14) :]}"
 
 
 def _bars(stream: TextIO) -> Progress:

@@ -20,6 +20,7 @@ from ckpt_jax.store import shard as shard_module
 from ckpt_jax.store import stream as stream_module
 from ckpt_jax.store.fetch import ShardedReader, read_index
 from ckpt_jax.store.merge import read_shard
+from ckpt_jax.store.room import Room
 from ckpt_jax.store.shard import Slice, write_shards
 
 
@@ -284,7 +285,7 @@ def test_copies_take_no_more_memory_than_the_limit(tmp_path):
 
 
 def test_room_is_given_to_as_many_as_fit_and_to_a_large_one_alone():
-    room = shard_module._Room(10)
+    room = Room(10)
     inside, most, lock = [0], [0], threading.Lock()
     started = threading.Barrier(8, timeout=60)
 

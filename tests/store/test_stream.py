@@ -98,7 +98,7 @@ def test_slices_begin_at_multiples_of_64_with_zeros_between_them(tmp_path, tiny)
 def metadata(shard):
     """The metadata that docs/format.md gives for other readers of zarr3."""
     page = (DOCS / "format.md").read_text(encoding="utf-8")
-    ((text,),) = [re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
+    ((text,),) = [re.findall(r"```\n(\{\n.*?)```", page, re.DOTALL)]
     for name in ("file_nbytes", "chunk_nbytes", "nbytes"):
         text = re.sub(rf"\b{name}\b", str(getattr(shard, name)), text)
     found = json.loads(text)
