@@ -60,6 +60,7 @@ def test_every_example_is_tested():
     assert {file.name for file in EXAMPLES.glob("*.py")} == tested
 
 
+@pytest.mark.slow  # scripts/demo runs it, too
 def test_a_killed_run_resumes_on_another_mesh_and_finishes_on_one_device(run, tmp_path):
     arguments = ("--steps", 36, "--directory", tmp_path)
     code, output = run("resume_on_another_mesh.py", *arguments, optimized=True)
@@ -87,6 +88,7 @@ def test_the_resumed_run_does_not_mix_with_an_earlier_one(run, tmp_path):
     assert "holds an earlier run" in output
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_demo_and_its_processes_in_one_line(tmp_path):
     arguments = ["resume_on_another_mesh.py", "--steps", "36", "--directory", str(tmp_path)]
     with subprocess.Popen(

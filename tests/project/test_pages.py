@@ -127,6 +127,7 @@ def test_the_pictures_are_those_that_the_script_draws():
 NOTEBOOKS = sorted((DOCS / "notebooks").glob("*.md"))
 
 
+@pytest.mark.slow  # the site runs them, too
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(notebook, tmp_path):
     """As a program; the site executes it in a kernel when it is built."""
