@@ -18,8 +18,10 @@ import threading
 import urllib.parse
 from collections import Counter
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Literal
+
+from loopback import LoopbackServer
 
 # What requests to GCS's JSON interface begin with; all others are S3's.
 _GCS = ("storage/v1/", "upload/storage/v1/")
@@ -136,22 +138,11 @@ class FaultProxy:
         self._closed = False
         self._under_way = 0
         self._most_at_once = 0
-        proxy = self
-
-        class Handler(_Handler):
-            def __init__(self, *arguments):
-                self.proxy = proxy
-                super().__init__(*arguments)
-
-        self._http = _Server(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(
-            target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-        )
-        self._thread.start()
+        self._http = _Server(_Handler, self)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}"
+        return self._http.url
 
     def fault(
         self,
@@ -244,11 +235,9 @@ class FaultProxy:
         with self._lock:
             self._closed = True
         self.heal()
-        self._http.shutdown()
-        self._http.server_close()
+        self._http.end()
         self._http.cut_all()
         self.release()
-        self._thread.join()
 
     def __enter__(self) -> FaultProxy:
         return self
@@ -322,11 +311,7 @@ def understand(method: str, target: str) -> tuple[str, str, str]:
     return operation.get(method, method), bucket, key
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 256
-
+class _Server(LoopbackServer):
     def __init__(self, *arguments):
         self._open: set[socket.socket] = set()
         super().__init__(*arguments)
@@ -344,12 +329,9 @@ class _Server(ThreadingHTTPServer):
             with contextlib.suppress(OSError):
                 request.shutdown(socket.SHUT_RDWR)
 
-    def handle_error(self, request, client_address):
-        """A client that went away is no news."""
-
 
 class _Handler(BaseHTTPRequestHandler):
-    proxy: FaultProxy
+    owner: FaultProxy
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -368,17 +350,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        request = self.proxy.arrived(self.command, self.path, headers, body)
-        with self.proxy.under_way():
-            fault = self.proxy.fate(request)
-            if self.proxy.delay_seconds:
-                threading.Event().wait(self.proxy.delay_seconds)
+        request = self.owner.arrived(self.command, self.path, headers, body)
+        with self.owner.under_way():
+            fault = self.owner.fate(request)
+            if self.owner.delay_seconds:
+                threading.Event().wait(self.owner.delay_seconds)
             if fault is None:
                 self._reply(*self._ask(request))
                 return
-            with self.proxy.holding() if fault.held == "request" else contextlib.nullcontext():
+            with self.owner.holding() if fault.held == "request" else contextlib.nullcontext():
                 reply = self._ask(request) if fault.acts else None
-            with self.proxy.holding() if fault.held == "reply" else contextlib.nullcontext():
+            with self.owner.holding() if fault.held == "reply" else contextlib.nullcontext():
                 pass
             if fault.status is None or (
                 reply is not None and fault.instead_of not in (None, reply[0])
@@ -398,7 +380,7 @@ class _Handler(BaseHTTPRequestHandler):
             # on a fresh one, and only if the old one was used before.
             fresh = self.upstream is None
             if self.upstream is None:
-                host = urllib.parse.urlsplit(self.proxy.server).netloc
+                host = urllib.parse.urlsplit(self.owner.server).netloc
                 self.upstream = http.client.HTTPConnection(host)
                 try:
                     self.upstream.connect()

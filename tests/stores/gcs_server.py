@@ -13,8 +13,10 @@ import json
 import re
 import threading
 import urllib.parse
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
+
+from loopback import LoopbackServer
 
 LARGEST_PAGE = 1000
 
@@ -29,22 +31,11 @@ class GcsServer:
         self.buckets: dict[str, dict[str, tuple[bytes, int]]] = {}
         self.lock = threading.Lock()
         self._generation = 1_700_000_000_000_000
-        server = self
-
-        class Handler(_Handler):
-            def __init__(self, *arguments):
-                self.store = server
-                super().__init__(*arguments)
-
-        self._http = _Server(("127.0.0.1", 0), Handler)
-        self._thread = threading.Thread(
-            target=self._http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
-        )
-        self._thread.start()
+        self._http = LoopbackServer(_Handler, self)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self._http.server_address[1]}"
+        return self._http.url
 
     def make_bucket(self, name: str) -> None:
         with self.lock:
@@ -55,18 +46,7 @@ class GcsServer:
         return self._generation
 
     def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-        self._thread.join()
-
-
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-    block_on_close = False
-    request_queue_size = 256
-
-    def handle_error(self, request, client_address):
-        """A client that went away is no news."""
+        self._http.end()
 
 
 class _Refused(Exception):
@@ -76,7 +56,7 @@ class _Refused(Exception):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    store: GcsServer
+    owner: GcsServer
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
 
@@ -93,8 +73,8 @@ class _Handler(BaseHTTPRequestHandler):
             match = re.fullmatch(r"(/upload)?/storage/v1/b/([^/]+)(?:/o(?:/(.+))?)?", path)
             if match is None:
                 raise _Refused(404, f"Nothing is served at {path}.")
-            with self.store.lock:
-                bucket = self.store.buckets.get(match[2])
+            with self.owner.lock:
+                bucket = self.owner.buckets.get(match[2])
                 if bucket is None:
                     raise _Refused(404, "The specified bucket does not exist.")
                 reply = self._act(match[1] is not None, match[2], bucket, match[3])
@@ -129,7 +109,7 @@ class _Handler(BaseHTTPRequestHandler):
         """Preconditions: generation 0 stands for an object that is not there."""
         generation = bucket[key][1] if key in bucket else 0
         wanted = self.query.get("ifGenerationMatch")
-        if self.store.ignores_conditions:
+        if self.owner.ignores_conditions:
             return
         if wanted is not None and int(wanted) != generation:
             raise _Refused(412, "At least one of the pre-conditions you specified did not hold.")
@@ -139,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _write(self, name: str, bucket: dict[str, tuple[bytes, int]], key: str):
         self._check(bucket, key)
-        bucket[key] = (self.body, self.store.next_generation())
+        bucket[key] = (self.body, self.owner.next_generation())
         return 200, {"Content-Type": "application/json"}, self._metadata(name, bucket, key)
 
     def _read(self, name: str, bucket: dict[str, tuple[bytes, int]], key: str):
@@ -185,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
         token = self.query.get("pageToken")
         if token:
             keys = keys[bisect.bisect_right(keys, base64.b64decode(token).decode()) :]
-        size = min(int(self.query.get("maxResults") or LARGEST_PAGE), self.store.page_size)
+        size = min(int(self.query.get("maxResults") or LARGEST_PAGE), self.owner.page_size)
         page = {
             "kind": "storage#objects",
             "items": [json.loads(self._metadata(name, bucket, key)) for key in keys[:size]],

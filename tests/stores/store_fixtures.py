@@ -108,45 +108,35 @@ class Place:
         return ts.KvStore.open({**specification, **options}, context=context).result()
 
 
-def _running(kind: type[S3Server]) -> Iterator[S3Server]:
+def _running(name: str, kind: type[S3Server]) -> Iterator[S3Server]:
+    """A server with the bucket of the tests; they are skipped if its program is not here."""
+    if program(name) is None:
+        pytest.skip(f"{name} is not installed (pip install 'ckpt-jax[test]')")
+    pytest.importorskip("boto3", reason="boto3 is not installed (pip install 'ckpt-jax[test]')")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as directory:
         server = kind(pathlib.Path(directory) / "server")
         try:
             server.start()
+            server.make_bucket(BUCKET)
             yield server
         finally:
             server.kill()
 
 
-def _require(name: str) -> None:
-    if program(name) is None:
-        pytest.skip(f"{name} is not installed (pip install 'ckpt-jax[test]')")
-    pytest.importorskip("boto3", reason="boto3 is not installed (pip install 'ckpt-jax[test]')")
-
-
 @pytest.fixture(scope="session")
 def seaweed_server() -> Iterator[S3Server]:
-    _require("weed")
-    for server in _running(Seaweed):
-        server.make_bucket(BUCKET)
-        yield server
+    yield from _running("weed", Seaweed)
 
 
 @pytest.fixture(scope="session")
 def moto_server() -> Iterator[S3Server]:
-    _require("moto_server")
-    for server in _running(Moto):
-        server.make_bucket(BUCKET)
-        yield server
+    yield from _running("moto_server", Moto)
 
 
 @pytest.fixture
 def own_seaweed() -> Iterator[S3Server]:
     """A server for one test, which may kill it and start it again. Both take their time."""
-    _require("weed")
-    for server in _running(Seaweed):
-        server.make_bucket(BUCKET)
-        yield server
+    yield from _running("weed", Seaweed)
 
 
 @pytest.fixture
