@@ -42,13 +42,13 @@ from ckpt_jax.store.manifest import (
     parts_in,
     read_part,
 )
+from ckpt_jax.store.merge import SHARDS
 from ckpt_jax.store.objects import ABSENT, Found
 from ckpt_jax.store.paths import absolute, below
 from ckpt_jax.store.staging import GRACE_SECONDS
 from ckpt_jax.store.stream import file_path
 from ckpt_jax.store.workers import Workers
 
-SHARDS = "shards"
 _MARK = re.compile(r"(?P<time>[0-9a-f]{8})-(?P<token>[0-9a-f]{32})")
 _DOUBT_SECONDS = 20.0  # to learn what has become of a commit
 _PAUSE_SECONDS = 0.5
@@ -224,12 +224,16 @@ def values_of(path: str, manifest: bytes) -> list[str]:
     with contextlib.suppress(CheckpointError, OSError):
         parts = parts_in(manifest)
         found += [part_path(path, part) for part in parts.values()]
-        index = Index.from_bytes(read_part(path, parts[INDEX_KEY]))
+        index = _index_of(path, parts)
         for shard in index.shards:
             directory = below(path, shard.directory)
             found += [file_path(directory, number) for number in range(shard.files)]
             found.append(os.path.join(directory, INDEX))
     return found
+
+
+def _index_of(path: str, parts: Mapping[str, Part]) -> Index:
+    return Index.from_bytes(read_part(path, parts[INDEX_KEY]))
 
 
 def taken_away(path: str) -> Callable[[], None] | None:
@@ -249,11 +253,7 @@ def taken_away(path: str) -> Callable[[], None] | None:
     if not objects.delete(manifest, found.generation):
         return None
 
-    def remove_rest() -> None:
-        with Workers(objects.PARALLEL, "ckpt-remove") as workers:
-            list(workers.map(objects.delete, others))
-
-    return remove_rest
+    return lambda: _delete_all(others)
 
 
 def saved_at(path: str) -> float | None:
@@ -309,8 +309,7 @@ def collect(remains: str) -> bool:
     """Removes what `remains_in` has found; returns whether there was something."""
     path, mark = remains.rstrip("*").split("/*")
     found = [key for key in objects.keys_below(path) if mark in key]
-    for key in found:
-        objects.delete(f"{path}/{key}")
+    _delete_all(f"{path}/{key}" for key in found)
     return bool(found)
 
 
@@ -322,11 +321,16 @@ def _marks_of(path: str) -> set[str] | None:
         return set()
     try:
         parts = parts_in(found.value)
-        index = Index.from_bytes(read_part(path, parts[INDEX_KEY]))
+        index = _index_of(path, parts)
     except (CheckpointError, KeyError):
         return None
     names = [*(part.file for part in parts.values()), *(each.directory for each in index.shards)]
     return {mark["token"] for name in names if (mark := _MARK.search(name))}
+
+
+def _delete_all(urls: Iterable[str]) -> None:
+    with Workers(objects.PARALLEL, "ckpt-remove") as workers:
+        list(workers.map(objects.delete, urls))
 
 
 def _remove(urls: Iterable[str]) -> None:

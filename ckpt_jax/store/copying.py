@@ -14,7 +14,7 @@ import hashlib
 import os
 import secrets
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -113,14 +113,13 @@ def copy_checkpoint(
 
 
 def _run(
-    copies: Iterable[_ShardCopy],
+    copies: Sequence[_ShardCopy],
     there: frozenset[str],
     durable: bool,
     max_inflight_bytes: int,
     progress: Progress,
 ) -> None:
     """Copies all files that are not there yet, and flushes their names."""
-    copies = [*copies]
     jobs = [(each, number) for each in copies for number in range(each.shard.files)]
     missing = [(each, number) for each, number in jobs if each.name_of(number) not in there]
     total = sum(each.nbytes(number) for each, number in missing)
@@ -141,8 +140,7 @@ def _run(
     threads = objects.PARALLEL if is_remote else cores()
     with progress(total) as advance, Workers(threads, "ckpt-copy") as workers:
         try:
-            for each in copies:
-                each.open()
+            list(workers.map(_ShardCopy.open, copies))
             work = [workers.submit(copy_file, *each, advance) for each in missing]
             for job in work:
                 job.result()

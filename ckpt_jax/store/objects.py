@@ -325,11 +325,6 @@ def keys_below(url: str) -> list[str]:
     return sorted(name.decode("utf-8", "surrogateescape") for name in found)
 
 
-def is_anything_below(url: str) -> bool:
-    """Whether there are values below a URL; raises like `keys_below`."""
-    return bool(keys_below(url))
-
-
 def opened_below(url: str) -> tuple[dict[str, Any], ts.Context]:
     """TensorStore's description of the values below a URL, and the context to open it in."""
     root, key = _parted(url)

@@ -40,7 +40,7 @@ def is_taken(path: str) -> bool:
 def is_directory(path: str) -> bool:
     """Whether a path leads to a directory; raises like `status_of`."""
     if is_url(path):
-        return objects.is_anything_below(path)
+        return bool(objects.keys_below(path))
     status = status_of(path)
     return status is not None and stat.S_ISDIR(status.st_mode)
 
