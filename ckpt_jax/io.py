@@ -149,7 +149,7 @@ def merge_shards(
 
     Args:
       prefixes: the shards, as `write_shard` returned them. Shards outside of `destination` are
-        moved into it. If that fails, all of them are where they were.
+        moved into it. If that fails, all of them stay at their old paths.
       destination: the directory of the checkpoint.
       extra: small values by key that are committed in the same transaction.
       options: `durable` applies.

@@ -96,7 +96,7 @@ class LoadedFunction:
 
     @cached_property
     def signature(self) -> str:
-        """What it takes and returns, in words."""
+        """The arguments and results of the function, in words."""
         parts = self._arguments.parts if isinstance(self._arguments, Parts) else ()
         given = [f"{n}: {part}" for n, (_, part) in zip(self._names, parts, strict=True)]
         return f"{self.name}({', '.join(given)}) -> {self._outputs}"

@@ -1,4 +1,4 @@
-"""What programs pass to a manager, as plain values: numbers, limits and metrics."""
+"""The arguments of a manager as plain values: numbers, limits and metrics."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ A policy is a frozen value with one pure method. The program offers to save at e
 save is due. A step is a number that grows. The program need not offer every step: a policy that
 waits for a step takes the first one that is offered at it or after it, so that none is missed.
 
-What depends only on the step is the same on all processes. For everything else, such as the time,
+A condition on the step alone is the same on all processes. For everything else, such as the time,
 process 0 answers for all.
 """
 

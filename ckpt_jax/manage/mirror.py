@@ -94,7 +94,7 @@ class Mirror:
                     return
             try:
                 self._copy(record)
-            except Exception as error:  # the checkpoint itself is safe where it was saved
+            except Exception as error:  # the checkpoint itself is safe at its own path
                 _log.warning("%s was not copied to %s: %s", record.path, self.directory, error)
 
     def _copy(self, record: CheckpointRecord) -> None:

@@ -139,7 +139,7 @@ class Remover:
     def empty_trash(self) -> list[str]:
         """Removes what has been in the trash for long enough; returns the paths.
 
-        What cannot be removed stays, with a warning.
+        If something cannot be removed, it stays, and a warning says so.
         """
         longest, trash = self._removal.trash_seconds, self._trash
         if trash is None or longest is None:

@@ -129,7 +129,7 @@ class Schedule:
         return not check_interval or step >= position.origin + self._interval
 
     def occasion(self, step: int | None, *, is_saving: bool, is_preempted: bool) -> SaveOccasion:
-        """What a policy goes by at a step."""
+        """The facts by which a policy decides at a step."""
         position = self._position
         return SaveOccasion(
             step, self._clock(), position.origin, position.time, is_saving, is_preempted
