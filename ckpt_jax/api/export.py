@@ -234,7 +234,8 @@ def _chosen(reader: CheckpointReader, only: Selection | None) -> ObjectGraph:
     chosen = selects(only)
     keys = {a.key for node, a in tree.attributes() if chosen(tree.value_path(node, a.name))}
     if not keys:
-        raise KeyError(f"{reader.path} holds nothing that {only!r} selects")
+        what = "holds no values" if only is None else f"holds nothing that {only!r} selects"
+        raise KeyError(f"{reader.path} {what}")
     savers = [
         f"{graph.paths[node]} ({entry.saver.name})"
         for node, entry in enumerate(graph.nodes)
@@ -339,7 +340,11 @@ def _pairs(cast: Iterable[Any]) -> list[tuple[Callable[[str], bool], str]]:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"cast: expected a dtype or pairs (pattern, dtype), got {pair!r}")
         pattern: Pattern = pair[0]
-        found.append((selects(pattern), dtype_name(np.dtype(pair[1]))))
+        try:
+            dtype = dtype_name(np.dtype(pair[1]))
+        except TypeError:
+            raise TypeError(f"cast: expected a dtype for {pattern!r}, got {pair[1]!r}") from None
+        found.append((selects(pattern), dtype))
     return found
 
 
@@ -423,6 +428,7 @@ def convert(
     *,
     rename: Iterable[Rule] = (),
     options: CheckpointOptions | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Saves a checkpoint of any format as one of this library.
 
@@ -433,12 +439,13 @@ def convert(
       destination: the directory to create.
       rename: rules as for `ckpt.restore`.
       options: how to save.
+      overwrite: whether a checkpoint at `destination` is replaced.
 
     Returns:
       `destination`.
 
     Raises:
-      FileExistsError: there is something at the destination.
+      FileExistsError: there is something at the destination that may not be replaced.
       UnsupportedFormatError: naming all values of the source that cannot be read.
       RestoreMismatchError: naming all rules that cannot be applied.
 
@@ -451,6 +458,10 @@ def convert(
       (2, 3)
     """
     options, destination, context = given(options), as_path(destination), current_context()
+    if not overwrite and context.storage_of(destination).saved_at(destination) is not None:
+        raise FileExistsError(
+            f"{destination} exists; pass overwrite=True to replace the checkpoint"
+        )
     with METER.restoring(lambda: CheckpointReader(source)) as reader:
         saved = _renamed(reader, _chosen(reader, None), rename)
         _check(reader.path, saved.graph)
@@ -458,7 +469,7 @@ def convert(
         keys = dict.fromkeys(saved.graph.by_key)
         live = _live(saved.graph, derived.read(keys, options, lambda nbytes: None))
     options = replace(options, enable_async=False)
-    return save_once(SaveRequest(destination, lambda: live, options, overwrite=False), context)
+    return save_once(SaveRequest(destination, lambda: live, options, overwrite=overwrite), context)
 
 
 def _live(graph: ObjectGraph, values: Mapping[str, Any]) -> LiveGraph:

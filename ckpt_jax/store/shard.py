@@ -488,7 +488,7 @@ class _Contents:
         if _is_as_stored(source):
             return source.reshape(-1).view(np.uint8)[start:stop]
         copy = np.empty(stop - start, np.uint8)
-        _copy(source, start, copy)
+        _copy(np.atleast_1d(source), start, copy)
         return copy
 
 
