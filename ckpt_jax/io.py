@@ -187,7 +187,7 @@ def read_slices(
       options: `max_inflight_bytes` applies.
 
     Raises:
-      KeyError: a key is not there.
+      KeyError: naming all keys that are not there.
       ValueError: a box or shape does not fit the stored array.
       CorruptCheckpointError: naming file and key.
       CheckpointNotFoundError: there is none, or it was replaced or removed while it was being read.
@@ -228,9 +228,10 @@ def read_values(
     keys: list[str] = []
     boxes: list[tuple[Box, ...]] = []
     unplaced: dict[str, np.ndarray] = {}
+    if absent := [key for key in requests if key not in reader.index]:
+        names = ", ".join(map(repr, absent))
+        raise KeyError(f"{reader.path} has no value under the key {names}")
     for key, request in requests.items():
-        if key not in reader.index:
-            raise KeyError(f"{reader.path} has no value under the key {key!r}")
         wanted = _wanted(reader, key, request)
         if wanted is None:
             results[key] = reader.read_bytes(key)

@@ -157,7 +157,10 @@ class CheckpointReader:
     def _graph(self) -> ObjectGraph:
         if self._graph_or_none is None:
             raise CorruptCheckpointError(
-                f"{self.path} has no object graph", file=self.path, key=OBJECT_GRAPH_KEY
+                f"{self.path} has no object graph, as after a merge of shards by hand. "
+                "ckpt.load_checkpoint(path) reads its values by key",
+                file=self.path,
+                key=OBJECT_GRAPH_KEY,
             )
         return self._graph_or_none
 
