@@ -170,7 +170,6 @@ def merge_shards(
     return _merge.merge_shards(shards, destination, extra or {}, durable=options.durable)
 
 
-@host.transfers_allowed()
 def read_slices(
     prefix: Path,
     requests: Mapping[str, jax.ShapeDtypeStruct | Box | None],
@@ -214,6 +213,7 @@ class Values(Protocol):
     ) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]: ...
 
 
+@host.transfers_allowed()
 def read_values(
     reader: Values,
     requests: Mapping[str, jax.ShapeDtypeStruct | Box | None],
@@ -260,7 +260,8 @@ def read_values(
             unplaced[key] = contents[0]
         else:
             results[key] = host.place(request.shape, dtype, request.sharding, contents)
-    results.update(zip(unplaced, host.put(list(unplaced.values())), strict=True))
+    if unplaced:
+        results.update(zip(unplaced, host.put(list(unplaced.values())), strict=True))
     return results
 
 

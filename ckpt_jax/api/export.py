@@ -52,12 +52,14 @@ from ckpt_jax.store.paths import absolute, as_path, require_room
 from ckpt_jax.store.presence import is_taken
 from ckpt_jax.store.replacing import settle
 from ckpt_jax.store.staging import discard, joined, staging_name
+from ckpt_jax.values.host import transfers_allowed
 from ckpt_jax.values.leaves import describe, encode
 
 Cast = Any  # a dtype, or pairs of a pattern and a dtype
 _RULES = "Nothing was written. Correct the rules; ckpt.load_checkpoint(path).paths() lists names."
 
 
+@transfers_allowed()
 def export(
     source: Any,
     destination: Path,
