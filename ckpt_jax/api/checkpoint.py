@@ -31,7 +31,7 @@ from ckpt_jax.objects.views import ForwardingView, View, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import Context, current_context
 from ckpt_jax.processes.meeting import Meeting
-from ckpt_jax.report import near_miss, nearest
+from ckpt_jax.report import near_miss, nearest, printable
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.rename import rename as renamed
 from ckpt_jax.restoring.rules import Rule
@@ -109,7 +109,7 @@ class Checkpoint(AutoTrackable):
             view = view_of(root)
             kind = type(root) if view is None else view.type_of(root)
             names.insert(0, f"root {kind.__qualname__}")
-        return f"<Checkpoint of {', '.join(names) or 'nothing yet'}>"
+        return f"<Checkpoint of {', '.join(map(printable, names)) or 'nothing yet'}>"
 
     def _root_object(self) -> Any:
         root = self.__dict__["_self_root"]
