@@ -463,6 +463,19 @@ def test_the_callers_containers_and_arrays_are_never_changed(tmp_path):
     assert found["a"] is not target["a"]
 
 
+def test_arrays_of_numpy_that_the_target_holds_apart_stay_apart(tmp_path):
+    one = np.ones(3)
+    path = ckpt.save(tmp_path / "a", {"a": one, "b": one, "c": [one]})
+    together = np.zeros(3)
+    found = ckpt.restore(path, {"a": together, "b": np.zeros(3), "c": [together]})
+    found["a"] *= 2
+    assert (found["b"].tolist(), found["c"][0].tolist()) == ([1, 1, 1], [2, 2, 2])
+    checkpoint = ckpt.Checkpoint(a=np.zeros(3), b=np.zeros(3), c=[np.zeros(3)])
+    checkpoint.read(path).assert_consumed()
+    checkpoint.a *= 2
+    assert checkpoint.b.tolist() == checkpoint.c[0].tolist() == [1, 1, 1]
+
+
 def test_what_was_loaded_belongs_to_the_caller(tmp_path):
     path = ckpt.save(tmp_path / "a", {"a": np.zeros(3), "b": np.zeros(3)})
     for read in (
