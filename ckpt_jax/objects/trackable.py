@@ -21,11 +21,11 @@ import logging
 import reprlib
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ckpt_jax.graph.labels import PYTHON_STATE, Label
 from ckpt_jax.objects.containers import unmarked, wrap
@@ -164,7 +164,7 @@ class Trackable:
             )
         if shape is None and not constant:
             raise ValueError(f"variable {name!r}: a shape is needed without a constant value")
-        sizes = (shape,) if isinstance(shape, Integral) else tuple(shape or ())
+        sizes = () if shape is None else tuple(np.atleast_1d(shape).tolist())
         if constant:
             value = jnp.asarray(initializer, dtype)
         else:
