@@ -295,7 +295,7 @@ class Checkpoint(AutoTrackable):
           ValueError: the root is immutable.
         """
         self._counter()
-        return FrozenSaver(self._trace())
+        return FrozenSaver(self._trace(may_be_abstract=True))
 
     def sync(self) -> None:
         """Waits for a save in the background.
@@ -366,11 +366,14 @@ class Checkpoint(AutoTrackable):
             private["_self_counter"] = own
         return private["_self_counter"]
 
-    def _trace(self, *, for_restore: bool = False) -> LiveGraph:
-        if not self.__dict__["_self_rooted"]:
-            return live_graph(self, for_restore=for_restore)
-        root, view = self._root_object(), _RootedView(self)
-        return live_graph(root, for_restore=for_restore, root_view=view)
+    def _trace(self, *, for_restore: bool = False, may_be_abstract: bool = False) -> LiveGraph:
+        is_rooted = self.__dict__["_self_rooted"]
+        return live_graph(
+            self._root_object() if is_rooted else self,
+            for_restore=for_restore,
+            may_be_abstract=may_be_abstract,
+            root_view=_RootedView(self) if is_rooted else None,
+        )
 
     def _trace_for_restore(self) -> LiveGraph:
         return self._trace(for_restore=True)
