@@ -261,7 +261,7 @@ class _Stream(ABC):
         self.shard = shard
         self._table = table
         self._offsets = offsets
-        self._sources = [_Contents(source) for source in sources]
+        self._sources = [_contents_of(source) for source in sources]
         self._checksums = np.zeros(shard.blocks, CHECKSUM)
         self._sizes = [0] * shard.files
 
@@ -285,7 +285,7 @@ class _Stream(ABC):
     def flush_names(self) -> None:
         """Makes the names of the files durable."""
 
-    def within(self, number: int) -> Iterator[tuple[int, int, int, _Contents]]:
+    def within(self, number: int) -> Iterator[tuple[int, int, int, _Contents | _LaterContents]]:
         """(offset, start, stop, contents) of each slice with bytes in a file: its offset in the
         stream, and the range of its own bytes that lie in the file."""
         begin = number * self.shard.file_nbytes
@@ -459,11 +459,11 @@ def _taken(directory: str) -> FileExistsError:
 class _Contents:
     """The bytes of a slice, for several threads."""
 
-    def __init__(self, source: Source):
+    __slots__ = ("_source", "nbytes")
+
+    def __init__(self, source: np.ndarray | bytes):
         self.nbytes = len(source) if isinstance(source, bytes) else source.nbytes
-        self._source: Source | None = source
-        self._left = self.nbytes
-        self._lock = threading.Lock()
+        self._source = source
 
     @property
     def is_copied(self) -> bool:
@@ -472,21 +472,45 @@ class _Contents:
 
     def bytes(self, start: int, stop: int) -> np.ndarray:
         """A range of the bytes as they are stored. No range is asked for twice."""
+        if isinstance(self._source, bytes):
+            return np.frombuffer(self._source, np.uint8)[start:stop]
+        return _bytes_of(self._source, start, stop)
+
+
+class _LaterContents:
+    """The bytes of a slice that is still on its way. It is kept until its last byte is taken."""
+
+    is_copied = False
+
+    def __init__(self, source: Later):
+        self.nbytes = self._left = source.nbytes
+        self._source: Later | np.ndarray | None = source
+        self._lock = threading.Lock()
+
+    def bytes(self, start: int, stop: int) -> np.ndarray:
+        """A range of the bytes as they are stored. No range is asked for twice."""
         with self._lock:
             source = self._source
             assert source is not None
-            if isinstance(source, bytes):
-                source = np.frombuffer(source, np.uint8)
-            elif not isinstance(source, np.ndarray):
+            if not isinstance(source, np.ndarray):
                 source = self._source = source.wait()
             self._left -= stop - start
             if not self._left:
                 self._source = None
-        if _is_as_stored(source):
-            return source.reshape(-1).view(np.uint8)[start:stop]
-        copy = np.empty(stop - start, np.uint8)
-        _copy(source, start, copy)
-        return copy
+        return _bytes_of(source, start, stop)
+
+
+def _contents_of(source: Source) -> _Contents | _LaterContents:
+    is_here = isinstance(source, np.ndarray | bytes)
+    return _Contents(source) if is_here else _LaterContents(source)
+
+
+def _bytes_of(array: np.ndarray, start: int, stop: int) -> np.ndarray:
+    if _is_as_stored(array):
+        return array.reshape(-1).view(np.uint8)[start:stop]
+    copy = np.empty(stop - start, np.uint8)
+    _copy(array, start, copy)
+    return copy
 
 
 def _is_as_stored(array: np.ndarray) -> bool:
