@@ -42,7 +42,7 @@ _SCRATCH_NBYTES = 4 << 20
 _MAX_OPEN = 64  # files that stay open during a read
 _JOB_NBYTES = 1 << 20  # small reads are done together
 _REMOTE_JOB_NBYTES = 8 << 20
-_REMOTE_THREADS = 8  # each of which waits for several requests
+_REMOTE_THREADS = 16  # each of which waits for several requests
 
 
 @dataclass(frozen=True)
@@ -364,7 +364,9 @@ class _Jobs:
     def _start(self, work: _Work, extent: Extent, pieces: Sequence[Piece]) -> None:
         job_nbytes = _REMOTE_JOB_NBYTES if is_url(extent.file) else _JOB_NBYTES
         if work.stored.contents is not None or extent.checksum is not None:  # on one thread
-            self._add(work, extent, pieces, sum([piece.nbytes for piece in pieces]))
+            nbytes = sum([piece.nbytes for piece in pieces])
+            waits = work.stored.contents is not None and is_url(extent.file)  # for requests
+            self._add(work, extent, pieces, job_nbytes if waits else nbytes)
             return
         batch: list[Piece] = []
         nbytes = 0
@@ -393,7 +395,10 @@ class _Jobs:
             _pool(is_remote).submit(self._run, jobs, is_remote)
 
     def _run(self, jobs: Sequence[_Job], is_remote: bool) -> None:
-        opened = self._ahead(jobs) if is_remote else self._opened
+        opened = self._opened
+        if is_remote:  # what lies side by side is read in one request
+            jobs = sorted(jobs, key=lambda job: (job[1].file, job[1].offset))
+            opened = self._ahead(jobs)
         for work, extent, pieces in jobs:
             try:
                 if self._cancelled or work.error is not None:
@@ -412,9 +417,7 @@ class _Jobs:
             finally:
                 work.close_job()
 
-    def _ahead(
-        self, jobs: Sequence[_Job]
-    ) -> Callable[[str], AbstractContextManager[Source]]:
+    def _ahead(self, jobs: Sequence[_Job]) -> Callable[[str], AbstractContextManager[Source]]:
         """Begins to read what jobs need from files in an object store, and gives these files."""
         parts = [
             (extent.file, extent.offset + piece.offset, piece.nbytes)

@@ -3,7 +3,6 @@
 import functools
 from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
 from foreign import FIXTURES

@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.readers import ExtentsReader, Files, Format, Stored
-from ckpt_jax.store.looks import head_of
 from ckpt_jax.restoring.formats.names import graph_of_tree
 from ckpt_jax.restoring.formats.npz import MAGIC, UNKNOWN, stored_array
+from ckpt_jax.store.looks import head_of
 
 _MAX_LINE_NBYTES = 1 << 20
 _MAX_ARRAYS = 1 << 20
@@ -44,7 +44,7 @@ def open_equinox(path: str) -> ExtentsReader:
 
 
 def _array(files: Files, path: str, at: int, rest: int) -> tuple[Stored, int]:
-    """The array that begins at a byte, and how many bytes it takes, at most the rest of the file."""
+    """The array that begins at a byte, of which `rest` follow, and how many bytes it takes."""
 
     def head(nbytes: int) -> bytes:
         return files.read(path, at, min(nbytes, rest))

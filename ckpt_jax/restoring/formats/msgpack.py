@@ -20,9 +20,9 @@ from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
 from ckpt_jax.restoring.formats.cursor import Cursor
+from ckpt_jax.restoring.formats.names import graph_of_tree
 from ckpt_jax.store.looks import head_of, names_in
 from ckpt_jax.store.remote import together
-from ckpt_jax.restoring.formats.names import graph_of_tree
 
 SUFFIX = ".msgpack"
 _STEP = re.compile(r".*_(\d+)")

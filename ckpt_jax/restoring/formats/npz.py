@@ -31,10 +31,10 @@ from ckpt_jax.graph.labels import VARIABLE_VALUE
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Checksum, Extent, ExtentsReader, Files, Format, Stored
-from ckpt_jax.store.looks import head_of
-from ckpt_jax.store.objects import is_url
 from ckpt_jax.restoring.formats.zips import Archive, first_member
 from ckpt_jax.store.extents import c_strides
+from ckpt_jax.store.looks import head_of
+from ckpt_jax.store.objects import is_url
 
 _SUFFIX = ".npy"
 MAGIC = npy.MAGIC_PREFIX

@@ -21,11 +21,11 @@ from ckpt_jax.graph.boxes import whole
 from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
+from ckpt_jax.restoring.formats.names import graph_of_names
+from ckpt_jax.restoring.formats.plain_json import parsed
 from ckpt_jax.store.looks import head_of, is_directory, is_file, names_in, size_of
 from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.remote import HEAD_NBYTES, together
-from ckpt_jax.restoring.formats.names import graph_of_names
-from ckpt_jax.restoring.formats.plain_json import parsed
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"

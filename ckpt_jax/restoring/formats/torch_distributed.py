@@ -17,12 +17,12 @@ from ckpt_jax.graph.boxes import Box, shape_of, whole
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
 from ckpt_jax.restoring.formats.cursor import Cursor
-from ckpt_jax.store.looks import head_of, is_file
-from ckpt_jax.store.remote import together
 from ckpt_jax.restoring.formats.names import graph_of_tree
 from ckpt_jax.restoring.formats.pickled import Call, Global, read_pickle
 from ckpt_jax.restoring.formats.torch import read_archive, sizes_of, tensor_of, tree_of
 from ckpt_jax.restoring.formats.zips import Archive
+from ckpt_jax.store.looks import head_of, is_file
+from ckpt_jax.store.remote import together
 
 _METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint.metadata"
@@ -51,7 +51,9 @@ def open_distributed(path: str) -> ExtentsReader:
             raise ValueError(f"{len(missing)} files that it names are missing: {listed}")
         files.expect(_ends(path, places))
         described = metadata.state["state_dict_metadata"].items()
-        found = together(path, lambda item: _value(files, path, *item, places), [*described])
+        found = together(
+            path, lambda item: _value(files, path, item[0], item[1], places), [*described]
+        )
         parts = {name: value for (name, _), value in zip(described, found, strict=True)}
         values, graph = graph_of_tree(parts, ".")
     except CheckpointError:
@@ -85,9 +87,7 @@ def _places(entries: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Pla
     return places
 
 
-def _ends(
-    directory: str, places: Mapping[tuple[str, tuple[int, ...]], Place]
-) -> dict[str, int]:
+def _ends(directory: str, places: Mapping[tuple[str, tuple[int, ...]], Place]) -> dict[str, int]:
     """Where the last chunk of each file ends."""
     ends: dict[str, int] = {}
     for name, start, nbytes in places.values():

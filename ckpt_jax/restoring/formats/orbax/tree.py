@@ -25,6 +25,8 @@ from typing import Any, NamedTuple, TypeGuard
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Files, Stored
+from ckpt_jax.restoring.formats.msgpack import tree_of
+from ckpt_jax.restoring.formats.plain_json import parsed
 from ckpt_jax.store.looks import (
     fetch_heads,
     head_of,
@@ -33,8 +35,6 @@ from ckpt_jax.store.looks import (
     keys_below,
     names_in,
 )
-from ckpt_jax.restoring.formats.msgpack import tree_of
-from ckpt_jax.restoring.formats.plain_json import parsed
 
 METADATA = "_METADATA"
 MANIFEST = "manifest.ocdbt"

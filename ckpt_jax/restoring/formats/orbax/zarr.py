@@ -14,7 +14,6 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import tensorstore as ts
@@ -91,18 +90,15 @@ def open_arrays(places: Sequence[Place]) -> list[ZarrArray]:
     """
     opening: list[ts.Future[ts.TensorStore]] = []
     arrays: list[ZarrArray] = []
-    directories: dict[str, tuple[dict[str, Any], ts.Context]] = {}
-    # A cache of its own, because another checkpoint may take the place of this one.
-    cache = {"cache_pool#tree": {"total_bytes_limit": _TREE_NBYTES}}
+    folders: dict[tuple[str, bool], tuple[ts.KvStore, ts.Context]] = {}
     try:
         for place in places:
-            if place.directory not in directories:
-                files, shared = opened_below(place.directory)
-                directories[place.directory] = files, ts.Context(cache, shared)
-            files, context = directories[place.directory]
             with _damage(place, place.name):
-                spec = _spec(place, files)
-                opening.append(ts.open(spec, open=True, read=True, context=context))
+                # One for all arrays of a database, which then read its tree once.
+                folder = place.directory, place.is_database
+                if folder not in folders:
+                    folders[folder] = _folder(*folder)
+                opening.append(_opening(place, *folders[folder]))
         for place, future in zip(places, opening, strict=True):
             with _damage(place, place.name):
                 arrays.append(ZarrArray(place, future.result()))
@@ -112,22 +108,28 @@ def open_arrays(places: Sequence[Place]) -> list[ZarrArray]:
     return arrays
 
 
-def _spec(place: Place, files: dict[str, Any]) -> dict[str, Any]:
-    """An array as TensorStore specifies it, in a directory that it specifies like this."""
-    if place.is_database:
-        kvstore = {"driver": "ocdbt", "base": files, "cache_pool": "cache_pool#tree"}
-        kvstore["path"] = f"{place.name}/"
-        if is_url(place.directory):  # small values lie side by side
-            kvstore |= _COALESCING
-    else:
-        kvstore = {**files, "path": f"{files['path']}{place.name}/"}
-    return {
+def _folder(directory: str, is_database: bool) -> tuple[ts.KvStore, ts.Context]:
+    """The values in a directory, and the context of the arrays there."""
+    spec, context = opened_below(directory)
+    if is_database:
+        spec = {"driver": "ocdbt", "base": spec, "cache_pool": "cache_pool#tree"}
+        if is_url(directory):  # small values lie side by side
+            spec |= _COALESCING
+        # A cache of its own, because another checkpoint may take the place of this one.
+        context = ts.Context({"cache_pool#tree": {"total_bytes_limit": _TREE_NBYTES}}, context)
+    return ts.KvStore.open(spec, context=context).result(), context
+
+
+def _opening(place: Place, folder: ts.KvStore, context: ts.Context) -> ts.Future[ts.TensorStore]:
+    """Begins to open an array."""
+    spec = {
         "driver": "zarr3" if place.is_zarr3 else "zarr",
-        "kvstore": kvstore,
         "recheck_cached_data": False,
         "recheck_cached_metadata": False,
         "fill_missing_data_reads": place.omits_zeros,
     }
+    store = folder / f"{place.name}/"
+    return ts.open(spec, kvstore=store, open=True, read=True, context=context)
 
 
 @contextmanager
