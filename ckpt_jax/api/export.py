@@ -117,8 +117,8 @@ def export(
     path = absolute(destination)
     if is_url(path):
         raise ValueError(
-            f"destination: expected a path in a file system, got {destination!r}. Export to a local "
-            "path, and upload what is there with a tool for files, such as 'gcloud storage cp -r' "
+            f"destination: expected a path in a file system, got {destination!r}. Export to a "
+            "local path, and upload what is there with a tool for files, such as 'gcloud storage cp -r' "
             "or 'aws s3 cp --recursive'."
         )
     if is_taken(path):

@@ -40,7 +40,10 @@ class Look:
     def file(self, url: str) -> RemoteFile:
         """The file at a URL, whether it is there or not."""
         with self._lock:
-            return self._files.setdefault(url, RemoteFile(url))
+            found = self._files.setdefault(url, RemoteFile(url))
+        if url != self.root and self.covers(url):
+            found.is_named = url.removeprefix(self._below) in self._key_set
+        return found
 
     def forget(self) -> None:
         """Frees the memory of what was read of files."""

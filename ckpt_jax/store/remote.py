@@ -37,7 +37,7 @@ _AHEAD_NBYTES = 256 << 10
 _WINDOWS = 8  # of a file that were read ahead and are kept
 _GAP_NBYTES = 64 << 10  # parts that lie this close are read together
 _REQUEST_NBYTES = 4 << 20
-_IN_FLIGHT_NBYTES = 8 << 20  # of one job
+_IN_FLIGHT_NBYTES = 16 << 20  # of one job
 _FIRST_GUESS_NBYTES = 16 << 20  # of a file that is read as a whole
 _LARGEST = 46  # as a power of two: no store has larger values
 _PROBES = 32  # of one round of the search for a size
@@ -71,11 +71,13 @@ class RemoteFile:
     Attributes:
       url: the same.
       generation: of the value; None if nothing of it was read.
+      is_named: whether something says that it is there: a list, or another file; see `objects.read`.
     """
 
     def __init__(self, url: str):
         self.url = url
         self.generation: bytes | None = None
+        self.is_named = False
         self._is_absent = not objects.has_key(url)
         self._length: int | None = None
         self._least, self._most = 0, 1 << _LARGEST  # bounds of the length
@@ -166,7 +168,7 @@ class RemoteFile:
         """Begins to read; the outcome raises EOFError if the value ends before."""
         if self._is_absent:
             raise AbsentError(self.url)
-        is_named = self.generation is not None
+        is_named = self.is_named or self.generation is not None
         outcome = objects.reading(self.url, start, stop, is_named=is_named)
 
         def taken() -> bytes:
@@ -287,7 +289,7 @@ def fetch(parts: Iterable[Part]) -> list[tuple[RemoteFile, Span]]:
     wanted = [
         Part(part.file, start, min(start + _REQUEST_NBYTES, part.stop))
         for part in parts
-        if part.file._kept(part.start, part.stop) is None
+        if not part.file._is_absent and part.file._kept(part.start, part.stop) is None
         for start in range(part.start, part.stop, _REQUEST_NBYTES)
     ]
     wanted.sort(key=lambda part: (part.file.url, part.start))

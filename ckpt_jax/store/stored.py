@@ -42,7 +42,7 @@ _SCRATCH_NBYTES = 4 << 20
 _MAX_OPEN = 64  # files that stay open during a read
 _JOB_NBYTES = 1 << 20  # small reads are done together
 _REMOTE_JOB_NBYTES = 8 << 20
-_REMOTE_THREADS = 16  # each of which waits for several requests
+_REMOTE_THREADS = 8  # each of which waits for several requests
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,14 @@ class Files:
                 self._found[file] = _identity(self._status(file))
             return self._found[file][2]
 
+    def has(self, file: str) -> bool:
+        """Whether there is a file that another one names.
+
+        Raises:
+          OSError: an object store does not answer.
+        """
+        return self._known(file).is_there if is_url(file) else os.path.isfile(file)
+
     def identity(self) -> Hashable | None:
         """A value that changes if a file is replaced or changed; None if one is gone.
 
@@ -165,8 +173,11 @@ class Files:
 
     def _known(self, file: str) -> RemoteFile:
         """The file at a URL, whose generation is part of the identity from now on."""
-        look = self._look or look_at(file)
-        return self._remote.setdefault(file, look.file(file))
+        if file not in self._remote:
+            found = (self._look or look_at(file)).file(file)
+            found.is_named = True
+            self._remote[file] = found
+        return self._remote[file]
 
     @contextmanager
     def _remote_file(self, file: str, nbytes: int = 0) -> Iterator[RemoteFile]:

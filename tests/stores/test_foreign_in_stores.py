@@ -292,15 +292,25 @@ def test_a_bucket_that_is_missing(any_s3):
     assert not isinstance(caught.value, ckpt.CheckpointError)
 
 
-def test_a_store_that_fails_is_no_damage(any_s3):
-    url = upload(FIXTURES / "orbax" / "0.12.8_zarr_files", f"{any_s3.url}/a")
-    with ckpt.load_checkpoint(url) as reader:
-        proxy = any_s3.through_proxy()
-        proxy.fault(answer(403), times=None)
-    ckpt.use_storage(any_s3.url, retries=0)
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("hub", "00002-of-00002"),
+        ("hub:/model.safetensors.index.json", "00002-of-00002"),
+        ("orbax/0.12.8_zarr_files", "params.dense.kernel/"),
+        ("orbax/0.12.8_standard", "/d/"),
+        ("tensorflow/dtypes", "data-00000"),
+        ("dcp_two_ranks", "__1_0"),
+    ],
+)
+def test_what_a_store_refuses_is_no_damage(a_server, name, data):
+    directory, _, file = name.partition(":")
+    url = upload(FIXTURES / directory, f"{a_server.url}/a") + file
+    assert ckpt.verify(url).ok
+    proxy = a_server.through_proxy()
+    proxy.fault(answer(403), operation="READ", key=data)
     with pytest.raises(PermissionError):
         ckpt.load(url)
-    del reader
 
 
 @pytest.mark.parametrize("name", ["hub", "orbax/0.12.8_zarr_files", "tensorflow/saved_model"])

@@ -23,7 +23,7 @@ from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
 from ckpt_jax.restoring.formats.names import graph_of_names
 from ckpt_jax.restoring.formats.plain_json import parsed
-from ckpt_jax.store.looks import head_of, is_directory, is_file, names_in, size_of
+from ckpt_jax.store.looks import head_of, is_directory, names_in, size_of
 from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.remote import HEAD_NBYTES, together
 
@@ -154,7 +154,7 @@ def _values_of_index(files: Files, file: str) -> dict[str, Stored]:
     directory = os.path.dirname(file)
     shards = sorted(set(names.values()))
     places = [os.path.join(directory, shard) for shard in shards]
-    are_there = together(file, is_file, places)
+    are_there = together(file, files.has, places)
     absent = [shard for shard, is_there in zip(shards, are_there, strict=True) if not is_there]
     if absent:
         raise files.damage(file, f"{len(absent)} of {len(shards)} files are missing: {absent[:8]}")

@@ -71,7 +71,11 @@ class Archive:
         if nbytes is None:
             _expect_size(files, file)
         self._nbytes = files.size(file) - base if nbytes is None else nbytes
-        files.fetch(self._ends())
+        first, last = self._ends()
+        self._end = b""
+        if is_url(file):  # the end, with the directory, is read for each compressed member
+            files.fetch([first, last])
+            self._end = files.read(file, last[1], last[2] - last[1])
         with self._damage(), self._opened() as archive:
             self._infos = {info.filename: info for info in archive.infolist()}
         files.fetch([self._head(info) for info in self._infos.values()])
@@ -157,16 +161,17 @@ class Archive:
         return self.file, at, min(at + nbytes, self._base + self._nbytes)
 
     def _compressed(self, info: zipfile.ZipInfo, nbytes: int) -> list[tuple[str, int, int]]:
-        """Where the bytes lie that give the first ones of a compressed member, and the directory.
-        There is nothing to fetch for very few, which were fetched with the header."""
+        """Where the bytes lie that give the first ones of a compressed member. Very few were
+        fetched with its header."""
         file, at, stop = self._head(info)
         if nbytes <= _HEAD_NBYTES:
             return [(file, at, stop)]
         needed = min(info.compress_size, nbytes + _COMPRESSED_HEAD_NBYTES)
-        return [self._ends()[-1], (file, at, max(stop, at + _HEAD_NBYTES + needed))]
+        return [(file, at, max(stop, at + _HEAD_NBYTES + needed))]
 
     def _opened(self) -> zipfile.ZipFile:
-        return zipfile.ZipFile(_Window(self._files, self.file, self._base, self._nbytes))
+        window = _Window(self._files, self.file, self._base, self._nbytes, self._end)
+        return zipfile.ZipFile(window)
 
     @contextmanager
     def _damage(self, name: str | None = None) -> Iterator[None]:
@@ -200,10 +205,11 @@ def _expect_size(files: Files, file: str) -> None:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file."""
+    """A part of a file as a file, whose end may be in memory."""
 
-    def __init__(self, files: Files, file: str, base: int, nbytes: int):
+    def __init__(self, files: Files, file: str, base: int, nbytes: int, end: bytes):
         self._files, self._file, self._base, self._nbytes = files, file, base, nbytes
+        self._end = end  # what is known of it already
         self._at = 0
 
     def readable(self) -> bool:
@@ -225,7 +231,11 @@ class _Window(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         rest = max(0, self._nbytes - self._at)
         size = rest if size is None or size < 0 else min(size, rest)
-        data = self._files.read(self._file, self._base + self._at, size)
+        known = self._at - (self._nbytes - len(self._end))
+        if known >= 0:
+            data = self._end[known : known + size]
+        else:
+            data = self._files.read(self._file, self._base + self._at, size)
         self._at += size
         return data
 
