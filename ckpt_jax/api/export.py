@@ -48,6 +48,7 @@ from ckpt_jax.restoring.run import require_fit
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
 from ckpt_jax.store.durable import fsync_directory, fsync_file, make_directories
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, as_path, require_room
 from ckpt_jax.store.presence import is_taken
 from ckpt_jax.store.replacing import settle
@@ -75,7 +76,7 @@ def export(
 
     Args:
       source: the path of a checkpoint of any format, or a tree or object as `ckpt.save` takes it.
-      destination: the path to create.
+      destination: the path to create, in a file system.
       format: "safetensors" writes one file if the destination ends in ".safetensors", and
         otherwise a directory as transformers has it. "npz" writes one file. Names are the local
         joined with "." and "/". "orbax" writes a directory, or, if its name is that of a step
@@ -98,7 +99,8 @@ def export(
       UnsaveableError: naming all values that the format cannot hold; nothing was written.
       UnsupportedFormatError: naming all values of the source that cannot be read.
       RestoreMismatchError: naming all rules that cannot be applied.
-      ValueError: the format is not known or cannot be written, or two values get one name.
+      ValueError: the format is not known or cannot be written, the destination lies in an object
+        store, or two values get one name.
 
     Example:
       >>> import ckpt_jax as ckpt, tempfile
@@ -113,6 +115,12 @@ def export(
     writer = _writer(format)
     destination = as_path(destination, "destination")
     path = absolute(destination)
+    if is_url(path):
+        raise ValueError(
+            f"destination: expected a path in a file system, got {destination!r}. Export to a "
+            "local path, and upload what is there with a tool for files, such as 'gcloud storage cp -r' "
+            "or 'aws s3 cp --recursive'."
+        )
     if is_taken(path):
         raise FileExistsError(f"{destination} exists; export to another path, or remove it first")
     if type(max_shard_nbytes) is not int or max_shard_nbytes <= 0:

@@ -34,6 +34,7 @@ from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.restoring.formats import foreign_steps, open_foreign
 from ckpt_jax.restoring.formats.own import OwnReader
 from ckpt_jax.restoring.formats.tensorflow.optimizers import with_slots
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.store.storage import Pinned, Storage, storage_of
 from ckpt_jax.values.host import without_gc
@@ -71,13 +72,15 @@ class CheckpointReader:
     def __init__(self, path: Path, storage_of: Callable[[str], Storage] = storage_of):
         self.path = as_path(path)
         self._own: OwnReader | None = None
-        foreign = open_foreign(absolute(self.path))
+        storage = storage_of(self.path)
+        location = storage.located(self.path)
+        pinned = Pinned.of(self.path, location, storage) if is_url(location) else None
+        is_own = pinned is not None and pinned.generation is not None
+        foreign = open_foreign(absolute(self.path), is_own=is_own)
         if foreign is not None:
             self._read_from(foreign)
             return
-        storage = storage_of(self.path)
-        location = storage.located(self.path)
-        self._pin(Pinned.of(self.path, location, storage))
+        self._pin(pinned or Pinned.of(self.path, location, storage))
         with self._pinned.unless_replaced():
             self._source = self._own = _opened(storage, location, self.path)
 

@@ -45,6 +45,7 @@ from ckpt_jax.showing.statistics import gather, has_statistics, wide
 from ckpt_jax.showing.targets import planned
 from ckpt_jax.showing.terminal import write
 from ckpt_jax.store.directory import is_checkpoint, number_of, require_checkpoint
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute
 from ckpt_jax.store.presence import is_directory
 from ckpt_jax.store.staging import remove_abandoned
@@ -312,7 +313,8 @@ def _checkpoints_at(path: str) -> list[str]:
     """The checkpoint at a path, or those in a directory."""
     if is_checkpoint(path) or not is_directory(path):
         return [path]
-    found = [os.path.normpath(each.path) for each in listing(path).checkpoints]
+    paths = [each.path for each in listing(path).checkpoints]
+    found = [absolute(each) if is_url(each) else os.path.normpath(each) for each in paths]
     if not found:
         require_checkpoint(path)  # says what is there instead
     return found
