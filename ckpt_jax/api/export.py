@@ -19,7 +19,13 @@ import numpy as np
 from ckpt_jax.errors import UnsaveableError, UnsupportedFormatError
 from ckpt_jax.graph.as_tree import as_tree
 from ckpt_jax.graph.boxes import whole
-from ckpt_jax.graph.dtypes import LossyConversionError, converted, dtype_name, dtype_of
+from ckpt_jax.graph.dtypes import (
+    ANONYMOUS_BYTE,
+    LossyConversionError,
+    converted,
+    dtype_name,
+    dtype_of,
+)
 from ckpt_jax.graph.labels import attribute_key
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, has_values
 from ckpt_jax.graph.patterns import Pattern, Selection, selects
@@ -28,7 +34,7 @@ from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.metrics import METER
-from ckpt_jax.objects.nested import nested
+from ckpt_jax.objects.nested import OfSaver, nested
 from ckpt_jax.objects.views import View
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
@@ -181,6 +187,9 @@ def _reader_of_tree(source: Any) -> ExtentsReader:
     values: dict[int, Any] = {}
 
     def stored_of(value: Any) -> Stored:
+        if isinstance(value, OfSaver):
+            note = f"only its registered saver ({value.name}) can read it"
+            return Stored(LeafSpec("unreadable", ANONYMOUS_BYTE, note=note))
         spec, _ = describe(value)
         found = _stored(spec, encode(value))
         values[id(found)] = value
@@ -190,7 +199,7 @@ def _reader_of_tree(source: Any) -> ExtentsReader:
         stored, graph = graph_of_tree(nested(source), stored_of=stored_of)
     except TypeError as error:
         raise UnsaveableError(f"the tree cannot be exported: {error}") from error
-    _require_here([key for key, each in stored.items() if not _is_here(values[id(each)])])
+    _require_here([key for key, each in stored.items() if not _is_here(values.get(id(each)))])
     return ExtentsReader("the given tree", stored, lambda: graph)
 
 
