@@ -20,7 +20,6 @@ from ckpt_jax.errors import UnsaveableError, UnsupportedFormatError
 from ckpt_jax.graph.as_tree import as_tree
 from ckpt_jax.graph.boxes import whole
 from ckpt_jax.graph.dtypes import (
-    ANONYMOUS_BYTE,
     LossyConversionError,
     converted,
     dtype_name,
@@ -189,7 +188,7 @@ def _reader_of_tree(source: Any) -> ExtentsReader:
     def stored_of(value: Any) -> Stored:
         if isinstance(value, OfSaver):
             note = f"only its registered saver ({value.name}) can read it"
-            return Stored(LeafSpec("unreadable", ANONYMOUS_BYTE, note=note))
+            return Stored(LeafSpec("unreadable", "an object", note=note))
         spec, _ = describe(value)
         found = _stored(spec, encode(value))
         values[id(found)] = value
