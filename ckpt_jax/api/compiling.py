@@ -130,7 +130,8 @@ def _weights(live: LiveGraph) -> dict[int, jax.ShapeDtypeStruct]:
         spec = entry.attributes[0].spec
         if spec.is_key or (spec.is_array and not spec.is_bytes and spec.dtype):
             try:
-                dtype = jax.dtypes.canonicalize_dtype(np.dtype(spec.dtype))
+                # That of the program, also if the save casts the value.
+                dtype = jax.dtypes.canonicalize_dtype(np.dtype(spec.cast_from or spec.dtype))
             except TypeError:  # a dtype of numpy alone, such as of times
                 continue
             found[node] = jax.ShapeDtypeStruct(spec.shape, dtype)

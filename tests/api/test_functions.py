@@ -233,6 +233,41 @@ def test_newer_weights_of_the_same_object(tmp_path):
     np.testing.assert_allclose(predict.with_weights(path)(x), expected)
 
 
+def test_weights_that_were_cast_on_save_are_cast_back(tmp_path):
+    tree = {"net": {"w": jnp.arange(6.0).reshape(3, 2) / 7, "b": np.linspace(0, 1, 2)}, "n": 2}
+    newer = jax.tree.map(lambda x: x * 3, tree)
+    options = ckpt.CheckpointOptions(cast_on_save=[("net/**", jnp.bfloat16)])
+
+    def fn(tree, x):  # which says what dtype it computes with
+        assert tree["net"]["w"].dtype == x.dtype == jnp.float32
+        return x @ tree["net"]["w"] + tree["net"]["b"]
+
+    def rounded(tree):
+        return jax.tree.map(lambda x: np.float32(np.asarray(x, jnp.bfloat16)), tree)
+
+    functions, x = {"f": (fn, spec("b, 3"))}, np.ones((2, 3), np.float32)
+    as_it_is = ckpt.save(tmp_path / "new", newer)
+    as_cast = ckpt.save(tmp_path / "cast", newer, options=options)
+    for name, saved_with in (("a", None), ("b", options)):
+        path = ckpt.save_object(tree, tmp_path / name, functions=functions, options=saved_with)
+        f = ckpt.load_function(path, "f")
+        np.testing.assert_allclose(f(x), fn(rounded(tree) if saved_with else tree, x), rtol=1e-6)
+        for source, expected in ((newer, newer), (as_it_is, newer), (as_cast, rounded(newer))):
+            fed = f.with_weights(source)
+            np.testing.assert_allclose(fed(x), fn(expected, x), rtol=1e-6)
+            assert {value.dtype for value in fed._values()} == {np.dtype("float32")}
+        anew = ckpt.load_object(path)
+        np.testing.assert_allclose(anew.functions["f"](x), f(x), rtol=1e-6)
+        np.testing.assert_allclose(f.with_weights(anew)(x), f(x), rtol=1e-6)
+    # Of values that nobody has cast, the function has to be told.
+    narrow = ckpt.save(tmp_path / "narrow", jax.tree.map(jnp.bfloat16, newer))
+    plain = ckpt.load_function(tmp_path / "a", "f")
+    with pytest.raises(ckpt.RestoreMismatchError, match=r"(?s)net/w: expected float32.*ckpt\.Cast"):
+        plain.with_weights(narrow)
+    fed = plain.with_weights(narrow, rename=[("net/**", "net/**", ckpt.Cast())])
+    np.testing.assert_allclose(fed(x), fn(rounded(newer), x), rtol=1e-6)
+
+
 def test_weights_that_do_not_fit_are_named_together(tmp_path):
     predict = ckpt.load_function(saved(tmp_path / "a"), "predict")
     other = {"w": jnp.zeros((4, 2)), "bias": jnp.ones(2)}
