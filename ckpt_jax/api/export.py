@@ -26,6 +26,8 @@ from ckpt_jax.graph.dtypes import (
     dtype_of,
 )
 from ckpt_jax.graph.labels import attribute_key
+from ckpt_jax.graph.metadata import METADATA_KEY
+from ckpt_jax.graph.metadata import encode as encode_metadata
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, has_values
 from ckpt_jax.graph.patterns import Pattern, Selection, selects
 from ckpt_jax.graph.plain_slots import slots_as_children
@@ -76,7 +78,9 @@ def export(
 ) -> str:
     """Writes values in the format of another library.
 
-    One array is in memory at a time, and the destination gets its name when all is written.
+    One array is in memory at a time, and the destination gets its name when all is written. The
+    metadata of a checkpoint go with it to Orbax (as `custom_metadata`) and to safetensors (in the
+    header, as texts; of what is no text, the JSON). The other formats have no place for them.
 
     Args:
       source: the path of a checkpoint of any format, or a tree or object as `ckpt.save` takes it.
@@ -138,7 +142,8 @@ def export(
                 inside = os.path.join(staging, os.path.basename(path))
                 with shown(progress, f"exporting {destination}", _nbytes(graph)) as advance:
                     told = _telling(read, advance)
-                    endings = writer.write(Export(path, graph, told, max_shard_nbytes), inside)
+                    wanted = Export(path, graph, told, max_shard_nbytes, reader.metadata)
+                    endings = writer.write(wanted, inside)
                 _publish(inside, path, endings)
             finally:
                 discard(staging)
@@ -434,7 +439,8 @@ def convert(
 ) -> str:
     """Saves a checkpoint of any format as one of this library.
 
-    The object graph is kept, or what the format has of it. The memory has to hold all values.
+    The object graph and the metadata are kept, or what the format has of them. The memory has to
+    hold all values.
 
     Args:
       source: the path of a checkpoint.
@@ -465,8 +471,12 @@ def convert(
         derived = DerivedReader(reader, saved.derived)
         keys = dict.fromkeys(saved.graph.by_key)
         live = _live(saved.graph, derived.read(keys, options, lambda nbytes: None))
+        parts = {METADATA_KEY: encode_metadata(reader.metadata)} if reader.metadata else {}
     options = replace(options, enable_async=False)
-    return save_once(SaveRequest(destination, lambda: live, options, overwrite=False), context)
+    request = SaveRequest(
+        destination, lambda: live, options, overwrite=False, extra=lambda live: parts
+    )
+    return save_once(request, context)
 
 
 def _live(graph: ObjectGraph, values: Mapping[str, Any]) -> LiveGraph:

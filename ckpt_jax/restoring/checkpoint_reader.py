@@ -29,7 +29,7 @@ from ckpt_jax.graph.saved_objects import Functions, SavedObject
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.io import read_values
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
-from ckpt_jax.readers import Reader
+from ckpt_jax.readers import HasMetadata, Reader
 from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.restoring.formats import foreign_steps, open_foreign
 from ckpt_jax.restoring.formats.own import OwnReader
@@ -212,15 +212,16 @@ class CheckpointReader:
     def metadata(self) -> dict[str, Any]:
         """What the program said about the checkpoint (`CheckpointManager.save(metadata=...)`).
 
-        It is empty if the program said nothing, and for checkpoints of other libraries.
+        It is empty if the program said nothing. Of other formats, those of Orbax
+        (`custom_metadata`) and safetensors can hold it.
 
         Raises:
           CorruptCheckpointError: it is damaged.
         """
-        if self._own is None:
+        if not isinstance(self._source, HasMetadata):
             return {}
         with self._pinned.unless_replaced():
-            found = self._own.metadata()
+            found = dict(self._source.metadata())
         self.check_not_replaced()
         return found
 

@@ -20,7 +20,7 @@ from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import ExtentsReader, Format, Stored
 from ckpt_jax.restoring.formats.names import graph_of_tree, stored_value
-from ckpt_jax.restoring.formats.orbax.tree import Place, is_orbax, steps_in, tree_in
+from ckpt_jax.restoring.formats.orbax.tree import Place, is_orbax, metadata_in, steps_in, tree_in
 from ckpt_jax.restoring.formats.orbax.zarr import ZarrArray, ZarrReader, open_arrays
 from ckpt_jax.store.paths import require_addressable
 from ckpt_jax.store.stored import StoredValues
@@ -75,6 +75,14 @@ class OrbaxReader:
     def graph(self) -> ObjectGraph:
         """The tree of the step or item."""
         return self._graph
+
+    def metadata(self) -> dict[str, Any]:
+        """The `custom_metadata` of the step or item.
+
+        Raises:
+          CorruptCheckpointError: a file is damaged.
+        """
+        return metadata_in(self.path)
 
     def identity(self) -> Hashable | None:
         """A value that changes if another checkpoint takes the place; None if it is gone."""
