@@ -18,7 +18,7 @@ written by the same saver, in a `PerProcess` or without one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +27,7 @@ from ckpt_jax import io
 from ckpt_jax.api.tree import built_from
 from ckpt_jax.errors import ProcessError, UnsaveableError
 from ckpt_jax.graph import codec
-from ckpt_jax.graph.labels import path_of
+from ckpt_jax.graph.labels import object_key_of, path_of
 from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.match import match
@@ -36,11 +36,15 @@ from ckpt_jax.objects.stateful import STATEFUL, give_state, state_of
 from ckpt_jax.objects.views import View, add_view, view_of
 from ckpt_jax.options import DEFAULT
 from ckpt_jax.processes.current import current
+from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
-from ckpt_jax.restoring.run import EVERYTHING, plan_matched
+from ckpt_jax.restoring.run import EVERYTHING, plan_matched, require_fit
 from ckpt_jax.saving.pipeline import encoded_values
 from ckpt_jax.store.seal import seal, unseal
+from ckpt_jax.values.leaves import decode
+
+_NO_STATE = "expected the state that each process gives, but the save has found another value here"
 
 Merge = Callable[[list[Any], int, int], Any]
 
@@ -146,6 +150,7 @@ def _restore(objects: dict[str, Any], path: str) -> None:
     processes = current()
     with CheckpointReader(path) as reader:
         graphs = {name: _graphs(reader, name) for name in objects}
+        _require_states(graphs, path)
         unmerged = [
             f"{path_of(name) or '(root)'}: saved by {len(graphs[name])} processes"
             for name, each in objects.items()
@@ -167,7 +172,7 @@ def _restore(objects: dict[str, Any], path: str) -> None:
                 root = _key(name, processes.index)
                 inner = _value_of(each)
                 restored[name] = (
-                    _loaded(reader, saved)
+                    _loaded(reader, saved, on_device=True)
                     if _gives_state(inner)
                     else _own_value(reader, saved, inner, root)
                 )
@@ -184,6 +189,21 @@ def _restore(objects: dict[str, Any], path: str) -> None:
                 raise
         else:
             objects[name].value = value
+
+
+def _require_states(graphs: Mapping[str, Sequence[ObjectGraph]], path: str) -> None:
+    """Raises RestoreMismatchError for values that were saved in another way."""
+    report = RestoreReport(
+        path,
+        mismatched=tuple(
+            [
+                ReportEntry(path_of(object_key_of(name)), what=_NO_STATE)
+                for name, found in graphs.items()
+                if not found
+            ]
+        ),
+    )
+    require_fit(report, "Nothing was changed. Pass an object of the kind that was saved.")
 
 
 def _value_of(each: Any) -> Any:
@@ -213,9 +233,14 @@ def _own_value(reader: CheckpointReader, saved: ObjectGraph, target: Any, root: 
     return planned.execute(DEFAULT)[0]
 
 
-def _loaded(reader: CheckpointReader, saved: ObjectGraph) -> Any:
+def _loaded(reader: CheckpointReader, saved: ObjectGraph, *, on_device: bool = False) -> Any:
+    """A saved value as `ckpt.load` gives it; or with arrays of JAX, if they were that."""
     wanted = {(node, attribute.name): attribute for node, attribute in saved.attributes()}
     data = reader.read({attribute.key: None for attribute in wanted.values()})
+    for attribute in wanted.values() if on_device else ():
+        value, spec = data[attribute.key], attribute.spec
+        if spec.is_placed and jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype:
+            data[attribute.key] = decode(jax.device_put(value), spec, spec)
     return built_from(reader, saved, wanted, data, everything=True)
 
 

@@ -167,6 +167,9 @@ def load_object(path: Path, *, sharding: Any = None) -> Any:
     imported their class, and otherwise strings or numbers. Functions and other parts of modules
     that are no state become None, in their places.
 
+    What the save has cast (`CheckpointOptions.cast_on_save`) becomes what it was before if it goes
+    into an object that a registered class makes, and stays as it is stored everywhere else.
+
     If functions were saved with the object, it has them by name in its attribute `functions`. They
     take the values that the object has when they are called. (A child that is called `functions`
     keeps its name; then `ckpt.load_function` loads them.)
@@ -495,7 +498,9 @@ class _Revival:
         }
         only = frozenset(range(len(live.objects))) - placed.keys()
         saved = Renamed(self.graph)
-        planned = plan_matched(self.reader, saved, found, live, self.options, only=only)
+        planned = plan_matched(
+            self.reader, saved, found, live, self.options, only=only, casts_back=True
+        )
         done = planned.reads.used | set(placed.values())
         lost = [
             ReportEntry(self.graph.paths[node] or "(root)", found=found_there)

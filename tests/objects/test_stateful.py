@@ -167,6 +167,77 @@ def test_iterators_without_state_and_datasets_are_refused_with_advice(tmp_path, 
         assert ("does not give its state. Pass one that has get_state" in text) == is_iterator
 
 
+class Held:
+    """Its state is whatever it holds."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def get_state(self):
+        return self.value
+
+    def set_state(self, state):
+        self.value = state
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        {},
+        [],
+        (),
+        {"a": {}, "b": [None, ()]},
+        {"": 1, "a/b": 2, 3: "x", (1, 2): b"\0"},
+        np.zeros((0, 2), np.int8),
+        np.random.default_rng(0).bit_generator.state,
+        {"w": jnp.ones(2, jnp.bfloat16), "key": jax.random.key(3), "host": np.ones(2)},
+        [jax.random.PRNGKey(3), jnp.int32(7), 2**80, np.float32(1)],
+    ],
+    ids=lambda state: type(state).__name__,
+)
+def test_a_state_comes_back_as_it_was(tmp_path, state):
+    path = ckpt.save(tmp_path / "a", {"x": Held(state)})
+    ckpt.restore(path, {"x": (fresh := Held("before"))})
+
+    def check(found, expected):
+        assert type(found) is type(expected)
+        if isinstance(expected, jax.Array | np.ndarray | np.generic):
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+            assert (found == expected).all()
+        elif isinstance(expected, dict):
+            assert found.keys() == expected.keys()
+            for key in expected:
+                check(found[key], expected[key])
+        elif isinstance(expected, list | tuple):
+            for one, other in zip(found, expected, strict=True):
+                check(one, other)
+        else:
+            assert found == expected
+
+    check(fresh.value, state)
+
+
+def test_another_value_in_the_place_of_a_state_is_a_mismatch_before_anything_changes(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"x.y": [jnp.ones(2)], "z": Held(1)})
+    with pytest.raises(ckpt.RestoreMismatchError, match="x.y/0: expected the state") as raised:
+        ckpt.restore(path, {"x.y": [Held(2)], "z": (other := Held(3))})
+    assert other.value == 3
+    assert not any(note.startswith("Changed") for note in raised.value.__notes__)
+
+
+def test_objects_of_two_kinds_of_methods_and_one_object_at_two_places(tmp_path):
+    class Both(Iterator, Loader):
+        def state_dict(self):
+            raise AssertionError("get_state comes first")
+
+    one = Both(3)
+    path = ckpt.save(tmp_path / "a", {"x": one, "deep": [(one, Loader(4))]})
+    again, loader = Both(), Loader()
+    ckpt.restore(path, {"x": again, "deep": [(again, loader)]})
+    assert (again.position, loader.position) == (3, 4)
+
+
 @pytest.mark.parametrize("format", ["orbax", "safetensors", "npz", "tensorflow"])
 def test_no_other_format_loses_a_state_silently(tmp_path, format):
     for odd in (Iterator(3), ckpt.PerProcess({"position": 3})):
