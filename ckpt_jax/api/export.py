@@ -439,8 +439,8 @@ def convert(
 ) -> str:
     """Saves a checkpoint of any format as one of this library.
 
-    The object graph and the metadata are kept, or what the format has of them. The memory has to
-    hold all values.
+    The object graph and the metadata are kept, or what the format has of them. Without rules, what
+    `save_object` has saved stays that, with its functions. The memory has to hold all values.
 
     Args:
       source: the path of a checkpoint.
@@ -472,6 +472,8 @@ def convert(
         keys = dict.fromkeys(saved.graph.by_key)
         live = _live(saved.graph, derived.read(keys, options, lambda nbytes: None))
         parts = {METADATA_KEY: encode_metadata(reader.metadata)} if reader.metadata else {}
+        if saved.graph.nodes == reader.object_graph.nodes:  # what is said of them still holds
+            parts |= reader.recipes()
     options = replace(options, enable_async=False)
     request = SaveRequest(
         destination, lambda: live, options, overwrite=False, extra=lambda live: parts

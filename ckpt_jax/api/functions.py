@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ckpt_jax.api.signatures import Parts, decode, leaves_that_fit, put_together
+from ckpt_jax.api.signatures import Parts, array_like, decode, leaves_that_fit, put_together
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.as_tree import as_tree
 from ckpt_jax.graph.labels import VARIABLE_VALUE
@@ -141,7 +141,13 @@ class LoadedFunction:
             _as(value, weight.dtype)
             for value, weight in zip(self._values(), self._weights, strict=True)
         ]
-        return put_together(self._outputs, iter(self._call(*weights, *leaves)))
+        try:
+            results = self._call(*weights, *leaves)
+        except ValueError as error:  # of JAX, which need not say which function it is about
+            given = ", ".join(map(str, map(array_like, leaves)))
+            error.add_note(f"{self.signature} was called with {given}")
+            raise
+        return put_together(self._outputs, iter(results))
 
     def with_weights(
         self, source: Any, *, rename: Iterable[Rule] = (), sharding: Any = None

@@ -22,7 +22,7 @@ from ckpt_jax.errors import (
 from ckpt_jax.graph.as_tree import as_tree, is_tree
 from ckpt_jax.graph.boxes import Box
 from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, dtype_of
-from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
+from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
 from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.graph.plain_slots import slots_as_children
 from ckpt_jax.graph.saved_objects import Functions, SavedObject
@@ -207,6 +207,15 @@ class CheckpointReader:
         assert self._own is not None  # it has listed the function
         with self._pinned.unless_replaced():
             return self._own.artifact(self.saved_functions[function].artifact)
+
+    def recipes(self) -> dict[str, bytes]:
+        """The entries that say how objects are recreated, and the functions, as they are stored."""
+        if self._own is None or self.saved_objects is None:
+            return {}
+        names = [SAVED_OBJECTS_KEY, *[each.artifact for each in self.saved_functions.values()]]
+        with self._pinned.unless_replaced():
+            found = {name: self._own.entry(name) for name in names}
+        return {name: data for name, data in found.items() if data is not None}
 
     @cached_property
     def metadata(self) -> dict[str, Any]:

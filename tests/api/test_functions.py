@@ -347,6 +347,25 @@ def test_a_function_for_another_platform_says_which_ones_it_has(tmp_path):
             f(np.ones((1, 3), np.float32))
 
 
+@pytest.mark.parametrize("platforms", ["cpu", (), ["cpu", "gpu"], ("abacus",), 3, {"cpu": 1}])
+def test_platforms_that_jax_does_not_have_are_refused(tmp_path, platforms):
+    with pytest.raises((TypeError, ValueError), match="platforms: expected"):
+        functions = {"f": (linear, spec("b, 3"))}
+        ckpt.save_object(TREE, tmp_path / "a", functions=functions, platforms=platforms)
+    assert not (tmp_path / "a").exists()
+
+
+def test_sizes_that_break_a_constraint_are_said(tmp_path):
+    b, t = jax.export.symbolic_shape("b, t", constraints=["t>=2"])
+    x = jax.ShapeDtypeStruct((b, t, 3), "float32")
+    path = saved(tmp_path / "a", f=(lambda tree, x: (x @ tree["w"])[:, :-1], x))
+    f = ckpt.load_function(path, "f")
+    assert f(jnp.ones((2, 4, 3))).shape == (2, 3, 2)
+    with pytest.raises(ValueError) as raised:
+        f(jnp.ones((2, 1, 3)))
+    assert any("t, 3]" in note and "float32[2, 1, 3]" in note for note in raised.value.__notes__)
+
+
 def test_a_function_that_holds_weights_is_refused_with_all_others(tmp_path):
     w, table = jnp.arange(6.0).reshape(3, 2), jnp.ones((1000, 1000))
     obj = {"w": w}
@@ -480,6 +499,23 @@ def test_a_fresh_program_without_flax_and_the_class_runs_it(tmp_path):
     first, said, modules = run.stdout.splitlines()
     np.testing.assert_allclose(eval(first), expected, rtol=1e-6)
     assert (said, modules) == ("True", "[]")
+
+
+def test_a_copy_and_a_conversion_have_the_functions(tmp_path):
+    path = saved(tmp_path / "a")
+    x = np.ones((2, 3), np.float32)
+    cast = ckpt.CheckpointOptions(compression="zstd", cast_on_save=[("w", jnp.bfloat16)])
+    for other in (
+        ckpt.copy(path, tmp_path / "copy"),
+        ckpt.convert(path, tmp_path / "own"),
+        ckpt.convert(path, tmp_path / "small", options=cast),
+    ):
+        np.testing.assert_allclose(ckpt.load_function(other, "predict")(x), linear(TREE, x))
+        np.testing.assert_allclose(ckpt.load_object(other).functions["predict"](x), linear(TREE, x))
+        assert ckpt.verify(other).ok
+    renamed = ckpt.convert(path, tmp_path / "renamed", rename=[("w", "v")])
+    with pytest.raises(ckpt.CheckpointError, match="has no functions"):
+        ckpt.load_function(renamed, "predict")
 
 
 def test_an_optimizer_beside_the_model_is_neither_read_nor_needed(tmp_path):
