@@ -60,12 +60,14 @@ from ckpt_jax.store.paths import absolute, as_path, require_room
 from ckpt_jax.store.presence import is_taken
 from ckpt_jax.store.replacing import settle
 from ckpt_jax.store.staging import discard, joined, staging_name
+from ckpt_jax.values.host import transfers_allowed
 from ckpt_jax.values.leaves import describe, encode
 
 Cast = Any  # a dtype, or pairs of a pattern and a dtype
 _RULES = "Nothing was written. Correct the rules; ckpt.load_checkpoint(path).paths() lists names."
 
 
+@transfers_allowed()
 def export(
     source: Any,
     destination: Path,
@@ -126,9 +128,9 @@ def export(
     path = absolute(destination)
     if is_url(path):
         raise ValueError(
-            f"destination: expected a path in a file system, got {destination!r}. Export to a local "
-            "path, and upload what is there with a tool for files, such as 'gcloud storage cp -r' or "
-            "'aws s3 cp --recursive'."
+            f"destination: expected a path in a file system, got {destination!r}. Export to a "
+            "local path, and upload what is there with a tool for files, such as "
+            "'gcloud storage cp -r' or 'aws s3 cp --recursive'."
         )
     if is_taken(path):
         raise FileExistsError(f"{destination} exists; export to another path, or remove it first")
@@ -255,7 +257,8 @@ def _chosen(reader: CheckpointReader, only: Selection | None) -> ObjectGraph:
     chosen = selects(only)
     keys = {a.key for node, a in tree.attributes() if chosen(tree.value_path(node, a.name))}
     if not keys:
-        raise KeyError(f"{reader.path} holds nothing that {only!r} selects")
+        what = "holds no values" if only is None else f"holds nothing that {only!r} selects"
+        raise KeyError(f"{reader.path} {what}")
     savers = [
         f"{graph.paths[node]} ({entry.saver.name})"
         for node, entry in enumerate(graph.nodes)
@@ -360,7 +363,11 @@ def _pairs(cast: Iterable[Any]) -> list[tuple[Callable[[str], bool], str]]:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"cast: expected a dtype or pairs (pattern, dtype), got {pair!r}")
         pattern: Pattern = pair[0]
-        found.append((selects(pattern), dtype_name(np.dtype(pair[1]))))
+        try:
+            dtype = dtype_name(np.dtype(pair[1]))
+        except TypeError:
+            raise TypeError(f"cast: expected a dtype for {pattern!r}, got {pair[1]!r}") from None
+        found.append((selects(pattern), dtype))
     return found
 
 
@@ -444,6 +451,7 @@ def convert(
     *,
     rename: Iterable[Rule] = (),
     options: CheckpointOptions | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Saves a checkpoint of any format as one of this library.
 
@@ -455,12 +463,13 @@ def convert(
       destination: the directory to create.
       rename: rules as for `ckpt.restore`.
       options: how to save.
+      overwrite: whether a checkpoint at `destination` is replaced.
 
     Returns:
       `destination`.
 
     Raises:
-      FileExistsError: there is something at the destination.
+      FileExistsError: there is something at the destination that may not be replaced.
       UnsupportedFormatError: naming all values of the source that cannot be read.
       RestoreMismatchError: naming all rules that cannot be applied.
 
@@ -473,6 +482,10 @@ def convert(
       (2, 3)
     """
     options, destination, context = given(options), as_path(destination), current_context()
+    if not overwrite and context.storage_of(destination).saved_at(destination) is not None:
+        raise FileExistsError(
+            f"{destination} exists; pass overwrite=True to replace the checkpoint"
+        )
     with METER.restoring(lambda: CheckpointReader(source)) as reader:
         saved = _renamed(reader, _chosen(reader, None), rename)
         _check(reader.path, saved.graph)
@@ -484,7 +497,7 @@ def convert(
             parts |= reader.recipes()
     options = replace(options, enable_async=False)
     request = SaveRequest(
-        destination, lambda: live, options, overwrite=False, extra=lambda live: parts
+        destination, lambda: live, options, overwrite=overwrite, extra=lambda live: parts
     )
     return save_once(request, context)
 
