@@ -20,8 +20,15 @@ import numpy as np
 from ckpt_jax.errors import UnsaveableError, UnsupportedFormatError
 from ckpt_jax.graph.as_tree import as_tree
 from ckpt_jax.graph.boxes import whole
-from ckpt_jax.graph.dtypes import LossyConversionError, converted, dtype_name, dtype_of
+from ckpt_jax.graph.dtypes import (
+    LossyConversionError,
+    converted,
+    dtype_name,
+    dtype_of,
+)
 from ckpt_jax.graph.labels import attribute_key
+from ckpt_jax.graph.metadata import METADATA_KEY
+from ckpt_jax.graph.metadata import encode as encode_metadata
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, has_values
 from ckpt_jax.graph.patterns import Pattern, Selection, selects
 from ckpt_jax.graph.plain_slots import slots_as_children
@@ -29,7 +36,7 @@ from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.metrics import METER
-from ckpt_jax.objects.nested import nested
+from ckpt_jax.objects.nested import OfSaver, nested
 from ckpt_jax.objects.views import View
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
@@ -50,6 +57,7 @@ from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
 from ckpt_jax.store.batches import batches
 from ckpt_jax.store.durable import fsync_directory, fsync_file, make_directories
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, as_path, require_room
 from ckpt_jax.store.presence import is_taken
 from ckpt_jax.store.replacing import settle
@@ -77,11 +85,13 @@ def export(
 ) -> str:
     """Writes values in the format of another library.
 
-    One array is in memory at a time, and the destination gets its name when all is written.
+    One array is in memory at a time, and the destination gets its name when all is written. The
+    metadata of a checkpoint go with it to Orbax (as `custom_metadata`) and to safetensors (in the
+    header, as texts; of what is no text, the JSON). The other formats have no place for them.
 
     Args:
       source: the path of a checkpoint of any format, or a tree or object as `ckpt.save` takes it.
-      destination: the path to create.
+      destination: the path to create, in a file system.
       format: "safetensors" writes one file if the destination ends in ".safetensors", and
         otherwise a directory as transformers has it. "npz" writes one file. Names are the local
         joined with "." and "/". "orbax" writes a directory, or, if its name is that of a step
@@ -104,7 +114,8 @@ def export(
       UnsaveableError: naming all values that the format cannot hold; nothing was written.
       UnsupportedFormatError: naming all values of the source that cannot be read.
       RestoreMismatchError: naming all rules that cannot be applied.
-      ValueError: the format is not known or cannot be written, or two values get one name.
+      ValueError: the format is not known or cannot be written, the destination lies in an object
+        store, or two values get one name.
 
     Example:
       >>> import ckpt_jax as ckpt, tempfile
@@ -119,6 +130,12 @@ def export(
     writer = _writer(format)
     destination = as_path(destination, "destination")
     path = absolute(destination)
+    if is_url(path):
+        raise ValueError(
+            f"destination: expected a path in a file system, got {destination!r}. Export to a "
+            "local path, and upload what is there with a tool for files, such as "
+            "'gcloud storage cp -r' or 'aws s3 cp --recursive'."
+        )
     if is_taken(path):
         raise FileExistsError(f"{destination} exists; export to another path, or remove it first")
     if type(max_shard_nbytes) is not int or max_shard_nbytes <= 0:
@@ -138,8 +155,9 @@ def export(
                 assert writer.write is not None  # `_writer` has looked
                 inside = os.path.join(staging, os.path.basename(path))
                 with shown(progress, f"exporting {destination}", _nbytes(graph)) as advance:
-                    export = _export(path, graph, _telling(read, advance), max_shard_nbytes)
-                    endings = writer.write(export, inside)
+                    told = _telling(read, advance)
+                    wanted = _export(path, graph, told, max_shard_nbytes, reader.metadata)
+                    endings = writer.write(wanted, inside)
                 _publish(inside, path, endings)
             finally:
                 discard(staging)
@@ -187,6 +205,9 @@ def _reader_of_tree(source: Any) -> ExtentsReader:
     values: dict[int, Any] = {}
 
     def stored_of(value: Any) -> Stored:
+        if isinstance(value, OfSaver):
+            note = f"only its registered saver ({value.name}) can read it"
+            return Stored(LeafSpec("unreadable", "an object", note=note))
         spec, _ = describe(value)
         found = _stored(spec, encode(value))
         values[id(found)] = value
@@ -196,7 +217,7 @@ def _reader_of_tree(source: Any) -> ExtentsReader:
         stored, graph = graph_of_tree(nested(source), stored_of=stored_of)
     except TypeError as error:
         raise UnsaveableError(f"the tree cannot be exported: {error}") from error
-    _require_here([key for key, each in stored.items() if not _is_here(values[id(each)])])
+    _require_here([key for key, each in stored.items() if not _is_here(values.get(id(each)))])
     return ExtentsReader("the given tree", stored, lambda: graph)
 
 
@@ -406,8 +427,17 @@ def _telling(read_all: _ReadAll, advance: Advance) -> _ReadAll:
     return told
 
 
-def _export(path: str, graph: ObjectGraph, read_all: _ReadAll, max_shard_nbytes: int) -> Export:
-    return Export(path, graph, lambda key: next(read_all([key])), read_all, max_shard_nbytes)
+def _export(
+    path: str,
+    graph: ObjectGraph,
+    read_all: _ReadAll,
+    max_shard_nbytes: int,
+    metadata: Mapping[str, Any],
+) -> Export:
+    def read(key: str) -> np.ndarray | bytes:
+        return next(read_all([key]))
+
+    return Export(path, graph, read, read_all, max_shard_nbytes, metadata)
 
 
 def _publish(inside: str, path: str, endings: Iterable[str]) -> None:
@@ -445,7 +475,8 @@ def convert(
 ) -> str:
     """Saves a checkpoint of any format as one of this library.
 
-    The object graph is kept, or what the format has of it. The memory has to hold all values.
+    The object graph and the metadata are kept, or what the format has of them. Without rules, what
+    `save_object` has saved stays that, with its functions. The memory has to hold all values.
 
     Args:
       source: the path of a checkpoint.
@@ -481,8 +512,14 @@ def convert(
         derived = DerivedReader(reader, saved.derived)
         keys = dict.fromkeys(saved.graph.by_key)
         live = _live(saved.graph, derived.read(keys, options, lambda nbytes: None))
+        parts = {METADATA_KEY: encode_metadata(reader.metadata)} if reader.metadata else {}
+        if saved.graph.nodes == reader.object_graph.nodes:  # what is said of them still holds
+            parts |= reader.recipes()
     options = replace(options, enable_async=False)
-    return save_once(SaveRequest(destination, lambda: live, options, overwrite=overwrite), context)
+    request = SaveRequest(
+        destination, lambda: live, options, overwrite=overwrite, extra=lambda live: parts
+    )
+    return save_once(request, context)
 
 
 def _live(graph: ObjectGraph, values: Mapping[str, Any]) -> LiveGraph:

@@ -25,13 +25,13 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload, runtime_chec
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ckpt_jax.graph.labels import PYTHON_STATE, Label
 from ckpt_jax.objects.containers import unmarked, wrap
 from ckpt_jax.objects.pending import PENDING, copy_pending, received
 from ckpt_jax.objects.python_state import PythonState
 from ckpt_jax.objects.state import NoDependency, holds_state, leaves_state_out
+from ckpt_jax.objects.stateful import why_stateless
 from ckpt_jax.objects.variable import Variable
 from ckpt_jax.objects.views import NoState, OptimizerView, SlotEntry, add_view, view_of
 
@@ -79,9 +79,10 @@ class Trackable:
         """
         value = wrap(value, whole=True)
         if view_of(value) is None:
+            why = why_stateless(value)
             raise TypeError(
                 f"cannot track {name!r}: {type(value).__qualname__} has no view "
-                "(ckpt.register_view teaches the library new kinds)"
+                f"(ckpt.register_view teaches the library new kinds){why and f'; {why}'}"
             )
         children = _own(self, _CHILDREN)
         is_awaited = overwrite and name in self.__dict__.get(PENDING, ())
@@ -164,7 +165,9 @@ class Trackable:
             )
         if shape is None and not constant:
             raise ValueError(f"variable {name!r}: a shape is needed without a constant value")
-        sizes = () if shape is None else tuple(np.atleast_1d(shape).tolist())
+        sizes = (
+            tuple(shape or ()) if shape is None or isinstance(shape, Sequence) else (int(shape),)
+        )
         if constant:
             value = jnp.asarray(initializer, dtype)
         else:

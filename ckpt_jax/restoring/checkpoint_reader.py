@@ -22,18 +22,19 @@ from ckpt_jax.errors import (
 from ckpt_jax.graph.as_tree import as_tree, is_tree
 from ckpt_jax.graph.boxes import Box
 from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, dtype_of
-from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
+from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
 from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.graph.plain_slots import slots_as_children
 from ckpt_jax.graph.saved_objects import Functions, SavedObject
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.io import read_values
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
-from ckpt_jax.readers import Reader
+from ckpt_jax.readers import HasMetadata, Reader
 from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.restoring.formats import foreign_steps, open_foreign
 from ckpt_jax.restoring.formats.own import OwnReader
 from ckpt_jax.restoring.formats.tensorflow.optimizers import with_slots
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.store.storage import Pinned, Storage, storage_of
 from ckpt_jax.values.host import without_gc
@@ -71,13 +72,15 @@ class CheckpointReader:
     def __init__(self, path: Path, storage_of: Callable[[str], Storage] = storage_of):
         self.path = as_path(path)
         self._own: OwnReader | None = None
-        foreign = open_foreign(absolute(self.path))
+        storage = storage_of(self.path)
+        location = storage.located(self.path)
+        pinned = Pinned.of(self.path, location, storage) if is_url(location) else None
+        is_own = pinned is not None and pinned.generation is not None
+        foreign = open_foreign(absolute(self.path), is_own=is_own)
         if foreign is not None:
             self._read_from(foreign)
             return
-        storage = storage_of(self.path)
-        location = storage.located(self.path)
-        self._pin(Pinned.of(self.path, location, storage))
+        self._pin(pinned or Pinned.of(self.path, location, storage))
         with self._pinned.unless_replaced():
             self._source = self._own = _opened(storage, location, self.path)
 
@@ -211,19 +214,29 @@ class CheckpointReader:
         with self._pinned.unless_replaced():
             return self._own.artifact(self.saved_functions[function].artifact)
 
+    def recipes(self) -> dict[str, bytes]:
+        """The entries that say how objects are recreated, and the functions, as they are stored."""
+        if self._own is None or self.saved_objects is None:
+            return {}
+        names = [SAVED_OBJECTS_KEY, *[each.artifact for each in self.saved_functions.values()]]
+        with self._pinned.unless_replaced():
+            found = {name: self._own.entry(name) for name in names}
+        return {name: data for name, data in found.items() if data is not None}
+
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """What the program said about the checkpoint (`CheckpointManager.save(metadata=...)`).
 
-        It is empty if the program said nothing, and for checkpoints of other libraries.
+        It is empty if the program said nothing. Of other formats, those of Orbax
+        (`custom_metadata`) and safetensors can hold it.
 
         Raises:
           CorruptCheckpointError: it is damaged.
         """
-        if self._own is None:
+        if not isinstance(self._source, HasMetadata):
             return {}
         with self._pinned.unless_replaced():
-            found = self._own.metadata()
+            found = dict(self._source.metadata())
         self.check_not_replaced()
         return found
 

@@ -45,6 +45,7 @@ from ckpt_jax.showing.statistics import gather, has_statistics, wide
 from ckpt_jax.showing.targets import planned
 from ckpt_jax.showing.terminal import write
 from ckpt_jax.store.directory import is_checkpoint, number_of, require_checkpoint
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute
 from ckpt_jax.store.presence import is_directory
 from ckpt_jax.store.staging import remove_abandoned
@@ -151,7 +152,8 @@ def _ls(args: argparse.Namespace) -> Result:
         "note": found.note or None,
     }
     is_damaged = any([each.is_damaged for each in found.checkpoints])
-    return Result(data, findings.listing_parts(found), FOUND if is_damaged else FINE)
+    parts = findings.listing_parts(found, args.metadata)
+    return Result(data, parts, FOUND if is_damaged else FINE)
 
 
 def _show(args: argparse.Namespace) -> Result:
@@ -167,6 +169,7 @@ def _show(args: argparse.Namespace) -> Result:
         "format": contents.format,
         "values": len(contents.entries),
         "nbytes": contents.nbytes,
+        "metadata": contents.metadata,
         "entries": [entry.as_json() for entry in entries],
         "subtrees": [
             {"path": path, "values": values, "nbytes": nbytes}
@@ -175,6 +178,8 @@ def _show(args: argparse.Namespace) -> Result:
         ],
     }
     parts: list[Part] = [rows.heading(contents)]
+    if args.pattern is None:
+        parts += rows.metadata_parts(contents.metadata)
     if args.objects:
         if whole.graph is None:
             raise ValueError(f"{contents.path} has no object graph; leave out --objects")
@@ -312,7 +317,8 @@ def _checkpoints_at(path: str) -> list[str]:
     """The checkpoint at a path, or those in a directory."""
     if is_checkpoint(path) or not is_directory(path):
         return [path]
-    found = [os.path.normpath(each.path) for each in listing(path).checkpoints]
+    paths = [each.path for each in listing(path).checkpoints]
+    found = [absolute(each) if is_url(each) else os.path.normpath(each) for each in paths]
     if not found:
         require_checkpoint(path)  # says what is there instead
     return found
@@ -508,6 +514,14 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="a metric of which the largest value is the best; of others it is the smallest",
+    )
+
+    ls.add_argument(
+        "--metadata",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="a column with a part of the metadata, such as revision or config/lr",
     )
 
     show = verb("show", _show, "the values of a checkpoint, with types, sizes and shardings")

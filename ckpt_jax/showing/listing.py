@@ -19,6 +19,7 @@ from ckpt_jax.errors import (
     CorruptCheckpointError,
     UnsupportedFormatError,
 )
+from ckpt_jax.graph.metadata import METADATA_KEY, decode
 from ckpt_jax.manage.retention import CheckpointRecord, KeepBest
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.formats import foreign_steps, format_of
@@ -26,6 +27,7 @@ from ckpt_jax.showing.contents import OWN_FORMAT
 from ckpt_jax.store.attempts import remains_in
 from ckpt_jax.store.directory import is_checkpoint, number_of, others_in
 from ckpt_jax.store.glance import glance
+from ckpt_jax.store.looks import looking
 from ckpt_jax.store.notes import Notes, read_notes
 from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, relative
@@ -47,6 +49,7 @@ class Listed:
         store does not tell.
       nbytes: the size of its values; None if it is damaged.
       metrics: that it was saved with.
+      metadata: what the program said about it.
       problem: why it is damaged or cannot be read; "" if nothing is known to be wrong.
       is_damaged: whether it is damaged, and not only of another version of the format.
       is_latest: whether it is what `latest_checkpoint` returns.
@@ -61,6 +64,7 @@ class Listed:
     time: float | None
     nbytes: int | None
     metrics: Mapping[str, float]
+    metadata: Mapping[str, Any]
     problem: str = ""
     is_damaged: bool = False
     is_latest: bool = False
@@ -77,6 +81,7 @@ class Listed:
             "time": self.time,
             "nbytes": self.nbytes,
             "metrics": dict(self.metrics),
+            "metadata": dict(self.metadata),
             "ok": not self.problem,
             "damaged": self.is_damaged,
             "problem": self.problem or None,
@@ -175,18 +180,19 @@ def _at(directory: str, notes: Notes) -> list[Listed]:
 
 
 def _inside(directory: str, notes: Notes) -> list[Listed]:
-    found = {
-        name: listed
-        for name in names_in(directory)
-        if STAGING.match(name) is None
-        and (listed := _listed(os.path.join(directory, name), name, notes)) is not None
-    }
-    for step, path in foreign_steps(absolute(directory)).items():
-        name = relative(path, absolute(directory))
-        listed = found.get(name) or _foreign(os.path.join(directory, name), name)
-        if listed is not None:
-            found[name] = replace(listed, step=step)
-    return [*found.values()]
+    with looking(absolute(directory)):
+        found = {
+            name: listed
+            for name in names_in(directory)
+            if STAGING.match(name) is None
+            and (listed := _listed(os.path.join(directory, name), name, notes)) is not None
+        }
+        for step, path in foreign_steps(absolute(directory)).items():
+            name = relative(path, absolute(directory))
+            listed = found.get(name) or _foreign(os.path.join(directory, name), name)
+            if listed is not None:
+                found[name] = replace(listed, step=step)
+        return [*found.values()]
 
 
 def unfinished(directory: str) -> tuple[Unfinished, ...]:
@@ -209,8 +215,12 @@ def _listed(path: str, name: str, notes: Notes) -> Listed | None:
     if not is_checkpoint(path):
         return _foreign(path, name) if format_of(absolute(path)) is not None else None
     problem, nbytes, is_damaged = "", None, False
+    metadata: Mapping[str, Any] = {}
     try:
-        nbytes = glance(path)
+        found = glance(path, [METADATA_KEY])
+        if METADATA_KEY in found.small:
+            metadata = decode(found.small[METADATA_KEY])
+        nbytes = found.nbytes
     except (CheckpointError, OSError) as error:
         problem, is_damaged = str(error), isinstance(error, CorruptCheckpointError)
     return Listed(
@@ -221,6 +231,7 @@ def _listed(path: str, name: str, notes: Notes) -> Listed | None:
         storage_of(path).saved_at(path),
         nbytes,
         notes.metrics.get(name, {}),
+        metadata,
         problem,
         is_damaged,
         is_abandoned=name in notes.abandoned,
@@ -231,18 +242,24 @@ def _foreign(path: str, name: str) -> Listed | None:
     """A checkpoint of another library; None if it is none that can be read here."""
     found = format_of(absolute(path))
     problem, nbytes, is_damaged = "", None, False
+    metadata: Mapping[str, Any] = {}
     try:
         with CheckpointReader(path) as reader:
+            metadata = reader.metadata
             nbytes = sum([reader.stored_nbytes(key) for key in reader.keys()])  # noqa: SIM118
     except UnsupportedFormatError:
         return None
     except (CheckpointError, OSError) as error:
         problem, is_damaged = str(error), isinstance(error, CorruptCheckpointError)
     kind, time = "?" if found is None else found.name, _time(path)
-    return Listed(name, path, kind, number_of(path), time, nbytes, {}, problem, is_damaged)
+    return Listed(
+        name, path, kind, number_of(path), time, nbytes, {}, metadata, problem, is_damaged
+    )
 
 
-def _time(path: str) -> float:
+def _time(path: str) -> float | None:
+    if is_url(path):  # which does not tell
+        return None
     try:
         return os.stat(path).st_mtime
     except FileNotFoundError:  # a prefix of several files, or it was just removed

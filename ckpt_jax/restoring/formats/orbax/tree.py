@@ -23,12 +23,19 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
+from ckpt_jax.graph.metadata import finite
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Files, Stored
-from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.msgpack import tree_of
 from ckpt_jax.restoring.formats.plain_json import parsed
-from ckpt_jax.store.presence import is_directory, is_file, names_in
+from ckpt_jax.store.looks import (
+    fetch_heads,
+    head_of,
+    is_directory,
+    is_file,
+    keys_below,
+    names_in,
+)
 
 METADATA = "_METADATA"
 MANIFEST = "manifest.ocdbt"
@@ -46,6 +53,8 @@ _METADATA_OF_KEY = "_metadata"
 _ARRAY = "checkpoint"  # the only leaf of an item that is an array
 _PLACEHOLDER = "PLACEHOLDER://"
 
+_SMALL_FILES = {METADATA, MANIFEST, AGGREGATE, STEP_METADATA, STRINGS, _JSON}
+_MAX_ITEM_DEPTH = 2  # of such a file below a step: an item of items
 _MAX_DEPTH = 128  # of a tree
 _MAX_JSON_NBYTES = 256 << 20
 _ARRAYS = ("jax.Array", "np.ndarray", "scalar")
@@ -159,7 +168,36 @@ def _is_folder(path: str, name: str) -> bool:
     return is_directory(os.path.join(path, name))
 
 
+def small_files(path: str) -> list[str]:
+    """The files in an object store that say what a step or an item at a path holds."""
+    return [
+        os.path.join(path, key)
+        for key in keys_below(path)
+        if os.path.basename(key) in _SMALL_FILES and key.count("/") <= _MAX_ITEM_DEPTH
+    ]
+
+
 # --- trees -----------------------------------------------------------------------------
+
+
+def metadata_in(path: str) -> dict[str, Any]:
+    """What a program said about the checkpoint at a path: the `custom_metadata` of the step and of
+    its item, if it has one.
+
+    Raises:
+      CorruptCheckpointError: a file is damaged.
+    """
+    items = [path, *[os.path.join(path, name) for name in names_in(path) if _is_folder(path, name)]]
+    described = [each for each in items if is_file(os.path.join(each, METADATA))]
+    files = [(described[0], METADATA)] if len(described) == 1 else []
+    if is_file(os.path.join(path, STEP_METADATA)):
+        files.append((path, STEP_METADATA))
+    found: dict[str, Any] = {}
+    for folder, name in files:
+        match _json(folder, name):
+            case {"custom_metadata": {**own}}:
+                found |= finite(own)
+    return found
 
 
 def tree_in(path: str) -> tuple[Any, list[Place]]:
@@ -169,6 +207,7 @@ def tree_in(path: str) -> tuple[Any, list[Place]]:
       CorruptCheckpointError: it is damaged, or its save has not finished.
       UnsupportedFormatError: a newer Orbax wrote it.
     """
+    fetch_heads(small_files(path))
     names = names_in(path)
     for name in [os.path.basename(path), *names]:
         if _TEMPORARY in name:
@@ -482,6 +521,7 @@ def _string(strings: Any, name: str, file: str) -> str:
 
 def _json(folder: str, name: str) -> Any:
     files, file = Files(folder), os.path.join(folder, name)
+    files.fetch_whole(file)
     size = files.size(file)
     if size > _MAX_JSON_NBYTES:
         raise _damaged(file, f"it has more than {_MAX_JSON_NBYTES} bytes")
