@@ -46,7 +46,7 @@ from ckpt_jax.showing.targets import planned
 from ckpt_jax.showing.terminal import write
 from ckpt_jax.store.directory import is_checkpoint, number_of, require_checkpoint
 from ckpt_jax.store.objects import is_url
-from ckpt_jax.store.paths import absolute
+from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.store.presence import is_directory
 from ckpt_jax.store.staging import remove_abandoned
 from ckpt_jax.version import __version__
@@ -411,7 +411,7 @@ def _written(source: str, path: str) -> Result:
 
 
 def _gc(args: argparse.Namespace) -> Result:
-    if not is_directory(args.directory):
+    if not is_directory(as_path(args.directory, "directory")):
         raise CheckpointNotFoundError(f"{args.directory}: expected a directory, found none")
     found = unfinished(args.directory)
     gone = [each.path for each in found if each.why_kept is None]

@@ -30,7 +30,7 @@ from ckpt_jax.store.glance import glance
 from ckpt_jax.store.looks import looking
 from ckpt_jax.store.notes import Notes, read_notes
 from ckpt_jax.store.objects import is_url
-from ckpt_jax.store.paths import absolute, relative
+from ckpt_jax.store.paths import absolute, as_path, relative
 from ckpt_jax.store.presence import is_directory, is_taken, names_in
 from ckpt_jax.store.staging import STAGING, why_kept
 from ckpt_jax.store.state_file import STATE_FILE
@@ -136,7 +136,9 @@ def listing(directory: str, maximized: Collection[str] = ()) -> Listing:
 
     Raises:
       CheckpointNotFoundError: there is no directory.
+      ValueError: the path cannot be that of one.
     """
+    directory = as_path(directory, "directory")
     if not is_directory(directory):
         what = "is a file, no directory" if is_taken(directory) else "does not exist"
         raise CheckpointNotFoundError(f"{directory} {what}; ls takes a directory of checkpoints")

@@ -529,6 +529,15 @@ def test_what_cannot_run_ends_with_2_and_one_line(run, tmp_path, monkeypatch, ar
     assert err.startswith("ckpt_jax: ") and err.count("\n") == 1
 
 
+@pytest.mark.parametrize("verb", ["ls", "gc", "show", "verify"])
+@pytest.mark.parametrize(
+    ("path", "what"), [("", "empty"), ("file:///tmp", "file system"), ("~/x", "expanduser")]
+)
+def test_a_path_that_cannot_be_one_is_told_from_one_that_is_not_there(run, verb, path, what):
+    code, _, err = run(verb, path)
+    assert code == 2 and what in err
+
+
 @pytest.mark.parametrize("argv", [[], ["nope"], ["show"], ["show", "a", "--top", "0"],
                                   ["diff", "a", "b", "--rtol", "-1"],
                                   ["diff", "a", "b", "--rtol", "x"]])  # fmt: skip
