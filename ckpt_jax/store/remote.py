@@ -71,7 +71,7 @@ class RemoteFile:
     Attributes:
       url: the same.
       generation: of the value; None if nothing of it was read.
-      is_named: whether something says that it is there: a list, or another file; see `objects.read`.
+      is_named: whether a list or another file says that it is there; see `objects.read`.
     """
 
     def __init__(self, url: str):

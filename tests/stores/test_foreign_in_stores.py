@@ -1,5 +1,6 @@
 """Checkpoints of other libraries in object stores: they are read as those on a disk are."""
 
+import json
 from pathlib import Path
 
 import jax
@@ -251,6 +252,26 @@ def test_the_data_of_a_database_of_orbax_are_missing(uploaded):
         objects.delete(f"{url}/d/{key}")
     with pytest.raises(ckpt.CorruptCheckpointError, match=url):
         ckpt.load(url)
+
+
+def test_a_save_of_orbax_that_has_not_finished_on_google_cloud_storage(gcs):
+    """Nothing is renamed there; a file says that a step is whole."""
+    upload(MANAGER, gcs.url)
+    later = upload(MANAGER / "1", f"{gcs.url}/2")
+    assert ckpt.latest_checkpoint(gcs.url) == later
+    objects.delete(f"{later}/commit_success.txt")
+    assert ckpt.latest_checkpoint(gcs.url) == later  # it has the time at which it was finished
+    assert ckpt.list_variables(f"{later}/state")  # and so have its items, if it has
+    file = f"{later}/_CHECKPOINT_METADATA"
+    described = json.loads(objects.read(file).value) | {"commit_timestamp_nsecs": None}
+    objects.write(file, json.dumps(described).encode())
+    assert ckpt.latest_checkpoint(gcs.url) == f"{gcs.url}/1"
+    objects.delete(f"{later}/state/commit_success.txt")
+    for path in (later, f"{later}/state"):
+        with pytest.raises(ckpt.CorruptCheckpointError, match="the save has not finished"):
+            ckpt.load(path)
+    objects.write(f"{later}/commit_success.txt", b"")
+    assert_alike(contents(later), contents(MANAGER / "1"))
 
 
 @pytest.mark.parametrize("name", ["all_dtypes.safetensors", "new.pt", "types.msgpack", "old.pt"])
