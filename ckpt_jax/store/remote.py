@@ -192,9 +192,12 @@ class RemoteFile:
         try:
             return self._begin(start, stop)()
         except EOFError:
-            pass
+            return self._rest(start)
+
+    def _rest(self, start: int) -> bytes:
+        """The bytes from `start` on, of which there are few."""
         try:
-            found = self._begin(start)()  # fewer bytes than were asked for
+            found = self._begin(start)()
         except EOFError:  # it ends before `start`
             return b""
         self._length = start + len(found)
@@ -300,7 +303,7 @@ def fetch(parts: Iterable[Part]) -> list[tuple[RemoteFile, Span]]:
             try:
                 found = outcome()
             except EOFError:
-                found = part.file._up_to(part.start, part.stop)
+                found = part.file._rest(part.start)
             kept.append((part.file, part.file._keep(part.start, found)))
     return kept
 

@@ -197,7 +197,9 @@ def small_files(path: str) -> list[str]:
     return [
         os.path.join(path, key)
         for key in keys_below(path)
-        if os.path.basename(key) in _SMALL_FILES and key.count("/") <= _MAX_ITEM_DEPTH
+        if os.path.basename(key) in _SMALL_FILES
+        and key.count("/") <= _MAX_ITEM_DEPTH
+        and _PROCESS not in key
     ]
 
 
