@@ -31,8 +31,8 @@ and within bounded memory. `ckpt_jax.testing.ReaderTests` tests any reader.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -168,6 +168,23 @@ class Reader(Protocol):
         ...
 
 
+@runtime_checkable
+class HasMetadata(Protocol):
+    """A reader of a format that can hold metadata: what the program said about the checkpoint.
+
+    `ckpt_jax show` prints them, and `ckpt.convert` and `ckpt.export` carry them. A `Reader` need
+    not be one.
+    """
+
+    def metadata(self) -> Mapping[str, Any]:
+        """A dict of None, booleans, finite numbers, strings, and lists and dicts of them.
+
+        Raises:
+          CorruptCheckpointError: they are damaged.
+        """
+        ...
+
+
 def no_steps(directory: str) -> Mapping[int, str]:
     """The steps of a format that does not number its checkpoints: none."""
     return {}
@@ -185,12 +202,14 @@ class Export:
         dtype and shape of its spec, or a byte string. It is read when it is asked for; to keep
         memory bounded, ask for one at a time.
       max_shard_nbytes: of one file, if the format has several.
+      metadata: what the program said about the checkpoint, as JSON; for formats that can hold it.
     """
 
     destination: str
     graph: ObjectGraph
     read: Callable[[str], np.ndarray | bytes]
     max_shard_nbytes: int
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def values_by_name(self, separator: str) -> dict[str, Attribute]:
         """The values by the local names on the way to them, joined with a separator.
@@ -301,6 +320,7 @@ __all__ = [
     "ExtentsReader",
     "Files",
     "Format",
+    "HasMetadata",
     "Layout",
     "LeafSpec",
     "Reader",

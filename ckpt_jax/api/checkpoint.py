@@ -25,6 +25,7 @@ from ckpt_jax.metrics import METER
 from ckpt_jax.objects.containers import wrap
 from ckpt_jax.objects.delegate import delegate_of
 from ckpt_jax.objects.registry import saver_name
+from ckpt_jax.objects.stateful import why_stateless
 from ckpt_jax.objects.trackable import AutoTrackable, replace_children
 from ckpt_jax.objects.variable import Variable
 from ckpt_jax.objects.views import ForwardingView, View, view_of
@@ -434,8 +435,10 @@ class _RootedView(ForwardingView):
 
 
 def _unknown(name: str, value: Any) -> str:
+    why = why_stateless(value)
     return (
         f"{name}={type(value).__qualname__}: nothing is known about how to save it; "
+        f"{why and f'{why}; '}"
         "ckpt.register_view teaches the library new kinds"
     )
 

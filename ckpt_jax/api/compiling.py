@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,6 +27,7 @@ from ckpt_jax.matching.assign import assign
 from ckpt_jax.matching.trace import LiveGraph
 
 ARTIFACT = "_FUNCTION/"  # begins the keys of artifacts
+_PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 _MAX_CONSTANT_NBYTES = 1 << 20  # of a table that a function may hold
 
 Functions = Mapping[str, Sequence[Any]]  # (fn, *arg_specs) by name
@@ -62,6 +63,23 @@ def compiled(
             tuple(problems),
         ) from causes[0]
     return records, artifacts
+
+
+def checked_platforms(platforms: Any) -> tuple[str, ...] | None:
+    """Platforms as they were given, if `jax.export` knows them. It would take any text.
+
+    Raises:
+      TypeError: they are no sequence of names.
+      ValueError: there are none, or one is not known.
+    """
+    if platforms is None:
+        return None
+    if isinstance(platforms, str) or not isinstance(platforms, Sequence | Set):
+        raise TypeError(f'platforms: expected names, as ("cpu", "cuda"), got {platforms!r}')
+    known = (*_PLATFORMS, jax.export.default_export_platform())
+    if not platforms or any(name not in known for name in platforms):
+        raise ValueError(f"platforms: expected some of {', '.join(known)}, got {platforms!r}")
+    return tuple(platforms)
 
 
 def checked(functions: Any) -> Functions:
@@ -130,7 +148,8 @@ def _weights(live: LiveGraph) -> dict[int, jax.ShapeDtypeStruct]:
         spec = entry.attributes[0].spec
         if spec.is_key or (spec.is_array and not spec.is_bytes and spec.dtype):
             try:
-                dtype = jax.dtypes.canonicalize_dtype(np.dtype(spec.dtype))
+                # That of the program, also if the save casts the value.
+                dtype = jax.dtypes.canonicalize_dtype(np.dtype(spec.cast_from or spec.dtype))
             except TypeError:  # a dtype of numpy alone, such as of times
                 continue
             found[node] = jax.ShapeDtypeStruct(spec.shape, dtype)

@@ -19,8 +19,15 @@ import numpy as np
 from ckpt_jax.errors import UnsaveableError, UnsupportedFormatError
 from ckpt_jax.graph.as_tree import as_tree
 from ckpt_jax.graph.boxes import whole
-from ckpt_jax.graph.dtypes import LossyConversionError, converted, dtype_name, dtype_of
+from ckpt_jax.graph.dtypes import (
+    LossyConversionError,
+    converted,
+    dtype_name,
+    dtype_of,
+)
 from ckpt_jax.graph.labels import attribute_key
+from ckpt_jax.graph.metadata import METADATA_KEY
+from ckpt_jax.graph.metadata import encode as encode_metadata
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph, has_values
 from ckpt_jax.graph.patterns import Pattern, Selection, selects
 from ckpt_jax.graph.plain_slots import slots_as_children
@@ -28,7 +35,7 @@ from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.metrics import METER
-from ckpt_jax.objects.nested import nested
+from ckpt_jax.objects.nested import OfSaver, nested
 from ckpt_jax.objects.views import View
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path, given
 from ckpt_jax.processes.context import current_context
@@ -72,7 +79,9 @@ def export(
 ) -> str:
     """Writes values in the format of another library.
 
-    One array is in memory at a time, and the destination gets its name when all is written.
+    One array is in memory at a time, and the destination gets its name when all is written. The
+    metadata of a checkpoint go with it to Orbax (as `custom_metadata`) and to safetensors (in the
+    header, as texts; of what is no text, the JSON). The other formats have no place for them.
 
     Args:
       source: the path of a checkpoint of any format, or a tree or object as `ckpt.save` takes it.
@@ -117,9 +126,15 @@ def export(
     path = absolute(destination)
     if is_url(path):
         raise ValueError(
+<<<<<<< HEAD
             f"destination: expected a path in a file system, got {destination!r}. Export to a "
             "local path, and upload what is there with a tool for files, such as 'gcloud storage "
             "cp -r' or 'aws s3 cp --recursive'."
+=======
+            f"destination: expected a path in a file system, got {destination!r}. Export to a local "
+            "path, and upload what is there with a tool for files, such as 'gcloud storage cp -r' or "
+            "'aws s3 cp --recursive'."
+>>>>>>> main
         )
     if is_taken(path):
         raise FileExistsError(f"{destination} exists; export to another path, or remove it first")
@@ -141,7 +156,8 @@ def export(
                 inside = os.path.join(staging, os.path.basename(path))
                 with shown(progress, f"exporting {destination}", _nbytes(graph)) as advance:
                     told = _telling(read, advance)
-                    endings = writer.write(Export(path, graph, told, max_shard_nbytes), inside)
+                    wanted = Export(path, graph, told, max_shard_nbytes, reader.metadata)
+                    endings = writer.write(wanted, inside)
                 _publish(inside, path, endings)
             finally:
                 discard(staging)
@@ -189,6 +205,9 @@ def _reader_of_tree(source: Any) -> ExtentsReader:
     values: dict[int, Any] = {}
 
     def stored_of(value: Any) -> Stored:
+        if isinstance(value, OfSaver):
+            note = f"only its registered saver ({value.name}) can read it"
+            return Stored(LeafSpec("unreadable", "an object", note=note))
         spec, _ = describe(value)
         found = _stored(spec, encode(value))
         values[id(found)] = value
@@ -198,7 +217,7 @@ def _reader_of_tree(source: Any) -> ExtentsReader:
         stored, graph = graph_of_tree(nested(source), stored_of=stored_of)
     except TypeError as error:
         raise UnsaveableError(f"the tree cannot be exported: {error}") from error
-    _require_here([key for key, each in stored.items() if not _is_here(values[id(each)])])
+    _require_here([key for key, each in stored.items() if not _is_here(values.get(id(each)))])
     return ExtentsReader("the given tree", stored, lambda: graph)
 
 
@@ -434,7 +453,8 @@ def convert(
 ) -> str:
     """Saves a checkpoint of any format as one of this library.
 
-    The object graph is kept, or what the format has of it. The memory has to hold all values.
+    The object graph and the metadata are kept, or what the format has of them. Without rules, what
+    `save_object` has saved stays that, with its functions. The memory has to hold all values.
 
     Args:
       source: the path of a checkpoint.
@@ -465,8 +485,14 @@ def convert(
         derived = DerivedReader(reader, saved.derived)
         keys = dict.fromkeys(saved.graph.by_key)
         live = _live(saved.graph, derived.read(keys, options, lambda nbytes: None))
+        parts = {METADATA_KEY: encode_metadata(reader.metadata)} if reader.metadata else {}
+        if saved.graph.nodes == reader.object_graph.nodes:  # what is said of them still holds
+            parts |= reader.recipes()
     options = replace(options, enable_async=False)
-    return save_once(SaveRequest(destination, lambda: live, options, overwrite=False), context)
+    request = SaveRequest(
+        destination, lambda: live, options, overwrite=False, extra=lambda live: parts
+    )
+    return save_once(request, context)
 
 
 def _live(graph: ObjectGraph, values: Mapping[str, Any]) -> LiveGraph:

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ckpt_jax.api.signatures import Parts, decode, leaves_that_fit, put_together
+from ckpt_jax.api.signatures import Parts, array_like, decode, leaves_that_fit, put_together
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.as_tree import as_tree
 from ckpt_jax.graph.labels import VARIABLE_VALUE
@@ -32,17 +32,38 @@ from ckpt_jax.options import DEFAULT, Path
 from ckpt_jax.report import ReportEntry, RestoreReport, near_miss, nearest
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.derived import DerivedReader
+from ckpt_jax.restoring.formulas import ANY_DTYPE
 from ckpt_jax.restoring.rename import rename as renamed
 from ckpt_jax.restoring.rules import Rule
 from ckpt_jax.restoring.run import require_fit
 from ckpt_jax.restoring.shardings import with_shardings
-from ckpt_jax.values.leaves import encode, struct_of
+from ckpt_jax.values.leaves import encode
 
-Weight = tuple[str, LeafSpec]  # the path of a value in its object, and what it is
 _WINDOW = (
     "jax.export promises that an artifact can be read for 6 months after the release of JAX that "
     "wrote it, and by releases of JAX that are up to 3 weeks older than that"
 )
+
+
+class Weight(NamedTuple):
+    """A value that a function takes.
+
+    Attributes:
+      path: of the value in its object.
+      spec: what it is in the checkpoint.
+      dtype: as the function takes it.
+    """
+
+    path: str
+    spec: LeafSpec
+    dtype: Any
+
+    def can_be(self, found: LeafSpec) -> bool:
+        """Whether another value can take its place. One that was cast when it was saved, on either
+        side, counts as what it was before, too."""
+        own = {self.spec.dtype, self.spec.cast_from or self.spec.dtype}
+        has_dtype = found.dtype in {*own, ANY_DTYPE} or found.cast_from in own
+        return has_dtype and found.shape == self.spec.shape
 
 
 class LoadedFunction:
@@ -84,7 +105,7 @@ class LoadedFunction:
         self.name = name
         self.platforms = record.platforms
         self.exported_by = record.exported_by
-        self.weights = tuple([path for path, _ in weights])
+        self.weights = tuple([weight.path for weight in weights])
         self._record, self._exported, self._weights = record, exported, tuple(weights)
         self._values = values
         self._arguments, self._names = decode(record.arguments)
@@ -117,20 +138,29 @@ class LoadedFunction:
                 f"platforms={(*self.platforms, here)}."
             )
         weights = [
-            _as(value, aval.dtype)
-            for value, aval in zip(self._values(), self._exported.in_avals, strict=False)
+            _as(value, weight.dtype)
+            for value, weight in zip(self._values(), self._weights, strict=True)
         ]
-        return put_together(self._outputs, iter(self._call(*weights, *leaves)))
+        try:
+            results = self._call(*weights, *leaves)
+        except ValueError as error:  # of JAX, which need not say which function it is about
+            given = ", ".join(map(str, map(array_like, leaves)))
+            error.add_note(f"{self.signature} was called with {given}")
+            raise
+        return put_together(self._outputs, iter(results))
 
     def with_weights(
         self, source: Any, *, rename: Iterable[Rule] = (), sharding: Any = None
     ) -> LoadedFunction:
         """The same function with other values of the same object, such as newer ones.
 
+        Values that were cast when they were saved (`CheckpointOptions.cast_on_save`) are cast back
+        to the dtypes that the function takes, as `load_function` does, too.
+
         Args:
           source: the path of a checkpoint of any format, or an object or tree.
           rename: rules for a checkpoint with other names: `("model/**", "**")` if it is one of
-            `Checkpoint(model=...)`.
+            `Checkpoint(model=...)`. A `ckpt.Cast(dtype)` in them casts values of other dtypes.
           sharding: as for `load_function`.
 
         Raises:
@@ -211,7 +241,7 @@ def load_function(path: Path, name: str, *, sharding: Any = None) -> LoadedFunct
             hint = near_miss(nearest(name, [*records]))
             raise KeyError(f"{reader.path} has no function {name!r}{hint}. It has {names}.")
         exported = read_exported(reader, name)
-        weights = _weights(reader, records[name])
+        weights = _weights(reader, records[name], exported)
         values = _values_of_checkpoint(reader, weights, (), sharding)
         return LoadedFunction(name, records[name], exported, weights, lambda: values)
 
@@ -237,8 +267,8 @@ def functions_of(reader: CheckpointReader, root: Any) -> dict[str, LoadedFunctio
                 "made anew does not have; load it with ckpt.load_function"
             )
         places = [_Place.of(live, bound[node]) for node in record.inputs]
-        weights = _weights(reader, record)
         exported = read_exported(reader, name)
+        weights = _weights(reader, record, exported)
 
         def values(places: Sequence[_Place] = places) -> list[Any]:
             return [place.value() for place in places]
@@ -312,10 +342,16 @@ def read_exported(reader: CheckpointReader, name: str) -> jax.export.Exported:
         ) from error
 
 
-def _weights(reader: CheckpointReader, record: FunctionRecord) -> list[Weight]:
+def _weights(
+    reader: CheckpointReader, record: FunctionRecord, exported: jax.export.Exported
+) -> list[Weight]:
+    """The values that a function takes."""
     graph = reader.object_graph
     found = [(node, graph.nodes[node].attributes[0]) for node in record.inputs]
-    return [(graph.value_path(node, a.name), a.spec) for node, a in found]
+    return [
+        Weight(graph.value_path(node, a.name), a.spec, aval.dtype)
+        for (node, a), aval in zip(found, exported.in_avals, strict=False)
+    ]
 
 
 def _values_of_checkpoint(
@@ -332,10 +368,13 @@ def _values_of_checkpoint(
             missing=_missing(weights, places),
         ),
         "Nothing was read. Pass a checkpoint of the same object, or rename=[(saved, target), ...] "
-        "for values that have other names.",
+        "for values that have other names, and (saved, target, ckpt.Cast(dtype)) for other dtypes.",
     )
-    chosen = [places[path] for path, _ in weights]
-    structs = {(node, a.name): struct_of(a.spec) for node, a in chosen}
+    chosen = [places[weight.path] for weight in weights]
+    structs = {
+        (node, a.name): jax.ShapeDtypeStruct(a.spec.shape, weight.dtype)
+        for (node, a), weight in zip(chosen, weights, strict=True)
+    }
     placed, problems = (
         with_shardings(graph, structs, sharding) if sharding is not None else ({}, [])
     )
@@ -361,9 +400,13 @@ def _by_path(graph: ObjectGraph) -> dict[str, tuple[int, Attribute]]:
 def _missing(weights: Sequence[Weight], places: Mapping[str, object]) -> tuple[ReportEntry, ...]:
     return tuple(
         [
-            ReportEntry(path, expected=str(spec), nearest=tuple(nearest(path, [*places])))
-            for path, spec in weights
-            if path not in places
+            ReportEntry(
+                weight.path,
+                expected=str(weight.spec),
+                nearest=tuple(nearest(weight.path, [*places])),
+            )
+            for weight in weights
+            if weight.path not in places
         ]
     )
 
@@ -371,11 +414,13 @@ def _missing(weights: Sequence[Weight], places: Mapping[str, object]) -> tuple[R
 def _differences(
     weights: Sequence[Weight], places: Mapping[str, tuple[int, Attribute]]
 ) -> Iterator[ReportEntry]:
-    for path, spec in weights:
-        if path in places:
-            found = places[path][1].spec
-            if (found.shape, found.dtype) != (spec.shape, spec.dtype):
-                yield ReportEntry(path, str(spec), str(found), f"expected {spec}, got {found}")
+    for weight in weights:
+        if weight.path in places:
+            found = places[weight.path][1].spec
+            if not weight.can_be(found):
+                spec = weight.spec
+                what = f"expected {spec}, got {found}"
+                yield ReportEntry(weight.path, str(spec), str(found), what)
 
 
 def _values_of_object(source: Any, weights: Sequence[Weight]) -> list[Any]:
@@ -390,8 +435,11 @@ def _values_of_object(source: Any, weights: Sequence[Weight]) -> list[Any]:
         ),
         "Pass an object of the same structure.",
     )
-    chosen = [places[path] for path, _ in weights]
-    return [encode(live.values[node][a.name]) for node, a in chosen]
+    found: list[Any] = []
+    for weight in weights:
+        node, attribute = places[weight.path]
+        found.append(_as(encode(live.values[node][attribute.name]), weight.dtype))
+    return found
 
 
 def _as(value: Any, dtype: Any) -> Any:

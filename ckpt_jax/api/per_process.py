@@ -18,7 +18,7 @@ written by the same saver, in a `PerProcess` or without one.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -27,19 +27,24 @@ from ckpt_jax import io
 from ckpt_jax.api.tree import built_from
 from ckpt_jax.errors import ProcessError, UnsaveableError
 from ckpt_jax.graph import codec
+from ckpt_jax.graph.labels import object_key_of, path_of
 from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.matching.live import live_graph
 from ckpt_jax.matching.match import match
-from ckpt_jax.objects.registry import OfType, register_checkpoint_saver
+from ckpt_jax.objects.registry import ByType, register_checkpoint_saver
 from ckpt_jax.objects.stateful import STATEFUL, give_state, state_of
-from ckpt_jax.objects.views import View, add_view, known_view, view_of
+from ckpt_jax.objects.views import View, add_view, view_of
 from ckpt_jax.options import DEFAULT
 from ckpt_jax.processes.current import current
+from ckpt_jax.report import ReportEntry, RestoreReport
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
-from ckpt_jax.restoring.run import EVERYTHING, plan_matched
+from ckpt_jax.restoring.run import EVERYTHING, plan_matched, require_fit
 from ckpt_jax.saving.pipeline import encoded_values
 from ckpt_jax.store.seal import seal, unseal
+from ckpt_jax.values.leaves import decode
+
+_NO_STATE = "expected the state that each process gives, but the save has found another value here"
 
 Merge = Callable[[list[Any], int, int], Any]
 
@@ -92,10 +97,8 @@ def _key(name: str, process: int) -> str:
 def _save(objects: dict[str, Any], prefix: str) -> str:
     process = current().index
     values: dict[str, Any] = {}
-    for name, each in objects.items():
+    for name, value in _states(objects).items():
         root = _key(name, process)
-        inner = _value_of(each)
-        value = state_of(inner) if _gives_state(inner) else inner
         live = live_graph(value, root, for_restore=False)
         refused = [
             (path, f"is taken by the checkpoint saver {node.saver.name}")
@@ -118,12 +121,38 @@ def _save(objects: dict[str, Any], prefix: str) -> str:
     return io.write_shard(prefix, values)
 
 
+def _states(objects: dict[str, Any]) -> dict[str, Any]:
+    """What is saved of each object: its value, or the state that it gives.
+
+    Raises:
+      UnsaveableError: naming all objects that do not give their state.
+    """
+    found: dict[str, Any] = {}
+    problems: list[tuple[str, str]] = []
+    causes: list[Exception] = []
+    for name, each in objects.items():
+        inner = _value_of(each)
+        try:
+            found[name] = state_of(inner) if _gives_state(inner) else inner
+        except Exception as error:  # of code of the program, which may raise anything
+            problems.append((path_of(name) or "(root)", f"{type(error).__name__}: {error}"))
+            causes.append(error)
+    if problems:
+        lines = "\n".join(f"  {path}: {what}" for path, what in problems)
+        raise UnsaveableError(
+            f"{len(problems)} objects did not give their state; nothing was written:\n{lines}",
+            tuple(problems),
+        ) from causes[0]
+    return found
+
+
 def _restore(objects: dict[str, Any], path: str) -> None:
     processes = current()
     with CheckpointReader(path) as reader:
         graphs = {name: _graphs(reader, name) for name in objects}
+        _require_states(graphs, path)
         unmerged = [
-            f"{name or '(root)'}: saved by {len(graphs[name])} processes"
+            f"{path_of(name) or '(root)'}: saved by {len(graphs[name])} processes"
             for name, each in objects.items()
             if len(graphs[name]) != processes.count and getattr(each, "merge", None) is None
         ]
@@ -143,7 +172,7 @@ def _restore(objects: dict[str, Any], path: str) -> None:
                 root = _key(name, processes.index)
                 inner = _value_of(each)
                 restored[name] = (
-                    _loaded(reader, saved)
+                    _loaded(reader, saved, on_device=True)
                     if _gives_state(inner)
                     else _own_value(reader, saved, inner, root)
                 )
@@ -153,9 +182,28 @@ def _restore(objects: dict[str, Any], path: str) -> None:
     for name, value in restored.items():
         inner = _value_of(objects[name])
         if _gives_state(inner):
-            give_state(inner, value)
+            try:
+                give_state(inner, value)
+            except Exception as error:
+                error.add_note(f"{path_of(name) or '(root)'} refused the state from {path}")
+                raise
         else:
             objects[name].value = value
+
+
+def _require_states(graphs: Mapping[str, Sequence[ObjectGraph]], path: str) -> None:
+    """Raises RestoreMismatchError for values that were saved in another way."""
+    report = RestoreReport(
+        path,
+        mismatched=tuple(
+            [
+                ReportEntry(path_of(object_key_of(name)), what=_NO_STATE)
+                for name, found in graphs.items()
+                if not found
+            ]
+        ),
+    )
+    require_fit(report, "Nothing was changed. Pass an object of the kind that was saved.")
 
 
 def _value_of(each: Any) -> Any:
@@ -166,8 +214,8 @@ def _gives_state(obj: Any) -> bool:
     return view_of(obj) is STATEFUL
 
 
-def _is_taken(kind: type) -> bool:
-    return kind is PerProcess or known_view(kind) is STATEFUL
+def _is_taken(obj: Any) -> bool:
+    return type(obj) is PerProcess or _gives_state(obj)
 
 
 def _graphs(reader: CheckpointReader, name: str) -> list[ObjectGraph]:
@@ -185,9 +233,14 @@ def _own_value(reader: CheckpointReader, saved: ObjectGraph, target: Any, root: 
     return planned.execute(DEFAULT)[0]
 
 
-def _loaded(reader: CheckpointReader, saved: ObjectGraph) -> Any:
+def _loaded(reader: CheckpointReader, saved: ObjectGraph, *, on_device: bool = False) -> Any:
+    """A saved value as `ckpt.load` gives it; or with arrays of JAX, if they were that."""
     wanted = {(node, attribute.name): attribute for node, attribute in saved.attributes()}
     data = reader.read({attribute.key: None for attribute in wanted.values()})
+    for attribute in wanted.values() if on_device else ():
+        value, spec = data[attribute.key], attribute.spec
+        if spec.is_placed and jax.dtypes.canonicalize_dtype(value.dtype) == value.dtype:
+            data[attribute.key] = decode(jax.device_put(value), spec, spec)
     return built_from(reader, saved, wanted, data, everything=True)
 
 
@@ -195,7 +248,7 @@ add_view(PerProcess, _PerProcessView())
 register_checkpoint_saver(
     package="ckpt_jax",
     name="PerProcess",
-    predicate=OfType(_is_taken),
+    predicate=ByType(_is_taken),
     save_fn=_save,
     restore_fn=_restore,
 )

@@ -35,6 +35,7 @@ from ckpt_jax.matching.trace import LiveGraph
 from ckpt_jax.objects import registry
 from ckpt_jax.objects.containers import Wrapper
 from ckpt_jax.objects.state import PLAIN, NoDependency
+from ckpt_jax.objects.trackable import AutoTrackable
 from ckpt_jax.objects.views import View, view_of
 from ckpt_jax.values.leaves import describe
 
@@ -182,6 +183,8 @@ def _check_plain(obj: Any, kind: str, node: Node) -> None:
         what = "values"
     elif node.slots:
         what = "slot variables"
+    elif kind == OBJECT and node.saver is not None and _needs_class(node.saver.name):
+        what = "its state"
     if what:
         cls = type(obj)
         raise TypeError(
@@ -190,6 +193,12 @@ def _check_plain(obj: Any, kind: str, node: Node) -> None:
         )
     if kind == OBJECT and (odd := [x for x, _ in node.children if not isinstance(x, str)]):
         raise TypeError(f"{odd[0]!r} is no name for an attribute")
+
+
+def _needs_class(saver: str) -> bool:
+    """Whether a saver is known to refuse what an object without a class is made anew as."""
+    predicate = registry.get_saver(saver).predicate
+    return isinstance(predicate, registry.ByType) and not predicate(AutoTrackable())
 
 
 def _spec_for_saver(value: Any, kind: str, saver: str) -> LeafSpec:

@@ -28,7 +28,7 @@ import jax
 import numpy as np
 from google.protobuf.any_pb2 import Any as AnyMessage
 
-from ckpt_jax.api.compiling import Functions, checked, compiled
+from ckpt_jax.api.compiling import Functions, checked, checked_platforms, compiled
 from ckpt_jax.api.functions import LoadedFunction, functions_of
 from ckpt_jax.api.recipes import TYPE_NAME, lasting, recorded
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, RegistrationError
@@ -118,7 +118,7 @@ def save_object(
       UnsaveableError: naming every object that cannot be saved or made anew: one with values or
         slots of its own has to be of a registered class. Or naming every function that cannot be
         traced, or that holds arrays of its own. Nothing was written.
-      ValueError: `options` has `enable_async`.
+      ValueError: `options` has `enable_async`, or a platform is not known.
 
     Source: `tf.saved_model.save`, what it does for objects.
 
@@ -132,11 +132,12 @@ def save_object(
       (Array([0., 1.], dtype=float32), 3.0)
     """
     options, wanted = given(options), checked(functions)
+    built_for = checked_platforms(platforms)
     refuse_async("ckpt.save_object", options)
 
     def extra(live: LiveGraph) -> dict[str, bytes]:
         objects = recorded(live)
-        records, artifacts = compiled(live, wanted, platforms)
+        records, artifacts = compiled(live, wanted, built_for)
         sealed = {key: seal(artifact) for key, artifact in artifacts.items()}
         return {SAVED_OBJECTS_KEY: seal(encode(live.graph, objects, records)), **sealed}
 
@@ -166,6 +167,9 @@ def load_object(path: Path, *, sharding: Any = None) -> Any:
     dicts, as `ckpt.load` gives them. The members of enums become members if the program has
     imported their class, and otherwise strings or numbers. Functions and other parts of modules
     that are no state become None, in their places.
+
+    What the save has cast (`CheckpointOptions.cast_on_save`) becomes what it was before if it goes
+    into an object that a registered class makes, and stays as it is stored everywhere else.
 
     If functions were saved with the object, it has them by name in its attribute `functions`. They
     take the values that the object has when they are called. (A child that is called `functions`
@@ -495,7 +499,9 @@ class _Revival:
         }
         only = frozenset(range(len(live.objects))) - placed.keys()
         saved = Renamed(self.graph)
-        planned = plan_matched(self.reader, saved, found, live, self.options, only=only)
+        planned = plan_matched(
+            self.reader, saved, found, live, self.options, only=only, casts_back=True
+        )
         done = planned.reads.used | set(placed.values())
         lost = [
             ReportEntry(self.graph.paths[node] or "(root)", found=found_there)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckpt_jax.graph.dtypes import dtype_name, dtype_of
+from ckpt_jax.objects.pytrees import is_registered
 
 _SEQUENCES = {"list": list, "tuple": tuple}
 
@@ -116,9 +117,9 @@ def _parts(tree: Any) -> tuple[str, list[tuple[str | int, Any]]] | None:
     fields = getattr(tree, "_fields", None)
     if isinstance(tree, tuple) and fields is not None:
         return "dict", [*zip(fields, tree, strict=True)]
-    level = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda part: part is not tree)[0]
-    if len(level) == 1 and level[0][1] is tree:
+    if not is_registered(tree):
         return None
+    level = jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda part: part is not tree)[0]
     return "dict", [(_name(keys[0]), part) for keys, part in level]
 
 

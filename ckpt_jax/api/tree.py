@@ -377,10 +377,13 @@ def built_from(
     *,
     everything: bool,
 ) -> Any:
-    """Plain containers from a graph, and from what was read of its values, by key."""
+    """Plain containers from a graph, and from what was read of its values, by key. Keys that were
+    read as keys of JAX stay that."""
     values: dict[int, dict[str, Any]] = {}
     for (node, name), attribute in wanted.items():
-        value = reader.as_saved(attribute.key, data[attribute.key], attribute.spec)
+        value = data[attribute.key]
+        if not (isinstance(value, jax.Array) and attribute.spec.is_key):
+            value = reader.as_saved(attribute.key, value, attribute.spec)
         values.setdefault(node, {})[name] = value
     return _build(saved, values, everything=everything)
 

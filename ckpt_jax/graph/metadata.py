@@ -76,6 +76,19 @@ def _plain(value: Any) -> Any:
     return [*map(_plain, value)] if isinstance(value, list) else value
 
 
+def finite(value: Any) -> Any:
+    """What another library has written as JSON, without numbers that JSON does not have.
+
+    >>> finite({"loss": float("nan"), "steps": [1]})
+    {'loss': 'nan', 'steps': [1]}
+    """
+    if isinstance(value, dict):
+        return {key: finite(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [*map(finite, value)]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def decode(data: bytes) -> dict[str, Any]:
     """The inverse of `encode`.
 

@@ -22,7 +22,6 @@ from ckpt_jax.api.latest import (
     checkpoint_exists,
     older_checkpoints,
     problem_with,
-    remove_checkpoint,
 )
 from ckpt_jax.errors import CheckpointNotFoundError, SupersededError
 from ckpt_jax.manage.fence import Fence
@@ -366,7 +365,7 @@ class Collection:
                 )
             ledger = Ledger(others[0], ledger.records, ledger.last_preserved)
             self._write(ledger)
-        remove_checkpoint(path)
+        self._remover.remove(path)
         self._begun.pop(path, None)
         if ledger.latest is not None:
             self._write(self.ledger.without(frozenset([path])))

@@ -426,7 +426,7 @@ class CheckpointManager:
             )
         return scores
 
-    def restore_or_initialize(self) -> str | None:
+    def restore_or_initialize(self, *, options: CheckpointOptions | None = None) -> str | None:
         """Restores the latest checkpoint; if there is none, calls `init_fn`.
 
         If the latest is gone or damaged, the one with the next smaller number that can be restored
@@ -438,6 +438,10 @@ class CheckpointManager:
         removed.
 
         If something was not restored, a warning says what. `status` can then be asserted on.
+
+        Args:
+          options: see `Checkpoint.restore`. `CheckpointOptions(cast=True)` is for a run that saves
+            with `cast_on_save`.
 
         Returns:
           The path of the checkpoint that was restored, or None if there was none.
@@ -462,6 +466,7 @@ class CheckpointManager:
           ...     os.path.basename(path), fresh.step
           ('ckpt-1', 7)
         """
+        options = given(options)
         is_shared = current().count > 1 or is_url(self._directory)
         if is_shared and not self._is_read_only:
             preflight(self._directory)
@@ -471,7 +476,7 @@ class CheckpointManager:
             if self._init_fn is not None:
                 self._init_fn()
             return None
-        path, left = self._restore_first(paths, (), None)
+        path, left = self._restore_first(paths, (), options)
         if left is not None:
             _log.warning(
                 "%s was restored in part: %s. If you did not expect that, compare the names in "
@@ -506,7 +511,8 @@ class CheckpointManager:
 
         Raises:
           CheckpointNotFoundError: there is no such checkpoint, or none at all.
-          ValueError: both a step and a metric were given, or no checkpoint has the metric.
+          ValueError: both a step and a metric were given, or checkpoints have metrics, but not
+            this one.
           RestoreMismatchError: as in `Checkpoint.restore`, or nothing of the checkpoint was
             restored.
           CorruptCheckpointError: it is damaged.
@@ -530,6 +536,12 @@ class CheckpointManager:
         def chosen() -> list[str]:
             if best is not None:
                 found = self._best(best, mode)
+                if found is None and self._collection.present().records:
+                    raise CheckpointNotFoundError(
+                        f"{self._given}: expected a checkpoint with the metric {best!r}, found "
+                        "none for which it is a number. Pass save(metrics={...}), or restore a "
+                        "step."
+                    )
                 paths = [found] if found is not None else []
             elif number is not None:
                 return [self._restart.path_of(number)]
@@ -617,7 +629,7 @@ class CheckpointManager:
           mode: whether "min" or "max" is the best value.
 
         Returns:
-          A path; None if no checkpoint has metrics.
+          A path; None if no checkpoint has metrics, or if the values of this one are NaN.
 
         Raises:
           ValueError: checkpoints have metrics, but not this one; or the mode is unknown.
@@ -729,7 +741,8 @@ class CheckpointManager:
     def delete(self, step: Any) -> None:
         """Removes a checkpoint of this manager's name, whether it is managed or not.
 
-        If it is the latest, the one before it becomes the latest.
+        If it is the latest, the one before it becomes the latest. If the manager has a trash
+        directory, the checkpoint is moved there.
 
         Args:
           step: its number.
@@ -888,6 +901,15 @@ class CheckpointManager:
     def status(self) -> LoadStatus | None:
         """The status of the last restore by this manager; None if there was none."""
         return self._status
+
+
+def require_writable(manager: CheckpointManager, verb: str) -> None:
+    """Refuses what changes the directory of a manager that is read-only.
+
+    Raises:
+      CheckpointError: it is.
+    """
+    manager._require_writable(verb)
 
 
 def make_due(manager: CheckpointManager) -> None:

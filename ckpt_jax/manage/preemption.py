@@ -47,6 +47,7 @@ from ckpt_jax.manage.manager import (
     has_saved_step,
     hear_notices,
     make_due,
+    require_writable,
     save_step,
 )
 from ckpt_jax.processes.common_step import CommonStep
@@ -86,6 +87,7 @@ class PreemptionHandler:
 
     Raises:
       ValueError: `grace_seconds` is negative; or, on entering, this is not the main thread.
+      CheckpointError: the manager is read-only.
 
     Source: `tf.distribute.experimental.PreemptionCheckpointHandler`, which wraps the step.
 
@@ -114,6 +116,8 @@ class PreemptionHandler:
     ):
         if grace_seconds is not None and grace_seconds < 0:
             raise ValueError(f"expected grace_seconds of 0 or more, or None, got {grace_seconds}")
+        if save is None:
+            require_writable(manager, "save")
         self._manager = manager
         self._grace_seconds = grace_seconds
         self._signals = tuple(signals)

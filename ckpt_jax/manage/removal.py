@@ -35,13 +35,15 @@ class Removal:
       in_background: whether files are removed on a thread of their own, so that no save waits for
         it. The checkpoints are gone at once. The end of the program, and `gc`, wait for the thread.
       trash: a directory to which the checkpoints are moved instead, relative to that of the
-        checkpoints, on the same file system; not for object stores. They can be restored from
+        checkpoints, on the same file system; not for object stores. Those that `delete` removes go
+        there, too. They can be restored from
         there by their paths, `trash/ckpt-3.1764272000`; the number at the end is the time, in
         seconds since the epoch.
       trash_seconds: how long they stay there; None leaves them until somebody removes them by hand.
 
     Raises:
       ValueError: there is a time for the trash, but no trash, or it is negative.
+      TypeError: `in_background` is not a bool.
 
     Example:
       >>> import ckpt_jax as ckpt, os, tempfile
@@ -60,6 +62,8 @@ class Removal:
     trash_seconds: float | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.in_background, bool):
+            raise TypeError(f"in_background must be True or False, got {self.in_background!r}")
         if self.trash_seconds is not None and (self.trash is None or self.trash_seconds < 0):
             raise ValueError(
                 f"expected a trash directory and trash_seconds of 0 or more, got {self}"
@@ -83,6 +87,11 @@ class Remover:
             raise ValueError(
                 f"{directory}: expected no trash, because nothing can be moved in an object store, "
                 f"got {removal}. Let the store keep old versions instead."
+            )
+        if removal.trash is not None and re.fullmatch(rf"{re.escape(name)}-\d+", removal.trash):
+            raise ValueError(
+                f"{directory}: expected a trash that is not called like a checkpoint {name}-N, got "
+                f"{removal.trash!r}"
             )
         self._name, self._removal, self._clock = name, removal, clock
         self._trash = removal.trash and os.path.join(directory, removal.trash)

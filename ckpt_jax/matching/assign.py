@@ -45,11 +45,11 @@ def assign(
         raise
 
 
-def note_changed(error: BaseException, paths: Iterable[str]) -> None:
+def note_changed(error: BaseException, paths: Iterable[str], how: str = "Changed") -> None:
     """Notes in an error which objects a restore has changed although it failed."""
     names = [path or "(root)" for path in dict.fromkeys(paths)]
     if names:
-        error.add_note(f"Changed by this restore, and not put back: {', '.join(names)}")
+        error.add_note(f"{how} by this restore, and not put back: {', '.join(names)}")
 
 
 class _Assignment:

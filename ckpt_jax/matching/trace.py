@@ -32,6 +32,7 @@ from ckpt_jax.graph.nodes import (
 )
 from ckpt_jax.graph.specs import LeafSpec, ShardingSpec
 from ckpt_jax.objects.delegate import DELEGATE, delegate_of
+from ckpt_jax.objects.stateful import why_stateless
 from ckpt_jax.objects.views import (
     NoState,
     OptimizerView,
@@ -412,7 +413,8 @@ def _dotted(kind: type) -> str:
 
 
 def _no_view(obj: Any) -> str:
-    return f"{_dotted(type(obj))} has no view, so its state is unknown"
+    why = why_stateless(obj)
+    return f"{_dotted(type(obj))} has no view, so its state is unknown{why and f'; {why}'}"
 
 
 class _OpaqueView(View):

@@ -9,6 +9,7 @@ pytree, as a trackable is not, has the children that its view shows.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -17,12 +18,24 @@ from jax.tree_util import FlattenedIndexKey, SequenceKey
 from ckpt_jax.graph.labels import ONLY_VALUE, local_name
 from ckpt_jax.objects.delegate import delegate_of
 from ckpt_jax.objects.optax_states import OptaxState
-from ckpt_jax.objects.pytrees import label_of
+from ckpt_jax.objects.pytrees import is_registered, label_of
+from ckpt_jax.objects.registry import saver_name
 from ckpt_jax.objects.views import slots_of, view_of
 
 
+@dataclass(frozen=True, slots=True)
+class OfSaver:
+    """Stands for an object that a registered saver takes, in a form that only the saver knows.
+
+    Attributes:
+      name: of the saver.
+    """
+
+    name: str
+
+
 def nested(obj: Any) -> Any:
-    """The object as dicts and lists of leaves.
+    """The object as dicts and lists of leaves. Objects that savers take are `OfSaver`s.
 
     Empty containers stay: None, dicts and lists; any other becomes None. Keys of dicts are texts.
 
@@ -37,6 +50,8 @@ def nested(obj: Any) -> Any:
 
 def _nested(obj: Any, above: tuple[int, ...]) -> Any:
     obj = delegate_of(obj)
+    if (saver := saver_name(obj)) is not None:
+        return OfSaver(saver)
     if id(obj) in above:
         raise TypeError(f"a {type(obj).__qualname__} contains itself")
     above = (*above, id(obj))
@@ -44,9 +59,9 @@ def _nested(obj: Any, above: tuple[int, ...]) -> Any:
         return _nested(obj.opt_state, above)
     if type(obj) is dict:  # JAX refuses keys that it cannot sort
         return {str(key): _nested(part, above) for key, part in obj.items()}
-    pairs, _ = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda part: part is not obj)
-    if len(pairs) == 1 and not pairs[0][0]:
+    if not is_registered(obj):
         return _viewed(obj, above)
+    pairs, _ = jax.tree_util.tree_flatten_with_path(obj, is_leaf=lambda part: part is not obj)
     keys = [path[0] for path, _ in pairs]
     parts = [_nested(child, above) for _, child in pairs]
     if not pairs:

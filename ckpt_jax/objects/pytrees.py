@@ -157,8 +157,8 @@ def label_of(key: Any) -> Label:
 
 def is_registered(obj: Any) -> bool:
     """Whether JAX takes an object apart."""
-    leaves = jax.tree.leaves(obj, is_leaf=lambda x: x is not obj)
-    return not (len(leaves) == 1 and leaves[0] is obj)
+    # Not `jax.tree.leaves`, which warns of generators and other iterators.
+    return jax.tree_util.default_registry.flatten_one_level(obj) is not None
 
 
 def _is_registered_namedtuple(kind: type) -> bool:

@@ -119,18 +119,18 @@ class IsExactly:
 
 
 @dataclass(frozen=True, slots=True)
-class OfType:
-    """A predicate that looks at the type of an object alone."""
+class ByType:
+    """A predicate that says the same of all objects of a type."""
 
-    test: Callable[[type], bool]
+    test: Callable[[Any], bool]
 
     def __call__(self, obj: Any) -> bool:
-        return self.test(type(obj))
+        return self.test(obj)
 
 
 def saver_of() -> Callable[[Any], str | None]:
     """`saver_name`, as a function that needs one lookup if all predicates look at types alone."""
-    if not all(isinstance(saver.predicate, IsExactly | OfType) for saver in _savers.values()):
+    if not all(isinstance(saver.predicate, IsExactly | ByType) for saver in _savers.values()):
         return saver_name
     names: dict[type, str | None] = {}
 

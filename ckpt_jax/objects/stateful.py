@@ -5,6 +5,7 @@ Data iterators and loaders do, each in one of these ways:
     get_state() and set_state(state)               grain, numpy's RandomState
     state_dict() and load_state_dict(state)        torch, torchdata
     async save(directory) and load(directory)      Orbax's StatefulCheckpointable
+    TensorFlow's protocol of trackables            iterators of tf.data, see `tf_data`
 
 Such an object is taken as it is, if no other view knows its type. It is mutable, and it is one node
 of the graph, which a saver writes: see `api.per_process`. Its state is made of plain values, numpy
@@ -20,11 +21,12 @@ import pathlib
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Collection, Coroutine, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
+from ckpt_jax.objects.tf_data import give_iterator_state, is_tf_iterator, state_of_iterator
 from ckpt_jax.objects.views import View
 
 _METHODS = (("get_state", "set_state"), ("state_dict", "load_state_dict"))
@@ -48,7 +50,7 @@ def stateful_view(obj: Any) -> View | None:
 
 def is_stateful(kind: type) -> bool:
     """Whether objects of a type give their state and take it back."""
-    return _methods(kind) is not None or _writes_files(kind)
+    return _methods(kind) is not None or is_tf_iterator(kind) or _writes_files(kind)
 
 
 def _methods(kind: type) -> tuple[str, str] | None:
@@ -64,21 +66,37 @@ def _writes_files(kind: type) -> bool:
     return all(inspect.iscoroutinefunction(getattr(kind, name, None)) for name in ("save", "load"))
 
 
+def why_stateless(obj: Any) -> str:
+    """Why an object that has no view is none that gives its state, and what to do; "" if it is
+    neither an iterator nor a dataset."""
+    if isinstance(obj, Iterator):
+        return (
+            "it is an iterator that does not give its state. Pass one that has get_state and "
+            "set_state; if it only converts what another iterator gives, pass that one (of "
+            "tf.data: iter(dataset) or dataset.as_numpy_iterator())"
+        )
+    if isinstance(obj, Iterable) and not isinstance(obj, Collection | type):
+        return "if it is a dataset, pass its iterator, iter(dataset), which has the state"
+    return ""
+
+
 def state_of(obj: Any) -> Any:
     """The state of an object, as plain data and arrays."""
     methods = _methods(type(obj))
-    if methods is None:
-        return _files_of(obj)
-    return _packed(getattr(obj, methods[0])())
+    if methods is not None:
+        return _packed(getattr(obj, methods[0])())
+    return state_of_iterator(obj) if is_tf_iterator(type(obj)) else _files_of(obj)
 
 
 def give_state(obj: Any, state: Any) -> None:
     """Gives an object a state that `state_of` gave."""
     methods = _methods(type(obj))
-    if methods is None:
-        _give_files(obj, state)
-    else:
+    if methods is not None:
         getattr(obj, methods[1])(_unpacked(state))
+    elif is_tf_iterator(type(obj)):
+        give_iterator_state(obj, state)
+    else:
+        _give_files(obj, state)
 
 
 # --- tensors ---------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from ckpt_jax.objects.containers import unmarked, wrap
 from ckpt_jax.objects.pending import PENDING, copy_pending, received
 from ckpt_jax.objects.python_state import PythonState
 from ckpt_jax.objects.state import NoDependency, holds_state
+from ckpt_jax.objects.stateful import why_stateless
 from ckpt_jax.objects.variable import Variable
 from ckpt_jax.objects.views import NoState, OptimizerView, SlotEntry, add_view, view_of
 
@@ -76,9 +77,10 @@ class Trackable:
         """
         value = wrap(value, whole=True)
         if view_of(value) is None:
+            why = why_stateless(value)
             raise TypeError(
                 f"cannot track {name!r}: {type(value).__qualname__} has no view "
-                "(ckpt.register_view teaches the library new kinds)"
+                f"(ckpt.register_view teaches the library new kinds){why and f'; {why}'}"
             )
         children = _own(self, _CHILDREN)
         is_awaited = overwrite and name in self.__dict__.get(PENDING, ())

@@ -262,11 +262,6 @@ def view_of(obj: Any) -> View | None:
         return view
 
 
-def known_view(kind: type) -> View | None:
-    """The view of the objects of a type, if one of them was looked at."""
-    return _cache.get(kind)
-
-
 def _import_views(kind: type) -> None:
     if not _not_imported:
         return

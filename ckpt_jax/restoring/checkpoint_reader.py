@@ -22,14 +22,14 @@ from ckpt_jax.errors import (
 from ckpt_jax.graph.as_tree import as_tree, is_tree
 from ckpt_jax.graph.boxes import Box
 from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, dtype_of
-from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
+from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, SAVED_OBJECTS_KEY
 from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.graph.plain_slots import slots_as_children
 from ckpt_jax.graph.saved_objects import Functions, SavedObject
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.io import read_values
 from ckpt_jax.options import DEFAULT, CheckpointOptions, Path
-from ckpt_jax.readers import Reader
+from ckpt_jax.readers import HasMetadata, Reader
 from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.restoring.formats import foreign_steps, open_foreign
 from ckpt_jax.restoring.formats.own import OwnReader
@@ -211,19 +211,29 @@ class CheckpointReader:
         with self._pinned.unless_replaced():
             return self._own.artifact(self.saved_functions[function].artifact)
 
+    def recipes(self) -> dict[str, bytes]:
+        """The entries that say how objects are recreated, and the functions, as they are stored."""
+        if self._own is None or self.saved_objects is None:
+            return {}
+        names = [SAVED_OBJECTS_KEY, *[each.artifact for each in self.saved_functions.values()]]
+        with self._pinned.unless_replaced():
+            found = {name: self._own.entry(name) for name in names}
+        return {name: data for name, data in found.items() if data is not None}
+
     @cached_property
     def metadata(self) -> dict[str, Any]:
         """What the program said about the checkpoint (`CheckpointManager.save(metadata=...)`).
 
-        It is empty if the program said nothing, and for checkpoints of other libraries.
+        It is empty if the program said nothing. Of other formats, those of Orbax
+        (`custom_metadata`) and safetensors can hold it.
 
         Raises:
           CorruptCheckpointError: it is damaged.
         """
-        if self._own is None:
+        if not isinstance(self._source, HasMetadata):
             return {}
         with self._pinned.unless_replaced():
-            found = self._own.metadata()
+            found = dict(self._source.metadata())
         self.check_not_replaced()
         return found
 

@@ -191,16 +191,19 @@ def execute(
             value = host.weakly_typed(value)
         values.setdefault(r.node, {})[r.name] = value
     replaced: dict[int, Any] = {}
-    called: list[int] = []  # nodes with objects that a saver may have changed in place
+    called: list[int] = []  # nodes with objects that savers have changed in place
+    calling: list[int] = []  # the same for a saver that is at work, and may raise before it does
     try:
         for saver, nodes in calls:
-            called += [node for node in nodes.values() if live.views[node].mutable]
+            calling = [node for node in nodes.values() if live.views[node].mutable]
             new = _called(saver, nodes, live, reader.path)
+            called, calling = [*called, *calling], []
             replaced.update({nodes[name]: value for name, value in new.items()})
         given = frozenset([*values, *(node for _, nodes in calls for node in nodes.values())])
         return assign(live, values, replaced), given
     except BaseException as error:
         note_changed(error, [live.graph.paths[node] for node in called])
+        note_changed(error, [live.graph.paths[node] for node in calling], "Perhaps changed")
         raise
 
 

@@ -221,6 +221,7 @@ def plan_matched(
     options: CheckpointOptions,
     *,
     only: frozenset[int] | None = None,
+    casts_back: bool = False,
 ) -> PlannedRestore:
     """Plans a restore whose graphs are matched.
 
@@ -230,8 +231,9 @@ def plan_matched(
       live: the objects.
       options: `cast`, `skip_slot_variables` and `shardings` apply.
       only: live nodes to plan for; all by default.
+      casts_back: whether values that the save has cast may become what they were before.
     """
-    reads = plan_values(saved, found, live, reader.path, options, only=only)
+    reads = plan_values(saved, found, live, reader.path, options, only=only, casts_back=casts_back)
     return PlannedRestore(live, reads, DerivedReader(reader, saved.derived))
 
 
@@ -269,6 +271,7 @@ def plan_values(
     options: CheckpointOptions,
     *,
     only: frozenset[int] | None = None,
+    casts_back: bool = False,
 ) -> ReadPlan:
     """The values to read after a match, and all problems; see `plan_matched`."""
     target, wrong = placed(live, options.shardings, known=(saved.graph,))
@@ -277,7 +280,7 @@ def plan_values(
         target,
         found,
         path=path,
-        fits=_fits(options.cast),
+        fits=_fits(options.cast, casts_back),
         saved_paths=saved.saved_paths,
         only=only,
         skip_slots=options.skip_slot_variables,
@@ -308,11 +311,12 @@ def _with_suggestion(report: RestoreReport, *graphs: ObjectGraph) -> RestoreRepo
     return report if rule is None else replace(report, suggested_renames=(rule,))
 
 
-def _fits(cast: bool) -> Callable[[LeafSpec, LeafSpec, Any], str | None]:
+def _fits(cast: bool, casts_back: bool) -> Callable[[LeafSpec, LeafSpec, Any], str | None]:
     """The test whether a saved value can become the value of a target."""
 
     def why_not(saved: LeafSpec, target: LeafSpec, value: Any) -> str | None:
-        problem = difference(saved, target, cast)
+        is_back = casts_back and saved.cast_from == target.dtype
+        problem = difference(saved, target, cast or is_back)
         if problem is None and target.is_placed:
             problem = host.placement_problem(value.shape, host.placement(value))
         return problem

@@ -57,7 +57,9 @@ def with_casts(live: LiveGraph, casts: Casts) -> tuple[LiveGraph, Mapping[str, C
         if dtype_name(dtype) == spec.dtype:
             return attribute
         found[attribute.key] = Cast(path, dtype)
-        new = replace(spec, dtype=dtype_name(dtype), cast_from=spec.dtype)
+        original = spec.cast_from or spec.dtype  # a conversion casts what was cast before
+        was = "" if original == dtype_name(dtype) else original
+        new = replace(spec, dtype=dtype_name(dtype), cast_from=was)
         return replace(attribute, spec=new)
 
     def changed_node(number: int, node: Node) -> Node:

@@ -152,7 +152,8 @@ def _ls(args: argparse.Namespace) -> Result:
         "note": found.note or None,
     }
     is_damaged = any([each.is_damaged for each in found.checkpoints])
-    return Result(data, findings.listing_parts(found), FOUND if is_damaged else FINE)
+    parts = findings.listing_parts(found, args.metadata)
+    return Result(data, parts, FOUND if is_damaged else FINE)
 
 
 def _show(args: argparse.Namespace) -> Result:
@@ -168,6 +169,7 @@ def _show(args: argparse.Namespace) -> Result:
         "format": contents.format,
         "values": len(contents.entries),
         "nbytes": contents.nbytes,
+        "metadata": contents.metadata,
         "entries": [entry.as_json() for entry in entries],
         "subtrees": [
             {"path": path, "values": values, "nbytes": nbytes}
@@ -176,6 +178,8 @@ def _show(args: argparse.Namespace) -> Result:
         ],
     }
     parts: list[Part] = [rows.heading(contents)]
+    if args.pattern is None:
+        parts += rows.metadata_parts(contents.metadata)
     if args.objects:
         if whole.graph is None:
             raise ValueError(f"{contents.path} has no object graph; leave out --objects")
@@ -509,6 +513,14 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         help="a metric of which the largest value is the best; of others it is the smallest",
+    )
+
+    ls.add_argument(
+        "--metadata",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="a column with a part of the metadata, such as revision or config/lr",
     )
 
     show = verb("show", _show, "the values of a checkpoint, with types, sizes and shardings")

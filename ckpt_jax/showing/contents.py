@@ -7,8 +7,8 @@ value with several is *shared*. The state that an optimizer keeps for a variable
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -97,12 +97,14 @@ class Contents:
       format: the name of its format.
       entries: in the order of their paths; numbers in paths count as numbers.
       graph: the object graph; None if there is none.
+      metadata: what the program said about the checkpoint.
     """
 
     path: str
     format: str
     entries: tuple[Entry, ...]
     graph: ObjectGraph | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:
@@ -178,7 +180,8 @@ def contents_of(reader: CheckpointReader) -> Contents:
         )
         for key in reader.keys()  # noqa: SIM118
     ]
-    return Contents(reader.path, format_name(reader.path), _sorted(entries), graph)
+    name = format_name(reader.path)
+    return Contents(reader.path, name, _sorted(entries), graph, reader.metadata)
 
 
 def format_name(path: str) -> str:

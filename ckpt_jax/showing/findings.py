@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from ckpt_jax.showing.contents import Entry
 from ckpt_jax.showing.differences import WHATS, Change, Differences
 from ckpt_jax.showing.listing import Listed, Listing
-from ckpt_jax.showing.rows import Part, Table, count, printable, size
+from ckpt_jax.showing.rows import Part, Table, count, metadata_text, printable, size
 from ckpt_jax.showing.statistics import Statistics
 
 
-def listing_parts(found: Listing) -> list[Part]:
-    """The output of `ls`."""
+def listing_parts(found: Listing, metadata: Sequence[str] = ()) -> list[Part]:
+    """The output of `ls`, with parts of the metadata in columns of their own."""
     metrics = sorted({name for each in found.checkpoints for name in each.metrics})
-    rows = [_listed(each, metrics, found.maximized) for each in found.checkpoints]
-    columns = ("name", "step", "time", "size", *map(printable, metrics), "format", "")
+    rows = [_listed(each, metrics, metadata, found.maximized) for each in found.checkpoints]
+    columns = (
+        *("name", "step", "time", "size", *map(printable, metrics)),
+        *("format", *map(printable, metadata), ""),
+    )
     right = frozenset([1, 3, *range(4, 4 + len(metrics))])
     table = Table(columns, tuple(rows), right).without_empty_columns()
     total = sum([each.nbytes or 0 for each in found.checkpoints])
@@ -37,7 +40,9 @@ def listing_parts(found: Listing) -> list[Part]:
     return parts
 
 
-def _listed(each: Listed, metrics: Sequence[str], maximized: Collection[str]) -> tuple[str, ...]:
+def _listed(
+    each: Listed, metrics: Sequence[str], metadata: Sequence[str], maximized: Collection[str]
+) -> tuple[str, ...]:
     marks = ["latest"] * each.is_latest + ["DAMAGED"] * each.is_damaged
     marks += ["abandoned branch"] * each.is_abandoned
     marks += [
@@ -51,8 +56,19 @@ def _listed(each: Listed, metrics: Sequence[str], maximized: Collection[str]) ->
         "" if each.nbytes is None else size(each.nbytes),
         *[number(each.metrics[name]) if name in each.metrics else "" for name in metrics],
         each.format,
+        *[_part(each.metadata, path) for path in metadata],
         ", ".join(marks),
     )
+
+
+def _part(metadata: Mapping[str, Any], path: str) -> str:
+    """A part of metadata; "" if there is none."""
+    at: Any = metadata
+    for name in path.split("/"):
+        if not isinstance(at, Mapping) or name not in at:
+            return ""
+        at = at[name]
+    return metadata_text(at)
 
 
 def statistics_parts(found: Iterable[tuple[Entry, Statistics]], left_out: int) -> list[Part]:

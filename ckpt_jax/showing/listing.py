@@ -19,6 +19,7 @@ from ckpt_jax.errors import (
     CorruptCheckpointError,
     UnsupportedFormatError,
 )
+from ckpt_jax.graph.metadata import METADATA_KEY, decode
 from ckpt_jax.manage.retention import CheckpointRecord, KeepBest
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.formats import foreign_steps, format_of
@@ -48,6 +49,7 @@ class Listed:
         store does not tell.
       nbytes: the size of its values; None if it is damaged.
       metrics: that it was saved with.
+      metadata: what the program said about it.
       problem: why it is damaged or cannot be read; "" if nothing is known to be wrong.
       is_damaged: whether it is damaged, and not only of another version of the format.
       is_latest: whether it is what `latest_checkpoint` returns.
@@ -62,6 +64,7 @@ class Listed:
     time: float | None
     nbytes: int | None
     metrics: Mapping[str, float]
+    metadata: Mapping[str, Any]
     problem: str = ""
     is_damaged: bool = False
     is_latest: bool = False
@@ -78,6 +81,7 @@ class Listed:
             "time": self.time,
             "nbytes": self.nbytes,
             "metrics": dict(self.metrics),
+            "metadata": dict(self.metadata),
             "ok": not self.problem,
             "damaged": self.is_damaged,
             "problem": self.problem or None,
@@ -211,8 +215,12 @@ def _listed(path: str, name: str, notes: Notes) -> Listed | None:
     if not is_checkpoint(path):
         return _foreign(path, name) if format_of(absolute(path)) is not None else None
     problem, nbytes, is_damaged = "", None, False
+    metadata: Mapping[str, Any] = {}
     try:
-        nbytes = glance(path)
+        found = glance(path, [METADATA_KEY])
+        if METADATA_KEY in found.small:
+            metadata = decode(found.small[METADATA_KEY])
+        nbytes = found.nbytes
     except (CheckpointError, OSError) as error:
         problem, is_damaged = str(error), isinstance(error, CorruptCheckpointError)
     return Listed(
@@ -223,6 +231,7 @@ def _listed(path: str, name: str, notes: Notes) -> Listed | None:
         storage_of(path).saved_at(path),
         nbytes,
         notes.metrics.get(name, {}),
+        metadata,
         problem,
         is_damaged,
         is_abandoned=name in notes.abandoned,
@@ -233,15 +242,19 @@ def _foreign(path: str, name: str) -> Listed | None:
     """A checkpoint of another library; None if it is none that can be read here."""
     found = format_of(absolute(path))
     problem, nbytes, is_damaged = "", None, False
+    metadata: Mapping[str, Any] = {}
     try:
         with CheckpointReader(path) as reader:
+            metadata = reader.metadata
             nbytes = sum([reader.stored_nbytes(key) for key in reader.keys()])  # noqa: SIM118
     except UnsupportedFormatError:
         return None
     except (CheckpointError, OSError) as error:
         problem, is_damaged = str(error), isinstance(error, CorruptCheckpointError)
     kind, time = "?" if found is None else found.name, _time(path)
-    return Listed(name, path, kind, number_of(path), time, nbytes, {}, problem, is_damaged)
+    return Listed(
+        name, path, kind, number_of(path), time, nbytes, {}, metadata, problem, is_damaged
+    )
 
 
 def _time(path: str) -> float | None:

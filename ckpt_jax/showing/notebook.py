@@ -52,7 +52,23 @@ def tree(contents: Contents) -> str:
     left = f'<div class="dim">... and {more:,} more values</div>' if more else ""
     body = "".join(_branch(contents, root, "", depth))
     head = f"<div><b>{html.escape(rows.heading(contents))}</b></div>"
-    return _within(f"{head}{body}{left}{_by_dtype(contents)}")
+    return _within(f"{head}{_metadata(contents)}{body}{left}{_by_dtype(contents)}")
+
+
+def _metadata(contents: Contents) -> str:
+    """What the program said about the checkpoint, folded away if it is much."""
+    found = [*rows.flat(contents.metadata)]
+    if not found:
+        return ""
+    cells = "".join(
+        [
+            f"<tr><td><code>{html.escape(rows.printable(path))}</code></td>"
+            f"<td>{html.escape(text)}</td></tr>"
+            for path, text in found[:_MAX_ROWS]
+        ]
+    )
+    opened = " open" * (len(found) <= _UNFOLDED // 4)
+    return f"<details{opened}><summary>metadata</summary><table>{cells}</table></details>"
 
 
 def _depth(paths: Sequence[str]) -> int:

@@ -27,7 +27,9 @@ class Overview:
     def __str__(self) -> str:
         if self.differences is not None:
             return rows.plain(difference_parts(self.differences))
-        return rows.plain([rows.heading(self.contents), rows.tree(self.contents)])
+        contents = self.contents
+        parts = [rows.heading(contents), *rows.metadata_parts(contents.metadata)]
+        return rows.plain([*parts, rows.tree(contents)])
 
     def __repr__(self) -> str:
         return str(self)

@@ -46,6 +46,7 @@ def page(contents: Contents) -> str:
         "title": html.escape(rows.heading(contents)),
         "name": html.escape(rows.printable(contents.path)),
         "about": html.escape(_about(contents)),
+        "metadata": _metadata(contents),
         "treemap": drawn,
         "legend": _legend(by_dtype, by_subtree, len(entries) - drawn.count('class="value"')),
         "style": _part("page.css"),
@@ -66,6 +67,17 @@ def _about(contents: Contents) -> str:
     found = [rows.count(len(contents.entries), "value"), rows.size(contents.nbytes)]
     found += [rows.count(len(graph.nodes), "object")] if graph is not None else []
     return " \u00b7 ".join([*found, f"format {contents.format}"])
+
+
+def _metadata(contents: Contents) -> str:
+    """A section with what the program said about the checkpoint; nothing if it said nothing."""
+    found = [
+        f"<dt>{html.escape(rows.printable(path))}</dt><dd>{html.escape(text)}</dd>"
+        for path, text in rows.flat(contents.metadata)
+    ]
+    if not found:
+        return ""
+    return f'<section id="metadata"><h2>Metadata</h2><dl>{"".join(found)}</dl></section>'
 
 
 # --- colours ----------------------------------------------------------------------------

@@ -5,8 +5,10 @@ A *part* of an output is a text or a table. `plain` makes text of parts; `termin
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ckpt_jax.graph.labels import local_name
 from ckpt_jax.graph.nodes import ObjectGraph, pretty_name
@@ -181,6 +183,36 @@ def _row(name: str, entry: Entry, path: str) -> tuple[str, ...]:
     nbytes = size(entry.nbytes) if is_first else ""
     sharding = sharding_text(entry.sharding, len(entry.spec.shape)) if is_first else ""
     return name, entry.kind, nbytes, sharding, remark(entry, path)
+
+
+def metadata_parts(metadata: Mapping[str, Any]) -> list[Part]:
+    """What a program said about a checkpoint, as a table and a line below it; nothing if it said
+    nothing."""
+    found = [(printable(path), _cut(text)) for path, text in flat(metadata)]
+    return [Table(("metadata", ""), tuple(found)), ""] if found else []
+
+
+def flat(metadata: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """(path, text) of each part of metadata that is no dict.
+
+    >>> [*flat({"config": {"lr": 0.5, "layers": [1, 2]}, "revision": "4f2a"})]
+    [('config/lr', '0.5'), ('config/layers', '[1, 2]'), ('revision', '4f2a')]
+    """
+    if isinstance(metadata, Mapping) and (metadata or not path):
+        for name, part in metadata.items():
+            yield from flat(part, f"{path}/{name}" if path else name)
+    else:
+        yield path, metadata_text(metadata)
+
+
+def metadata_text(value: Any) -> str:
+    """One value of metadata, for people: a string as it is, of anything else the JSON."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return printable(text)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MAX_WIDTH else f"{text[: _MAX_WIDTH - 4]} ..."
 
 
 def objects(graph: ObjectGraph) -> Iterator[Part]:

@@ -9,6 +9,8 @@ at, but not read.
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +24,24 @@ from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.seal import unseal
 
 
-def glance(directory: str) -> int:
-    """The number of bytes of all values of the checkpoint in `directory`.
+class Glance(NamedTuple):
+    """What a glance finds.
+
+    Attributes:
+      nbytes: the number of bytes of all values.
+      small: the small entries that were asked for, and are there.
+    """
+
+    nbytes: int
+    small: Mapping[str, bytes]
+
+
+def glance(directory: str, small: Collection[str] = ()) -> Glance:
+    """Looks at the checkpoint in `directory`.
+
+    Args:
+      directory: of the checkpoint.
+      small: the names of entries to read that were committed with it.
 
     Raises:
       CheckpointNotFoundError: there is no checkpoint.
@@ -56,7 +74,10 @@ def glance(directory: str) -> int:
             _check_size(os.path.join(place, INDEX))
         else:
             check_values(directory, place, shard, there)
-    return sum([nbytes[entry.table] for entry in message.shards])
+    return Glance(
+        sum([nbytes[entry.table] for entry in message.shards]),
+        {name: read_part(directory, parts[name]) for name in small if name in parts},
+    )
 
 
 def _nbytes(table: index_pb2.Table) -> int:

@@ -150,12 +150,12 @@ class RemoteFile:
 
     def read_whole(self) -> None:
         """Reads all of it, unless it is very large, so that further reads need no requests."""
-        at = len(self.head(HEAD_NBYTES))
+        data = self.head(HEAD_NBYTES)
         for stop in (_FIRST_GUESS_NBYTES, WHOLE_NBYTES):
-            if self._length is None or at < self._length:
-                found = self._up_to(at, stop)
-                self._extend(found)
-                at += len(found)
+            if self._length is None or len(data) < self._length:
+                data += self._up_to(len(data), stop)
+        with self._lock:
+            self._spans = [(0, data)]
 
     def forget(self) -> None:
         """Frees the memory of what was read."""
@@ -227,12 +227,6 @@ class RemoteFile:
         with self._lock:
             insort(self._spans, span, key=lambda span: span[0])
         return span
-
-    def _extend(self, data: bytes) -> None:
-        """Keeps what follows the first bytes."""
-        with self._lock:
-            start, first = self._spans[0]
-            self._spans[0] = start, first + data
 
     # --- the size ----------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -91,6 +92,7 @@ class ExtentsReader:
       graph: makes the object graph when it is asked for. By default the keys are names, with "/"
         between their parts.
       files: the files that the headers were read from.
+      metadata: what the program said about the checkpoint, if the format can hold it.
 
     Raises:
       CorruptCheckpointError: a value does not lie inside its file, or its extents do not tile it.
@@ -102,6 +104,7 @@ class ExtentsReader:
         values: Mapping[str, Stored],
         graph: Callable[[], ObjectGraph | None] | None = None,
         files: Files | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ):
         files = files or Files(path)
         self.path = path
@@ -110,6 +113,7 @@ class ExtentsReader:
         self._graph = graph
         self._files = files
         self._closed = False
+        self._metadata = metadata or {}
         files.expect(_ends(values))
         for key, stored in values.items():
             problem = _problem(stored, files)
@@ -117,6 +121,10 @@ class ExtentsReader:
                 what, file = problem
                 raise files.damage(file or path, what, key)
         files.forget()
+
+    def metadata(self) -> Mapping[str, Any]:
+        """What the program said about the checkpoint; empty if it said nothing."""
+        return self._metadata
 
     def graph(self) -> ObjectGraph | None:
         """The object graph.

@@ -233,6 +233,41 @@ def test_newer_weights_of_the_same_object(tmp_path):
     np.testing.assert_allclose(predict.with_weights(path)(x), expected)
 
 
+def test_weights_that_were_cast_on_save_are_cast_back(tmp_path):
+    tree = {"net": {"w": jnp.arange(6.0).reshape(3, 2) / 7, "b": np.linspace(0, 1, 2)}, "n": 2}
+    newer = jax.tree.map(lambda x: x * 3, tree)
+    options = ckpt.CheckpointOptions(cast_on_save=[("net/**", jnp.bfloat16)])
+
+    def fn(tree, x):  # which says what dtype it computes with
+        assert tree["net"]["w"].dtype == x.dtype == jnp.float32
+        return x @ tree["net"]["w"] + tree["net"]["b"]
+
+    def rounded(tree):
+        return jax.tree.map(lambda x: np.float32(np.asarray(x, jnp.bfloat16)), tree)
+
+    functions, x = {"f": (fn, spec("b, 3"))}, np.ones((2, 3), np.float32)
+    as_it_is = ckpt.save(tmp_path / "new", newer)
+    as_cast = ckpt.save(tmp_path / "cast", newer, options=options)
+    for name, saved_with in (("a", None), ("b", options)):
+        path = ckpt.save_object(tree, tmp_path / name, functions=functions, options=saved_with)
+        f = ckpt.load_function(path, "f")
+        np.testing.assert_allclose(f(x), fn(rounded(tree) if saved_with else tree, x), rtol=1e-6)
+        for source, expected in ((newer, newer), (as_it_is, newer), (as_cast, rounded(newer))):
+            fed = f.with_weights(source)
+            np.testing.assert_allclose(fed(x), fn(expected, x), rtol=1e-6)
+            assert {value.dtype for value in fed._values()} == {np.dtype("float32")}
+        anew = ckpt.load_object(path)
+        np.testing.assert_allclose(anew.functions["f"](x), f(x), rtol=1e-6)
+        np.testing.assert_allclose(f.with_weights(anew)(x), f(x), rtol=1e-6)
+    # Of values that nobody has cast, the function has to be told.
+    narrow = ckpt.save(tmp_path / "narrow", jax.tree.map(jnp.bfloat16, newer))
+    plain = ckpt.load_function(tmp_path / "a", "f")
+    with pytest.raises(ckpt.RestoreMismatchError, match=r"(?s)net/w: expected float32.*ckpt\.Cast"):
+        plain.with_weights(narrow)
+    fed = plain.with_weights(narrow, rename=[("net/**", "net/**", ckpt.Cast())])
+    np.testing.assert_allclose(fed(x), fn(rounded(newer), x), rtol=1e-6)
+
+
 def test_weights_that_do_not_fit_are_named_together(tmp_path):
     predict = ckpt.load_function(saved(tmp_path / "a"), "predict")
     other = {"w": jnp.zeros((4, 2)), "bias": jnp.ones(2)}
@@ -310,6 +345,25 @@ def test_a_function_for_another_platform_says_which_ones_it_has(tmp_path):
     if jax.default_backend() == "cpu":
         with pytest.raises(ValueError, match=r"compiled for cuda, tpu, .* runs on cpu.*'cpu'\)"):
             f(np.ones((1, 3), np.float32))
+
+
+@pytest.mark.parametrize("platforms", ["cpu", (), ["cpu", "gpu"], ("abacus",), 3, {"cpu": 1}])
+def test_platforms_that_jax_does_not_have_are_refused(tmp_path, platforms):
+    with pytest.raises((TypeError, ValueError), match="platforms: expected"):
+        functions = {"f": (linear, spec("b, 3"))}
+        ckpt.save_object(TREE, tmp_path / "a", functions=functions, platforms=platforms)
+    assert not (tmp_path / "a").exists()
+
+
+def test_sizes_that_break_a_constraint_are_said(tmp_path):
+    b, t = jax.export.symbolic_shape("b, t", constraints=["t>=2"])
+    x = jax.ShapeDtypeStruct((b, t, 3), "float32")
+    path = saved(tmp_path / "a", f=(lambda tree, x: (x @ tree["w"])[:, :-1], x))
+    f = ckpt.load_function(path, "f")
+    assert f(jnp.ones((2, 4, 3))).shape == (2, 3, 2)
+    with pytest.raises(ValueError) as raised:
+        f(jnp.ones((2, 1, 3)))
+    assert any("t, 3]" in note and "float32[2, 1, 3]" in note for note in raised.value.__notes__)
 
 
 def test_a_function_that_holds_weights_is_refused_with_all_others(tmp_path):
@@ -445,6 +499,23 @@ def test_a_fresh_program_without_flax_and_the_class_runs_it(tmp_path):
     first, said, modules = run.stdout.splitlines()
     np.testing.assert_allclose(eval(first), expected, rtol=1e-6)
     assert (said, modules) == ("True", "[]")
+
+
+def test_a_copy_and_a_conversion_have_the_functions(tmp_path):
+    path = saved(tmp_path / "a")
+    x = np.ones((2, 3), np.float32)
+    cast = ckpt.CheckpointOptions(compression="zstd", cast_on_save=[("w", jnp.bfloat16)])
+    for other in (
+        ckpt.copy(path, tmp_path / "copy"),
+        ckpt.convert(path, tmp_path / "own"),
+        ckpt.convert(path, tmp_path / "small", options=cast),
+    ):
+        np.testing.assert_allclose(ckpt.load_function(other, "predict")(x), linear(TREE, x))
+        np.testing.assert_allclose(ckpt.load_object(other).functions["predict"](x), linear(TREE, x))
+        assert ckpt.verify(other).ok
+    renamed = ckpt.convert(path, tmp_path / "renamed", rename=[("w", "v")])
+    with pytest.raises(ckpt.CheckpointError, match="has no functions"):
+        ckpt.load_function(renamed, "predict")
 
 
 def test_an_optimizer_beside_the_model_is_neither_read_nor_needed(tmp_path):

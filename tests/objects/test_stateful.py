@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 import warnings
 
 import jax
@@ -122,6 +123,145 @@ def test_a_state_that_cannot_be_saved_is_named(tmp_path):
     with pytest.raises(ckpt.UnsaveableError, match="position/odd"):
         ckpt.save(tmp_path / "a", {"data": Odd()})
     assert not os.listdir(tmp_path)
+
+
+def test_objects_that_fail_to_give_their_state_are_named_together(tmp_path):
+    class Odd(Loader):
+        def state_dict(self):
+            raise RuntimeError(f"no state at {self.position}")
+
+        def load_state_dict(self, state):
+            raise RuntimeError("no such state")
+
+    path = ckpt.save(tmp_path / "a", {"x": [Loader(1), Loader(2)]})
+    with pytest.raises(ckpt.UnsaveableError) as raised:
+        ckpt.save(tmp_path / "b", {"x.y": [Odd(1), Loader()], "box": ckpt.PerProcess(Odd(2))})
+    assert dict(raised.value.problems) == {
+        "x.y/0": "RuntimeError: no state at 1",
+        "box": "RuntimeError: no state at 2",
+    }
+    assert os.listdir(tmp_path) == ["a"]
+    with pytest.raises(RuntimeError, match="no such state") as refused:
+        ckpt.restore(path, {"x": [Loader(), Odd()]})
+    assert f"x/1 refused the state from {path}" in refused.value.__notes__
+
+
+@pytest.mark.parametrize("odd", [(i for i in range(3)), iter([1]), map(str, [1]), {}.values()])
+def test_iterators_without_state_and_datasets_are_refused_with_advice(tmp_path, odd):
+    def refusals():
+        with pytest.raises(ckpt.UnsaveableError) as raised:
+            ckpt.save(tmp_path / "a", {"data": [odd]})
+        yield dict(raised.value.problems)["data/0"]
+        with pytest.raises(ckpt.UnsaveableError) as raised:
+            ckpt.save(tmp_path / "a", {"data": ckpt.PerProcess(odd)})
+        yield str(raised.value)
+        with pytest.raises(ValueError, match="data=") as refused:
+            ckpt.Checkpoint(data=odd)
+        yield str(refused.value)
+        with pytest.raises(TypeError, match="cannot track 'data'") as untracked:
+            ckpt.AutoTrackable().track("data", odd)
+        yield str(untracked.value)
+
+    is_iterator = hasattr(odd, "__next__")
+    for text in refusals():
+        assert ("does not give its state. Pass one that has get_state" in text) == is_iterator
+
+
+class Held:
+    """Its state is whatever it holds."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def get_state(self):
+        return self.value
+
+    def set_state(self, state):
+        self.value = state
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        None,
+        {},
+        [],
+        (),
+        {"a": {}, "b": [None, ()]},
+        {"": 1, "a/b": 2, 3: "x", (1, 2): b"\0"},
+        np.zeros((0, 2), np.int8),
+        np.random.default_rng(0).bit_generator.state,
+        {"w": jnp.ones(2, jnp.bfloat16), "key": jax.random.key(3), "host": np.ones(2)},
+        [jax.random.PRNGKey(3), jnp.int32(7), 2**80, np.float32(1)],
+    ],
+    ids=lambda state: type(state).__name__,
+)
+def test_a_state_comes_back_as_it_was(tmp_path, state):
+    path = ckpt.save(tmp_path / "a", {"x": Held(state)})
+    ckpt.restore(path, {"x": (fresh := Held("before"))})
+
+    def check(found, expected):
+        assert type(found) is type(expected)
+        if isinstance(expected, jax.Array | np.ndarray | np.generic):
+            assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
+            assert (found == expected).all()
+        elif isinstance(expected, dict):
+            assert found.keys() == expected.keys()
+            for key in expected:
+                check(found[key], expected[key])
+        elif isinstance(expected, list | tuple):
+            for one, other in zip(found, expected, strict=True):
+                check(one, other)
+        else:
+            assert found == expected
+
+    check(fresh.value, state)
+
+
+def test_another_value_in_the_place_of_a_state_is_a_mismatch_before_anything_changes(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"x.y": [jnp.ones(2)], "z": Held(1)})
+    with pytest.raises(ckpt.RestoreMismatchError, match="x.y/0: expected the state") as raised:
+        ckpt.restore(path, {"x.y": [Held(2)], "z": (other := Held(3))})
+    assert other.value == 3
+    assert not any(note.startswith("Changed") for note in raised.value.__notes__)
+
+
+def test_objects_of_two_kinds_of_methods_and_one_object_at_two_places(tmp_path):
+    class Both(Iterator, Loader):
+        def state_dict(self):
+            raise AssertionError("get_state comes first")
+
+    one = Both(3)
+    path = ckpt.save(tmp_path / "a", {"x": one, "deep": [(one, Loader(4))]})
+    again, loader = Both(), Loader()
+    ckpt.restore(path, {"x": again, "deep": [(again, loader)]})
+    assert (again.position, loader.position) == (3, 4)
+
+
+@pytest.mark.parametrize("format", ["orbax", "safetensors", "npz", "tensorflow"])
+def test_no_other_format_loses_a_state_silently(tmp_path, format):
+    for odd in (Iterator(3), ckpt.PerProcess({"position": 3})):
+        tree = {"w": np.ones(2, np.float32), "data": [odd]}
+        with pytest.raises(ckpt.UnsupportedFormatError, match="data/0.*PerProcess"):
+            ckpt.export(tree, tmp_path / "a", format=format)
+        path = ckpt.export(tree, tmp_path / "b", format=format, only="w")
+        assert ckpt.load(path)["w"].tolist() == [1, 1]
+        for name in os.listdir(tmp_path):
+            (shutil.rmtree if (tmp_path / name).is_dir() else os.remove)(tmp_path / name)
+
+
+class Seeded(Loader):
+    pass
+
+
+def test_an_object_that_gives_its_state_is_made_anew_if_its_class_is_registered(tmp_path):
+    tree = {"data": Seeded(7), "w": jnp.ones(2)}
+    with pytest.raises(ckpt.UnsaveableError, match="data: .*Seeded keeps its state in its own way"):
+        ckpt.save_object(tree, tmp_path / "a")
+    with ckpt.registration_scope():
+        ckpt.register_serializable()(Seeded)
+        anew = ckpt.load_object(ckpt.save_object(tree, tmp_path / "a"))
+        assert type(anew["data"]) is Seeded and anew["data"].position == 7
 
 
 def test_numpys_random_state(tmp_path):
@@ -340,3 +480,109 @@ def test_none_of_these_libraries_is_imported_by_this_one(tmp_path):
         text=True,
     )
     assert run.stdout.strip() == "[]", run.stdout + run.stderr
+
+
+# --- tf.data ---------------------------------------------------------------------------
+
+# `scripts/interop` has TensorFlow, and runs these tests with it.
+
+
+@pytest.fixture
+def tensorflow(monkeypatch):
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "3")
+    return import_or_skip("tensorflow")
+
+
+def pipeline(tf, seed=1):
+    data = tf.data.Dataset.range(500).shuffle(200, seed=seed, reshuffle_each_iteration=True)
+    data = data.map(lambda x: {"x": x * 2, "text": tf.strings.as_string(x)})
+    return data.repeat().batch(3).prefetch(2)
+
+
+def batches(it, count):
+    return [np.asarray(next(it)["x"]).tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("kind", [iter, lambda data: data.as_numpy_iterator()])
+def test_iterators_of_tensorflow_go_on_where_they_were(tensorflow, tmp_path, kind):
+    first = kind(pipeline(tensorflow))
+    batches(first, 170)  # into the second epoch
+    checkpoint = ckpt.Checkpoint(data=first, step=jnp.int32(3))
+    path = checkpoint.save(tmp_path / "ckpt", ckpt.CheckpointOptions(enable_async=True))
+    expected = batches(first, 200)  # the state is that of the call
+    checkpoint.sync()
+    fresh = kind(pipeline(tensorflow))
+    ckpt.Checkpoint(data=fresh, step=jnp.int32(0)).restore(path).assert_consumed()
+    assert batches(fresh, 200) == expected
+    ckpt.restore(path, {"data": fresh, "step": jnp.int32(0)}, allow_unexpected="save_counter")
+    assert batches(fresh, 200) == expected  # one that is under way goes back
+    assert ckpt.verify(path).ok and ckpt.load(path, only="step")["step"] == 3
+
+
+def test_an_iterator_of_tensorflow_at_its_end_stays_there(tensorflow, tmp_path):
+    data = tensorflow.data.Dataset.range(2)
+    ended = iter(data)
+    assert len([*ended]) == 2
+    path = ckpt.save(tmp_path / "a", {"data": ended})
+    ckpt.restore(path, {"data": (fresh := iter(data))})
+    assert [*fresh] == []
+
+
+def test_an_iterator_of_tensorflow_is_state_of_a_trackable_and_of_each_process(
+    tensorflow, tmp_path
+):
+    class Trainer(ckpt.AutoTrackable):
+        def __init__(self):
+            self.data = iter(pipeline(tensorflow))
+
+    def program(processes):
+        trainer = Trainer()
+        batches(trainer.data, 1 + processes.index)
+        path = ckpt.Checkpoint(trainer).write(tmp_path / "a")
+        expected = batches(trainer.data, 2)
+        fresh = Trainer()
+        ckpt.Checkpoint(fresh).read(path).assert_consumed()
+        return batches(fresh.data, 2) == expected, expected
+
+    found = run_processes(2, program)
+    assert [is_same for is_same, _ in found] == [True, True] and found[0][1] != found[1][1]
+    with pytest.raises(ckpt.ProcessError, match="data: saved by 2 processes"):
+        ckpt.Checkpoint(Trainer()).read(tmp_path / "a")
+    data = iter(pipeline(tensorflow))
+    fresh = ckpt.PerProcess(data, merge=lambda states, index, count: states[1])
+    ckpt.restore(tmp_path / "a", {"data": fresh}, allow_unexpected=True)
+    assert batches(fresh.value, 2) == found[1][1]
+
+
+def test_what_tensorflow_cannot_save_or_restore_is_named(tensorflow, tmp_path):
+    tf = tensorflow
+    stateful = tf.data.Dataset.range(5).map(lambda x: tf.random.uniform([]))
+    odd = tf.data.Dataset.from_generator(lambda: iter(range(5)), tf.int64)
+    tree = {"a": {"x": iter(stateful)}, "b": [iter(pipeline(tf)), odd.as_numpy_iterator()]}
+    with pytest.raises(ckpt.UnsaveableError) as raised:
+        ckpt.save(tmp_path / "a", tree)
+    assert [path for path, _ in raised.value.problems] == ["a/x", "b/1"]
+    assert "RandomUniform is stateful" in str(raised.value)
+    assert "experimental_external_state_policy" in str(raised.value)
+    assert not os.listdir(tmp_path)
+    allowed = tf.data.Options()
+    allowed.experimental_external_state_policy = tf.data.experimental.ExternalStatePolicy.IGNORE
+    ckpt.save(tmp_path / "a", {"data": iter(stateful.with_options(allowed))})
+    path = ckpt.save(tmp_path / "b", {"data": iter(pipeline(tf))})
+    for other in (tf.data.Dataset.range(5), stateful.with_options(allowed)):
+        with pytest.raises(ValueError, match="cannot restore this pipeline") as refused:
+            ckpt.restore(path, {"data": iter(other)})
+        assert any("data refused the state from" in note for note in refused.value.__notes__)
+    with pytest.raises(ValueError, match="expected the state of an iterator of tf.data"):
+        saved = ckpt.save(tmp_path / "c", {"data": Iterator()})
+        ckpt.restore(saved, {"data": iter(pipeline(tf))})
+
+
+def test_datasets_and_what_wraps_an_iterator_of_tensorflow_are_refused_with_advice(
+    tensorflow, tmp_path
+):
+    data = pipeline(tensorflow)
+    wrapped = (batch["x"].numpy() for batch in data)  # as tfds.as_numpy gives it
+    for odd, why in ((data, r"pass its iterator, iter\(dataset\)"), (wrapped, "as_numpy_iterator")):
+        with pytest.raises(ckpt.UnsaveableError, match=f"data: .*{why}"):
+            ckpt.save(tmp_path / "a", {"data": odd})

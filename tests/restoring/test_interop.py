@@ -111,6 +111,20 @@ def test_what_safetensors_writes(safetensors, torch, tmp_path):
     assert loaded["s"] == 2
 
 
+def test_metadata_in_headers_of_safetensors(safetensors, torch, tmp_path):
+    import safetensors.torch as library
+
+    said = {"revision": "4f2a", "config": {"lr": 0.5}}
+    path = ckpt.CheckpointManager(ckpt.Checkpoint(w=W), tmp_path / "run").save(1, metadata=said)
+    ckpt.export(path, tmp_path / "a.safetensors", format="safetensors")
+    with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as opened:
+        found = opened.metadata()
+    assert (found["revision"], json.loads(found["config"])) == ("4f2a", {"lr": 0.5})
+    library.save_file({"w": torch.ones(2)}, tmp_path / "b", {"format": "pt", "title": "a model"})
+    with ckpt.load_checkpoint(tmp_path / "b") as reader:
+        assert reader.metadata == {"title": "a model"}
+
+
 @pytest.mark.parametrize("limit", [5 << 30, 60])
 def test_what_is_exported_safetensors_reads(safetensors, torch, tmp_path, mesh42, limit):
     import safetensors.torch as library

@@ -77,6 +77,10 @@ class OwnReader:
             or {}
         )
 
+    def entry(self, name: str) -> bytes | None:
+        """A small entry as it is stored; None if there is none."""
+        return self._values.extra(name)
+
     def artifact(self, key: str) -> bytes:
         """The compiled function under a key that a list of functions names.
 

@@ -9,6 +9,7 @@ Names are split at ".". There are no checksums.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -34,6 +35,8 @@ _PART = re.compile(r"(.*)-(\d{5,})-of-(\d{5,})\.safetensors")
 _MAX_HEADER_NBYTES = 100_000_000  # the limit of safetensors itself
 _METADATA = "__metadata__"
 _OF_PARTS = "DCP_SHARDING_INFO"  # each file holds parts of arrays
+FORMAT, _NOTES = "format", "ckpt_jax"  # the library that a file is for; what `as_texts` notes
+_RESERVED = (FORMAT, _NOTES)
 
 DTYPES = {
     "BOOL": "bool",
@@ -69,16 +72,16 @@ def open_safetensors(path: str) -> ExtentsReader:
     files = Files(path)
     chosen = _chosen(path) if is_directory(path) else path
     if _starts_as_file(chosen):
-        values = _values_of(files, chosen)
+        values, metadata = _values_of(files, chosen)
     elif chosen.endswith(SUFFIX):
         raise files.damage(chosen, "it does not begin like a file of safetensors")
     else:
-        values = _values_of_index(files, chosen)
-    return ExtentsReader(path, values, graph_of_names(path, values, "."), files)
+        values, metadata = _values_of_index(files, chosen)
+    return ExtentsReader(path, values, graph_of_names(path, values, "."), files, metadata)
 
 
-def _values_of(files: Files, file: str) -> dict[str, Stored]:
-    """The values of one file."""
+def _values_of(files: Files, file: str) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """The values of one file, and its metadata."""
     length = int.from_bytes(files.read(file, 0, 8), "little")
     start = 8 + length
     if length > _MAX_HEADER_NBYTES or (not is_url(file) and start > files.size(file)):
@@ -88,7 +91,7 @@ def _values_of(files: Files, file: str) -> dict[str, Stored]:
         header = parsed(files.read(file, 8, length))
         if not isinstance(header, dict):
             raise ValueError("it is no object")
-        metadata = header.pop(_METADATA, None) or {}
+        metadata = _metadata(header.pop(_METADATA, None) or {})
         places = {name: _place(entry) for name, entry in header.items()}
         files.expect({file: start + max([end for _, _, end in places.values()], default=0)})
         _check_dense(places, files.size(file) - start)
@@ -99,12 +102,43 @@ def _values_of(files: Files, file: str) -> dict[str, Stored]:
             f"{file} holds parts of arrays, as torch.distributed.checkpoint writes them. Join the "
             "parts with its consolidate_safetensors_files, and open the outcome."
         )
-    return {
+    values = {
         name: Stored(spec, (Extent(whole(spec.shape), file, start + begin),))
         if not spec.is_unreadable
         else Stored(spec)
         for name, (spec, begin, _) in places.items()
     }
+    return values, metadata
+
+
+def as_texts(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Metadata as texts, which is all that a header holds: of what is no text, the JSON.
+
+    >>> as_texts({"revision": "4f2a", "config": {"lr": 0.5}})
+    {'revision': '4f2a', 'config': '{"lr": 0.5}', 'ckpt_jax': '{"json": ["config"]}'}
+    """
+    own = {name: value for name, value in metadata.items() if name in _RESERVED}
+    others = {name: value for name, value in metadata.items() if name not in own}
+    as_json = [name for name, value in others.items() if not isinstance(value, str)]
+    texts = {name: json.dumps(others[name]) if name in as_json else others[name] for name in others}
+    notes = {"json": as_json, "own": own}
+    noted = {name: note for name, note in notes.items() if note}
+    return {**texts, _NOTES: json.dumps(noted)} if noted else texts
+
+
+def _metadata(texts: Any) -> dict[str, Any]:
+    """The inverse of `as_texts`. Texts that other libraries have written stay what they are."""
+    if not isinstance(texts, dict):
+        raise ValueError(f"its {_METADATA} is no object")
+    found = {name: value for name, value in texts.items() if name != FORMAT}
+    try:
+        notes = parsed(str(found[_NOTES]).encode())
+        as_json = {name: parsed(found[name].encode()) for name in notes.get("json", ())}
+        own = {**notes.get("own", {})}
+    except (AttributeError, KeyError, TypeError, ValueError):  # no notes, or not our own
+        return found
+    del found[_NOTES]
+    return found | as_json | own
 
 
 def _place(entry: Any) -> tuple[LeafSpec, int, int]:
@@ -141,8 +175,9 @@ def _check_dense(places: Mapping[str, tuple[LeafSpec, int, int]], size: int) -> 
         raise ValueError(f"the arrays take {at} bytes, the file has {size}")
 
 
-def _values_of_index(files: Files, file: str) -> dict[str, Stored]:
-    """The values of several files. Values that the index does not list are there as well."""
+def _values_of_index(files: Files, file: str) -> tuple[dict[str, Stored], dict[str, Any]]:
+    """The values and the metadata of several files. Values that the index does not list are there
+    as well."""
     files.fetch_whole(file)
     try:
         index = parsed(files.read(file, 0, files.size(file)))
@@ -159,16 +194,18 @@ def _values_of_index(files: Files, file: str) -> dict[str, Stored]:
     if absent:
         raise files.damage(file, f"{len(absent)} of {len(shards)} files are missing: {absent[:8]}")
     values: dict[str, Stored] = {}
+    metadata: dict[str, Any] = {}
     found: set[tuple[str, str]] = set()
     in_shards = together(file, partial(_values_of, files), places)
-    for shard, here in zip(shards, in_shards, strict=True):
+    for shard, (here, own) in zip(shards, in_shards, strict=True):
+        metadata |= own
         found.update([(name, shard) for name in here])
         values.update({n: stored for n, stored in here.items() if names.get(n, shard) == shard})
     lost = sorted(names.items() - found)
     if lost:
         listed = ", ".join([f"{name} in {shard}" for name, shard in lost[:8]])
         raise files.damage(file, f"{len(lost)} values are not where the index says: {listed}")
-    return values
+    return values, metadata
 
 
 def _is_base_name(name: str) -> bool:

@@ -18,10 +18,16 @@ from ckpt_jax.errors import UnsaveableError
 from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.nodes import Attribute
 from ckpt_jax.readers import Export
-from ckpt_jax.restoring.formats.safetensors import DTYPES, INDEX_SUFFIX, SUFFIX
+from ckpt_jax.restoring.formats.safetensors import (
+    DTYPES,
+    FORMAT,
+    INDEX_SUFFIX,
+    SUFFIX,
+    as_texts,
+)
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_METADATA = {"format": "pt"}  # transformers refuses files that do not say so
+_FORMAT = {FORMAT: "pt"}  # transformers refuses files that do not say so
 _ALIGNMENT = 8
 _MODEL = "model"
 
@@ -93,7 +99,7 @@ def _write_file(export: Export, path: str, values: Mapping[str, Attribute]) -> N
     ordered = sorted(
         values.items(), key=lambda item: (-dtype_of(item[1].spec.dtype).itemsize, item[0])
     )
-    header: dict[str, object] = {"__metadata__": _METADATA}
+    header: dict[str, object] = {"__metadata__": {**_FORMAT, **as_texts(export.metadata)}}
     at = 0
     for name, attribute in ordered:
         nbytes = _nbytes(attribute)

@@ -23,6 +23,7 @@ from ckpt_jax.restoring.formats.names import graph_of_tree, stored_value
 from ckpt_jax.restoring.formats.orbax.tree import (
     Place,
     is_orbax,
+    metadata_in,
     small_files,
     steps_in,
     tree_in,
@@ -83,6 +84,14 @@ class OrbaxReader:
     def graph(self) -> ObjectGraph:
         """The tree of the step or item."""
         return self._graph
+
+    def metadata(self) -> dict[str, Any]:
+        """The `custom_metadata` of the step or item.
+
+        Raises:
+          CorruptCheckpointError: a file is damaged.
+        """
+        return metadata_in(self.path)
 
     def identity(self) -> Hashable | None:
         """A value that changes if another checkpoint takes the place; None if it is gone."""

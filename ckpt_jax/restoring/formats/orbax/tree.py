@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
+from ckpt_jax.graph.metadata import finite
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Files, Stored
 from ckpt_jax.restoring.formats.msgpack import tree_of
@@ -204,6 +205,26 @@ def small_files(path: str) -> list[str]:
 
 
 # --- trees -----------------------------------------------------------------------------
+
+
+def metadata_in(path: str) -> dict[str, Any]:
+    """What a program said about the checkpoint at a path: the `custom_metadata` of the step and of
+    its item, if it has one.
+
+    Raises:
+      CorruptCheckpointError: a file is damaged.
+    """
+    items = [path, *[os.path.join(path, name) for name in names_in(path) if _is_folder(path, name)]]
+    described = [each for each in items if is_file(os.path.join(each, METADATA))]
+    files = [(described[0], METADATA)] if len(described) == 1 else []
+    if is_file(os.path.join(path, STEP_METADATA)):
+        files.append((path, STEP_METADATA))
+    found: dict[str, Any] = {}
+    for folder, name in files:
+        match _json(folder, name):
+            case {"custom_metadata": {**own}}:
+                found |= finite(own)
+    return found
 
 
 def tree_in(path: str) -> tuple[Any, list[Place]]:

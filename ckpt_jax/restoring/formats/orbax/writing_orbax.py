@@ -80,7 +80,7 @@ def write_orbax(export: Export, path: str) -> Sequence[str]:
         "performance_metrics": {},
         "init_timestamp_nsecs": began,
         "commit_timestamp_nsecs": time.time_ns(),
-        "custom_metadata": {},
+        "custom_metadata": dict(export.metadata),
     }
     _write_json(path, STEP_METADATA, step)
     return ("",)
