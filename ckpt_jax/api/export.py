@@ -126,15 +126,9 @@ def export(
     path = absolute(destination)
     if is_url(path):
         raise ValueError(
-<<<<<<< HEAD
             f"destination: expected a path in a file system, got {destination!r}. Export to a "
             "local path, and upload what is there with a tool for files, such as 'gcloud storage "
             "cp -r' or 'aws s3 cp --recursive'."
-=======
-            f"destination: expected a path in a file system, got {destination!r}. Export to a local "
-            "path, and upload what is there with a tool for files, such as 'gcloud storage cp -r' or "
-            "'aws s3 cp --recursive'."
->>>>>>> main
         )
     if is_taken(path):
         raise FileExistsError(f"{destination} exists; export to another path, or remove it first")
