@@ -136,16 +136,26 @@ class RemoteFile:
         Raises:
           EOFError: it ends before.
         """
+        if stop - start < _SMALL_NBYTES:
+            found = self.read_up_to(start, stop)
+            if start + len(found) < stop:
+                raise EOFError(self.url)
+            return found
         if (found := self._kept(start, stop)) is not None:
             return found
+        starts = range(start, stop, _REQUEST_NBYTES)
+        asked = [self._begin(each, min(each + _REQUEST_NBYTES, stop)) for each in starts]
+        return b"".join([outcome() for outcome in asked])
+
+    def read_up_to(self, start: int, stop: int) -> bytes:
+        """The same, or fewer bytes if it ends before."""
+        wanted = stop if self._length is None else max(start, min(stop, self._length))
+        if (found := self._kept(start, wanted)) is not None:
+            return found
         if stop - start >= _SMALL_NBYTES:
-            starts = range(start, stop, _REQUEST_NBYTES)
-            asked = [self._begin(each, min(each + _REQUEST_NBYTES, stop)) for each in starts]
-            return b"".join([outcome() for outcome in asked])
+            return self._up_to(start, stop)
         found = self._up_to(start, start + _AHEAD_NBYTES)
         self._windows.append((start, found))
-        if start + len(found) < stop:
-            raise EOFError(self.url)
         return found[: stop - start]
 
     def read_whole(self) -> None:

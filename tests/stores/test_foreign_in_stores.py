@@ -1,6 +1,7 @@
 """Checkpoints of other libraries in object stores: they are read as those on a disk are."""
 
 import json
+import re
 from pathlib import Path
 
 import jax
@@ -274,7 +275,10 @@ def test_a_save_of_orbax_that_has_not_finished_on_google_cloud_storage(gcs):
     assert_alike(contents(later), contents(MANAGER / "1"))
 
 
-@pytest.mark.parametrize("name", ["all_dtypes.safetensors", "new.pt", "types.msgpack", "old.pt"])
+CUT = ["all_dtypes.safetensors", "new.pt", "types.msgpack", "old.pt", "mlp_adam.eqx"]
+
+
+@pytest.mark.parametrize("name", CUT)
 @pytest.mark.parametrize("kept", [0.3, 0.9])
 def test_a_file_that_is_cut_off(uploaded, tmp_path, name, kept):
     data = (FIXTURES / name).read_bytes()
@@ -282,8 +286,12 @@ def test_a_file_that_is_cut_off(uploaded, tmp_path, name, kept):
     local.write_bytes(data[: int(kept * len(data))])
     url = uploaded(local)
     found, expected = contents(url), contents(local)
-    assert expected[0] is ckpt.CorruptCheckpointError
-    assert found == expected
+    assert found[0] is expected[0] is ckpt.CorruptCheckpointError
+    if name.endswith(".eqx"):  # the size of such a file is known last
+        place = re.compile(r"array \d+, at byte \d+")
+        assert place.search(found[1])[0] == place.search(expected[1])[0]
+    else:
+        assert found == expected
 
 
 def test_a_damaged_header(uploaded, tmp_path):

@@ -49,7 +49,7 @@ WRITERS = {
     "torch": (torch_files.saved, 12),
     "npy": (lambda path, tree: npz(path, tree, lambda file, **t: np.save(file, t["a0"])), 8),
 }
-# These have no table of contents. Their size is searched for, and they are read in windows.
+# These have no table of contents, and are read in windows.
 WITHOUT_CONTENTS = {"msgpack": msgpack, "equinox": equinox}
 
 
@@ -103,7 +103,7 @@ def test_more_arrays_take_no_more_requests(counted, name):
 def test_files_without_contents(counted, name):
     for count in (10, 80):
         opening, reading, _ = counted(WITHOUT_CONTENTS[name], tree_of(count))
-        assert opening <= 120 + count // 8  # each window has 16 arrays or more
+        assert opening <= 8 + count // 8  # each window has 16 arrays or more
         assert reading <= 2
 
 
