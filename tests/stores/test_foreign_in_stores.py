@@ -347,10 +347,6 @@ def test_a_checkpoint_is_replaced_while_it_is_read(uploaded, name):
     local = FIXTURES / name
     url = uploaded(local)
     with ckpt.load_checkpoint(url) as reader:
-        uploaded(local)
-        for key in objects.keys_below(url):  # the same bytes could be the same generation
-            file = f"{url}/{key}"
-            objects.write(file, objects.read(file).value + b" ")
+        uploaded(local)  # with the same bytes
         with pytest.raises(ckpt.CheckpointNotFoundError, match="was replaced"):
             reader.read(dict.fromkeys(reader.keys()))
-            reader.check_files()
