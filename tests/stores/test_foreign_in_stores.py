@@ -342,6 +342,24 @@ def test_what_a_store_refuses_is_no_damage(a_server, name, data):
         ckpt.load(url)
 
 
+READ_LATER = ["hub", "orbax/0.12.8_zarr_files", "tensorflow/dtypes", "new.pt", "compressed.npz"]
+
+
+@pytest.mark.parametrize("name", READ_LATER)
+def test_a_store_that_begins_to_refuse_is_no_damage(a_server, tmp_path, name):
+    local = FIXTURES / name
+    if name.endswith(".npz"):
+        local = tmp_path / name
+        np.savez_compressed(local, **{f"a{k}": np.arange(100_000) + k for k in range(3)})
+    url = upload(local, f"{a_server.url}/{local.name}")
+    proxy = a_server.through_proxy()
+    with ckpt.load_checkpoint(url) as reader:
+        wanted = dict.fromkeys({*reader.keys()} - {*reader.refusals()})
+        proxy.fault(answer(403), operation="READ")
+        with pytest.raises(PermissionError):
+            reader.read(wanted)
+
+
 @pytest.mark.parametrize("name", ["hub", "orbax/0.12.8_zarr_files", "tensorflow/saved_model"])
 def test_a_checkpoint_is_replaced_while_it_is_read(uploaded, name):
     local = FIXTURES / name
