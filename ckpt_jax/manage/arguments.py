@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -55,7 +55,9 @@ def as_policies(policies: Any) -> tuple[tuple[RetentionPolicy, ...], SaveAny | N
     Raises:
       TypeError: one of them says neither.
     """
-    is_one = isinstance(policies, RetentionPolicy | SavePolicy)
+    is_one = isinstance(policies, RetentionPolicy | SavePolicy) or not isinstance(
+        policies, Iterable
+    )
     given = (policies,) if is_one else (*policies,)
     for policy in given:
         if not isinstance(policy, RetentionPolicy | SavePolicy):

@@ -329,7 +329,11 @@ class Collection:
             is_overtaken = True  # by a save in a signal handler, during this loop
         self.ledger = ledger
         self._forget_recorded()
-        unknown, sweep = self._plan_sweep(self.ledger)
+        try:
+            unknown, sweep = self._plan_sweep(self.ledger)
+        except Exception as error:  # of a policy of the program
+            error.add_note(f"{path} was saved and is the latest. No checkpoint was removed.")
+            raise
         if unknown:
             self.ledger = self.ledger.without(unknown)
         if (sweep.preserve or sweep.remove) and self._is_latest_usable():
