@@ -182,6 +182,8 @@ class CheckpointManager:
             )
         if init_fn is not None and not callable(init_fn):
             raise TypeError(f"init_fn must be a function of no argument, got {init_fn!r}")
+        if not isinstance(checkpoint_name, str):
+            raise TypeError(f"expected a str as checkpoint_name, got {checkpoint_name!r}")
         if os.path.basename(checkpoint_name) != checkpoint_name:
             raise ValueError(f"expected a name without directories, got {checkpoint_name!r}")
         limit = as_limit(max_to_keep)

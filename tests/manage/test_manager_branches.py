@@ -384,6 +384,22 @@ def test_a_policy_that_answers_with_paths_is_an_error(tmp_path):
         manager.save(1)
 
 
+def test_no_checkpoint_is_removed_in_favour_of_one_that_was_removed_by_hand(tmp_path):
+    best = run_in(tmp_path / "best", max_to_keep=1, policies=ckpt.KeepBest("acc"))
+    save(best, 1, metrics={"acc": 5})
+    shutil.rmtree(tmp_path / "best" / "ckpt-1")
+    save(best, 2, metrics={"acc": 3})
+    save(best, 3, metrics={"acc": 1})
+    assert best.steps == (2, 3) and numbers_in(tmp_path / "best") == [2, 3]
+    latest = run_in(tmp_path / "latest", max_to_keep=3)
+    save(latest, 1, 2, 3)
+    shutil.rmtree(tmp_path / "latest" / "ckpt-3")
+    save(latest, 4)
+    assert numbers_in(tmp_path / "latest") == [1, 2, 4]
+    save(latest, 5)
+    assert latest.steps == (2, 4, 5) and numbers_in(tmp_path / "latest") == [2, 4, 5]
+
+
 @pytest.mark.parametrize("answer", [None, 3, ["1"], [1.5]])
 def test_a_policy_whose_answer_is_no_numbers_is_named_and_what_was_saved_stays(tmp_path, answer):
     class Odd:
