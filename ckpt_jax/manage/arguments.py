@@ -55,10 +55,9 @@ def as_policies(policies: Any) -> tuple[tuple[RetentionPolicy, ...], SaveAny | N
     Raises:
       TypeError: one of them says neither.
     """
-    is_one = isinstance(policies, RetentionPolicy | SavePolicy) or not isinstance(
-        policies, Iterable
-    )
-    given = (policies,) if is_one else (*policies,)
+    is_one = isinstance(policies, RetentionPolicy | SavePolicy)
+    is_several = isinstance(policies, Iterable) and not is_one
+    given: tuple[Any, ...] = tuple(policies) if is_several else (policies,)
     for policy in given:
         if not isinstance(policy, RetentionPolicy | SavePolicy):
             raise TypeError(
