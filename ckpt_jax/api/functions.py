@@ -41,6 +41,7 @@ from ckpt_jax.restoring.run import require_fit
 from ckpt_jax.restoring.shardings import with_shardings
 from ckpt_jax.values.leaves import encode
 
+_GONE = object()  # stands for a value that is not there any more
 _WINDOW = (
     "jax.export promises that an artifact can be read for 6 months after the release of JAX that "
     "wrote it, and by releases of JAX that are up to 3 weeks older than that"
@@ -130,7 +131,8 @@ class LoadedFunction:
         """Runs the function.
 
         Raises:
-          TypeError: naming all arguments that do not have the signature.
+          TypeError: naming all arguments that do not have the signature, or all values that the
+            object has now, but that are no such arrays any more.
           ValueError: it was not compiled for the present platform, or symbolic sizes differ.
         """
         leaves = self._checked(arguments, named)
@@ -141,10 +143,9 @@ class LoadedFunction:
                 f"this program runs on {here}. Save it again with "
                 f"platforms={(*self.platforms, here)}."
             )
-        weights = [
-            _as(value, weight.dtype)
-            for value, weight in zip(self._values(), self._weights, strict=True)
-        ]
+        values = [*zip(self._values(), self._weights, strict=True)]
+        _require_shapes(self.signature, values)
+        weights = [_as(value, weight.dtype) for value, weight in values]
         try:
             results = self._call(*weights, *leaves)
         except ValueError as error:  # of JAX, which need not say which function it is about
@@ -288,6 +289,8 @@ def functions_of(reader: CheckpointReader, root: Any) -> dict[str, LoadedFunctio
 def _the_value(places: Sequence[_Place]) -> Any:
     """The value that an object has at one place, or at several that have to agree."""
     first, *others = [(place.path, place.value()) for place in places]
+    if any([value is _GONE or isinstance(value, bytes) for _, value in (first, *others)]):
+        return _GONE
     differing = [(path, value) for path, value in others if value is not first[1]]
     _require_equal("the object", [((first[0], path), first[1], value) for path, value in differing])
     return first[1]
@@ -318,14 +321,17 @@ class _Place:
         self.path, self.start, self.labels = path, start, tuple(labels)
 
     def value(self) -> Any:
-        """The value that is there now."""
+        """The value that is there now; `_GONE` if there is none."""
         obj = self.start
         for label in self.labels:
             view = view_of(obj)
-            assert view is not None
-            obj = dict(view.children(obj))[label]
+            children = {} if view is None else dict(view.children(obj))
+            if label not in children:
+                return _GONE
+            obj = children[label]
         view = view_of(obj)
-        return encode(obj if view is None else view.values(obj)[VARIABLE_VALUE])
+        values = {} if view is None else view.values(obj)
+        return encode(values[VARIABLE_VALUE]) if VARIABLE_VALUE in values else _GONE
 
 
 def read_exported(reader: CheckpointReader, name: str) -> jax.export.Exported:
@@ -516,6 +522,24 @@ def _values_of_object(source: Any, weights: Sequence[Weight]) -> list[Any]:
         ],
     )
     return [value(*places[weight.path], weight) for weight in weights]
+
+
+def _require_shapes(signature: str, values: Iterable[tuple[Any, Weight]]) -> None:
+    """Raises TypeError for values that an object has got since, and that a function cannot take."""
+    lines = [
+        f"  {weight.path}: expected {weight.spec}, got {_outline(value)}"
+        for value, weight in values
+        if value is _GONE or np.shape(value) != weight.spec.shape
+    ]
+    if lines:
+        listed = "\n".join(lines)
+        raise TypeError(f"{signature} takes values that the object does not have now:\n{listed}")
+
+
+def _outline(value: Any) -> str:
+    if value is _GONE:
+        return "no array"
+    return str(array_like(value))
 
 
 def _as(value: Any, dtype: Any) -> Any:

@@ -173,7 +173,7 @@ def load_object(path: Path, *, sharding: Any = None) -> Any:
 
     If functions were saved with the object, it has them by name in its attribute `functions`. They
     take the values that the object has when they are called. (A child that is called `functions`
-    keeps its name; then `ckpt.load_function` loads them.)
+    keeps its name, and an array of numpy has no attributes; then `ckpt.load_function` loads them.)
 
     Args:
       path: of a checkpoint that `save_object` wrote.
@@ -225,7 +225,8 @@ def _with_functions(root: Any, functions: dict[str, LoadedFunction]) -> Any:
     """The object, with functions as its attribute, if it can have one."""
     if not hasattr(root, "functions"):
         tracks = issubclass(type(root), AutoTrackable)  # what is assigned to its attributes
-        root.functions = NoDependency(functions) if tracks else functions
+        with contextlib.suppress(AttributeError):  # of an array of numpy, a number, a text
+            root.functions = NoDependency(functions) if tracks else functions
     return root
 
 

@@ -295,6 +295,35 @@ def test_a_weight_at_several_places_has_one_value_or_is_refused(tmp_path):
     assert g(x).tolist() == [[9, 9, 9]]
 
 
+def test_what_an_edited_object_lacks_is_named(tmp_path):
+    tree = {"deep": {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, "n": jnp.ones(2)}
+
+    def fn(tree, x):
+        return x @ tree["deep"]["w"] + tree["deep"]["b"] + tree["n"]
+
+    anew = ckpt.load_object(saved(tmp_path / "a", tree, f=(fn, spec("b, 3"))))
+    f, x = anew.functions["f"], np.ones((1, 3), np.float32)
+    anew["deep"] = {"w": jnp.zeros((3, 2)), "b": jnp.ones(2)}
+    assert f(x).tolist() == [[2, 2]]
+    anew["deep"] = {"w": jnp.zeros((3, 4))}
+    anew["n"] = "text"
+    with pytest.raises(TypeError) as raised:
+        f(x)
+    text = str(raised.value)
+    assert r"deep/w: expected float32[3, 2], got float32[3, 4]" in text
+    assert "deep/b: expected float32[2], got no array" in text
+    assert "n: expected float32[2], got no array" in text
+
+
+@pytest.mark.parametrize("root", [np.arange(3.0), jnp.arange(3.0), 2.5, jnp.float32(2)])
+def test_roots_that_are_no_containers(tmp_path, root):
+    fn = (lambda root, x: x * root, spec((3,)))
+    path = ckpt.save_object(root, tmp_path / "a", functions={"f": fn})
+    x = np.ones(3, np.float32)
+    np.testing.assert_allclose(ckpt.load_function(path, "f")(x), root * x)
+    np.testing.assert_allclose(ckpt.load_object(path), root)
+
+
 def test_integers_that_do_not_fit_are_named_and_never_wrapped(tmp_path):
     tree = {"n": np.array([5, 2**40])}
     path = saved(tmp_path / "a", tree, f=(lambda tree, x: x + tree["n"], spec((2,), "int32")))
