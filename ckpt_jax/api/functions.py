@@ -41,6 +41,7 @@ from ckpt_jax.restoring.run import require_fit
 from ckpt_jax.restoring.shardings import with_shardings
 from ckpt_jax.values.leaves import encode
 
+Seen = dict[int, tuple[Any, Mapping[Any, Any]]]
 _GONE = object()  # stands for a value that is not there any more
 _WINDOW = (
     "jax.export promises that an artifact can be read for 6 months after the release of JAX that "
@@ -280,15 +281,16 @@ def functions_of(reader: CheckpointReader, root: Any) -> dict[str, LoadedFunctio
         weights = _weights(reader, record, exported)
 
         def values(inputs: Sequence[Sequence[_Place]] = inputs) -> list[Any]:
-            return [_the_value(each) for each in inputs]
+            seen: Seen = {}
+            return [_the_value(each, seen) for each in inputs]
 
         found[name] = LoadedFunction(name, record, exported, weights, values)
     return found
 
 
-def _the_value(places: Sequence[_Place]) -> Any:
+def _the_value(places: Sequence[_Place], seen: Seen) -> Any:
     """The value that an object has at one place, or at several that have to agree."""
-    first, *others = [(place.path, place.value()) for place in places]
+    first, *others = [(place.path, place.value(seen)) for place in places]
     if any([value is _GONE or isinstance(value, bytes) for _, value in (first, *others)]):
         return _GONE
     differing = [(path, value) for path, value in others if value is not first[1]]
@@ -320,12 +322,18 @@ class _Place:
     def __init__(self, path: str, start: Any, labels: Sequence[Any]):
         self.path, self.start, self.labels = path, start, tuple(labels)
 
-    def value(self) -> Any:
-        """The value that is there now; `_GONE` if there is none."""
+    def value(self, seen: Seen) -> Any:
+        """The value that is there now; `_GONE` if there is none.
+
+        Args:
+          seen: containers with their children, by identity: several places have them in common.
+        """
         obj = self.start
         for label in self.labels:
-            view = view_of(obj)
-            children = {} if view is None else dict(view.children(obj))
+            if id(obj) not in seen:
+                view = view_of(obj)
+                seen[id(obj)] = obj, {} if view is None else dict(view.children(obj))
+            _, children = seen[id(obj)]
             if label not in children:
                 return _GONE
             obj = children[label]
