@@ -212,11 +212,12 @@ class Export:
         shared has several names. The save counter of a `Checkpoint` is left out.
 
         Raises:
-          ValueError: two values would have one name.
+          ValueError: naming all names that two values would have.
         """
         tree = as_tree(slots_as_children(self.graph))
         names = local_names(tree.nodes, separator)
         found: dict[str, Attribute] = {}
+        twice: dict[str, None] = {}
         for node, attribute in tree.attributes():
             entry, name = tree.nodes[node], names[node]
             if name == SAVE_COUNTER and tree.nodes[0].container in ("", "dict"):
@@ -224,8 +225,11 @@ class Export:
             if not entry.has_only(attribute.name):
                 name = separator.join([*filter(None, [name]), attribute.name])
             if name in found:
-                raise ValueError(f"two values would be called {name!r}; give one another name")
+                twice[name] = None
             found[name] = attribute
+        if twice:
+            names = ", ".join(map(repr, twice))
+            raise ValueError(f"two values would be called {names}; give one another name (rename=)")
         return found
 
 

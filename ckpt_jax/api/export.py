@@ -55,16 +55,19 @@ from ckpt_jax.restoring.run import require_fit
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
 from ckpt_jax.store.durable import fsync_directory, fsync_file, make_directories
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, as_path, require_room
 from ckpt_jax.store.presence import is_taken
 from ckpt_jax.store.replacing import settle
 from ckpt_jax.store.staging import discard, joined, staging_name
+from ckpt_jax.values.host import transfers_allowed
 from ckpt_jax.values.leaves import describe, encode
 
 Cast = Any  # a dtype, or pairs of a pattern and a dtype
 _RULES = "Nothing was written. Correct the rules; ckpt.load_checkpoint(path).paths() lists names."
 
 
+@transfers_allowed()
 def export(
     source: Any,
     destination: Path,
@@ -84,7 +87,7 @@ def export(
 
     Args:
       source: the path of a checkpoint of any format, or a tree or object as `ckpt.save` takes it.
-      destination: the path to create.
+      destination: the path to create, in a file system.
       format: "safetensors" writes one file if the destination ends in ".safetensors", and
         otherwise a directory as transformers has it. "npz" writes one file. Names are the local
         joined with "." and "/". "orbax" writes a directory, or, if its name is that of a step
@@ -107,7 +110,8 @@ def export(
       UnsaveableError: naming all values that the format cannot hold; nothing was written.
       UnsupportedFormatError: naming all values of the source that cannot be read.
       RestoreMismatchError: naming all rules that cannot be applied.
-      ValueError: the format is not known or cannot be written, or two values get one name.
+      ValueError: the format is not known or cannot be written, the destination lies in an object
+        store, or two values get one name.
 
     Example:
       >>> import ckpt_jax as ckpt, tempfile
@@ -122,6 +126,12 @@ def export(
     writer = _writer(format)
     destination = as_path(destination, "destination")
     path = absolute(destination)
+    if is_url(path):
+        raise ValueError(
+            f"destination: expected a path in a file system, got {destination!r}. Export to a "
+            "local path, and upload what is there with a tool for files, such as "
+            "'gcloud storage cp -r' or 'aws s3 cp --recursive'."
+        )
     if is_taken(path):
         raise FileExistsError(f"{destination} exists; export to another path, or remove it first")
     if type(max_shard_nbytes) is not int or max_shard_nbytes <= 0:
@@ -247,7 +257,8 @@ def _chosen(reader: CheckpointReader, only: Selection | None) -> ObjectGraph:
     chosen = selects(only)
     keys = {a.key for node, a in tree.attributes() if chosen(tree.value_path(node, a.name))}
     if not keys:
-        raise KeyError(f"{reader.path} holds nothing that {only!r} selects")
+        what = "holds no values" if only is None else f"holds nothing that {only!r} selects"
+        raise KeyError(f"{reader.path} {what}")
     savers = [
         f"{graph.paths[node]} ({entry.saver.name})"
         for node, entry in enumerate(graph.nodes)
@@ -352,7 +363,11 @@ def _pairs(cast: Iterable[Any]) -> list[tuple[Callable[[str], bool], str]]:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"cast: expected a dtype or pairs (pattern, dtype), got {pair!r}")
         pattern: Pattern = pair[0]
-        found.append((selects(pattern), dtype_name(np.dtype(pair[1]))))
+        try:
+            dtype = dtype_name(np.dtype(pair[1]))
+        except TypeError:
+            raise TypeError(f"cast: expected a dtype for {pattern!r}, got {pair[1]!r}") from None
+        found.append((selects(pattern), dtype))
     return found
 
 
@@ -436,6 +451,7 @@ def convert(
     *,
     rename: Iterable[Rule] = (),
     options: CheckpointOptions | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Saves a checkpoint of any format as one of this library.
 
@@ -447,12 +463,13 @@ def convert(
       destination: the directory to create.
       rename: rules as for `ckpt.restore`.
       options: how to save.
+      overwrite: whether a checkpoint at `destination` is replaced.
 
     Returns:
       `destination`.
 
     Raises:
-      FileExistsError: there is something at the destination.
+      FileExistsError: there is something at the destination that may not be replaced.
       UnsupportedFormatError: naming all values of the source that cannot be read.
       RestoreMismatchError: naming all rules that cannot be applied.
 
@@ -465,6 +482,10 @@ def convert(
       (2, 3)
     """
     options, destination, context = given(options), as_path(destination), current_context()
+    if not overwrite and context.storage_of(destination).saved_at(destination) is not None:
+        raise FileExistsError(
+            f"{destination} exists; pass overwrite=True to replace the checkpoint"
+        )
     with METER.restoring(lambda: CheckpointReader(source)) as reader:
         saved = _renamed(reader, _chosen(reader, None), rename)
         _check(reader.path, saved.graph)
@@ -476,7 +497,7 @@ def convert(
             parts |= reader.recipes()
     options = replace(options, enable_async=False)
     request = SaveRequest(
-        destination, lambda: live, options, overwrite=False, extra=lambda live: parts
+        destination, lambda: live, options, overwrite=overwrite, extra=lambda live: parts
     )
     return save_once(request, context)
 

@@ -19,6 +19,7 @@ from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.formats import format_of
 from ckpt_jax.restoring.waiting import log_conflicts
 from ckpt_jax.store.directory import is_checkpoint
+from ckpt_jax.store.looks import looking
 from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.store.presence import is_directory
 from ckpt_jax.values.leaves import describe
@@ -44,10 +45,11 @@ def load_checkpoint(path: Path) -> CheckpointReader:
       (['w'], ['w/.ATTRIBUTES/VARIABLE_VALUE'], array([0, 1, 2]))
     """
     path = as_path(path)
-    is_one = is_checkpoint(path) or format_of(absolute(path)) is not None
-    if not is_one and is_directory(path):
-        path = latest_checkpoint(path) or path
-    return CheckpointReader(path)
+    with looking(absolute(path)):
+        is_one = is_checkpoint(path) or format_of(absolute(path)) is not None
+        if not is_one and is_directory(path):
+            path = latest_checkpoint(path) or path
+        return CheckpointReader(path)
 
 
 def list_variables(path: Path) -> list[tuple[str, tuple[int, ...]]]:

@@ -53,28 +53,24 @@ def graph_of(specs: Mapping[str, LeafSpec], separator: str | None = None) -> Obj
     """
     if separator is None:
         separator = "/" if any("/" in name for name in specs) else "."
-    nodes = [Node(container="dict")]
     edges: list[dict[Label, int]] = [{}]
-    for name, spec in specs.items():
+    named: dict[int, str] = {}  # node -> the name of its value
+    for name in specs:
         here = 0
         for label in labels_of(name, separator):
-            there = edges[here].setdefault(label, len(nodes))
-            if there == len(nodes):
-                nodes.append(Node(container="dict"))
+            there = edges[here].setdefault(label, len(edges))
+            if there == len(edges):
                 edges.append({})
             here = there
-        if nodes[here].attributes:
-            other = nodes[here].attributes[0].key
-            raise ValueError(f"the names {other!r} and {name!r} mean one value")
-        nodes[here] = replace(nodes[here], attributes=(_attribute(VARIABLE_VALUE, name, spec),))
-    nodes = [
-        replace(
-            node,
-            container="dict" if children or not node.attributes else "leaf",
-            children=tuple(children.items()),
-        )
-        for node, children in zip(nodes, edges, strict=True)
-    ]
+        if here in named:
+            raise ValueError(f"the names {named[here]!r} and {name!r} mean one value")
+        named[here] = name
+    nodes: list[Node] = []
+    for number, children in enumerate(edges):
+        name = named.get(number)
+        own = () if name is None else (_attribute(VARIABLE_VALUE, name, specs[name]),)
+        container = "dict" if children or not own else "leaf"
+        nodes.append(Node(container, children=tuple(children.items()), attributes=own))
     return ObjectGraph(tuple(nodes), object_keys(nodes), named=True)
 
 
@@ -104,6 +100,8 @@ def with_labels_of(
         for attribute in live.nodes[node].attributes
     ]
     wanted += _places_of_slots(live)
+    if all(labels in stored for labels in wanted):
+        return saved, []
     by_text: dict[str, list[Labels]] = {}
     for labels in stored:
         by_text.setdefault(_text(labels), []).append(labels)

@@ -34,6 +34,7 @@ from ckpt_jax.report import near_miss, nearest
 from ckpt_jax.restoring.formats import foreign_steps, open_foreign
 from ckpt_jax.restoring.formats.own import OwnReader
 from ckpt_jax.restoring.formats.tensorflow.optimizers import with_slots
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, as_path
 from ckpt_jax.store.storage import Pinned, Storage, storage_of
 from ckpt_jax.values.host import without_gc
@@ -71,13 +72,15 @@ class CheckpointReader:
     def __init__(self, path: Path, storage_of: Callable[[str], Storage] = storage_of):
         self.path = as_path(path)
         self._own: OwnReader | None = None
-        foreign = open_foreign(absolute(self.path))
+        storage = storage_of(self.path)
+        location = storage.located(self.path)
+        pinned = Pinned.of(self.path, location, storage) if is_url(location) else None
+        is_own = pinned is not None and pinned.generation is not None
+        foreign = open_foreign(absolute(self.path), is_own=is_own)
         if foreign is not None:
             self._read_from(foreign)
             return
-        storage = storage_of(self.path)
-        location = storage.located(self.path)
-        self._pin(Pinned.of(self.path, location, storage))
+        self._pin(pinned or Pinned.of(self.path, location, storage))
         with self._pinned.unless_replaced():
             self._source = self._own = _opened(storage, location, self.path)
 
@@ -157,7 +160,10 @@ class CheckpointReader:
     def _graph(self) -> ObjectGraph:
         if self._graph_or_none is None:
             raise CorruptCheckpointError(
-                f"{self.path} has no object graph", file=self.path, key=OBJECT_GRAPH_KEY
+                f"{self.path} has no object graph, as after a merge of shards by hand. "
+                "ckpt.load_checkpoint(path) reads its values by key",
+                file=self.path,
+                key=OBJECT_GRAPH_KEY,
             )
         return self._graph_or_none
 
@@ -428,13 +434,21 @@ def _opened(storage: Storage, location: str, path: str) -> OwnReader:
     try:
         return OwnReader(storage, location, path)
     except CheckpointNotFoundError as error:
-        names = [os.path.basename(step) for step in foreign_steps(absolute(path)).values()]
-        if not names:
-            raise
-        raise CheckpointNotFoundError(
-            f"{path} is a directory with checkpoints of another library: {', '.join(names[-20:])}. "
-            "Give the path of one of them, or of ckpt.latest_checkpoint(directory)"
-        ) from error
+        if names := _foreign_names(absolute(path)):
+            raise CheckpointNotFoundError(
+                f"{path} is a directory with checkpoints of another library: {names}. Give the "
+                "path of one of them, or of ckpt.latest_checkpoint(directory)"
+            ) from error
+        if names := _foreign_names(os.path.dirname(absolute(path))):
+            what = f"{error}. Checkpoints of another library there: {names}"
+            raise CheckpointNotFoundError(what) from error
+        raise
+
+
+def _foreign_names(directory: str) -> str:
+    """The names of the last checkpoints of other formats in a directory."""
+    names = [os.path.basename(step) for step in foreign_steps(directory).values()]
+    return ", ".join(names[-20:])
 
 
 def _keys_by_path(graph: ObjectGraph) -> dict[str, str]:

@@ -27,6 +27,7 @@ from ckpt_jax.showing.contents import OWN_FORMAT
 from ckpt_jax.store.attempts import remains_in
 from ckpt_jax.store.directory import is_checkpoint, number_of, others_in
 from ckpt_jax.store.glance import glance
+from ckpt_jax.store.looks import looking
 from ckpt_jax.store.notes import Notes, read_notes
 from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, relative
@@ -179,18 +180,19 @@ def _at(directory: str, notes: Notes) -> list[Listed]:
 
 
 def _inside(directory: str, notes: Notes) -> list[Listed]:
-    found = {
-        name: listed
-        for name in names_in(directory)
-        if STAGING.match(name) is None
-        and (listed := _listed(os.path.join(directory, name), name, notes)) is not None
-    }
-    for step, path in foreign_steps(absolute(directory)).items():
-        name = relative(path, absolute(directory))
-        listed = found.get(name) or _foreign(os.path.join(directory, name), name)
-        if listed is not None:
-            found[name] = replace(listed, step=step)
-    return [*found.values()]
+    with looking(absolute(directory)):
+        found = {
+            name: listed
+            for name in names_in(directory)
+            if STAGING.match(name) is None
+            and (listed := _listed(os.path.join(directory, name), name, notes)) is not None
+        }
+        for step, path in foreign_steps(absolute(directory)).items():
+            name = relative(path, absolute(directory))
+            listed = found.get(name) or _foreign(os.path.join(directory, name), name)
+            if listed is not None:
+                found[name] = replace(listed, step=step)
+        return [*found.values()]
 
 
 def unfinished(directory: str) -> tuple[Unfinished, ...]:
@@ -255,7 +257,9 @@ def _foreign(path: str, name: str) -> Listed | None:
     )
 
 
-def _time(path: str) -> float:
+def _time(path: str) -> float | None:
+    if is_url(path):  # which does not tell
+        return None
     try:
         return os.stat(path).st_mtime
     except FileNotFoundError:  # a prefix of several files, or it was just removed

@@ -7,6 +7,7 @@ their arrays lie. Once that is known, `stored.ExtentsReader` reads all of them.
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -69,6 +70,8 @@ class Extent:
     @property
     def span(self) -> int:
         """The number of elements from the first to the last, with those in between."""
+        if self.strides is None:
+            return math.prod(shape_of(self.box))
         return span_of(shape_of(self.box), self.steps)
 
     @property

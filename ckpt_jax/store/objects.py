@@ -17,6 +17,7 @@ import os
 import re
 import secrets
 import threading
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, NoReturn
@@ -103,6 +104,15 @@ def is_url(path: str) -> bool:
     return path.startswith(("s3://", "gs://", "memory://"))
 
 
+def has_key(url: str) -> bool:
+    """Whether a URL is that of a value, or of what lies below a name, and not of a whole bucket.
+
+    >>> has_key("gs://bucket/run"), has_key("gs://bucket")
+    (True, False)
+    """
+    return _parted(url)[1] != ""
+
+
 def use_storage(
     prefix: str | os.PathLike[str],
     *,
@@ -179,7 +189,7 @@ def read(
 
     Args:
       url: of the value.
-      start, stop: the part to read.
+      start, stop: the part to read; `start` counts from the end if it is negative.
       is_named: whether a checkpoint names the value. If the store refuses to show it, this is then
         an error. Otherwise the value may be absent (`_may_read_beside`).
 
@@ -187,24 +197,36 @@ def read(
       EOFError: the value ends before.
       OSError: it is not known whether there is one.
     """
+    return reading(url, start, stop, is_named=is_named)()
+
+
+def reading(
+    url: str, start: int = 0, stop: int | None = None, *, is_named: bool = False
+) -> Callable[[], Found | None]:
+    """Begins to read, and returns what waits for the outcome; see `read`."""
     bucket, key = _place(url)
     part = None if start == 0 and stop is None else slice(start, stop)
-    try:
-        found = bucket.store.read(key, byte_range=part).result(timeout=bucket.seconds)
-    except Exception as error:
-        if "OUT_OF_RANGE" in str(error):
-            raise EOFError(url) from error
-        trouble = trouble_of(error, url)
-        is_denied = not is_named and _may_mean_absence(trouble)
-        if is_denied and _may_read_beside(bucket, url):
+    future = bucket.store.read(key, byte_range=part)
+
+    def outcome() -> Found | None:
+        try:
+            found = future.result(timeout=bucket.seconds)
+        except Exception as error:
+            if "OUT_OF_RANGE" in str(error):
+                raise EOFError(url) from error
+            trouble = trouble_of(error, url)
+            is_denied = not is_named and _may_mean_absence(trouble)
+            if is_denied and _may_read_beside(bucket, url):
+                return None
+            _fail(error, url)
+        if found.state != "value":
+            _require_bucket(bucket, url, key)
             return None
-        _fail(error, url)
-    if found.state != "value":
-        _require_bucket(bucket, url, key)
-        return None
-    bucket.is_there = True
-    bucket.readable.add(os.path.dirname(url))
-    return Found(found.value, found.stamp.generation)
+        bucket.is_there = True
+        bucket.readable.add(os.path.dirname(url))
+        return Found(found.value, found.stamp.generation)
+
+    return outcome
 
 
 def _require_bucket(bucket: _Bucket, url: str, key: str) -> None:
@@ -255,6 +277,13 @@ def generation_of(url: str) -> bytes | None:
     """The generation of the value at a URL; None if there is none; raises like `read`."""
     found = read(url)
     return None if found is None else found.generation
+
+
+def generations_of(urls: Iterable[str]) -> list[bytes | None]:
+    """The generations of several values, which are asked for at once, and are not read."""
+    asked = [reading(url, 0, 0) for url in urls]
+    found = [outcome() for outcome in asked]
+    return [None if each is None else each.generation for each in found]
 
 
 def write(url: str, value: bytes, if_generation: bytes | None = None) -> bytes | None:

@@ -1,10 +1,10 @@
 """Writing shards: the slices of one call, as streams of bytes in directories of their own.
 
 The slices of a shard follow each other in its stream, in the order of their keys. The stream is
-written file by file, by as many threads as there are cores, whether it is the only one or one of
-many. Chunks that lie within one large slice are written straight from the memory that it lies in.
-Other chunks are copied together from the slices in them. The thread that writes a file also
-computes the checksums of its blocks, and flushes it, while other threads write.
+written file by file, by as many threads as the machine can use, whether it is the only one or one
+of many. Large slices are written straight from the memory that they lie in; small ones are joined.
+The thread that writes a file also computes the checksums of its blocks, part by part, while the
+disk takes the parts before. At last it flushes the file.
 
 In an object store a file is written in one request, and many requests are under way at once.
 
@@ -30,15 +30,16 @@ import tensorstore as ts
 from ckpt_jax.graph.boxes import Box, Shape, inside, shape_of, whole
 from ckpt_jax.graph.dtypes import BYTES, dtype_name
 from ckpt_jax.store import objects
-from ckpt_jax.store.durable import fsync_directory, fsync_file
+from ckpt_jax.store.durable import fsync_directory, fsync_file, write_in_parts
 from ckpt_jax.store.index import CHECKSUM, Index, Shard, Table
 from ckpt_jax.store.manifest import INDEX, write_file
 from ckpt_jax.store.objects import is_url
-from ckpt_jax.store.paths import absolute
+from ckpt_jax.store.paths import absolute, require_addressable
 from ckpt_jax.store.presence import is_taken
 from ckpt_jax.store.room import Room
 from ckpt_jax.store.stream import (
     ALIGNMENT,
+    BLOCK_NBYTES,
     CHUNKS,
     DATA,
     FILE_NBYTES,
@@ -153,7 +154,9 @@ def write_shards(
                 raise
 
     is_remote = any(map(is_url, shards))
-    threads = min(objects.PARALLEL if is_remote else cores(), max(len(jobs), len(streams)))
+    # While one thread waits for the disk, another fills it.
+    most = objects.PARALLEL if is_remote else cores() * (2 if durable and not compression else 1)
+    threads = min(most, max(len(jobs), len(streams)))
     with Workers(threads if threads > 1 else 0, "ckpt-write") as workers:
         try:
             writes = [workers.submit(write_one, *job) for job in jobs]
@@ -239,6 +242,8 @@ def _layout(key: str, part: bytes | Slice) -> Layout:
 
 
 _PADDING = np.zeros(ALIGNMENT, np.uint8)
+_SMALL_NBYTES = 1 << 16  # up to here, copying costs less than a system call
+_PART_NBYTES = BLOCK_NBYTES  # of one part of a file
 
 
 class _Stream(ABC):
@@ -256,7 +261,7 @@ class _Stream(ABC):
         self.shard = shard
         self._table = table
         self._offsets = offsets
-        self._sources = [_Contents(source) for source in sources]
+        self._sources = [_contents_of(source) for source in sources]
         self._checksums = np.zeros(shard.blocks, CHECKSUM)
         self._sizes = [0] * shard.files
 
@@ -280,7 +285,7 @@ class _Stream(ABC):
     def flush_names(self) -> None:
         """Makes the names of the files durable."""
 
-    def within(self, number: int) -> Iterator[tuple[int, int, int, _Contents]]:
+    def within(self, number: int) -> Iterator[tuple[int, int, int, _Contents | _LaterContents]]:
         """(offset, start, stop, contents) of each slice with bytes in a file: its offset in the
         stream, and the range of its own bytes that lie in the file."""
         begin = number * self.shard.file_nbytes
@@ -299,64 +304,52 @@ class _Stream(ABC):
         return sum(stop - start for _, start, stop, _ in self.within(number))
 
     def copied_nbytes(self, number: int) -> int:
-        """About the memory for copies that `encode` takes."""
-        held = [(stop - start, each.is_copied) for _, start, stop, each in self.within(number)]
-        copied = sum([nbytes for nbytes, is_copied in held if is_copied])
-        if self.shard.compression:
-            return copied + 2 * self.shard.file_nbytes
-        # Chunks at the ends of a slice are copied together with those of its neighbours.
-        chunk = self.shard.chunk_nbytes
-        return copied + sum([min(nbytes, 2 * chunk) for nbytes, _ in held])
+        """The bytes of slices in a file that do not lie in memory as they are stored."""
+        within = self.within(number)
+        return sum([stop - start for _, start, stop, each in within if each.is_copied])
 
-    def encode(self, stream: ts.TensorStore, number: int) -> None:
-        """Writes a file of a stream that TensorStore has opened."""
-        chunk = self.shard.chunk_nbytes
+    def plain(self, number: int) -> Iterator[np.ndarray]:
+        """The bytes of a file as they are in the stream, in parts, which are summed up.
+
+        Large parts are the memory of slices, if it is as they are stored. Small ones are joined.
+        """
         begin = position = number * self.shard.file_nbytes
         end = min(begin + self.shard.file_nbytes, self.shard.nbytes)
-        transaction = ts.Transaction()
-        store = stream.with_transaction(transaction)
-        writes: list[ts.WriteFutures] = []
-        gathered: list[np.ndarray] = []  # from `begin` to `position`
+        waiting: list[np.ndarray] = []  # from `begin` to `position`
 
-        def put(data: np.ndarray) -> None:
+        def joined() -> Iterator[np.ndarray]:
             nonlocal begin
-            self.sum_up(begin, data)
-            target = store[begin : begin + data.size]
-            writes.append(target.write(data, can_reference_source_data_indefinitely=True))
-            begin += data.size
+            if waiting:
+                data = waiting[0] if len(waiting) == 1 else np.concatenate(waiting)
+                waiting.clear()
+                self.sum_up(begin, data)
+                begin += data.size
+                yield data
 
-        def put_gathered() -> None:
-            joined = np.empty(sum(part.size for part in gathered), np.uint8)
-            done = 0
-            for part in gathered:
-                joined[done : done + part.size] = part
-                done += part.size
-            gathered.clear()
-            if done:
-                put(joined)
+        for offset, first, last, contents in self.within(number):
+            if offset + first > position:
+                waiting.append(_PADDING[: offset + first - position])
+            for start in range(first, last, _PART_NBYTES):
+                data = contents.bytes(start, min(start + _PART_NBYTES, last))
+                is_large = data.size > _SMALL_NBYTES
+                if is_large:
+                    yield from joined()
+                waiting.append(data)
+                position = offset + start + data.size
+                if is_large or position - begin > _PART_NBYTES:
+                    yield from joined()
+        if position < end:  # the next slice begins in the next file
+            waiting.append(_PADDING[: end - position])
+        yield from joined()
 
+    def compress(self, stream: ts.TensorStore, number: int) -> None:
+        """Writes a compressed file of a stream that TensorStore has opened."""
+        begin = number * self.shard.file_nbytes
+        data = np.concatenate([*self.plain(number)])
+        transaction = ts.Transaction()
+        target = stream.with_transaction(transaction)[begin : begin + data.size]
         try:
-            for offset, start, stop, contents in self.within(number):
-                if offset + start > position:
-                    gathered.append(_PADDING[: offset + start - position])
-                data = contents.bytes(start, stop)
-                position = offset + start
-                # The chunks that lie wholly within this slice need no copy.
-                head = round_up(position, chunk) - position
-                tail = (position + data.size) % chunk if offset + stop < end else 0
-                if data.size - head - tail >= chunk:
-                    gathered.append(data[:head])
-                    put_gathered()
-                    put(data[head : data.size - tail])
-                    data = data[data.size - tail :]
-                if data.size:
-                    gathered.append(data)
-                position = offset + stop
-            if position < end:  # the next slice begins in the next file
-                gathered.append(_PADDING[: end - position])
-            put_gathered()
-            for write in writes:
-                write.copy.result()
+            target.write(data, can_reference_source_data_indefinitely=True).copy.result()
             transaction.commit_async().result()
         except ValueError as error:
             raise storage_error(error, self.directory) from error
@@ -393,15 +386,29 @@ class _LocalStream(_Stream):
         os.makedirs(self.directory, exist_ok=True)
         if os.listdir(self.directory):
             raise _taken(self.directory)
-        self._store = open_stream(self.directory, self.shard, new_context())
+        require_addressable(absolute(self.directory))
+        if self.shard.compression:
+            self._store = open_stream(self.directory, self.shard, new_context())
+        elif self.shard.files:
+            os.mkdir(os.path.join(self.directory, DATA))
 
     def held_nbytes(self, number: int) -> int:
-        return self.copied_nbytes(number)
+        if self.shard.compression:
+            return self.copied_nbytes(number) + 2 * self.shard.file_nbytes
+        return 2 * _PART_NBYTES
 
     def write(self, number: int, *, durable: bool) -> None:
-        self.encode(self._store, number)
+        path = file_path(self.directory, number)
+        if not self.shard.compression:
+            write_in_parts(path, self._parts(number), durable=durable)
+            return
+        self.compress(self._store, number)
         if durable:
-            fsync_file(file_path(self.directory, number))
+            fsync_file(path)
+
+    def _parts(self, number: int) -> Iterator[np.ndarray | bytes]:
+        yield from self.plain(number)
+        yield file_end(self.shard, number)
 
     def stored_nbytes(self) -> int:
         return files_nbytes(self.directory)
@@ -428,23 +435,13 @@ class _RemoteStream(_Stream):
         objects.write(file_path(self.directory, number), data)
 
     def _plain(self, number: int) -> bytes:
-        begin = position = number * self.shard.file_nbytes
-        end = min(begin + self.shard.file_nbytes, self.shard.nbytes)
-        parts: list[np.ndarray] = []
-        for offset, start, stop, contents in self.within(number):
-            parts += [_PADDING[: offset + start - position], contents.bytes(start, stop)]
-            position = offset + stop
-        parts.append(_PADDING[: end - position])
-        for part in parts:
-            self.sum_up(begin, part)
-            begin += part.size
         # Arrays are buffers; numpy's stubs say so from Python 3.12 on.
-        buffers: list[Any] = [*parts, file_end(self.shard, number)]
-        return b"".join(buffers)
+        parts: list[Any] = [*self.plain(number), file_end(self.shard, number)]
+        return b"".join(parts)
 
     def _compressed(self, number: int) -> bytes:
         context = memory_context()
-        self.encode(open_in_memory(self.shard, context), number)
+        self.compress(open_in_memory(self.shard, context), number)
         store = ts.KvStore.open({"driver": "memory"}, context=context).result()
         return store.read(f"{DATA}/{number}").result().value
 
@@ -462,11 +459,11 @@ def _taken(directory: str) -> FileExistsError:
 class _Contents:
     """The bytes of a slice, for several threads."""
 
-    def __init__(self, source: Source):
+    __slots__ = ("_source", "nbytes")
+
+    def __init__(self, source: np.ndarray | bytes):
         self.nbytes = len(source) if isinstance(source, bytes) else source.nbytes
-        self._source: Source | None = source
-        self._left = self.nbytes
-        self._lock = threading.Lock()
+        self._source = source
 
     @property
     def is_copied(self) -> bool:
@@ -475,21 +472,45 @@ class _Contents:
 
     def bytes(self, start: int, stop: int) -> np.ndarray:
         """A range of the bytes as they are stored. No range is asked for twice."""
+        if isinstance(self._source, bytes):
+            return np.frombuffer(self._source, np.uint8)[start:stop]
+        return _bytes_of(self._source, start, stop)
+
+
+class _LaterContents:
+    """The bytes of a slice that is still on its way. It is kept until its last byte is taken."""
+
+    is_copied = False
+
+    def __init__(self, source: Later):
+        self.nbytes = self._left = source.nbytes
+        self._source: Later | np.ndarray | None = source
+        self._lock = threading.Lock()
+
+    def bytes(self, start: int, stop: int) -> np.ndarray:
+        """A range of the bytes as they are stored. No range is asked for twice."""
         with self._lock:
             source = self._source
             assert source is not None
-            if isinstance(source, bytes):
-                source = np.frombuffer(source, np.uint8)
-            elif not isinstance(source, np.ndarray):
+            if not isinstance(source, np.ndarray):
                 source = self._source = source.wait()
             self._left -= stop - start
             if not self._left:
                 self._source = None
-        if _is_as_stored(source):
-            return source.reshape(-1).view(np.uint8)[start:stop]
-        copy = np.empty(stop - start, np.uint8)
-        _copy(source, start, copy)
-        return copy
+        return _bytes_of(source, start, stop)
+
+
+def _contents_of(source: Source) -> _Contents | _LaterContents:
+    is_here = isinstance(source, np.ndarray | bytes)
+    return _Contents(source) if is_here else _LaterContents(source)
+
+
+def _bytes_of(array: np.ndarray, start: int, stop: int) -> np.ndarray:
+    if _is_as_stored(array):
+        return array.reshape(-1).view(np.uint8)[start:stop]
+    copy = np.empty(stop - start, np.uint8)
+    _copy(np.atleast_1d(array), start, copy)
+    return copy
 
 
 def _is_as_stored(array: np.ndarray) -> bool:

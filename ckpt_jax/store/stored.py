@@ -2,7 +2,7 @@
 
 A request becomes *pieces* (see there), and pieces become *jobs* of about 1 MiB. Requests are worked
 on in their order; one is begun if its arrays and those that the caller has not taken yet fit into
-the given memory.
+the given memory. In an object store jobs are larger, and what a job will read is asked for ahead.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -34,13 +34,16 @@ from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.store.extents import Extent, Stored
 from ckpt_jax.store.memory import Memory
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.pieces import Piece, pieces_of
-from ckpt_jax.store.watched import Files, OpenFile
+from ckpt_jax.store.watched import Files, OpenFile, Source
 from ckpt_jax.store.workers import Workers, cores
 
 _SCRATCH_NBYTES = 4 << 20
 _MAX_OPEN = 64  # files that stay open during a read
 _JOB_NBYTES = 1 << 20  # small reads are done together
+_REMOTE_JOB_NBYTES = 8 << 20
+_REMOTE_THREADS = 8  # each of which waits for several requests
 
 
 @dataclass(frozen=True)
@@ -111,11 +114,13 @@ class ExtentsReader:
         self._files = files
         self._closed = False
         self._metadata = metadata or {}
+        files.expect(_ends(values))
         for key, stored in values.items():
             problem = _problem(stored, files)
             if problem is not None:
                 what, file = problem
                 raise files.damage(file or path, what, key)
+        files.forget()
 
     def metadata(self) -> Mapping[str, Any]:
         """What the program said about the checkpoint; empty if it said nothing."""
@@ -234,15 +239,32 @@ class _Request:
     nbytes: int
 
 
+def _itemsize(stored: Stored) -> int:
+    """The size of an element; a byte string is one element."""
+    return stored.nbytes if stored.spec.is_bytes else _dtype_of(stored.spec).itemsize
+
+
+def _ends(values: Mapping[str, Stored]) -> dict[str, int]:
+    """Where the last value ends in each file of an object store."""
+    ends: dict[str, int] = {}
+    for stored in values.values():
+        if stored.contents is not None or stored.damage or not is_readable(stored.spec):
+            continue
+        for extent in stored.extents:
+            if not is_url(extent.file):
+                return {}
+            end = extent.offset + extent.span * _itemsize(stored)
+            ends[extent.file] = max(end, ends.get(extent.file, 0))
+    return ends
+
+
 def _problem(stored: Stored, files: Files) -> tuple[str, str] | None:
     """What is wrong with the extents of a value, and the file of one; None if nothing is."""
     spec, extents = stored.spec, stored.extents
     if not is_readable(spec) or stored.damage:
         return None
-    if spec.is_bytes:
-        itemsize, boxes = stored.nbytes, [()]
-    else:
-        itemsize, boxes = _dtype_of(spec).itemsize, [extent.box for extent in extents]
+    itemsize = _itemsize(stored)
+    boxes = [()] if spec.is_bytes else [extent.box for extent in extents]
     if boxes != [whole(spec.shape)] and (problem := tiling_problem(boxes, spec.shape)):
         return problem, extents[0].file if extents else ""
     for extent in extents:
@@ -312,12 +334,15 @@ class _Work:
         self.done.set()
 
 
+_Job = tuple[_Work, Extent, Sequence[Piece]]
+
+
 class _Jobs:
     """Hands reads to threads, small ones together."""
 
     def __init__(self, files: Files):
         self._files = files
-        self._small: list[tuple[_Work, Extent, Sequence[Piece]]] = []
+        self._small: list[_Job] = []
         self._small_nbytes = 0
         self._cancelled = False
         self._open: dict[str, OpenFile] = {}
@@ -345,15 +370,18 @@ class _Jobs:
         work.close_job()
 
     def _start(self, work: _Work, extent: Extent, pieces: Sequence[Piece]) -> None:
+        job_nbytes = _REMOTE_JOB_NBYTES if is_url(extent.file) else _JOB_NBYTES
         if work.stored.contents is not None or extent.checksum is not None:  # on one thread
-            self._add(work, extent, pieces, sum([piece.nbytes for piece in pieces]))
+            nbytes = sum([piece.nbytes for piece in pieces])
+            waits = work.stored.contents is not None and is_url(extent.file)  # for requests
+            self._add(work, extent, pieces, job_nbytes if waits else nbytes)
             return
         batch: list[Piece] = []
         nbytes = 0
         for piece in pieces:
             batch.append(piece)
             nbytes += piece.nbytes
-            if nbytes >= _JOB_NBYTES:
+            if nbytes >= job_nbytes:
                 self._add(work, extent, batch, nbytes)
                 batch, nbytes = [], 0
         if batch:
@@ -364,16 +392,21 @@ class _Jobs:
             work.open_jobs += 1
         self._small.append((work, extent, pieces))
         self._small_nbytes += nbytes
-        if self._small_nbytes >= _JOB_NBYTES:
+        if self._small_nbytes >= (_REMOTE_JOB_NBYTES if is_url(extent.file) else _JOB_NBYTES):
             self.flush()
 
     def flush(self) -> None:
         """Starts what has been held back."""
         jobs, self._small, self._small_nbytes = self._small, [], 0
         if jobs:
-            _pool().submit(self._run, jobs)
+            is_remote = any(is_url(extent.file) for _, extent, _ in jobs)
+            _pool(is_remote).submit(self._run, jobs, is_remote)
 
-    def _run(self, jobs: Sequence[tuple[_Work, Extent, Sequence[Piece]]]) -> None:
+    def _run(self, jobs: Sequence[_Job], is_remote: bool) -> None:
+        opened = self._opened
+        if is_remote:  # what lies side by side is read in one request
+            jobs = sorted(jobs, key=lambda job: (job[1].file, job[1].offset))
+            opened = self._ahead(jobs)
         for work, extent, pieces in jobs:
             try:
                 if self._cancelled or work.error is not None:
@@ -381,7 +414,7 @@ class _Jobs:
                 if work.stored.contents is not None:
                     _take_contents(work, extent, pieces, work.stored.contents)
                     continue
-                with self._opened(extent.file) as source:
+                with opened(extent.file) as source:
                     _read(source, work, extent, pieces)
             except CorruptCheckpointError as error:
                 work.error = CorruptCheckpointError(
@@ -392,8 +425,19 @@ class _Jobs:
             finally:
                 work.close_job()
 
+    def _ahead(self, jobs: Sequence[_Job]) -> Callable[[str], AbstractContextManager[Source]]:
+        """Begins to read what jobs need from files in an object store, and gives these files."""
+        parts = [
+            (extent.file, extent.offset + piece.offset, piece.nbytes)
+            for work, extent, pieces in jobs
+            if work.stored.contents is None and not self._cancelled
+            for piece in pieces
+        ]
+        source_of = self._files.ahead(parts)
+        return lambda file: nullcontext(source_of(file))
+
     @contextmanager
-    def _opened(self, file: str) -> Iterator[OpenFile]:
+    def _opened(self, file: str) -> Iterator[Source]:
         """A file, which stays open until the end, unless there are too many."""
         with self._lock:
             source = self._open.get(file)
@@ -426,10 +470,9 @@ def _take_contents(
         _distribute(buffer[start : start + piece.nbytes], piece, work.results)
 
 
-def _read(source: OpenFile, work: _Work, extent: Extent, pieces: Sequence[Piece]) -> None:
+def _read(source: Source, work: _Work, extent: Extent, pieces: Sequence[Piece]) -> None:
     """Reads pieces of an extent, and checks it if these are all of it."""
-    spec = work.stored.spec
-    itemsize = work.stored.nbytes if spec.is_bytes else _dtype_of(spec).itemsize
+    itemsize = _itemsize(work.stored)
     checksum, end, crc = extent.checksum, 0, 0
     if checksum is not None:
         crc = checksum.start
@@ -468,14 +511,16 @@ def _scratch(nbytes: int) -> np.ndarray:
     return buffer[:nbytes]
 
 
-_workers: tuple[int, Workers] | None = None
+_workers: dict[bool, tuple[int, Workers]] = {}
 _workers_lock = threading.Lock()
 
 
-def _pool() -> Workers:
+def _pool(is_remote: bool) -> Workers:
     """Threads that stay, because new ones have no memory yet. A forked child has its own."""
-    global _workers
     with _workers_lock:
-        if _workers is None or _workers[0] != os.getpid():
-            _workers = os.getpid(), Workers(max(2, min(cores(), 16)), "ckpt-extents")
-        return _workers[1]
+        process, workers = _workers.get(is_remote, (None, None))
+        if workers is None or process != os.getpid():
+            count = _REMOTE_THREADS if is_remote else max(2, min(cores(), 16))
+            workers = Workers(count, "ckpt-extents")
+            _workers[is_remote] = os.getpid(), workers
+        return workers

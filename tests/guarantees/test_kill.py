@@ -230,7 +230,15 @@ def test_what_a_killed_writer_leaves_is_no_checkpoint(tmp_path, with_two):
 )
 @pytest.mark.parametrize(
     ("call", "count"),
-    [("writev", 1), ("rename", 1), ("rename", 2), ("fsync", 1), ("fsync", 2), ("fsync", 3)],
+    [
+        ("write", 1),
+        ("write", 2),
+        ("rename", 1),
+        ("rename", 2),
+        ("fsync", 1),
+        ("fsync", 2),
+        ("fsync", 3),
+    ],
 )
 def test_a_writer_killed_in_a_system_call_leaves_whole_checkpoints(tmp_path, with_two, call, count):
     """Inside of TensorStore too, where no Python is running; counted for each thread."""

@@ -5,7 +5,7 @@ Each other format is a module with a `readers.Format`, which is listed in `FORMA
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ckpt_jax.errors import CorruptCheckpointError
@@ -23,7 +23,7 @@ from ckpt_jax.restoring.formats.torch import TORCH
 from ckpt_jax.restoring.formats.torch_distributed import TORCH_DISTRIBUTED
 from ckpt_jax.restoring.formats.writing_npz import write_npz
 from ckpt_jax.restoring.formats.writing_safetensors import write_safetensors
-from ckpt_jax.store.objects import is_url
+from ckpt_jax.store.looks import is_file, looking
 
 FORMATS: tuple[Format, ...] = (
     replace(SAFETENSORS, write=write_safetensors),
@@ -41,37 +41,52 @@ def formats() -> tuple[Format, ...]:
 
 
 def format_of(path: str) -> Format | None:
-    """The format that recognises what is at an absolute path; None if none does. Of what lies in an
-    object store, only formats that a program has registered are asked."""
-    asked = registered_formats() if is_url(path) else formats()
-    return next((format for format in asked if format.recognises(path)), None)
+    """The format that recognises what is at an absolute path; None if none does."""
+    return _format_of(path, formats())
+
+
+def _format_of(path: str, asked: Sequence[Format]) -> Format | None:
+    with looking(path):
+        return next((format for format in asked if format.recognises(path)), None)
 
 
 def foreign_steps(directory: str) -> dict[int, str]:
     """The checkpoints of other formats in a directory, by number; ascending."""
-    if is_url(directory):
-        return {}
-    found = {number: path for each in formats() for number, path in each.steps(directory).items()}
+    with looking(directory):
+        steps = [each.steps(directory) for each in formats()]
+    found = {number: path for each in steps for number, path in each.items()}
     return dict(sorted(found.items()))
 
 
-def open_foreign(path: str) -> Reader | None:
+def open_foreign(path: str, *, is_own: bool = False) -> Reader | None:
     """Opens what is at an absolute path, if a format recognises it.
+
+    Args:
+      path: of the checkpoint.
+      is_own: whether it is known to be one of this library. Then only formats that a program has
+        registered are asked.
 
     Raises:
       CorruptCheckpointError: it is damaged.
     """
-    format = format_of(path)
-    if format is not None:
-        return format.open(path)
-    for format in () if is_url(path) else formats():
-        if format.suffixes and path.lower().endswith(format.suffixes) and os.path.isfile(path):
+    with looking(path):
+        format = _format_of(path, registered_formats() if is_own else formats())
+        if format is not None:
+            return format.open(path)
+        if not is_own:
+            _require_no_name(path)
+    return None
+
+
+def _require_no_name(path: str) -> None:
+    """Raises CorruptCheckpointError if a file that is not recognised has the name of a format."""
+    for format in formats():
+        if format.suffixes and path.lower().endswith(format.suffixes) and is_file(path):
             raise CorruptCheckpointError(
                 f"{path}: damaged or incomplete: its name is that of a file of {format.name}, but "
                 "it does not begin like one",
                 file=path,
             )
-    return None
 
 
 __all__ = ["FORMATS", "foreign_steps", "format_of", "formats", "open_foreign"]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from ckpt_jax.readers import Files
+from ckpt_jax.store.objects import is_url
 
-_WINDOW_NBYTES = 1 << 16
+_WINDOW_NBYTES, _REMOTE_WINDOW_NBYTES = 1 << 16, 1 << 20
 _MAX_LINE_NBYTES = 4096
 
 
@@ -22,6 +23,7 @@ class Cursor:
         self.end = files.size(file) if end is None else end
         self._files, self._file = files, file
         self._window, self._start = b"", at
+        self._window_nbytes = _REMOTE_WINDOW_NBYTES if is_url(file) else _WINDOW_NBYTES
 
     def take(self, nbytes: int) -> bytes:
         """The next bytes.
@@ -32,7 +34,7 @@ class Cursor:
         self._require(nbytes)
         begin = self.at - self._start
         if not 0 <= begin <= begin + nbytes <= len(self._window):
-            length = min(max(nbytes, _WINDOW_NBYTES), self.end - self.at)
+            length = min(max(nbytes, self._window_nbytes), self.end - self.at)
             self._window = self._files.read(self._file, self.at, length)
             self._start, begin = self.at, 0
         self.at += nbytes

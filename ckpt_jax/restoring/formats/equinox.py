@@ -11,9 +11,9 @@ from dataclasses import replace
 
 from ckpt_jax.errors import CheckpointError
 from ckpt_jax.readers import ExtentsReader, Files, Format, Stored
-from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.names import graph_of_tree
-from ckpt_jax.restoring.formats.npz import MAGIC, stored_array
+from ckpt_jax.restoring.formats.npz import MAGIC, UNKNOWN, stored_array
+from ckpt_jax.store.looks import head_of
 
 _MAX_LINE_NBYTES = 1 << 20
 _MAX_ARRAYS = 1 << 20
@@ -34,7 +34,7 @@ def open_equinox(path: str) -> ExtentsReader:
         while at < size:
             if len(found) >= _MAX_ARRAYS:
                 raise ValueError(f"it has more than {_MAX_ARRAYS} arrays")
-            stored, nbytes = _array(files, path, at)
+            stored, nbytes = _array(files, path, at, size - at)
             found.append(stored)
             at += nbytes
     except ValueError as error:
@@ -43,9 +43,8 @@ def open_equinox(path: str) -> ExtentsReader:
     return ExtentsReader(path, values, lambda: replace(graph, ordered=True), files)
 
 
-def _array(files: Files, path: str, at: int) -> tuple[Stored, int]:
-    """The array that begins at a byte, and how many bytes it takes."""
-    rest = files.size(path) - at
+def _array(files: Files, path: str, at: int, rest: int) -> tuple[Stored, int]:
+    """The array that begins at a byte, of which `rest` follow, and how many bytes it takes."""
 
     def head(nbytes: int) -> bytes:
         return files.read(path, at, min(nbytes, rest))
@@ -61,13 +60,15 @@ def _recognises(path: str) -> bool:
     if start == MAGIC:
         try:
             files = Files(path)
-            return _array(files, path, 0)[1] < files.size(path)
+            end = _array(files, path, 0, UNKNOWN)[1]
+            files.expect({path: end})
+            return end < files.size(path)
         except (ValueError, CheckpointError):
             return False
     if start[:1] != b"{":
         return False
-    with open(path, "rb") as file:
-        return file.readline(_MAX_LINE_NBYTES).endswith(b"\n") and file.read(len(MAGIC)) == MAGIC
+    line, _, rest = head_of(path, _MAX_LINE_NBYTES + len(MAGIC)).partition(b"\n")
+    return len(line) < _MAX_LINE_NBYTES and rest.startswith(MAGIC)
 
 
 EQUINOX = Format("equinox", _recognises, open_equinox, suffixes=(".eqx",))

@@ -20,8 +20,9 @@ from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
 from ckpt_jax.restoring.formats.cursor import Cursor
-from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.names import graph_of_tree
+from ckpt_jax.store.looks import head_of, names_in
+from ckpt_jax.store.remote import together
 
 SUFFIX = ".msgpack"
 _STEP = re.compile(r".*_(\d+)")
@@ -267,16 +268,14 @@ def _recognises(path: str) -> bool:
 
 def _steps(directory: str) -> dict[int, str]:
     """The files `checkpoint_N`, or of another name with a number, in a directory."""
-    try:
-        names = os.listdir(directory)
-    except OSError:
-        return {}
-    found = {}
-    for name in sorted(names):
-        match, path = _STEP.fullmatch(name), os.path.join(directory, name)
-        if match and _recognises(path):
-            found[int(match[1])] = path
-    return found
+    numbered = {
+        os.path.join(directory, name): int(match[1])
+        for name in names_in(directory)
+        if (match := _STEP.fullmatch(name))
+    }
+    are_own = together(directory, _recognises, [*numbered])
+    found = zip(numbered.items(), are_own, strict=True)
+    return {number: path for (path, number), is_own in found if is_own}
 
 
 MSGPACK = Format("msgpack", _recognises, open_msgpack, _steps, suffixes=(SUFFIX,))

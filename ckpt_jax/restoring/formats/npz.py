@@ -31,9 +31,10 @@ from ckpt_jax.graph.labels import VARIABLE_VALUE
 from ckpt_jax.graph.nodes import Attribute, Node, ObjectGraph
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Checksum, Extent, ExtentsReader, Files, Format, Stored
-from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.zips import Archive, first_member
 from ckpt_jax.store.extents import c_strides
+from ckpt_jax.store.looks import head_of
+from ckpt_jax.store.objects import is_url
 
 _SUFFIX = ".npy"
 MAGIC = npy.MAGIC_PREFIX
@@ -45,6 +46,7 @@ _HEADERS: dict[tuple[int, int], Callable[[Any], tuple[tuple[int, ...], bool, np.
 _FIRST_NBYTES = 256  # enough for most headers
 _MAX_HEADER_NBYTES = 16 << 10
 _MAX_TEXT_NBYTES = 1 << 20
+UNKNOWN = 1 << 62  # the size of a file that its header will tell
 _REFUSED = (
     "numpy's dtype {} does not say what the array holds, or is none that can be read without "
     "unpickling. Write it as another dtype"
@@ -79,8 +81,15 @@ def open_npy(path: str) -> ExtentsReader:
       CorruptCheckpointError: it is damaged.
     """
     files = Files(path)
+
+    def head(nbytes: int) -> bytes:
+        return files.read(path, 0, nbytes)
+
     try:
-        stored = stored_array(path, 0, files.size(path), lambda n: files.read(path, 0, n))[0]
+        if is_url(path):
+            _, header, nbytes = stored_array(path, 0, UNKNOWN, head, exact=False)
+            files.expect({path: len(header) + nbytes})
+        stored = stored_array(path, 0, files.size(path), head)[0]
     except ValueError as error:
         raise files.damage(path, str(error)) from error
     attribute = Attribute(VARIABLE_VALUE, WHOLE_FILE, stored.spec, full_name=WHOLE_FILE)

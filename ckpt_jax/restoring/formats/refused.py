@@ -9,7 +9,7 @@ from typing import NoReturn
 
 from ckpt_jax.errors import UnsupportedFormatError
 from ckpt_jax.readers import Format
-from ckpt_jax.restoring.formats.heads import head_of
+from ckpt_jax.store.looks import head_of
 
 _ADVICE = {
     "gguf": (

@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
@@ -21,9 +22,11 @@ from ckpt_jax.graph.boxes import whole
 from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
-from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.names import graph_of_names
 from ckpt_jax.restoring.formats.plain_json import parsed
+from ckpt_jax.store.looks import head_of, is_directory, names_in, size_of
+from ckpt_jax.store.objects import is_url
+from ckpt_jax.store.remote import HEAD_NBYTES, together
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -67,7 +70,7 @@ def open_safetensors(path: str) -> ExtentsReader:
         hold parts of arrays.
     """
     files = Files(path)
-    chosen = _chosen(path) if os.path.isdir(path) else path
+    chosen = _chosen(path) if is_directory(path) else path
     if _starts_as_file(chosen):
         values, metadata = _values_of(files, chosen)
     elif chosen.endswith(SUFFIX):
@@ -79,18 +82,19 @@ def open_safetensors(path: str) -> ExtentsReader:
 
 def _values_of(files: Files, file: str) -> tuple[dict[str, Stored], dict[str, Any]]:
     """The values of one file, and its metadata."""
-    size = files.size(file)
     length = int.from_bytes(files.read(file, 0, 8), "little")
-    if length > min(size - 8, _MAX_HEADER_NBYTES):
-        raise files.damage(file, f"it has {size} bytes, its header would have {length}")
     start = 8 + length
+    if length > _MAX_HEADER_NBYTES or (not is_url(file) and start > files.size(file)):
+        what = f"it has {files.size(file)} bytes, its header would have {length}"
+        raise files.damage(file, what)
     try:
         header = parsed(files.read(file, 8, length))
         if not isinstance(header, dict):
             raise ValueError("it is no object")
         metadata = _metadata(header.pop(_METADATA, None) or {})
         places = {name: _place(entry) for name, entry in header.items()}
-        _check_dense(places, size - start)
+        files.expect({file: start + max([end for _, _, end in places.values()], default=0)})
+        _check_dense(places, files.size(file) - start)
     except ValueError as error:
         raise files.damage(file, f"its header is wrong: {error}") from error
     if _OF_PARTS in metadata:
@@ -174,6 +178,7 @@ def _check_dense(places: Mapping[str, tuple[LeafSpec, int, int]], size: int) -> 
 def _values_of_index(files: Files, file: str) -> tuple[dict[str, Stored], dict[str, Any]]:
     """The values and the metadata of several files. Values that the index does not list are there
     as well."""
+    files.fetch_whole(file)
     try:
         index = parsed(files.read(file, 0, files.size(file)))
         names = index["weight_map"]
@@ -183,14 +188,16 @@ def _values_of_index(files: Files, file: str) -> tuple[dict[str, Stored], dict[s
         raise files.damage(file, f"it is no index: {error}") from error
     directory = os.path.dirname(file)
     shards = sorted(set(names.values()))
-    absent = [shard for shard in shards if not os.path.isfile(os.path.join(directory, shard))]
+    places = [os.path.join(directory, shard) for shard in shards]
+    are_there = together(file, files.has, places)
+    absent = [shard for shard, is_there in zip(shards, are_there, strict=True) if not is_there]
     if absent:
         raise files.damage(file, f"{len(absent)} of {len(shards)} files are missing: {absent[:8]}")
     values: dict[str, Stored] = {}
     metadata: dict[str, Any] = {}
     found: set[tuple[str, str]] = set()
-    for shard in shards:
-        here, own = _values_of(files, os.path.join(directory, shard))
+    in_shards = together(file, partial(_values_of, files), places)
+    for shard, (here, own) in zip(shards, in_shards, strict=True):
         metadata |= own
         found.update([(name, shard) for name in here])
         values.update({n: stored for n, stored in here.items() if names.get(n, shard) == shard})
@@ -207,7 +214,7 @@ def _is_base_name(name: str) -> bool:
 
 def _chosen(directory: str) -> str:
     """The file or index in a directory that is meant."""
-    names = _names_in(directory)
+    names = names_in(directory)
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     parts = {match[1]: match for name in names if (match := _PART.fullmatch(name))}
     singles = [n for n in names if n.endswith(SUFFIX) and not _PART.fullmatch(n)]
@@ -228,29 +235,24 @@ def _chosen(directory: str) -> str:
     )
 
 
-def _names_in(directory: str) -> list[str]:
-    try:
-        return sorted(os.listdir(directory))
-    except OSError:
-        return []
-
-
 def _starts_as_file(path: str) -> bool:
     start = head_of(path, 9)
     length = int.from_bytes(start[:8], "little")
-    return start[8:] == b"{" and 2 <= length <= min(os.path.getsize(path), _MAX_HEADER_NBYTES)
+    if start[8:] != b"{":
+        return False
+    size = size_of(path)
+    return 2 <= length <= min(_MAX_HEADER_NBYTES if size is None else size, _MAX_HEADER_NBYTES)
 
 
 def _is_index(path: str) -> bool:
-    if head_of(path, 1) != b"{" or os.path.getsize(path) > _MAX_HEADER_NBYTES:
+    if head_of(path, 1) != b"{" or (size := size_of(path) or HEAD_NBYTES) > _MAX_HEADER_NBYTES:
         return False
-    with open(path, "rb") as file:
-        return b'"weight_map"' in file.read()
+    return b'"weight_map"' in head_of(path, size)
 
 
 def _recognises(path: str) -> bool:
-    if os.path.isdir(path):
-        return any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in _names_in(path))
+    if is_directory(path):
+        return any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names_in(path))
     return _starts_as_file(path) or _is_index(path)
 
 

@@ -24,11 +24,11 @@ from ckpt_jax.graph.dtypes import dtype_of
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
 from ckpt_jax.restoring.formats.cursor import Cursor
-from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.names import graph_of_tree
 from ckpt_jax.restoring.formats.pickled import Call, Global, Persistent, key_of, read_pickle
 from ckpt_jax.restoring.formats.pickled_arrays import array_of, scalar_of
 from ckpt_jax.restoring.formats.zips import Archive, first_member
+from ckpt_jax.store.looks import head_of
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _MAGIC_BYTES = _MAGIC.to_bytes(10, "little")

@@ -17,11 +17,12 @@ from ckpt_jax.graph.boxes import Box, shape_of, whole
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
 from ckpt_jax.restoring.formats.cursor import Cursor
-from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.names import graph_of_tree
 from ckpt_jax.restoring.formats.pickled import Call, Global, read_pickle
 from ckpt_jax.restoring.formats.torch import read_archive, sizes_of, tensor_of, tree_of
 from ckpt_jax.restoring.formats.zips import Archive
+from ckpt_jax.store.looks import head_of, is_file
+from ckpt_jax.store.remote import together
 
 _METADATA = ".metadata"
 _MODULE = "torch.distributed.checkpoint.metadata"
@@ -36,22 +37,24 @@ def open_distributed(path: str) -> ExtentsReader:
     """
     files = Files(path)
     file = os.path.join(path, _METADATA)
+    files.fetch_whole(file)
     try:
         cursor = Cursor(files, file)
         metadata = read_pickle(cursor)
         if not isinstance(metadata, Call) or metadata.name != f"{_MODULE}.Metadata":
             raise ValueError("it does not describe a checkpoint")
         places = _places(metadata.state["storage_data"])
-        missing = sorted(
-            {name for name, _, _ in places.values() if not os.path.isfile(os.path.join(path, name))}
-        )
+        names = sorted({name for name, _, _ in places.values()})
+        missing = [name for name in names if not is_file(os.path.join(path, name))]
         if missing:
             listed = ", ".join(missing[:_MAX_LISTED])
             raise ValueError(f"{len(missing)} files that it names are missing: {listed}")
-        parts = {
-            name: _value(files, path, name, entry, places)
-            for name, entry in metadata.state["state_dict_metadata"].items()
-        }
+        files.expect(_ends(path, places))
+        described = metadata.state["state_dict_metadata"].items()
+        found = together(
+            path, lambda item: _value(files, path, item[0], item[1], places), [*described]
+        )
+        parts = {name: value for (name, _), value in zip(described, found, strict=True)}
         values, graph = graph_of_tree(parts, ".")
     except CheckpointError:
         raise
@@ -82,6 +85,15 @@ def _places(entries: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], Pla
             raise ValueError(f"{name}: its place in {file} is wrong")
         places[name, () if offset is None else sizes_of(offset)] = file, start, nbytes
     return places
+
+
+def _ends(directory: str, places: Mapping[tuple[str, tuple[int, ...]], Place]) -> dict[str, int]:
+    """Where the last chunk of each file ends."""
+    ends: dict[str, int] = {}
+    for name, start, nbytes in places.values():
+        file = os.path.join(directory, name)
+        ends[file] = max(start + nbytes, ends.get(file, 0))
+    return ends
 
 
 def _value(

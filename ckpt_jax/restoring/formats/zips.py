@@ -7,6 +7,7 @@ an offset. A compressed member can only be read as a whole.
 from __future__ import annotations
 
 import io
+import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -15,12 +16,17 @@ from dataclasses import dataclass
 
 from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.restoring.formats.cursor import Cursor
-from ckpt_jax.restoring.formats.heads import head_of
+from ckpt_jax.store.looks import head_of
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.watched import Files
 
 _MAGIC = b"PK\x03\x04"
 _EMPTY = b"PK\x05\x06"
+_LONG_END = b"PK\x06\x06"
 _LOCAL_HEADER_NBYTES = 30
+_HEAD_NBYTES = 512  # of a member: its header, and that of an array
+_COMPRESSED_HEAD_NBYTES = 8 << 10
+_FIRST_NBYTES, _LAST_NBYTES = 16 << 10, 64 << 10  # of an archive in an object store
 _MAX_EXPANSION = {zipfile.ZIP_DEFLATED: 1032}  # no memory is allocated for more
 _COPY_NBYTES = 1 << 20
 _MAX_NAME_NBYTES = 1 << 16
@@ -62,9 +68,17 @@ class Archive:
     def __init__(self, files: Files, file: str, base: int = 0, nbytes: int | None = None):
         self.file = file
         self._files, self._base = files, base
+        if nbytes is None:
+            _expect_size(files, file)
         self._nbytes = files.size(file) - base if nbytes is None else nbytes
+        first, last = self._ends()
+        self._end = b""
+        if is_url(file):  # the end, with the directory, is read for each compressed member
+            files.fetch([first, last])
+            self._end = files.read(file, last[1], last[2] - last[1])
         with self._damage(), self._opened() as archive:
             self._infos = {info.filename: info for info in archive.infolist()}
+        files.fetch([self._head(info) for info in self._infos.values()])
         self.members = {name: self._member(info) for name, info in self._infos.items()}
 
     def read(self, name: str, nbytes: int | None = None) -> bytes:
@@ -89,10 +103,12 @@ class Archive:
 
         Its CRC is checked if the buffer takes all the rest of the member.
         """
+        info = self._infos[name]
         with (
             self._damage(name),
+            self._files.fetched(self._compressed(info, skip + len(buffer))),
             self._opened() as archive,
-            archive.open(self._infos[name]) as member,
+            archive.open(info) as member,
         ):
             while skip:
                 skip -= len(member.read(min(skip, _COPY_NBYTES))) or skip
@@ -129,8 +145,33 @@ class Archive:
                 raise ValueError(f"it ends at {start + size} of {self._nbytes} bytes")
         return Member(name, size, info.CRC, self._base + start)
 
+    def _ends(self) -> list[tuple[str, int, int]]:
+        """Where the directory lies, and in small archives what comes first."""
+        start, stop = self._base, self._base + self._nbytes
+        return [
+            (self.file, start, min(start + _FIRST_NBYTES, stop)),
+            (self.file, max(start, stop - _LAST_NBYTES), stop),
+        ]
+
+    def _head(self, info: zipfile.ZipInfo) -> tuple[str, int, int]:
+        """Where the header of a member lies, and the beginning of an array in it."""
+        is_compressed = info.compress_type != zipfile.ZIP_STORED
+        at = self._base + max(info.header_offset, 0)
+        nbytes = _COMPRESSED_HEAD_NBYTES if is_compressed else _HEAD_NBYTES
+        return self.file, at, min(at + nbytes, self._base + self._nbytes)
+
+    def _compressed(self, info: zipfile.ZipInfo, nbytes: int) -> list[tuple[str, int, int]]:
+        """Where the bytes lie that give the first ones of a compressed member. Very few were
+        fetched with its header."""
+        file, at, stop = self._head(info)
+        if nbytes <= _HEAD_NBYTES:
+            return [(file, at, stop)]
+        needed = min(info.compress_size, nbytes + _COMPRESSED_HEAD_NBYTES)
+        return [(file, at, max(stop, at + _HEAD_NBYTES + needed))]
+
     def _opened(self) -> zipfile.ZipFile:
-        return zipfile.ZipFile(_Window(self._files, self.file, self._base, self._nbytes))
+        window = _Window(self._files, self.file, self._base, self._nbytes, self._end)
+        return zipfile.ZipFile(window)
 
     @contextmanager
     def _damage(self, name: str | None = None) -> Iterator[None]:
@@ -146,11 +187,29 @@ class Archive:
             raise self._files.damage(self.file, str(error), name) from error
 
 
-class _Window(io.RawIOBase):
-    """A part of a file as a file."""
+def _expect_size(files: Files, file: str) -> None:
+    """Says how large a zip file in an object store should be, as its end tells."""
+    if not is_url(file):
+        return
+    tail = files.tail(file, _LAST_NBYTES)
+    at = tail.rfind(_EMPTY)
+    if at < 0 or len(tail) < at + 22:
+        return
+    nbytes, offset = struct.unpack_from("<LL", tail, at + 12)  # of the directory
+    size = offset + nbytes + len(tail) - at
+    long = tail.rfind(_LONG_END, 0, at)
+    if offset == 0xFFFFFFFF and 0 <= long and at >= 20:
+        (offset,) = struct.unpack_from("<Q", tail, at - 12)  # of the record `_LONG_END`
+        size = offset + len(tail) - long
+    files.expect({file: size})
 
-    def __init__(self, files: Files, file: str, base: int, nbytes: int):
+
+class _Window(io.RawIOBase):
+    """A part of a file as a file, whose end may be in memory."""
+
+    def __init__(self, files: Files, file: str, base: int, nbytes: int, end: bytes):
         self._files, self._file, self._base, self._nbytes = files, file, base, nbytes
+        self._end = end  # what is known of it already
         self._at = 0
 
     def readable(self) -> bool:
@@ -172,7 +231,11 @@ class _Window(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         rest = max(0, self._nbytes - self._at)
         size = rest if size is None or size < 0 else min(size, rest)
-        data = self._files.read(self._file, self._base + self._at, size)
+        known = self._at - (self._nbytes - len(self._end))
+        if known >= 0:
+            data = self._end[known : known + size]
+        else:
+            data = self._files.read(self._file, self._base + self._at, size)
         self._at += size
         return data
 

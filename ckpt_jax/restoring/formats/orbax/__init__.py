@@ -20,8 +20,16 @@ from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import ExtentsReader, Format, Stored
 from ckpt_jax.restoring.formats.names import graph_of_tree, stored_value
-from ckpt_jax.restoring.formats.orbax.tree import Place, is_orbax, metadata_in, steps_in, tree_in
+from ckpt_jax.restoring.formats.orbax.tree import (
+    Place,
+    is_orbax,
+    metadata_in,
+    small_files,
+    steps_in,
+    tree_in,
+)
 from ckpt_jax.restoring.formats.orbax.zarr import ZarrArray, ZarrReader, open_arrays
+from ckpt_jax.store.objects import generations_of, is_url
 from ckpt_jax.store.paths import require_addressable
 from ckpt_jax.store.stored import StoredValues
 
@@ -43,6 +51,7 @@ class OrbaxReader:
         self.path = path
         require_addressable(path)
         tree, places = tree_in(path)
+        self._marks = small_files(path)
         arrays = dict(zip(places, open_arrays(places), strict=True))
         described = {place: Stored(_spec(array)) for place, array in arrays.items()}
 
@@ -86,6 +95,9 @@ class OrbaxReader:
 
     def identity(self) -> Hashable | None:
         """A value that changes if another checkpoint takes the place; None if it is gone."""
+        if is_url(self.path):
+            generations = generations_of(self._marks)
+            return None if None in generations else tuple(generations)
         return _identity(self.path)
 
     def read(

@@ -14,6 +14,8 @@ from urllib.parse import unquote
 
 import tensorstore as ts
 
+from ckpt_jax.store import objects
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.stream import new_context
 
 
@@ -35,26 +37,34 @@ class Database:
         return bisect_left(self.keys, after) - bisect_left(self.keys, prefix)
 
 
+def opened_below(directory: str) -> tuple[dict[str, Any], ts.Context]:
+    """TensorStore's description of the files in a directory, and the context to open it in."""
+    if is_url(directory):
+        return objects.opened_below(directory)
+    # A path, not a URL: directories may be called "a?b" or "a%20b".
+    return {"driver": "file", "path": f"{directory}/"}, new_context()
+
+
 def database_in(directory: str) -> Database:
     """What the database in a directory holds; reads no value.
 
     Raises:
       ValueError: it is damaged.
     """
-    context = new_context()
-    files = {"driver": "file", "path": f"{directory}/"}
+    files, context = opened_below(directory)
     base = ts.KvStore.open(files, context=context).result()
 
-    def dumped(location: str | None = None) -> Any:
-        return ts.ocdbt.dump(base, location, context=context).result()
+    def dumped(location: str | None = None) -> ts.Future[Any]:
+        return ts.ocdbt.dump(base, location, context=context)
 
     keys: list[str] = []
     needed: dict[str, int] = {}
-    root = dumped()["versions"][-1]["root"]
+    root = dumped().result()["versions"][-1]["root"]
     todo: list[tuple[bytes, str]] = [(b"", root["location"])] if "location" in root else []
-    while todo:
-        prefix, location = todo.pop()
-        for entry in dumped(location)["entries"]:
+    while todo:  # one level of the tree after the other
+        asked = [(prefix, dumped(location)) for prefix, location in todo]
+        todo = []
+        for prefix, entry in [(p, e) for p, node in asked for e in node.result()["entries"]]:
             key = prefix + entry["key"]
             if "location" in entry:  # of another node; its keys lack what they have in common
                 todo.append((prefix + entry["subtree_common_prefix"], entry["location"]))

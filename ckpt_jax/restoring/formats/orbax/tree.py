@@ -26,10 +26,16 @@ from ckpt_jax.errors import CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.metadata import finite
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Files, Stored
-from ckpt_jax.restoring.formats.heads import head_of
 from ckpt_jax.restoring.formats.msgpack import tree_of
 from ckpt_jax.restoring.formats.plain_json import parsed
-from ckpt_jax.store.presence import is_directory, is_file, names_in
+from ckpt_jax.store.looks import (
+    fetch_heads,
+    head_of,
+    is_directory,
+    is_file,
+    keys_below,
+    names_in,
+)
 
 METADATA = "_METADATA"
 MANIFEST = "manifest.ocdbt"
@@ -47,6 +53,8 @@ _METADATA_OF_KEY = "_metadata"
 _ARRAY = "checkpoint"  # the only leaf of an item that is an array
 _PLACEHOLDER = "PLACEHOLDER://"
 
+_SMALL_FILES = {METADATA, MANIFEST, AGGREGATE, STEP_METADATA, STRINGS, _JSON}
+_MAX_ITEM_DEPTH = 2  # of such a file below a step: an item of items
 _MAX_DEPTH = 128  # of a tree
 _MAX_JSON_NBYTES = 256 << 20
 _ARRAYS = ("jax.Array", "np.ndarray", "scalar")
@@ -160,6 +168,15 @@ def _is_folder(path: str, name: str) -> bool:
     return is_directory(os.path.join(path, name))
 
 
+def small_files(path: str) -> list[str]:
+    """The files in an object store that say what a step or an item at a path holds."""
+    return [
+        os.path.join(path, key)
+        for key in keys_below(path)
+        if os.path.basename(key) in _SMALL_FILES and key.count("/") <= _MAX_ITEM_DEPTH
+    ]
+
+
 # --- trees -----------------------------------------------------------------------------
 
 
@@ -190,6 +207,7 @@ def tree_in(path: str) -> tuple[Any, list[Place]]:
       CorruptCheckpointError: it is damaged, or its save has not finished.
       UnsupportedFormatError: a newer Orbax wrote it.
     """
+    fetch_heads(small_files(path))
     names = names_in(path)
     for name in [os.path.basename(path), *names]:
         if _TEMPORARY in name:
@@ -503,6 +521,7 @@ def _string(strings: Any, name: str, file: str) -> str:
 
 def _json(folder: str, name: str) -> Any:
     files, file = Files(folder), os.path.join(folder, name)
+    files.fetch_whole(file)
     size = files.size(file)
     if size > _MAX_JSON_NBYTES:
         raise _damaged(file, f"it has more than {_MAX_JSON_NBYTES} bytes")

@@ -10,27 +10,34 @@ from __future__ import annotations
 
 import math
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.graph.boxes import Box, inside, shape_of, size_of, slices, whole
-from ckpt_jax.restoring.formats.orbax.ocdbt import Database, database_in
+from ckpt_jax.restoring.formats.orbax.ocdbt import Database, database_in, opened_below
 from ckpt_jax.restoring.formats.orbax.tree import Place
 from ckpt_jax.store.forks import require_not_forked
 from ckpt_jax.store.memory import Memory
-from ckpt_jax.store.stream import new_context, storage_error
+from ckpt_jax.store.objects import is_url, keys_below, trouble_of
+from ckpt_jax.store.stream import storage_error
+from ckpt_jax.store.watched import Files
 
 _SMALL_NBYTES = 1 << 20  # of an array that is cut here
 _BELIEVED_NBYTES = 64 << 20  # of an array whose size is not compared with that of its files
 _MAX_EXPANSION = 1 << 15  # by zstd: a block of 128 KiB takes at least 4 bytes
 _TREE_NBYTES = 64 << 20  # of the keys of a database that are kept in memory
+
+_COALESCING = {
+    "experimental_read_coalescing_threshold_bytes": 64 << 10,
+    "experimental_read_coalescing_merged_bytes": 8 << 20,
+    "experimental_read_coalescing_interval": "5ms",
+}
 
 Arrays = tuple[np.ndarray, ...]
 
@@ -81,15 +88,17 @@ def open_arrays(places: Sequence[Place]) -> list[ZarrArray]:
     Raises:
       CorruptCheckpointError: the description of an array is damaged or missing.
     """
-    # A cache of its own, because another checkpoint may take the place of this one.
-    cache = {"cache_pool#tree": {"total_bytes_limit": _TREE_NBYTES}}
-    context = ts.Context(cache, new_context())
     opening: list[ts.Future[ts.TensorStore]] = []
     arrays: list[ZarrArray] = []
+    folders: dict[tuple[str, bool], tuple[ts.KvStore, ts.Context]] = {}
     try:
         for place in places:
             with _damage(place, place.name):
-                opening.append(ts.open(_spec(place), open=True, read=True, context=context))
+                # One for all arrays of a database, which then read its tree once.
+                folder = place.directory, place.is_database
+                if folder not in folders:
+                    folders[folder] = _folder(*folder)
+                opening.append(_opening(place, *folders[folder]))
         for place, future in zip(places, opening, strict=True):
             with _damage(place, place.name):
                 arrays.append(ZarrArray(place, future.result()))
@@ -99,22 +108,28 @@ def open_arrays(places: Sequence[Place]) -> list[ZarrArray]:
     return arrays
 
 
-def _spec(place: Place) -> dict[str, Any]:
-    """An array as TensorStore specifies it."""
-    # Paths, not URLs: directories may be called "a?b" or "a%20b".
-    kvstore: dict[str, Any] = {"driver": "file", "path": f"{place.directory}/"}
-    if place.is_database:
-        kvstore = {"driver": "ocdbt", "base": kvstore, "cache_pool": "cache_pool#tree"}
-        kvstore["path"] = f"{place.name}/"
-    else:
-        kvstore["path"] += f"{place.name}/"
-    return {
+def _folder(directory: str, is_database: bool) -> tuple[ts.KvStore, ts.Context]:
+    """The values in a directory, and the context of the arrays there."""
+    spec, context = opened_below(directory)
+    if is_database:
+        spec = {"driver": "ocdbt", "base": spec, "cache_pool": "cache_pool#tree"}
+        if is_url(directory):  # small values lie side by side
+            spec |= _COALESCING
+        # A cache of its own, because another checkpoint may take the place of this one.
+        context = ts.Context({"cache_pool#tree": {"total_bytes_limit": _TREE_NBYTES}}, context)
+    return ts.KvStore.open(spec, context=context).result(), context
+
+
+def _opening(place: Place, folder: ts.KvStore, context: ts.Context) -> ts.Future[ts.TensorStore]:
+    """Begins to open an array."""
+    spec = {
         "driver": "zarr3" if place.is_zarr3 else "zarr",
-        "kvstore": kvstore,
         "recheck_cached_data": False,
         "recheck_cached_metadata": False,
         "fill_missing_data_reads": place.omits_zeros,
     }
+    store = folder / f"{place.name}/"
+    return ts.open(spec, kvstore=store, open=True, read=True, context=context)
 
 
 @contextmanager
@@ -123,7 +138,10 @@ def _damage(place: Place, key: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        cause = storage_error(error, place.directory)
+        if is_url(place.directory):
+            cause = trouble_of(error, place.directory)
+        else:
+            cause = storage_error(error, place.directory)
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
             raise cause from error
         what = str(error).partition(" [tensorstore_spec=")[0]
@@ -205,10 +223,16 @@ class ZarrReader:
           CorruptCheckpointError: a file is truncated, or a chunk or a file is missing.
         """
         databases: dict[str, Database] = {}
+        listed: dict[str, Counter[str]] = {}
         for key, array in self._arrays.items():
             place = array.place
             with _damage(place, key):
-                if not place.is_database:
+                if not place.is_database and is_url(place.directory):
+                    if place.directory not in listed:
+                        keys = keys_below(place.directory)
+                        listed[place.directory] = Counter([each.partition("/")[0] for each in keys])
+                    found = listed[place.directory][place.name]
+                elif not place.is_database:
                     found = len(_files_below(array.folder))
                 else:
                     if place.directory not in databases:
@@ -217,9 +241,11 @@ class ZarrReader:
                 wanted = _count_of_chunks(array)
                 if found - 1 < wanted and not place.omits_zeros:  # one is the description
                     raise ValueError(f"{max(found - 1, 0)} of {wanted} chunks are there")
-        for database in databases.values():
+        for directory, database in databases.items():
+            files = Files(directory)
+            files.expect(database.files)
             for file, nbytes in database.files.items():
-                size = os.path.getsize(file) if os.path.exists(file) else 0
+                size = files.size(file) if is_url(file) or os.path.exists(file) else 0
                 if size < nbytes:
                     what = f"{nbytes} bytes were expected, and it has {size}"
                     raise CorruptCheckpointError(f"{file}: {what}", file=file)
@@ -227,6 +253,8 @@ class ZarrReader:
     def _check_size(self, array: ZarrArray) -> None:
         """Raises if an array cannot be that large, so that no memory is allocated for nothing."""
         if array.nbytes <= _BELIEVED_NBYTES or array.place.omits_zeros:
+            return
+        if is_url(array.folder):  # which does not tell how much it holds
             return
         if array.folder not in self._sizes:
             self._sizes[array.folder] = sum(map(os.path.getsize, _files_below(array.folder)))

@@ -30,7 +30,9 @@ from ckpt_jax.restoring.formats.tensorflow import object_graph, strings
 from ckpt_jax.restoring.formats.tensorflow.bundle import Bundle, Bytes, Tensor, read_bundle
 from ckpt_jax.restoring.formats.tensorflow.checksums import unmask
 from ckpt_jax.restoring.formats.tensorflow.table import MAGIC
-from ckpt_jax.store.directory import is_checkpoint
+from ckpt_jax.store.looks import is_directory, is_file, names_in, tail_of
+from ckpt_jax.store.manifest import MANIFEST
+from ckpt_jax.store.remote import together
 from ckpt_jax.values.host import without_gc
 
 INDEX = ".index"
@@ -46,31 +48,31 @@ def recognises(path: str) -> bool:
 
     An index counts if it ends as one, or, since it may be cut off, if there is a data file.
     """
-    if os.path.isdir(path):
-        return not is_checkpoint(path) and (is_saved_model(path) or _is_table(path + INDEX))
-    if os.path.isfile(path):
+    if is_directory(path):
+        if is_file(os.path.join(path, MANIFEST)):  # a checkpoint of this library
+            return False
+        return is_saved_model(path) or _is_table(path + INDEX)
+    if is_file(path):
         return _is_table(path) or bool(_DATA.search(path) and _is_table(_DATA.sub(INDEX, path)))
-    return _is_table(path + INDEX) or (os.path.isfile(path + INDEX) and _has_data(path))
+    return _is_table(path + INDEX) or (is_file(path + INDEX) and _has_data(path))
 
 
 def _has_data(prefix: str) -> bool:
     directory, name = os.path.split(prefix)
     with suppress(OSError):
-        found = [file.removeprefix(name) for file in os.listdir(directory) if file.startswith(name)]
+        names = [file for file in names_in(directory) if file.startswith(name)]
+        found = [file.removeprefix(name) for file in names]
         return any(map(_DATA.fullmatch, found))
     return False
 
 
 def is_saved_model(path: str) -> bool:
     """Whether a path is the directory of a SavedModel."""
-    return any(os.path.isfile(os.path.join(path, name)) for name in _SAVED_MODEL)
+    return any(is_file(os.path.join(path, name)) for name in _SAVED_MODEL)
 
 
 def _is_table(file: str) -> bool:
-    with suppress(OSError), open(file, "rb") as found:
-        found.seek(-len(MAGIC), os.SEEK_END)
-        return found.read() == MAGIC
-    return False
+    return tail_of(file, len(MAGIC)) == MAGIC
 
 
 def data_file(prefix: str, shard: int, shards: int) -> str:
@@ -84,14 +86,14 @@ def data_file(prefix: str, shard: int, shards: int) -> str:
 
 def steps(directory: str) -> Mapping[int, str]:
     """The checkpoints in a directory by their number: the prefixes `<name>-<number>`."""
-    found: dict[int, str] = {}
-    with suppress(OSError):
-        for name in sorted(os.listdir(directory)):
-            number = _NUMBERED.fullmatch(name)
-            path = os.path.join(directory, name)
-            if number is not None and _is_table(path):
-                found[int(number[1])] = path.removesuffix(INDEX)
-    return found
+    numbered = {
+        os.path.join(directory, name): int(match[1])
+        for name in names_in(directory)
+        if (match := _NUMBERED.fullmatch(name))
+    }
+    are_tables = together(directory, _is_table, [*numbered])
+    found = zip(numbered.items(), are_tables, strict=True)
+    return {number: path.removesuffix(INDEX) for (path, number), is_table in found if is_table}
 
 
 @without_gc()
@@ -104,19 +106,31 @@ def open_checkpoint(path: str) -> ExtentsReader:
     """
     prefix = os.path.join(path, _VARIABLES) if is_saved_model(path) else path
     index = prefix + INDEX
-    if not os.path.isfile(index):
+    if not is_file(index):
         raise UnsupportedFormatError(f"{path}: {_why_not(path)}")
     files = Files(path)
+    files.fetch_whole(index)
     try:
         bundle = read_bundle(partial(files.read, index), files.size(index))
     except ValueError as error:
         raise files.damage(index, str(error)) from error
     except UnsupportedFormatError as error:
         raise UnsupportedFormatError(f"{index}: {error}") from error
+    files.expect(_ends(prefix, bundle))
     values = {key: _stored(files, prefix, bundle, key) for key in bundle.tensors}
     graph = values.pop(OBJECT_GRAPH_KEY, None)
     reader = ExtentsReader(path, values, lambda: _graph(files, index, reader, graph), files)
     return reader
+
+
+def _ends(prefix: str, bundle: Bundle) -> dict[str, int]:
+    """Where the last value ends in each data file."""
+    ends: dict[str, int] = {}
+    for tensor in bundle.tensors.values():
+        for _, part in tensor.parts:
+            file = data_file(prefix, part.shard, bundle.shards)
+            ends[file] = max(part.offset + part.nbytes, ends.get(file, 0))
+    return ends
 
 
 def _why_not(path: str) -> str:
