@@ -25,7 +25,7 @@ and within bounded memory. `ckpt_jax.testing.ReaderTests` tests any reader.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -195,6 +195,8 @@ class Export:
       read: reads one value, by the key of its attribute in the graph: a C-contiguous array of the
         dtype and shape of its spec, or a byte string. It is read when it is asked for; to keep
         memory bounded, ask for one at a time.
+      read_all: reads the values of some keys, one after the other. It is quicker with small values,
+        because it reads a few of them together.
       max_shard_nbytes: of one file, if the format has several.
       metadata: what the program said about the checkpoint, as JSON; for formats that can hold it.
     """
@@ -202,6 +204,7 @@ class Export:
     destination: str
     graph: ObjectGraph
     read: Callable[[str], np.ndarray | bytes]
+    read_all: Callable[[Iterable[str]], Iterator[np.ndarray | bytes]]
     max_shard_nbytes: int
     metadata: Mapping[str, Any] = field(default_factory=dict)
 

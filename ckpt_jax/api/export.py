@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -54,6 +55,7 @@ from ckpt_jax.restoring.rules import Rule
 from ckpt_jax.restoring.run import require_fit
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
+from ckpt_jax.store.batches import batches
 from ckpt_jax.store.durable import fsync_directory, fsync_file, make_directories
 from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, as_path, require_room
@@ -64,6 +66,8 @@ from ckpt_jax.values.host import transfers_allowed
 from ckpt_jax.values.leaves import describe, encode
 
 Cast = Any  # a dtype, or pairs of a pattern and a dtype
+_ReadAll = Callable[[Iterable[str]], Iterator[np.ndarray | bytes]]
+_TOGETHER_NBYTES = 2 << 20  # of small values that are read together
 _RULES = "Nothing was written. Correct the rules; ckpt.load_checkpoint(path).paths() lists names."
 
 
@@ -152,7 +156,7 @@ def export(
                 inside = os.path.join(staging, os.path.basename(path))
                 with shown(progress, f"exporting {destination}", _nbytes(graph)) as advance:
                     told = _telling(read, advance)
-                    wanted = Export(path, graph, told, max_shard_nbytes, reader.metadata)
+                    wanted = _export(path, graph, told, max_shard_nbytes, reader.metadata)
                     endings = writer.write(wanted, inside)
                 _publish(inside, path, endings)
             finally:
@@ -378,16 +382,13 @@ def _check(path: str, graph: ObjectGraph) -> None:
         raise UnsupportedFormatError("\n  ".join([f"{path}: {refused[0]}", *refused[1:]]))
 
 
-def _reading(
-    reader: CheckpointReader, saved: Renamed, graph: ObjectGraph
-) -> Callable[[str], np.ndarray | bytes]:
-    """A function that reads one value, by key."""
+def _reading(reader: CheckpointReader, saved: Renamed, graph: ObjectGraph) -> _ReadAll:
+    """A function that reads values by key, one after the other, but small ones together."""
     derived = DerivedReader(reader, saved.derived)
     specs = graph.by_key
     paths = {a.key: graph.value_path(node, a.name) for node, a in graph.attributes()}
 
-    def read(key: str) -> np.ndarray | bytes:
-        value = derived.read({key: None}, DEFAULT, lambda nbytes: None)[key]
+    def as_wanted(key: str, value: np.ndarray | bytes) -> np.ndarray | bytes:
         if isinstance(value, bytes):
             return value
         try:
@@ -397,7 +398,15 @@ def _reading(
             raise LossyConversionError(what) from None
         return np.ascontiguousarray(value).reshape(specs[key].shape)
 
-    return read
+    def read_all(keys: Iterable[str]) -> Iterator[np.ndarray | bytes]:
+        for batch in batches(keys, derived.stored_nbytes, _TOGETHER_NBYTES):
+            found = derived.read(dict.fromkeys(batch), DEFAULT, lambda nbytes: None)
+            left = Counter(batch)  # a shared value is written at each of its places
+            for key in batch:
+                left[key] -= 1
+                yield as_wanted(key, found[key] if left[key] else found.pop(key))
+
+    return read_all
 
 
 def _nbytes(graph: ObjectGraph) -> int:
@@ -406,18 +415,29 @@ def _nbytes(graph: ObjectGraph) -> int:
     return sum([math.prod(spec.shape) * dtype_of(spec.dtype).itemsize for spec in specs])
 
 
-def _telling(
-    read: Callable[[str], np.ndarray | bytes], advance: Advance
-) -> Callable[[str], np.ndarray | bytes]:
+def _telling(read_all: _ReadAll, advance: Advance) -> _ReadAll:
     """The same function, which tells how many bytes of arrays it has read."""
 
-    def told(key: str) -> np.ndarray | bytes:
-        value = read(key)
-        if not isinstance(value, bytes):
-            advance(value.nbytes)
-        return value
+    def told(keys: Iterable[str]) -> Iterator[np.ndarray | bytes]:
+        for value in read_all(keys):
+            if not isinstance(value, bytes):
+                advance(value.nbytes)
+            yield value
 
     return told
+
+
+def _export(
+    path: str,
+    graph: ObjectGraph,
+    read_all: _ReadAll,
+    max_shard_nbytes: int,
+    metadata: Mapping[str, Any],
+) -> Export:
+    def read(key: str) -> np.ndarray | bytes:
+        return next(read_all([key]))
+
+    return Export(path, graph, read, read_all, max_shard_nbytes, metadata)
 
 
 def _publish(inside: str, path: str, endings: Iterable[str]) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import reprlib
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,12 +30,13 @@ from ckpt_jax.graph.labels import PYTHON_STATE, Label
 from ckpt_jax.objects.containers import unmarked, wrap
 from ckpt_jax.objects.pending import PENDING, copy_pending, received
 from ckpt_jax.objects.python_state import PythonState
-from ckpt_jax.objects.state import NoDependency, holds_state
+from ckpt_jax.objects.state import NoDependency, holds_state, leaves_state_out
 from ckpt_jax.objects.stateful import why_stateless
 from ckpt_jax.objects.variable import Variable
 from ckpt_jax.objects.views import NoState, OptimizerView, SlotEntry, add_view, view_of
 
 F = TypeVar("F", bound=Callable[..., Any])
+_log = logging.getLogger("ckpt_jax")
 
 _CHILDREN = "_self_children"  # {local name: child}
 _TRACKING = "_self_tracking"  # False inside no_automatic_dependency_tracking
@@ -289,6 +291,12 @@ class AutoTrackable(Trackable):
         if not is_state:
             if name in children:
                 self._before_dropping(name, value)
+            if leaves_state_out(value):
+                _log.warning(
+                    "%s.%s is a %s, which is not saved, although it holds state. Assign a list or "
+                    "a dict, or ckpt.NoDependency(...) if it is not to be saved.",
+                    *(type(self).__qualname__, name, type(value).__name__),
+                )
             super().__setattr__(name, unmarked(value))
             children.pop(name, None)
             self.__dict__.get(_ASSIGNED, {}).pop(name, None)

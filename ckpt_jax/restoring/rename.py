@@ -85,6 +85,8 @@ def rename(graph: ObjectGraph, rules: Iterable[Rule]) -> Renamed:
     Raises:
       TypeError, ValueError: a rule is malformed.
     """
+    if not isinstance(rules, Iterable):
+        raise TypeError(f"rename= is a list of rules (saved pattern, target), got {rules!r}")
     parsed = [parse(rule) for rule in rules]
     if not parsed:
         return Renamed(graph)

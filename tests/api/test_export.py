@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from calls import calls
 from flax import nnx
 from foreign import FIXTURES
 from jax.sharding import NamedSharding, PartitionSpec
@@ -184,6 +185,21 @@ def test_one_array_is_in_memory_at_a_time(tmp_path):
         tracemalloc.stop()
         assert peak < 8 << 20
         assert ckpt.load(path, only="w23")["w23"][0, 0] == 23
+
+
+@pytest.mark.parametrize("form", ["safetensors", "npz", "tensorflow"])
+def test_small_values_are_read_together(tmp_path, form):
+    values = {f"v{i}": np.full(3, i, np.float32) for i in range(200)}
+    values["shared"] = values["v7"]
+    path = ckpt.save(tmp_path / "own", values)
+    with ckpt.load_checkpoint(path) as reader:
+        one_by_one = calls(lambda: [reader.get_tensor(name) for name in values])
+    name = "a.safetensors" if form == "safetensors" else "a.npz" if form == "npz" else "a"
+    assert calls(lambda: ckpt.export(path, tmp_path / name, format=form)) < 0.75 * one_by_one
+    found = ckpt.load(tmp_path / name)
+    assert {name: value[0] for name, value in found.items()} == {
+        name: value[0] for name, value in values.items()
+    }
 
 
 def test_a_destination_that_exists_is_left_alone(tmp_path):

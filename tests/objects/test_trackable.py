@@ -1,10 +1,12 @@
 """Trackables and variables."""
 
+import collections
 import copy
 import dataclasses
 import functools
 import io
 import pickle
+import types
 from pathlib import Path
 from typing import Any
 
@@ -294,6 +296,25 @@ def test_attributes_that_hold_state_are_tracked_and_configuration_is_not():
     )
     assert names(obj) == ["array", "numpy", "variable", "object"]
     assert (obj.width, obj.name, obj.function) == (3, "model", len)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        collections.deque([jnp.ones(1)]),
+        {ckpt.Variable(0.0)},
+        frozenset([ckpt.Variable(0.0)]),
+        types.MappingProxyType({"a": [jnp.ones(1)]}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_container_that_cannot_be_saved_is_not_left_out_in_silence(value, caplog):
+    obj = Model(ring=value)
+    assert not names(obj) and obj.ring is value
+    assert f"Model.ring is a {type(value).__name__}, which is not saved" in caplog.text
+    caplog.clear()
+    Model(ring=ckpt.NoDependency(value), sizes={1, 2}, names=collections.deque("ab"))
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
