@@ -24,12 +24,11 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from ckpt_jax.errors import CheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.boxes import whole
-from ckpt_jax.graph.dtypes import dtype_name
+from ckpt_jax.graph.dtypes import ANONYMOUS_BYTE, dtype_name
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, Files, Stored
 from ckpt_jax.store.looks import head_of
@@ -42,11 +41,11 @@ _PAGE_NBYTES, _REMOTE_PAGE_NBYTES = 64 << 10, 1 << 20
 _MAX_PAGES = 64
 _MAX_DATASETS = 1 << 20
 _MAX_DEPTH = 200
-_MAX_TEXT_NBYTES = 16 << 20  # of an attribute
 _MAX_EXPANSION = 1032  # of a compressed chunk: no memory is taken for more
 # The filters that HDF5 and h5py bring. Others would be looked for as programs on this machine.
 _DEFLATE, _SHUFFLE, _FLETCHER32, _LZF = 1, 2, 3, 32000
 _FILTERS = (_DEFLATE, _SHUFFLE, _FLETCHER32, _LZF)
+_HEAP = b"GCOL"
 _NOT_FOLLOWED = "Save the values themselves"
 
 
@@ -195,11 +194,27 @@ class _Pages(io.RawIOBase):
         first, last = start // self._page_nbytes, (stop - 1) // self._page_nbytes
         data = b"".join(map(self._page, range(first, last + 1)))
         begin = start - first * self._page_nbytes
-        return data[begin : begin + stop - start]
+        data = data[begin : begin + stop - start]
+        if data.startswith(_HEAP) and not _ends(data):
+            raise self._place.files.damage(self._place.file, "a heap of texts does not end")
+        return data
 
     def _read_page(self, number: int) -> bytes:
         start = number * self._page_nbytes
         return self._place.read(start, min(start + self._page_nbytes, self._place.nbytes))
+
+
+def _ends(heap: bytes) -> bool:
+    """Whether one comes to the end of a heap, in which texts lie, by going from object to object.
+    The C library would go on for ever if there is a block of free space that has no size."""
+    at, end = 16, min(len(heap), int.from_bytes(heap[8:16], "little"))
+    while at + 16 <= end:
+        number = int.from_bytes(heap[at : at + 2], "little")
+        size = int.from_bytes(heap[at + 8 : at + 16], "little")
+        if number == 0 and size < 16:
+            return False
+        at += size if number == 0 else 16 + -(-size // 8) * 8
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +266,7 @@ class _Walk:
                 elif isinstance(child, self._h5.h5g.GroupID):
                     other = seen.get(self._address(child))
                     if other is not None:
-                        why = f"it is another name of the group {other!r}"
+                        why = f"it is another name of the group {other!r}. Ask for that one"
                         self.tree.values[below] = _refused("link", why)
                     elif below.count("/") >= _MAX_DEPTH:
                         raise ValueError(f"it is nested more than {_MAX_DEPTH} levels deep")
@@ -279,7 +294,7 @@ class _Walk:
         return self._h5.h5o.get_info(found).addr
 
     def _attributes(self, group: Any) -> dict[str, str | None]:
-        """The attributes of a group or a dataset; texts, and None for all others."""
+        """The attributes of a group; texts, and None for all others."""
         h5a, h5t = self._h5.h5a, self._h5.h5t
         found: dict[str, str | None] = {}
         for number in range(h5a.get_num_attrs(group)):
@@ -288,9 +303,6 @@ class _Walk:
             found[name] = None
             kind = attribute.get_type()
             if attribute.shape == () and kind.get_class() == h5t.STRING:
-                nbytes = attribute.get_storage_size()
-                if nbytes > _MAX_TEXT_NBYTES:
-                    raise ValueError(f"the attribute {name} has {nbytes} bytes")
                 value = np.empty((), kind.dtype)
                 attribute.read(value)
                 found[name] = _text(value.item())
@@ -301,18 +313,17 @@ class _Walk:
         h5d, h5s, h5t = self._h5.h5d, self._h5.h5s, self._h5.h5t
         kind = dataset.get_type()
         if dataset.get_space().get_simple_extent_type() == h5s.NULL:
-            return _refused("nothing", "it is an empty dataset, without a shape and values")
+            return _refused("nothing", "it is a dataset without a shape and values")
         shape = tuple(dataset.shape)
-        names = {h5t.STRING: "string", h5t.VLEN: "list", h5t.REFERENCE: "reference"}
-        if (name := names.get(kind.get_class())) is not None:
+        classes = {h5t.STRING: "string", h5t.VLEN: "list", h5t.REFERENCE: "reference"}
+        classes[h5t.BITFIELD] = "bits"
+        if (name := classes.get(kind.get_class())) is not None:
             return _refused(name, _REFUSED[name], shape)
         try:
-            dtype = self._meant(dataset, kind.dtype)
-            spec = LeafSpec("numpy", dtype_name(dtype), shape)
+            dtype = kind.dtype
+            spec = _spec_of(dtype, shape)
         except (ValueError, TypeError):
             return _refused(_type_name(kind), _REFUSED["other"], shape)
-        if kind.get_class() == h5t.BITFIELD:
-            return _refused("bits", _REFUSED["other"], shape)
         created = dataset.get_create_plist()
         layout = created.get_layout()
         if layout == h5d.VIRTUAL or created.get_external_count():
@@ -330,18 +341,11 @@ class _Walk:
         if why is not None:
             return _refused(spec.dtype, why, shape)
         offset = dataset.get_offset() if layout == h5d.CONTIGUOUS else None
-        if offset is not None and kind == h5t.py_create(kind.dtype, logical=True):
+        is_plain = kind.get_class() == h5t.OPAQUE or kind == h5t.py_create(dtype, logical=True)
+        if offset is not None and is_plain:
             return self._extent(spec, offset, nbytes, dtype.isnative)
-        native = kind.dtype.newbyteorder("=")
-        fill = _through_h5py(self._place, path, native, shape)
+        fill = _through_h5py(self._place, path, dtype.newbyteorder("="), shape)
         return Stored(spec, (Extent(whole(shape), self._place.file, 0),), nbytes, fill)
-
-    def _meant(self, dataset: Any, dtype: np.dtype) -> np.dtype:
-        """The dtype of a dataset. Keras notes which one it is, if HDF5 does not know it."""
-        if dtype.kind == "V" and dtype.itemsize == 2 and dtype.names is None:
-            if self._attributes(dataset).get("dtype") == "bfloat16":
-                return np.dtype(ml_dtypes.bfloat16)
-        return dtype
 
     def _extent(self, spec: LeafSpec, offset: int, nbytes: int, is_native: bool) -> Stored:
         place, finish = self._place, None if is_native else _swap
@@ -365,7 +369,8 @@ class _Walk:
                 raise self._damage(path, nbytes, dataset.get_storage_size())
             return None
         offset = dataset.get_offset()
-        if offset is None:
+        # After a block of the user's, there is a number even if there is no place.
+        if offset is None or dataset.get_space_status() == self._h5.h5d.SPACE_STATUS_NOT_ALLOCATED:
             return _UNWRITTEN
         if offset + nbytes > self._place.nbytes:
             raise self._damage(path, offset + nbytes, self._place.nbytes)
@@ -377,8 +382,8 @@ class _Walk:
         others = [f"{_text(name)} ({code})" for code, _, _, name in filters if code not in _FILTERS]
         if others:
             return (
-                f"it is compressed with {', '.join(others)}, which only a program beside HDF5 "
-                "reads. Write it again with gzip, or without"
+                f"it is compressed with {', '.join(others)}, which is not read here. Write it again "
+                "with gzip, or without"
             )
         chunk = created.get_chunk()
         grid = zip(dataset.shape, chunk, strict=True)
@@ -397,20 +402,30 @@ class _Walk:
         return self._place.files.damage(self._place.file, what, path)
 
 
-_UNWRITTEN = (
-    "it was created, and not all of it was written, so that HDF5 would make up the rest. Write it, "
-    "or leave it out (only=)"
-)
+_UNWRITTEN = "not all of it was written, so that HDF5 would make up the rest. Write all of it"
 _REFUSED = {
     "string": "texts in HDF5 files are not read. Save them beside the arrays",
     "list": "it holds lists of different lengths, which are no array. Save arrays",
     "reference": f"it holds references to other parts of the file. {_NOT_FOLLOWED}",
+    "bits": "it holds sets of bits. Save them as integers",
     "other": "arrays of this dtype are not read. Save it as another dtype",
 }
 
 
 def _refused(dtype: str, why: str, shape: tuple[int, ...] = ()) -> Stored:
     return Stored(LeafSpec("unreadable", dtype, shape, note=why))
+
+
+def _spec_of(dtype: np.dtype, shape: tuple[int, ...]) -> LeafSpec:
+    """The spec of an array. numpy's name for a dtype that it lacks is some number of bytes, and
+    two of them can only be bfloat16, as in `.npz` files. Of one byte there are many.
+
+    Raises:
+      ValueError, TypeError: there is none.
+    """
+    if dtype.str == ANONYMOUS_BYTE:
+        return LeafSpec("unreadable", ANONYMOUS_BYTE, shape)
+    return LeafSpec("numpy", "bfloat16" if dtype.str == "|V2" else dtype_name(dtype), shape)
 
 
 def _type_name(kind: Any) -> str:
