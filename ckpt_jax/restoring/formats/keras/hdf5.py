@@ -9,9 +9,9 @@ form circles, and describe more than it holds. Nothing outside of the file is op
 walked once, and no memory is taken for more than the bytes in the file can give. What is not read
 is listed with the reason.
 
-h5py gets its bytes from `_Pages`, so that it sees what all formats see: a file that must not change,
-a part of a file, or a value in an object store. `_Pages` raises nothing, because an exception
-cannot pass through the C library; it notes the error, which is raised afterwards.
+h5py gets its bytes from `_Pages`, so that it sees what all formats see: a file that must not
+change, a part of a file, or a value in an object store. `_Pages` raises nothing, because an
+exception cannot pass through the C library; it notes the error, which is raised afterwards.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -113,7 +113,7 @@ def h5py_for(path: str) -> Any:
       UnsupportedFormatError: it is not installed.
     """
     try:
-        import h5py  # optional, and slow to import
+        import h5py  # pyright: ignore[reportMissingImports]  # optional, and slow to import
     except ImportError as error:
         raise UnsupportedFormatError(
             f"{path}: HDF5 files are read with h5py, which is not installed. Run: "
@@ -382,8 +382,8 @@ class _Walk:
         others = [f"{_text(name)} ({code})" for code, _, _, name in filters if code not in _FILTERS]
         if others:
             return (
-                f"it is compressed with {', '.join(others)}, which is not read here. Write it again "
-                "with gzip, or without"
+                f"it is compressed with {', '.join(others)}, which is not read here. Write it "
+                "again with gzip, or without"
             )
         chunk = created.get_chunk()
         grid = zip(dataset.shape, chunk, strict=True)

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from ckpt_jax.errors import UnsupportedFormatError
@@ -80,8 +79,8 @@ def _of_archive(files: Files, path: str) -> tuple[Tree, dict[str, Any]]:
     if weights is None:
         if _PICKLED in archive.members:
             raise UnsupportedFormatError(
-                f"{path}: its weights are in {_PICKLED}, which is a pickle. Load it with Keras, and "
-                "save the model again"
+                f"{path}: its weights are in {_PICKLED}, which is a pickle. Load it with Keras, "
+                "and save the model again"
             )
         raise files.damage(path, f"it has no {_WEIGHTS}")
     metadata: dict[str, Any] = {}
