@@ -1,4 +1,6 @@
-"""Where tests and doctests run: on eight virtual CPU devices.
+"""Where tests and doctests run: on eight virtual CPU devices, or on `CKPT_JAX_TEST_PLATFORM`.
+
+On another platform than "cpu" only tests with the marker `device` can run.
 
 At the root rather than in tests/, so that it holds for the doctests of the package too. The
 variables are read when JAX first looks for devices, which is after this file was imported, and
@@ -7,7 +9,7 @@ are inherited by the processes that tests start.
 
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_PLATFORMS"] = os.environ.get("CKPT_JAX_TEST_PLATFORM", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = (
         os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"

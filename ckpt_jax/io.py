@@ -170,7 +170,6 @@ def merge_shards(
     return _merge.merge_shards(shards, destination, extra or {}, durable=options.durable)
 
 
-@host.transfers_allowed()
 def read_slices(
     prefix: Path,
     requests: Mapping[str, jax.ShapeDtypeStruct | Box | None],
@@ -187,7 +186,7 @@ def read_slices(
       options: `max_inflight_bytes` applies.
 
     Raises:
-      KeyError: a key is not there.
+      KeyError: naming all keys that are not there.
       ValueError: a box or shape does not fit the stored array.
       CorruptCheckpointError: naming file and key.
       CheckpointNotFoundError: there is none, or it was replaced or removed while it was being read.
@@ -214,6 +213,7 @@ class Values(Protocol):
     ) -> Iterator[tuple[int, tuple[np.ndarray, ...]]]: ...
 
 
+@host.transfers_allowed()
 def read_values(
     reader: Values,
     requests: Mapping[str, jax.ShapeDtypeStruct | Box | None],
@@ -228,9 +228,10 @@ def read_values(
     keys: list[str] = []
     boxes: list[tuple[Box, ...]] = []
     unplaced: dict[str, np.ndarray] = {}
+    if absent := [key for key in requests if key not in reader.index]:
+        names = ", ".join(map(repr, absent))
+        raise KeyError(f"{reader.path} has no value under the key {names}")
     for key, request in requests.items():
-        if key not in reader.index:
-            raise KeyError(f"{reader.path} has no value under the key {key!r}")
         wanted = _wanted(reader, key, request)
         if wanted is None:
             results[key] = reader.read_bytes(key)
@@ -259,7 +260,8 @@ def read_values(
             unplaced[key] = contents[0]
         else:
             results[key] = host.place(request.shape, dtype, request.sharding, contents)
-    results.update(zip(unplaced, host.put(list(unplaced.values())), strict=True))
+    if unplaced:
+        results.update(zip(unplaced, host.put(list(unplaced.values())), strict=True))
     return results
 
 

@@ -6,6 +6,8 @@ is about to write and returns them in groups, one group per shard.
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -266,8 +268,30 @@ class CheckpointOptions:
         callbacks = self.write_callbacks
         if not isinstance(callbacks, Iterable) or not all(map(callable, found := [*callbacks])):
             raise TypeError(f"write_callbacks must be a sequence of functions, got {callbacks!r}")
+        for callback in found:
+            takes_path(callback)  # or it would fail after the commit
         object.__setattr__(self, "write_callbacks", tuple(found))
         object.__setattr__(self, "cast_on_save", _casts(self.cast_on_save))
+
+
+def takes_path(callback: Callable[..., Any]) -> bool:
+    """Whether a write callback is called with the path, or without an argument.
+
+    Raises:
+      TypeError: it can be called in neither way.
+    """
+    try:
+        signature = inspect.signature(callback)
+    except ValueError:  # of code in C that does not tell
+        return True
+    for arguments in (("path",), ()):
+        with contextlib.suppress(TypeError):
+            signature.bind(*arguments)
+            return bool(arguments)
+    raise TypeError(
+        f"write_callbacks: expected functions of no argument or of one, the path, got {callback!r} "
+        f"with the arguments {signature}"
+    )
 
 
 def _casts(given: Any) -> tuple[tuple[Pattern, np.dtype], ...]:

@@ -58,7 +58,7 @@ def progress(wanted: Wanted, what: str, total: int) -> Iterator[Advance]:
 
 def _shown(what: str, total: int) -> Bar | Line | None:
     """What shows the progress of a piece of work; None if there is nobody who looks."""
-    if sys.stderr.isatty():
+    if sys.stderr is not None and sys.stderr.isatty():  # pythonw and daemons have none
         return Bar(what, total)
     # Notebooks redraw a line, as terminals do.
     is_notebook = type(sys.stdout).__module__ == "ipykernel.iostream"

@@ -30,7 +30,7 @@ and within bounded memory. `ckpt_jax.testing.ReaderTests` tests any reader.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -201,6 +201,8 @@ class Export:
       read: reads one value, by the key of its attribute in the graph: a C-contiguous array of the
         dtype and shape of its spec, or a byte string. It is read when it is asked for; to keep
         memory bounded, ask for one at a time.
+      read_all: reads the values of some keys, one after the other. It is quicker with small values,
+        because it reads a few of them together.
       max_shard_nbytes: of one file, if the format has several.
       metadata: what the program said about the checkpoint, as JSON; for formats that can hold it.
     """
@@ -208,6 +210,7 @@ class Export:
     destination: str
     graph: ObjectGraph
     read: Callable[[str], np.ndarray | bytes]
+    read_all: Callable[[Iterable[str]], Iterator[np.ndarray | bytes]]
     max_shard_nbytes: int
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
@@ -218,11 +221,12 @@ class Export:
         shared has several names. The save counter of a `Checkpoint` is left out.
 
         Raises:
-          ValueError: two values would have one name.
+          ValueError: naming all names that two values would have.
         """
         tree = as_tree(slots_as_children(self.graph))
         names = local_names(tree.nodes, separator)
         found: dict[str, Attribute] = {}
+        twice: dict[str, None] = {}
         for node, attribute in tree.attributes():
             entry, name = tree.nodes[node], names[node]
             if name == SAVE_COUNTER and tree.nodes[0].container in ("", "dict"):
@@ -230,8 +234,11 @@ class Export:
             if not entry.has_only(attribute.name):
                 name = separator.join([*filter(None, [name]), attribute.name])
             if name in found:
-                raise ValueError(f"two values would be called {name!r}; give one another name")
+                twice[name] = None
             found[name] = attribute
+        if twice:
+            names = ", ".join(map(repr, twice))
+            raise ValueError(f"two values would be called {names}; give one another name (rename=)")
         return found
 
 

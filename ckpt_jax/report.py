@@ -39,7 +39,7 @@ class ReportEntry:
         text = f"{self.path or '(root)'}: {self.what or self.expected or self.found}"
         if self.saved_path not in ("", self.path):
             text += f" <- {self.saved_path}"
-        return text + near_miss(self.nearest)
+        return printable(text + near_miss(self.nearest))
 
 
 @dataclass(frozen=True, slots=True, repr=False)
@@ -95,13 +95,16 @@ class RestoreReport:
         rows: list[tuple[str, str, str]] = []
         for kind in _KINDS:
             groups, more = _shortened(getattr(self, kind), limit)
-            rows += [(kind, entry.path or "(root)", _remark(entry)) for entry in groups]
+            rows += [
+                (kind, printable(entry.path) or "(root)", printable(_remark(entry)))
+                for entry in groups
+            ]
             if more:
                 rows.append((kind, f"... and {more} more", ""))
         width = min(max((len(path) for _, path, _ in rows), default=0), _MAX_WIDTH)
         lines = [f"  {kind:<10}  {path:<{width}}  {what}".rstrip() for kind, path, what in rows]
         hints = [f"  {hint}" for hint in rename_hints(self)]
-        return "\n".join([f"{self.path}: {self._summary()}", *lines, *hints])
+        return "\n".join([f"{printable(self.path)}: {self._summary()}", *lines, *hints])
 
     def _summary(self) -> str:
         """The number of entries of each kind, the number of changes, and the size."""
@@ -240,6 +243,17 @@ def _html_rows(groups: Sequence[Sequence[ReportEntry]]) -> str:
         for entry in map(_row, groups)
     ]
     return f"<table>{''.join(rows)}</table>"
+
+
+def printable(text: str) -> str:
+    """A text from a file without what could steer a terminal, or look like another line.
+
+    >>> printable("a\\x1b[2J\\n")
+    'a\\\\x1b[2J\\\\n'
+    """
+    if text.isprintable():
+        return text
+    return "".join([c if c.isprintable() else c.encode("unicode_escape").decode() for c in text])
 
 
 def nearest(path: str, candidates: Iterable[str], count: int = 2) -> tuple[str, ...]:

@@ -32,7 +32,7 @@ from ckpt_jax.objects.views import ForwardingView, View, view_of
 from ckpt_jax.options import CheckpointOptions, Path, given
 from ckpt_jax.processes.context import Context, current_context
 from ckpt_jax.processes.meeting import Meeting
-from ckpt_jax.report import near_miss, nearest
+from ckpt_jax.report import near_miss, nearest, printable
 from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.rename import rename as renamed
 from ckpt_jax.restoring.rules import Rule
@@ -110,7 +110,7 @@ class Checkpoint(AutoTrackable):
             view = view_of(root)
             kind = type(root) if view is None else view.type_of(root)
             names.insert(0, f"root {kind.__qualname__}")
-        return f"<Checkpoint of {', '.join(names) or 'nothing yet'}>"
+        return f"<Checkpoint of {', '.join(map(printable, names)) or 'nothing yet'}>"
 
     def _root_object(self) -> Any:
         root = self.__dict__["_self_root"]
@@ -296,7 +296,7 @@ class Checkpoint(AutoTrackable):
           ValueError: the root is immutable.
         """
         self._counter()
-        return FrozenSaver(self._trace())
+        return FrozenSaver(self._trace(may_be_abstract=True))
 
     def sync(self) -> None:
         """Waits for a save in the background.
@@ -367,11 +367,14 @@ class Checkpoint(AutoTrackable):
             private["_self_counter"] = own
         return private["_self_counter"]
 
-    def _trace(self, *, for_restore: bool = False) -> LiveGraph:
-        if not self.__dict__["_self_rooted"]:
-            return live_graph(self, for_restore=for_restore)
-        root, view = self._root_object(), _RootedView(self)
-        return live_graph(root, for_restore=for_restore, root_view=view)
+    def _trace(self, *, for_restore: bool = False, may_be_abstract: bool = False) -> LiveGraph:
+        is_rooted = self.__dict__["_self_rooted"]
+        return live_graph(
+            self._root_object() if is_rooted else self,
+            for_restore=for_restore,
+            may_be_abstract=may_be_abstract,
+            root_view=_RootedView(self) if is_rooted else None,
+        )
 
     def _trace_for_restore(self) -> LiveGraph:
         return self._trace(for_restore=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -54,18 +55,23 @@ from ckpt_jax.restoring.rules import Rule
 from ckpt_jax.restoring.run import require_fit
 from ckpt_jax.saving.pipeline import SaveRequest
 from ckpt_jax.saving.run import save_once
+from ckpt_jax.store.batches import batches
 from ckpt_jax.store.durable import fsync_directory, fsync_file, make_directories
 from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.paths import absolute, as_path, require_room
 from ckpt_jax.store.presence import is_taken
 from ckpt_jax.store.replacing import settle
 from ckpt_jax.store.staging import discard, joined, staging_name
+from ckpt_jax.values.host import transfers_allowed
 from ckpt_jax.values.leaves import describe, encode
 
 Cast = Any  # a dtype, or pairs of a pattern and a dtype
+_ReadAll = Callable[[Iterable[str]], Iterator[np.ndarray | bytes]]
+_TOGETHER_NBYTES = 2 << 20  # of small values that are read together
 _RULES = "Nothing was written. Correct the rules; ckpt.load_checkpoint(path).paths() lists names."
 
 
+@transfers_allowed()
 def export(
     source: Any,
     destination: Path,
@@ -127,8 +133,8 @@ def export(
     if is_url(path):
         raise ValueError(
             f"destination: expected a path in a file system, got {destination!r}. Export to a "
-            "local path, and upload what is there with a tool for files, such as 'gcloud storage "
-            "cp -r' or 'aws s3 cp --recursive'."
+            "local path, and upload what is there with a tool for files, such as "
+            "'gcloud storage cp -r' or 'aws s3 cp --recursive'."
         )
     if is_taken(path):
         raise FileExistsError(f"{destination} exists; export to another path, or remove it first")
@@ -150,7 +156,7 @@ def export(
                 inside = os.path.join(staging, os.path.basename(path))
                 with shown(progress, f"exporting {destination}", _nbytes(graph)) as advance:
                     told = _telling(read, advance)
-                    wanted = Export(path, graph, told, max_shard_nbytes, reader.metadata)
+                    wanted = _export(path, graph, told, max_shard_nbytes, reader.metadata)
                     endings = writer.write(wanted, inside)
                 _publish(inside, path, endings)
             finally:
@@ -255,7 +261,8 @@ def _chosen(reader: CheckpointReader, only: Selection | None) -> ObjectGraph:
     chosen = selects(only)
     keys = {a.key for node, a in tree.attributes() if chosen(tree.value_path(node, a.name))}
     if not keys:
-        raise KeyError(f"{reader.path} holds nothing that {only!r} selects")
+        what = "holds no values" if only is None else f"holds nothing that {only!r} selects"
+        raise KeyError(f"{reader.path} {what}")
     savers = [
         f"{graph.paths[node]} ({entry.saver.name})"
         for node, entry in enumerate(graph.nodes)
@@ -263,8 +270,8 @@ def _chosen(reader: CheckpointReader, only: Selection | None) -> ObjectGraph:
     ]
     if savers:
         raise UnsupportedFormatError(
-            f"{reader.path}: only their registered savers can read {', '.join(savers)}. Leave them "
-            "out (only=...)."
+            f"{reader.path}: only their registered savers can read {', '.join(savers)}. "
+            "ckpt.export(only=...) leaves them out; ckpt.copy copies all of a checkpoint."
         )
     nodes = [
         replace(node, attributes=tuple([a for a in node.attributes if a.key in keys]))
@@ -360,7 +367,11 @@ def _pairs(cast: Iterable[Any]) -> list[tuple[Callable[[str], bool], str]]:
         if not isinstance(pair, tuple | list) or len(pair) != 2:
             raise TypeError(f"cast: expected a dtype or pairs (pattern, dtype), got {pair!r}")
         pattern: Pattern = pair[0]
-        found.append((selects(pattern), dtype_name(np.dtype(pair[1]))))
+        try:
+            dtype = dtype_name(np.dtype(pair[1]))
+        except TypeError:
+            raise TypeError(f"cast: expected a dtype for {pattern!r}, got {pair[1]!r}") from None
+        found.append((selects(pattern), dtype))
     return found
 
 
@@ -371,16 +382,13 @@ def _check(path: str, graph: ObjectGraph) -> None:
         raise UnsupportedFormatError("\n  ".join([f"{path}: {refused[0]}", *refused[1:]]))
 
 
-def _reading(
-    reader: CheckpointReader, saved: Renamed, graph: ObjectGraph
-) -> Callable[[str], np.ndarray | bytes]:
-    """A function that reads one value, by key."""
+def _reading(reader: CheckpointReader, saved: Renamed, graph: ObjectGraph) -> _ReadAll:
+    """A function that reads values by key, one after the other, but small ones together."""
     derived = DerivedReader(reader, saved.derived)
     specs = graph.by_key
     paths = {a.key: graph.value_path(node, a.name) for node, a in graph.attributes()}
 
-    def read(key: str) -> np.ndarray | bytes:
-        value = derived.read({key: None}, DEFAULT, lambda nbytes: None)[key]
+    def as_wanted(key: str, value: np.ndarray | bytes) -> np.ndarray | bytes:
         if isinstance(value, bytes):
             return value
         try:
@@ -390,7 +398,15 @@ def _reading(
             raise LossyConversionError(what) from None
         return np.ascontiguousarray(value).reshape(specs[key].shape)
 
-    return read
+    def read_all(keys: Iterable[str]) -> Iterator[np.ndarray | bytes]:
+        for batch in batches(keys, derived.stored_nbytes, _TOGETHER_NBYTES):
+            found = derived.read(dict.fromkeys(batch), DEFAULT, lambda nbytes: None)
+            left = Counter(batch)  # a shared value is written at each of its places
+            for key in batch:
+                left[key] -= 1
+                yield as_wanted(key, found[key] if left[key] else found.pop(key))
+
+    return read_all
 
 
 def _nbytes(graph: ObjectGraph) -> int:
@@ -399,18 +415,29 @@ def _nbytes(graph: ObjectGraph) -> int:
     return sum([math.prod(spec.shape) * dtype_of(spec.dtype).itemsize for spec in specs])
 
 
-def _telling(
-    read: Callable[[str], np.ndarray | bytes], advance: Advance
-) -> Callable[[str], np.ndarray | bytes]:
+def _telling(read_all: _ReadAll, advance: Advance) -> _ReadAll:
     """The same function, which tells how many bytes of arrays it has read."""
 
-    def told(key: str) -> np.ndarray | bytes:
-        value = read(key)
-        if not isinstance(value, bytes):
-            advance(value.nbytes)
-        return value
+    def told(keys: Iterable[str]) -> Iterator[np.ndarray | bytes]:
+        for value in read_all(keys):
+            if not isinstance(value, bytes):
+                advance(value.nbytes)
+            yield value
 
     return told
+
+
+def _export(
+    path: str,
+    graph: ObjectGraph,
+    read_all: _ReadAll,
+    max_shard_nbytes: int,
+    metadata: Mapping[str, Any],
+) -> Export:
+    def read(key: str) -> np.ndarray | bytes:
+        return next(read_all([key]))
+
+    return Export(path, graph, read, read_all, max_shard_nbytes, metadata)
 
 
 def _publish(inside: str, path: str, endings: Iterable[str]) -> None:
@@ -444,6 +471,7 @@ def convert(
     *,
     rename: Iterable[Rule] = (),
     options: CheckpointOptions | None = None,
+    overwrite: bool = False,
 ) -> str:
     """Saves a checkpoint of any format as one of this library.
 
@@ -455,12 +483,13 @@ def convert(
       destination: the directory to create.
       rename: rules as for `ckpt.restore`.
       options: how to save.
+      overwrite: whether a checkpoint at `destination` is replaced.
 
     Returns:
       `destination`.
 
     Raises:
-      FileExistsError: there is something at the destination.
+      FileExistsError: there is something at the destination that may not be replaced.
       UnsupportedFormatError: naming all values of the source that cannot be read.
       RestoreMismatchError: naming all rules that cannot be applied.
 
@@ -473,6 +502,10 @@ def convert(
       (2, 3)
     """
     options, destination, context = given(options), as_path(destination), current_context()
+    if not overwrite and context.storage_of(destination).saved_at(destination) is not None:
+        raise FileExistsError(
+            f"{destination} exists; pass overwrite=True to replace the checkpoint"
+        )
     with METER.restoring(lambda: CheckpointReader(source)) as reader:
         saved = _renamed(reader, _chosen(reader, None), rename)
         _check(reader.path, saved.graph)
@@ -484,7 +517,7 @@ def convert(
             parts |= reader.recipes()
     options = replace(options, enable_async=False)
     request = SaveRequest(
-        destination, lambda: live, options, overwrite=False, extra=lambda live: parts
+        destination, lambda: live, options, overwrite=overwrite, extra=lambda live: parts
     )
     return save_once(request, context)
 

@@ -106,7 +106,7 @@ class LoadStatus:
         if self._done.saved.named:
             skipped |= {n for label, n in graph.nodes[0].children if label == SAVE_COUNTER}
         unmatched = [
-            _Line(pretty_name(graph, node), graph.paths[node])
+            _Line(pretty_name(graph, node) + _why_counter(graph.paths[node]), graph.paths[node])
             for node, entry in enumerate(graph.nodes)
             if (entry.attributes or entry.saver) and node not in (skipped | now.given)
         ]
@@ -239,6 +239,13 @@ def _left_out(report: RestoreReport) -> str | None:
 
 def _without_counter(entries: tuple[ReportEntry, ...]) -> list[ReportEntry]:
     return [entry for entry in entries if entry.path != SAVE_COUNTER]
+
+
+def _why_counter(path: str) -> str:
+    """Why only `save` gives the counter of `restore` a value."""
+    if path != SAVE_COUNTER:
+        return ""
+    return ": restore() makes it. Use read() for what write() or ckpt.save has written"
 
 
 def _listed(names: list[str]) -> str:

@@ -32,6 +32,45 @@ def compile_pattern(pattern: Pattern) -> re.Pattern[str]:
     return re.compile(text, re.DOTALL)
 
 
+class Heads:
+    """Says which of many patterns may match a path, by the names with which they begin.
+
+    A tree with thousands of values may be given thousands of patterns. Of these, only few are
+    compared with each path.
+
+    >>> heads = Heads(["a/b", "a/*", "c/**", "**/w"])
+    >>> heads.candidates("a/b"), heads.candidates("c/d/w")
+    ([0, 1, 3], [2, 3])
+    """
+
+    def __init__(self, patterns: Iterable[Pattern]):
+        self._by_head: dict[str, list[int]] = {}
+        for number, pattern in enumerate(patterns):
+            self._by_head.setdefault(_head(pattern), []).append(number)
+        self._longest = max([head.count("/") + 1 for head in self._by_head], default=0)
+
+    def candidates(self, path: str) -> list[int]:
+        """The numbers of the patterns that may match a path, ascending."""
+        found = list(self._by_head.get("", ()))
+        end = -1
+        for _ in range(self._longest):
+            end = path.find("/", end + 1)
+            head = path if end < 0 else path[:end]
+            if head:
+                found += self._by_head.get(head, ())
+            if end < 0:
+                break
+        return sorted(found)
+
+
+def _head(pattern: Pattern) -> str:
+    """The names at the beginning of a pattern that have no wildcards, joined with "/"."""
+    if isinstance(pattern, re.Pattern):
+        return ""
+    wildcard = _WILDCARD.search(pattern)
+    return pattern if wildcard is None else pattern[: wildcard.start()].rpartition("/")[0]
+
+
 def selects(selection: Selection | None) -> Callable[[str], bool]:
     """A function that says of a path whether a selection contains it.
 
@@ -50,8 +89,9 @@ def selects(selection: Selection | None) -> Callable[[str], bool]:
         [isinstance(pattern, str | re.Pattern) for pattern in patterns]
     ):
         raise TypeError(f"only= is a pattern, a list of patterns or a function, got {selection!r}")
-    compiled = [compile_pattern(pattern) for pattern in patterns]
-    return lambda path: any(pattern.fullmatch(path) for pattern in compiled)
+    patterns = [*patterns]
+    compiled, heads = [*map(compile_pattern, patterns)], Heads(patterns)
+    return lambda path: any(compiled[number].fullmatch(path) for number in heads.candidates(path))
 
 
 def fill(template: str, groups: Sequence[str | None]) -> str:

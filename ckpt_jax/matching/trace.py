@@ -213,7 +213,12 @@ class _Walk:
         """Walks breadth first; the list of objects is the queue."""
         at = len(self.children)
         while at < len(self.objects):
-            pairs = tuple(self.views[at].children(self.objects[at]))
+            try:
+                pairs = tuple(self.views[at].children(self.objects[at]))
+            except Exception as error:  # of code of the program, which may raise anything
+                path = labels.path_of(self.keys[at]) or "(root)"
+                error.add_note(f"This happened when the children of {path} were listed.")
+                raise
             self.check_lengths(self.keys[at], len(pairs) + len(self.attributes[at]))
             if pairs:
                 prefix = f"{self.keys[at]}/" if self.keys[at] else ""

@@ -20,8 +20,12 @@ class PythonState:
 
     def serialize(self) -> str | bytes:
         """The state as a string; called once per save, while `save` blocks."""
-        raise NotImplementedError
+        raise NotImplementedError(_missing(self, "serialize() -> str | bytes"))
 
     def deserialize(self, value: bytes) -> None:
         """Restores the state from a string that `serialize` gave (text arrives as UTF-8)."""
-        raise NotImplementedError
+        raise NotImplementedError(_missing(self, "deserialize(value: bytes)"))
+
+
+def _missing(state: PythonState, method: str) -> str:
+    return f"{type(state).__qualname__}, a subclass of ckpt.PythonState, has to implement {method}"

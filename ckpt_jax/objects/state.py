@@ -9,7 +9,9 @@ a `Checkpoint` by name is state.
 from __future__ import annotations
 
 import enum
+from collections import deque
 from collections.abc import Iterable
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -67,6 +69,14 @@ def holds_state(value: Any) -> bool:
         seen[id(value)] = value
         todo += [child for _, child in view.children(value)]
     return False
+
+
+def leaves_state_out(value: Any) -> bool:
+    """Whether a value is a container of Python's that no view knows, and holds state."""
+    if not isinstance(value, deque | set | frozenset | MappingProxyType):
+        return False
+    parts = value.values() if isinstance(value, MappingProxyType) else value
+    return any([holds_state(part) for part in parts])
 
 
 class Holds(enum.IntEnum):

@@ -17,9 +17,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import reprlib
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, overload, runtime_checkable
 
 import jax
@@ -29,12 +30,13 @@ from ckpt_jax.graph.labels import PYTHON_STATE, Label
 from ckpt_jax.objects.containers import unmarked, wrap
 from ckpt_jax.objects.pending import PENDING, copy_pending, received
 from ckpt_jax.objects.python_state import PythonState
-from ckpt_jax.objects.state import NoDependency, holds_state
+from ckpt_jax.objects.state import NoDependency, holds_state, leaves_state_out
 from ckpt_jax.objects.stateful import why_stateless
 from ckpt_jax.objects.variable import Variable
 from ckpt_jax.objects.views import NoState, OptimizerView, SlotEntry, add_view, view_of
 
 F = TypeVar("F", bound=Callable[..., Any])
+_log = logging.getLogger("ckpt_jax")
 
 _CHILDREN = "_self_children"  # {local name: child}
 _TRACKING = "_self_tracking"  # False inside no_automatic_dependency_tracking
@@ -132,7 +134,7 @@ class Trackable:
     def add_variable(
         self,
         name: str,
-        shape: tuple[int, ...] | None = None,
+        shape: int | Sequence[int] | None = None,
         dtype: Any = jnp.float32,
         initializer: Any = None,
         overwrite: bool = False,
@@ -141,10 +143,12 @@ class Trackable:
 
         Args:
           name: the local name.
-          shape: of the value; required unless the initializer is a constant.
+          shape: of the value; required unless the initializer is a constant. A number is the
+            length of a vector.
           dtype: of the value.
           initializer: a function `(shape, dtype) -> array`, or a constant (then without a shape).
-            Zeros by default. A function is not called if a restored value waits.
+            Zeros by default. A function is not called if a restored value waits. For an initializer
+            of JAX or Flax, which takes a key first, pass `functools.partial(initializer, key)`.
           overwrite: whether the name may already belong to a different object.
 
         Raises:
@@ -161,21 +165,24 @@ class Trackable:
             )
         if shape is None and not constant:
             raise ValueError(f"variable {name!r}: a shape is needed without a constant value")
+        sizes = (
+            tuple(shape or ()) if shape is None or isinstance(shape, Sequence) else (int(shape),)
+        )
         if constant:
             value = jnp.asarray(initializer, dtype)
         else:
             waiting = self.__dict__.get(PENDING, {}).get(name, ())
             if waiting and waiting[-1].initial_value() is not None:
-                value = jax.ShapeDtypeStruct(tuple(shape or ()), dtype)
+                value = jax.ShapeDtypeStruct(sizes, dtype)
             elif initializer is not None:
-                value = jnp.asarray(initializer(tuple(shape or ()), dtype))
-                if value.shape != tuple(shape or ()):
+                value = jnp.asarray(_initialized(name, initializer, sizes, dtype))
+                if value.shape != sizes:
                     raise ValueError(
-                        f"variable {name!r}: expected shape {tuple(shape or ())}, the initializer "
-                        f"returned {value.shape}"
+                        f"variable {name!r}: expected shape {sizes}, the initializer returned "
+                        f"{value.shape}"
                     )
             else:
-                value = jnp.zeros(tuple(shape or ()), dtype)
+                value = jnp.zeros(sizes, dtype)
         return Trackable.track(self, name, Variable(value), overwrite=overwrite)
 
     # --- recreated objects: for classes registered with `ckpt.register_serializable` ------
@@ -204,6 +211,17 @@ class Trackable:
     def _add_trackable_child(self, name: str, value: Any) -> None:
         """Adds a child that was recreated."""
         Trackable.track(self, name, value, overwrite=True)
+
+
+def _initialized(name: str, initializer: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    try:
+        return initializer(shape, dtype)
+    except TypeError as error:
+        error.add_note(
+            f"The initializer of variable {name!r} was called with (shape, dtype). If it takes a "
+            "key first, as those of jax.nn.initializers, pass functools.partial(initializer, key)."
+        )
+        raise
 
 
 class AutoTrackable(Trackable):
@@ -273,6 +291,12 @@ class AutoTrackable(Trackable):
         if not is_state:
             if name in children:
                 self._before_dropping(name, value)
+            if leaves_state_out(value):
+                _log.warning(
+                    "%s.%s is a %s, which is not saved, although it holds state. Assign a list or "
+                    "a dict, or ckpt.NoDependency(...) if it is not to be saved.",
+                    *(type(self).__qualname__, name, type(value).__name__),
+                )
             super().__setattr__(name, unmarked(value))
             children.pop(name, None)
             self.__dict__.get(_ASSIGNED, {}).pop(name, None)

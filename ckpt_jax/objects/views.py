@@ -291,7 +291,13 @@ class _RegisteredByUser(View):
         self._rebuild = rebuild
 
     def children(self, obj: Any) -> Iterable[tuple[Label, Any]]:
-        return self._children(obj).items()
+        children = self._children(obj)
+        if not isinstance(children, Mapping):
+            raise TypeError(
+                f"register_view: children of {type(obj).__qualname__} has to return a dict of "
+                f"children by name, got {children!r}"
+            )
+        return children.items()
 
     def rebuild(self, obj: Any, changed: Mapping[Label, Any]) -> Any:
         return self._rebuild(obj, {**self._children(obj), **changed})

@@ -160,7 +160,10 @@ class CheckpointReader:
     def _graph(self) -> ObjectGraph:
         if self._graph_or_none is None:
             raise CorruptCheckpointError(
-                f"{self.path} has no object graph", file=self.path, key=OBJECT_GRAPH_KEY
+                f"{self.path} has no object graph, as after a merge of shards by hand. "
+                "ckpt.load_checkpoint(path) reads its values by key",
+                file=self.path,
+                key=OBJECT_GRAPH_KEY,
             )
         return self._graph_or_none
 
@@ -431,13 +434,21 @@ def _opened(storage: Storage, location: str, path: str) -> OwnReader:
     try:
         return OwnReader(storage, location, path)
     except CheckpointNotFoundError as error:
-        names = [os.path.basename(step) for step in foreign_steps(absolute(path)).values()]
-        if not names:
-            raise
-        raise CheckpointNotFoundError(
-            f"{path} is a directory with checkpoints of another library: {', '.join(names[-20:])}. "
-            "Give the path of one of them, or of ckpt.latest_checkpoint(directory)"
-        ) from error
+        if names := _foreign_names(absolute(path)):
+            raise CheckpointNotFoundError(
+                f"{path} is a directory with checkpoints of another library: {names}. Give the "
+                "path of one of them, or of ckpt.latest_checkpoint(directory)"
+            ) from error
+        if names := _foreign_names(os.path.dirname(absolute(path))):
+            what = f"{error}. Checkpoints of another library there: {names}"
+            raise CheckpointNotFoundError(what) from error
+        raise
+
+
+def _foreign_names(directory: str) -> str:
+    """The names of the last checkpoints of other formats in a directory."""
+    names = [os.path.basename(step) for step in foreign_steps(directory).values()]
+    return ", ".join(names[-20:])
 
 
 def _keys_by_path(graph: ObjectGraph) -> dict[str, str]:

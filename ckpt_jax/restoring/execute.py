@@ -182,6 +182,7 @@ def execute(
     """
     calls = [_accepted(call, live) for call in plan.calls]
     values: dict[int, dict[str, Any]] = {}
+    taken: dict[int, Any] = {}  # what the program has where an array of numpy went, by its id
     found = _read(plan, reader, options, meeting)
     found = host.in_formats(found, [r.value for r in plan.reads])
     for r, value in zip(plan.reads, found, strict=True):
@@ -189,6 +190,8 @@ def execute(
             value = host.put([np.asarray(value)], host.placement(r.value))[0]
         if r.target.weak_type:  # else the program is compiled again, and promotes differently
             value = host.weakly_typed(value)
+        if isinstance(value, np.ndarray) and taken.setdefault(id(value), r.value) is not r.value:
+            value = value.copy()  # the program has two arrays there, of which each can be changed
         values.setdefault(r.node, {})[r.name] = value
     replaced: dict[int, Any] = {}
     called: list[int] = []  # nodes with objects that savers have changed in place

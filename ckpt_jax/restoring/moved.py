@@ -9,7 +9,7 @@ The candidate that fits most missing values is suggested, if that is at least ha
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from ckpt_jax.graph.patterns import compile_pattern, fill
 from ckpt_jax.report import nearest
@@ -20,7 +20,10 @@ _NUMBER = re.compile(r"\d+")
 
 
 def suggested_rename(
-    missing: Sequence[str], unexpected: Sequence[str], kept: Iterable[str] = ()
+    missing: Sequence[str],
+    unexpected: Sequence[str],
+    kept: Iterable[str] = (),
+    fits: Callable[[str, str], bool] = lambda saved, target: True,
 ) -> tuple[str, str] | None:
     """A rule (saved pattern, target pattern) that leads from unexpected paths to missing ones.
 
@@ -28,6 +31,7 @@ def suggested_rename(
       missing: paths of the program.
       unexpected: paths of the checkpoint.
       kept: paths of the checkpoint that the rule must not touch.
+      fits: whether the value at a path of the checkpoint may be the one that is missing at another.
 
     >>> suggested_rename(["w", "b/0"], ["state/w", "state/b/0", "step"])
     ('state/**', '**')
@@ -40,7 +44,8 @@ def suggested_rename(
         for other in _alike(path, unexpected):
             for rule in _rules(other.split("/"), path.split("/")):
                 if rule not in found:
-                    found[rule] = len(wanted.intersection(_images(rule, unexpected)))
+                    pairs = _images(rule, unexpected)
+                    found[rule] = len({to for at, to in pairs if to in wanted and fits(at, to)})
 
     def merit(rule: tuple[str, str]) -> tuple[int, bool, int]:
         return -found[rule], rule[0].startswith("**/"), len(rule[0]) + len(rule[1])
@@ -101,9 +106,9 @@ def _rules(saved: list[str], target: list[str]) -> Iterator[tuple[str, str]]:
                 yield _NUMBER.sub("*", rule[0]), _NUMBER.sub("*", rule[1])
 
 
-def _images(rule: tuple[str, str], paths: Iterable[str]) -> Iterator[str]:
-    """The paths that a rule makes of those it matches."""
+def _images(rule: tuple[str, str], paths: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The paths that a rule matches, each with the path that it makes of it."""
     pattern = compile_pattern(rule[0])
     for path in paths:
         if match := pattern.fullmatch(path):
-            yield fill(rule[1], match.groups())
+            yield path, fill(rule[1], match.groups())

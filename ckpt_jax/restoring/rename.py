@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -40,7 +40,7 @@ from ckpt_jax.graph.nodes import (
     object_keys,
     slots_in,
 )
-from ckpt_jax.graph.patterns import fill
+from ckpt_jax.graph.patterns import Heads, fill
 from ckpt_jax.report import ReportEntry
 from ckpt_jax.restoring.formulas import Derivation, Derived, Source
 from ckpt_jax.restoring.grids import part_of_stored, through
@@ -85,6 +85,8 @@ def rename(graph: ObjectGraph, rules: Iterable[Rule]) -> Renamed:
     Raises:
       TypeError, ValueError: a rule is malformed.
     """
+    if not isinstance(rules, Iterable):
+        raise TypeError(f"rename= is a list of rules (saved pattern, target), got {rules!r}")
     parsed = [parse(rule) for rule in rules]
     if not parsed:
         return Renamed(graph)
@@ -181,6 +183,8 @@ class _Renaming:
     def __init__(self, graph: ObjectGraph, rules: Sequence[ParsedRule]):
         self.graph = graph
         self.rules = rules
+        self.heads = Heads([source for rule in rules for source in rule.sources])
+        self.rule_of = [number for number, rule in enumerate(rules) for _ in rule.sources]
         self.nodes = list(graph.nodes)
         self.edges: dict[int, list[tuple[Label, int]]] = {}
         self.by_text: dict[int, dict[str, int]] = {}  # see `below`
@@ -251,7 +255,7 @@ class _Renaming:
 
     def apply_to_other_paths(self) -> None:
         """Applies rules that have matched nothing to the further paths of shared objects."""
-        waiting = [number for number in range(len(self.rules)) if number not in self.matched]
+        waiting = {*range(len(self.rules))} - self.matched
         kept = {node: dict(edges) for node, edges in self.edges.items()}
         for path, node, label in edges_by_path(self.graph):
             child = kept[node].get(label)
@@ -281,7 +285,7 @@ class _Renaming:
         return "/".join(filter(None, (self.graph.paths[optimizer], readable(name))))
 
     def rule_for(
-        self, path: str, child: int, among: Sequence[int] | None = None
+        self, path: str, child: int, among: Set[int] | None = None
     ) -> tuple[int, re.Match[str] | None]:
         """The first rule that applies to a path, and its match; all rules by default.
 
@@ -289,7 +293,9 @@ class _Renaming:
         rule for everything below an optimizer moves the optimizer together with its slots.
         """
         node = self.graph.nodes[child]
-        for number in range(len(self.rules)) if among is None else among:
+        for number in dict.fromkeys([self.rule_of[at] for at in self.heads.candidates(path)]):
+            if among is not None and number not in among:
+                continue
             rule = self.rules[number]
             found = rule.match(path)
             if found is None:

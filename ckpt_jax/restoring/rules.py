@@ -151,7 +151,8 @@ def parse(rule: Any) -> ParsedRule:
     """
     if not isinstance(rule, tuple | list) or len(rule) < 2:
         raise TypeError(
-            f"a rename rule is (saved pattern, target pattern, *transforms), got {rule!r}"
+            f"a rename rule is (saved pattern, target pattern, *transforms), got {rule!r}. Rules "
+            "are given as a list: rename=[(saved, target)]"
         )
     source, template, *transforms = rule
     sources = tuple(source) if isinstance(source, tuple | list) else (source,)

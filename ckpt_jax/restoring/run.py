@@ -307,8 +307,17 @@ def _with_suggestion(report: RestoreReport, *graphs: ObjectGraph) -> RestoreRepo
     missing = [entry.path for entry in report.missing if entry.path not in slots]
     unexpected = [entry.saved_path or entry.path for entry in spare if entry.path not in slots]
     kept = [entry.saved_path or entry.path for entry in report.restored if entry.path not in slots]
-    rule = suggested_rename(missing, unexpected, kept)
+    shapes = {entry.saved_path or entry.path: _shape(entry.found) for entry in spare}
+    wanted = {entry.path: _shape(entry.expected) for entry in report.missing}
+    rule = suggested_rename(
+        missing, unexpected, kept, lambda saved, target: shapes[saved] == wanted[target]
+    )
     return report if rule is None else replace(report, suggested_renames=(rule,))
+
+
+def _shape(what: str) -> str:
+    """The shape in the text of a spec: "[2]" of "float32[2]", and "[]" of "int"."""
+    return what[what.index("[") :] if "[" in what else "[]"
 
 
 def _fits(cast: bool, casts_back: bool) -> Callable[[LeafSpec, LeafSpec, Any], str | None]:

@@ -18,7 +18,6 @@ the latest, because it has the newer values. An overtaken run for the same path 
 
 from __future__ import annotations
 
-import inspect
 import logging
 import threading
 import weakref
@@ -28,7 +27,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from ckpt_jax.errors import AsyncSaveError, CommitInDoubtError
-from ckpt_jax.options import CheckpointOptions
+from ckpt_jax.options import CheckpointOptions, takes_path
 from ckpt_jax.processes.context import Context
 from ckpt_jax.processes.meeting import Meeting
 from ckpt_jax.processes.moment import Moment
@@ -390,7 +389,7 @@ class _Replaced(Exception):
 
 def _call_back(callbacks: Iterable[Callable[..., Any]], path: str) -> None:
     for callback in callbacks:
-        if inspect.signature(callback).parameters:
+        if takes_path(callback):
             callback(path)
         else:
             callback()

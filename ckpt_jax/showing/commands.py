@@ -33,14 +33,14 @@ from ckpt_jax.graph.boxes import Box
 from ckpt_jax.manage.manager import CheckpointManager
 from ckpt_jax.options import CheckpointOptions
 from ckpt_jax.progress import Advance, progress
-from ckpt_jax.report import ReportEntry, RestoreReport
+from ckpt_jax.report import ReportEntry, printable
 from ckpt_jax.restoring.formats import formats
 from ckpt_jax.showing import findings, pages, rows
 from ckpt_jax.showing.completion import SHELLS, script
 from ckpt_jax.showing.contents import contents_of
 from ckpt_jax.showing.differences import comparable, structural, with_values
 from ckpt_jax.showing.listing import listing, unfinished
-from ckpt_jax.showing.rows import Part, printable
+from ckpt_jax.showing.rows import Part
 from ckpt_jax.showing.statistics import gather, has_statistics, wide
 from ckpt_jax.showing.targets import planned
 from ckpt_jax.showing.terminal import write
@@ -334,12 +334,7 @@ def _plan(args: argparse.Namespace) -> Result:
         **{kind: [*map(_entry, getattr(report, kind))] for kind in kinds},
         "suggested_renames": [list(rule) for rule in report.suggested_renames],
     }
-    parts = [*map(printable, _table(report).splitlines())]
-    return Result(data, parts, FINE if report.exact else FOUND)
-
-
-def _table(report: RestoreReport) -> str:
-    return report.table()
+    return Result(data, [report.table()], FINE if report.exact else FOUND)
 
 
 def _entry(entry: ReportEntry) -> dict[str, Any]:
@@ -373,7 +368,13 @@ def _export(args: argparse.Namespace) -> Result:
 def _convert(args: argparse.Namespace) -> Result:
     source = _opened_by(args.source)
     options = CheckpointOptions(progress=True)
-    path = convert(source, args.destination, rename=_rules(args.rename), options=options)
+    path = convert(
+        source,
+        args.destination,
+        rename=_rules(args.rename),
+        options=options,
+        overwrite=args.overwrite,
+    )
     return _written(source, path)
 
 
@@ -565,6 +566,7 @@ def _parser() -> argparse.ArgumentParser:
 
     into = verb("convert", _convert, "save a checkpoint of any format as one of ckpt_jax")
     copying(into)
+    into.add_argument("--overwrite", action="store_true", help="replace a checkpoint at DST")
 
     copies = verb("copy", _copy, "copy a checkpoint, verified, also to and from object stores")
     copies.add_argument("source", metavar="SRC")
@@ -591,7 +593,7 @@ def _positive(text: str) -> int:
 
 
 def _tolerance(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text!r}")
-    return value
+    with suppress(ValueError):
+        if 0 <= (value := float(text)) < math.inf:
+            return value
+    raise argparse.ArgumentTypeError(f"expected a number of 0 or more, got {text!r}")

@@ -8,10 +8,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from ckpt_jax.report import printable
 from ckpt_jax.showing.contents import Entry
 from ckpt_jax.showing.differences import WHATS, Change, Differences
 from ckpt_jax.showing.listing import Listed, Listing
-from ckpt_jax.showing.rows import Part, Table, count, metadata_text, printable, size
+from ckpt_jax.showing.rows import Part, Table, count, metadata_text, size
 from ckpt_jax.showing.statistics import Statistics
 
 

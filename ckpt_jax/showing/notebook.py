@@ -50,7 +50,7 @@ def tree(contents: Contents) -> str:
     depth = _depth([path for path, _ in entries])
     more = len(contents.by_path) - len(entries)
     left = f'<div class="dim">... and {more:,} more values</div>' if more else ""
-    body = "".join(_branch(contents, root, "", depth))
+    body = "".join(_branches(contents, root, depth))
     head = f"<div><b>{html.escape(rows.heading(contents))}</b></div>"
     return _within(f"{head}{_metadata(contents)}{body}{left}{_by_dtype(contents)}")
 
@@ -82,20 +82,29 @@ def _depth(paths: Sequence[str]) -> int:
     return deepest
 
 
-def _branch(contents: Contents, found: dict[str, object], above: str, depth: int) -> Iterator[str]:
-    for name, inside in found.items():
-        if isinstance(inside, dict):
-            path = f"{above}{name}"
-            number, nbytes = contents.subtrees[path[:-1]]
-            about = f"{rows.count(number, 'value')}, {rows.size(nbytes)}"
-            yield (
-                f"<details{' open' * (depth > 0)}><summary><code>{html.escape(name)}</code> "
-                f'<span class="dim">{about}</span></summary><div class="in">'
-            )
-            yield from _branch(contents, inside, path, depth - 1)
-            yield "</div></details>"
-        elif isinstance(inside, tuple):
-            yield _leaf(name, *inside)
+def _branches(contents: Contents, root: dict[str, object], depth: int) -> Iterator[str]:
+    """The lines of a tree, which may be deeper than functions can call each other."""
+    stack = [("", iter(root.items()))]
+    while stack:
+        above, rest = stack[-1]
+        for name, inside in rest:
+            if isinstance(inside, tuple):
+                yield _leaf(name, *inside)
+            elif isinstance(inside, dict):
+                path = f"{above}{name}"
+                number, nbytes = contents.subtrees[path[:-1]]
+                about = f"{rows.count(number, 'value')}, {rows.size(nbytes)}"
+                yield (
+                    f"<details{' open' * (len(stack) <= depth)}><summary>"
+                    f'<code>{html.escape(name)}</code> <span class="dim">{about}</span>'
+                    '</summary><div class="in">'
+                )
+                stack.append((path, iter(inside.items())))
+                break
+        else:
+            stack.pop()
+            if stack:
+                yield "</div></details>"
 
 
 def _leaf(name: str, path: str, entry: Entry) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 
 from ckpt_jax.graph.labels import local_name
 from ckpt_jax.graph.nodes import ObjectGraph
+from ckpt_jax.report import printable
 from ckpt_jax.showing import rows, treemap
 from ckpt_jax.showing.contents import Contents, Entry
 
@@ -44,7 +45,7 @@ def page(contents: Contents) -> str:
     )
     parts = {
         "title": html.escape(rows.heading(contents)),
-        "name": html.escape(rows.printable(contents.path)),
+        "name": html.escape(printable(contents.path)),
         "about": html.escape(_about(contents)),
         "metadata": _metadata(contents),
         "treemap": drawn,
@@ -118,7 +119,7 @@ def _marks(ranks: Ranks, letter: str, group: str) -> Iterator[str]:
     own = [each for each in present if each[1] < _COLORS - 1 or len(present) == _COLORS]
     rest = sum([nbytes for _, _, nbytes in present[len(own) :]])
     for name, rank, nbytes in [*own, *[("others", _COLORS - 1, rest)] * (rest > 0)]:
-        about = f"{rows.printable(name) or '(root)'} \u00b7 {rows.size(nbytes)}"
+        about = f"{printable(name) or '(root)'} \u00b7 {rows.size(nbytes)}"
         yield f'<span class="{group}"><i class="{letter}{rank}"></i>{html.escape(about)}</span>'
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from ckpt_jax.graph.labels import local_name
 from ckpt_jax.graph.nodes import ObjectGraph, pretty_name
 from ckpt_jax.graph.specs import ShardingSpec
+from ckpt_jax.report import printable
 from ckpt_jax.showing.contents import Contents, Entry, parents
 
 _MAX_WIDTH = 100  # of a column; longer cells move what stands beside them
@@ -62,17 +63,6 @@ Part = str | Table
 def plain(parts: Sequence[Part]) -> str:
     """The text of an output."""
     return "\n".join(map(str, parts))
-
-
-def printable(text: str) -> str:
-    """A text from a file without what could steer a terminal.
-
-    >>> printable("a\\x1b[2J\\n")
-    'a\\\\x1b[2J\\\\n'
-    """
-    if text.isprintable():
-        return text
-    return "".join([c if c.isprintable() else c.encode("unicode_escape").decode() for c in text])
 
 
 def size(nbytes: int) -> str:

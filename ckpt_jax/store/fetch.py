@@ -436,7 +436,7 @@ def _ranges(blocks: Sequence[int], shard: Shard) -> Iterator[tuple[int, int]]:
 
 
 def check_files(directory: str, shard: Shard) -> None:
-    """Checks that the files of a shard have the sizes that they need.
+    """Checks that the files of a shard have the sizes that they need, and that its index is there.
 
     So no memory is allocated for bytes that do not exist.
 
@@ -444,16 +444,11 @@ def check_files(directory: str, shard: Shard) -> None:
       CorruptCheckpointError: a file is truncated or missing.
     """
     total = 0
+    _size_of(os.path.join(directory, INDEX))
     for number in range(shard.files):
         path, expected = file_path(directory, number), file_size(shard, number)
-        try:
-            status = os.stat(path)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise CorruptCheckpointError(f"{path}: the file is missing", file=path) from error
-        found = status.st_size
+        found = _size_of(path)
         total += found
-        if not stat.S_ISREG(status.st_mode):
-            raise CorruptCheckpointError(f"{path}: this is not a regular file", file=path)
         if found < expected or (found > expected and not shard.compression):
             what = f"the file has {found} bytes, expected {expected}: it is truncated or replaced"
             raise CorruptCheckpointError(f"{path}: {what}", file=path)
@@ -462,6 +457,17 @@ def check_files(directory: str, shard: Shard) -> None:
         raise CorruptCheckpointError(
             f"{directory}: {what}: one is truncated or replaced", file=directory
         )
+
+
+def _size_of(path: str) -> int:
+    """The size of a file that has to be there."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CorruptCheckpointError(f"{path}: the file is missing", file=path) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise CorruptCheckpointError(f"{path}: this is not a regular file", file=path)
+    return status.st_size
 
 
 def check_values(checkpoint: str, directory: str, shard: Shard, found: frozenset[str]) -> None:

@@ -136,8 +136,8 @@ def use_storage(
       request_timeout_seconds: after which a request, with all retries, has failed; 60 by default.
 
     Raises:
-      ValueError: the prefix is no URL of an object store, an endpoint is given for a store that
-        takes none, or a number is negative.
+      ValueError: the prefix is no URL of an object store, the endpoint is no URL or given for a
+        store that takes none, or a number is negative.
 
     Example:
       >>> use_storage("memory://runs", retries=2, request_timeout_seconds=10)
@@ -151,6 +151,8 @@ def use_storage(
             f"{url}: expected no endpoint, because only s3:// has one, got {endpoint!r}. For gs:// "
             "set the environment variable TENSORSTORE_GCS_HTTP_URL."
         )
+    if endpoint is not None and not re.match(r"https?://[^/]", endpoint):
+        raise ValueError(f'endpoint: expected a URL "https://...", got {endpoint!r}.')
     if retries is not None and retries < 0:
         raise ValueError(f"retries: expected 0 or more, got {retries}.")
     if request_timeout_seconds is not None and not request_timeout_seconds > 0:

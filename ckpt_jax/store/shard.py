@@ -509,7 +509,7 @@ def _bytes_of(array: np.ndarray, start: int, stop: int) -> np.ndarray:
     if _is_as_stored(array):
         return array.reshape(-1).view(np.uint8)[start:stop]
     copy = np.empty(stop - start, np.uint8)
-    _copy(array, start, copy)
+    _copy(np.atleast_1d(array), start, copy)
     return copy
 
 

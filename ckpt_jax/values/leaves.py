@@ -55,6 +55,24 @@ def describe(value: Any) -> tuple[LeafSpec, ShardingSpec | None]:
     raise TypeError(f"{kind.__module__}.{kind.__qualname__} is not an array or scalar")
 
 
+def describe_held(value: Any) -> tuple[LeafSpec, ShardingSpec | None]:
+    """`describe` for a value that is to be saved now.
+
+    Raises:
+      TypeError: saying why it cannot be.
+    """
+    described = describe(value)
+    _require_held(value)
+    return described
+
+
+def _require_held(value: Any) -> None:
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise TypeError("a jax.ShapeDtypeStruct describes an array and holds none")
+    if isinstance(value, jax.Array) and not isinstance(value, Tracer) and value.is_deleted():
+        raise TypeError("the array has been deleted or donated; pass the one that took its place")
+
+
 def evaluate(value: Any) -> Any:
     """The value, or, if it is a function that makes a value, what the function returns.
 
@@ -163,11 +181,8 @@ def struct_of(
 
 def encode(value: Any) -> jax.Array | np.ndarray | bytes:
     """The array or byte string that is stored for a value."""
-    if isinstance(value, jax.ShapeDtypeStruct):
-        raise TypeError("a jax.ShapeDtypeStruct describes an array and holds none")
+    _require_held(value)
     if isinstance(value, jax.Array):
-        if value.is_deleted():
-            raise ValueError("the array has been deleted or donated")
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             with jax.ensure_compile_time_eval():  # so that the data of a key is no tracer
                 return jax.random.key_data(value)

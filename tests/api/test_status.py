@@ -253,3 +253,11 @@ def test_what_was_expected_to_be_partial_is_not_logged(path, caplog, no_gc):
     del fresh
     assert [ref() for ref in gone] == [None, None]
     assert not caplog.records
+
+
+def test_a_counter_that_was_not_saved_says_which_verb_fits(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"x": 1})
+    checkpoint = ckpt.Checkpoint(x=0)
+    with pytest.raises(AssertionError, match=r"\(root\)\.save_counter: .*Use read\(\)"):
+        checkpoint.restore(path).assert_existing_objects_matched()
+    ckpt.Checkpoint(x=0).read(path).assert_consumed()

@@ -463,6 +463,32 @@ def test_the_callers_containers_and_arrays_are_never_changed(tmp_path):
     assert found["a"] is not target["a"]
 
 
+def test_all_that_cannot_be_saved_is_named_at_once_whatever_the_reason(tmp_path):
+    gone = jnp.ones(2)
+    gone.delete()
+    tree = {"gone": gone, "abstract": jax.ShapeDtypeStruct((2,), "float32"), "odd": object()}
+    with pytest.raises(ckpt.UnsaveableError) as raised:
+        ckpt.save(tmp_path / "a", tree | {"fine": 1})
+    for what in ("gone: the array has been deleted", "abstract: .*describes", "odd: .*no view"):
+        assert re.search(what, str(raised.value))
+    assert not (tmp_path / "a").exists()
+    path = ckpt.save(tmp_path / "b", {"gone": np.full(2, 3.0, np.float32)})
+    assert ckpt.restore(path, {"gone": gone})["gone"].tolist() == [3, 3]  # as a target it will do
+
+
+def test_arrays_of_numpy_that_the_target_holds_apart_stay_apart(tmp_path):
+    one = np.ones(3)
+    path = ckpt.save(tmp_path / "a", {"a": one, "b": one, "c": [one]})
+    together = np.zeros(3)
+    found = ckpt.restore(path, {"a": together, "b": np.zeros(3), "c": [together]})
+    found["a"] *= 2
+    assert (found["b"].tolist(), found["c"][0].tolist()) == ([1, 1, 1], [2, 2, 2])
+    checkpoint = ckpt.Checkpoint(a=np.zeros(3), b=np.zeros(3), c=[np.zeros(3)])
+    checkpoint.read(path).assert_consumed()
+    checkpoint.a *= 2
+    assert checkpoint.b.tolist() == checkpoint.c[0].tolist() == [1, 1, 1]
+
+
 def test_what_was_loaded_belongs_to_the_caller(tmp_path):
     path = ckpt.save(tmp_path / "a", {"a": np.zeros(3), "b": np.zeros(3)})
     for read in (

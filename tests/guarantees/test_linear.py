@@ -126,6 +126,24 @@ def test_four_times_the_values_that_are_renamed_take_four_times_the_calls(tmp_pa
     assert calls(renamed(800)) <= 4.2 * calls(renamed(200))
 
 
+def test_four_times_the_values_with_a_rule_or_pattern_for_each_take_four_times_the_calls(tmp_path):
+    def named_one_by_one(count):
+        path = ckpt.save(tmp_path / str(count), {"a": {str(n): {"w": 1} for n in range(count)}})
+        target = {"b": {str(n): {"w": 1} for n in range(count)}}
+        rules = [(f"a/{n}/*", f"b/{n}/*") for n in range(count)]
+        patterns = [f"a/{n}/w" for n in range(count)]
+
+        def work():
+            ckpt.plan_restore(path, target, rename=rules)
+            ckpt.load(path, only=patterns)
+
+        return work
+
+    named_one_by_one(10)()
+    # Python keeps no more than 512 regular expressions, so that some are compiled again.
+    assert calls(named_one_by_one(400)) <= 4.6 * calls(named_one_by_one(100))
+
+
 @pytest.mark.parametrize("leaf", [ZERO, ckpt.Variable(ZERO)], ids=["array", "object"])
 @pytest.mark.parametrize("around", [lambda x: {"a": x}, lambda x: [x], lambda x: (x,)])
 def test_four_times_the_depth_of_an_attribute_takes_four_times_the_calls(leaf, around):

@@ -1,10 +1,12 @@
 """Trackables and variables."""
 
+import collections
 import copy
 import dataclasses
 import functools
 import io
 import pickle
+import types
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +182,22 @@ def test_a_variable_may_be_made_from_a_shape_and_an_initializer():
     assert zeros.value.tolist() == [[0, 0], [0, 0]] and zeros.dtype == jnp.int16
 
 
+@pytest.mark.parametrize("shape", [3, np.int64(3), (3,), [3]])
+def test_a_shape_is_what_jax_takes_for_one(shape):
+    obj = ckpt.Trackable()
+    assert obj.add_variable("zeros", shape).shape == (3,)
+    assert obj.add_variable("ones", shape, initializer=jnp.ones).shape == (3,)
+
+
+def test_an_initializer_that_takes_a_key_is_told_what_to_pass():
+    normal = jax.nn.initializers.normal()
+    with pytest.raises(TypeError) as raised:
+        ckpt.Trackable().add_variable("v", (2,), initializer=normal)
+    assert "functools.partial(initializer, key)" in raised.value.__notes__[-1]
+    keyed = functools.partial(normal, jax.random.key(0))
+    assert ckpt.Trackable().add_variable("v", (2,), initializer=keyed).shape == (2,)
+
+
 @pytest.mark.behaviour(4)
 def test_a_second_variable_of_one_name_is_refused():
     obj = ckpt.Trackable()
@@ -278,6 +296,25 @@ def test_attributes_that_hold_state_are_tracked_and_configuration_is_not():
     )
     assert names(obj) == ["array", "numpy", "variable", "object"]
     assert (obj.width, obj.name, obj.function) == (3, "model", len)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        collections.deque([jnp.ones(1)]),
+        {ckpt.Variable(0.0)},
+        frozenset([ckpt.Variable(0.0)]),
+        types.MappingProxyType({"a": [jnp.ones(1)]}),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_container_that_cannot_be_saved_is_not_left_out_in_silence(value, caplog):
+    obj = Model(ring=value)
+    assert not names(obj) and obj.ring is value
+    assert f"Model.ring is a {type(value).__name__}, which is not saved" in caplog.text
+    caplog.clear()
+    Model(ring=ckpt.NoDependency(value), sizes={1, 2}, names=collections.deque("ab"))
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -529,10 +566,13 @@ def test_an_assignment_does_not_change_the_dtype_of_a_variable():
 
 
 def test_python_state_has_to_say_what_it_is():
-    with pytest.raises(NotImplementedError):
-        ckpt.PythonState().serialize()
-    with pytest.raises(NotImplementedError):
-        ckpt.PythonState().deserialize(b"")
+    class State(ckpt.PythonState):
+        pass
+
+    with pytest.raises(NotImplementedError, match="State, .* has to implement serialize"):
+        State().serialize()
+    with pytest.raises(NotImplementedError, match="State, .* has to implement deserialize"):
+        State().deserialize(b"")
 
 
 def test_an_object_with_slots_is_a_slot_owner():

@@ -36,3 +36,18 @@ def test_a_view_of_anything_but_functions_is_refused_at_once(name: str):
     kind = given.pop("type_or_predicate")
     with pytest.raises(TypeError, match=f"{name} must be callable, got 3"):
         ckpt.register_view(kind, **given)
+
+
+@pytest.mark.parametrize(
+    ("children", "error", "what"),
+    [
+        (lambda switch: 1 / 0, ZeroDivisionError, "division"),
+        (lambda switch: 3, TypeError, "dict .* got 3"),
+    ],
+)
+def test_children_that_cannot_be_listed_are_named(tmp_path, children, error, what):
+    with ckpt.registration_scope():
+        ckpt.register_view(Switch, children=children, rebuild=lambda switch, changed: switch)
+        with pytest.raises(error, match=what) as raised:
+            ckpt.save(tmp_path / "a", {"lights": [Switch.__new__(Switch)]})
+    assert "lights/0" in raised.value.__notes__[0]

@@ -1,6 +1,7 @@
 """Options: which values are accepted, which are refused, and what each option applies to."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,21 @@ def test_callbacks_may_be_any_sequence():
     assert ckpt.CheckpointOptions(write_callbacks=[print]).write_callbacks == (print,)
 
 
+def test_callbacks_take_the_path_or_nothing_whatever_else_they_could_take(tmp_path: Path):
+    found: list[Any] = []
+    callbacks = [
+        found.append,
+        lambda: found.append("nothing"),
+        lambda path, more=1: found.append((path, more)),
+        lambda *, more=2: found.append(more),
+        functools.partial(lambda first, path: found.append((first, path)), 3),
+    ]
+    path = ckpt.save(
+        tmp_path / "a", {"x": 1}, options=ckpt.CheckpointOptions(write_callbacks=callbacks)
+    )
+    assert found == [path, "nothing", (path, 1), 2, (3, path)]
+
+
 @pytest.mark.parametrize(
     "wrong",
     [
@@ -64,8 +80,9 @@ def test_callbacks_may_be_any_sequence():
         {"max_inflight_bytes": 1.5},
         {"write_callbacks": print},
         {"write_callbacks": ["print"]},
+        {"write_callbacks": [lambda path, more: None]},
+        {"write_callbacks": [lambda *, more: None]},
     ],
-    ids=str,
 )
 def test_an_option_of_the_wrong_kind_is_named_where_it_is_given(wrong: dict[str, Any]):
     (name,) = wrong

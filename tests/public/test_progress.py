@@ -224,3 +224,11 @@ def test_true_is_silent_where_there_is_no_terminal(tmp_path: Path):
         [sys.executable, "-c", program, tmp_path / "c"], capture_output=True, check=True
     )
     assert (done.stdout, done.stderr) == (b"", b"")
+
+
+def test_true_is_silent_where_there_is_no_stderr_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(sys, "stderr", None)
+    options = ckpt.CheckpointOptions(progress=True)
+    assert ckpt.load(ckpt.save(tmp_path / "a", {"x": 1}, options=options)) == {"x": 1}

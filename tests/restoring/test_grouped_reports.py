@@ -106,6 +106,16 @@ def test_nothing_is_suggested_that_fits_less_than_half_or_takes_what_fits_alread
     assert suggested_rename([], ["a"]) is None and suggested_rename(["a"], []) is None
 
 
+def test_nothing_is_suggested_for_values_of_other_shapes(tmp_path):
+    path = ckpt.save(tmp_path / "a", {"old": {"w": jnp.ones(2)}})
+    for other in (jnp.ones(3), 1):
+        assert not ckpt.plan_restore(path, {"new": {"w": other}}).suggested_renames
+    same = {"new": {"w": jnp.ones(2)}}
+    assert ckpt.plan_restore(path, same).suggested_renames == (("old/**", "new/**"),)
+    waits = ckpt.Checkpoint(**same).read(path).report
+    assert waits.deferred and waits.suggested_renames == (("old/**", "new/**"),)
+
+
 def test_the_suggestion_for_a_train_state_takes_its_moments_along(tmp_path):
     params = {"w": jnp.ones(2), "b": jnp.ones(3)}
     state = TrainState.create(apply_fn=None, params=params, tx=optax.adam(0.1))

@@ -50,6 +50,19 @@ def test_it_prints_names_that_the_locale_cannot_encode(path):
     assert done.returncode == 0 and "na\\xefve" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("verb", "closed", "code"), [("show", "1", 0), ("show", "2", 0), ("ls", "1", 2), ("ls", "2", 2)]
+)
+def test_closed_streams_change_no_exit_code(path, tmp_path, verb, closed, code):
+    target = path if verb == "show" else tmp_path / "nowhere"
+    command = f'exec "$0" -m ckpt_jax {verb} "$1" {closed}>&-'
+    done = subprocess.run(
+        ["/bin/sh", "-c", command, sys.executable, target],
+        capture_output=True, text=True, env=ENVIRONMENT,
+    )  # fmt: skip
+    assert done.returncode == code and "Error" not in done.stderr
+
+
 def test_the_console_script_is_the_same_command():
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts == {"ckpt_jax": "ckpt_jax.__main__:run"}

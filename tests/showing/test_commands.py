@@ -221,7 +221,8 @@ def test_show_objects_has_the_edges(run, run_json, tree):
 
 def test_names_in_a_checkpoint_cannot_steer_the_terminal(run, tmp_path):
     path = ckpt.save(tmp_path / "a", {"\x1b[2Jevil\nname": np.ones(2)})
-    for verb in (["show", path], ["stats", path], ["show", path, "--objects"]):
+    verbs = ["show"], ["stats"], ["show", "--objects"], ["plan", path], ["verify"], ["diff", path]
+    for verb in [[verb, path, *rest] for verb, *rest in verbs]:
         code, out, _ = run(*verb)
         assert code == 0 and "\x1b" not in out and "evil\nname" not in out
 
@@ -441,6 +442,9 @@ def test_export_and_convert_go_there_and_back(run, run_json, tmp_path, managed):
     code, _, err = run("export", managed, tmp_path / "y", "--format", "nope")
     assert code == 2 and "safetensors" in err
     assert run("convert", managed, tmp_path / "z", "--rename", "w")[0] == 2
+    assert run("convert", managed, tmp_path / "back")[0] == 2
+    assert run("convert", managed, tmp_path / "back", "--overwrite")[0] == 0
+    assert "save_counter" in ckpt.load(tmp_path / "back")
 
 
 def test_a_checkpoint_is_copied_into_a_store_and_looked_at_there(run, run_json, managed):
@@ -526,9 +530,11 @@ def test_what_cannot_run_ends_with_2_and_one_line(run, tmp_path, monkeypatch, ar
 
 
 @pytest.mark.parametrize("argv", [[], ["nope"], ["show"], ["show", "a", "--top", "0"],
-                                  ["diff", "a", "b", "--rtol", "-1"]])  # fmt: skip
+                                  ["diff", "a", "b", "--rtol", "-1"],
+                                  ["diff", "a", "b", "--rtol", "x"]])  # fmt: skip
 def test_wrong_arguments_end_with_2(run, argv):
-    assert run(*argv)[0] == 2
+    code, _, err = run(*argv)
+    assert code == 2 and " _" not in err  # no name of a function
 
 
 def test_debug_shows_the_traceback(run):

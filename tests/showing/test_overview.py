@@ -1,5 +1,6 @@
 """`ckpt.show`: text and HTML of a checkpoint, and of the differences between two."""
 
+import sys
 from html.parser import HTMLParser
 
 import jax
@@ -76,6 +77,15 @@ def test_a_tree_is_unfolded_level_by_level_as_far_as_it_is_short(tmp_path):
     found = [ckpt.show(ckpt.save(tmp_path / str(len(t["a"]["b"])), t)) for t in (few, many)]
     opened = [shown._repr_html_().count("<details open>") for shown in found]
     assert opened == [2, 1]
+
+
+def test_a_tree_may_be_deeper_than_functions_can_call_each_other(tmp_path):
+    tree = np.zeros(1)
+    for _ in range(depth := 2 * sys.getrecursionlimit()):
+        tree = {"a": tree}
+    page = ckpt.show(ckpt.save(tmp_path / "a", tree))._repr_html_()
+    assert page.count("<details") - page.count("</details>") == 0
+    assert page.count("<code>a/</code>") == depth - 1
 
 
 def test_it_takes_a_directory_and_other_formats(path, tmp_path):

@@ -443,6 +443,19 @@ def test_of_a_checkpoint_a_missing_byte_is_noticed_before_anything_is_read(small
         path.write_bytes(data)
 
 
+def test_the_index_of_a_shard_that_is_gone_is_noticed_as_a_missing_file(small):
+    root, _ = small
+    indexes = sorted(Path(root).glob("shards/*/index"))
+    assert indexes
+    for path in indexes:
+        data = path.read_bytes()
+        path.unlink()
+        refused = pytest.raises(CorruptCheckpointError, match=rf"{path}: the file is missing")
+        with ShardedReader(root) as reader, refused:
+            reader.check_files()
+        path.write_bytes(data)
+
+
 def test_damage_is_blamed_on_the_arrays_in_the_damaged_block(tmp_path):
     chance = np.random.default_rng(0)
     values = {f"x{i}": chance.integers(0, 256, 1 << 20, np.uint8) for i in range(8)}

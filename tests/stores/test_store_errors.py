@@ -249,3 +249,19 @@ def test_without_delete_and_list_a_save_that_fails_says_why(a_server):
         ckpt.save(f"{a_server.url}/a", TREE)
     with pytest.raises(ckpt.CheckpointNotFoundError):
         ckpt.load(f"{a_server.url}/a")
+
+
+@pytest.mark.parametrize(
+    ("url", "wrong"),
+    [
+        ("s3://b", {"endpoint": "localhost:9000"}),
+        ("s3://b", {"endpoint": "s3://b"}),
+        ("gs://b", {"endpoint": "https://host"}),
+        ("s3://b", {"retries": -1}),
+        ("s3://b", {"request_timeout_seconds": 0}),
+        ("/tmp/b", {}),
+    ],
+)
+def test_settings_that_cannot_be_right_are_refused_when_they_are_given(url, wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong), "prefix")):
+        ckpt.use_storage(url, **wrong)

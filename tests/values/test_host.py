@@ -134,6 +134,14 @@ def test_a_transfer_guard_does_not_stop_saves_and_restores(tmp_path, mesh42, gua
         restored = ckpt.restore(path, target)
         pair = ckpt.save(tmp_path / "pair", parts, options=QUICK)
         stacked = ckpt.restore(pair, stacked, rename=[("h_*", "both", ckpt.Stack())])
+        placed = ckpt.load(path, only=["w", "key"], sharding={"w": sharding})
+        with ckpt.load_checkpoint(path) as reader:
+            struct = jax.ShapeDtypeStruct((16,), "float32", sharding=sharding)
+            read = reader.read({reader.key_of("w"): struct})
+        loaded = ckpt.load_object(ckpt.save_object(tree, tmp_path / "object"))
+        out = ckpt.load(ckpt.export(tree, tmp_path / "e.npz", format="npz", only=["w", "key"]))
+    for w in (placed["w"], *read.values(), loaded["w"], out["w"]):
+        assert np.asarray(w).tolist() == list(range(16))
     assert np.asarray(restored["w"]).tolist() == list(range(16))
     assert restored["weak"].weak_type
     assert (

@@ -40,8 +40,8 @@ def write_npz(export: Export, path: str) -> Sequence[str]:
             tuple(problems),
         )
     with zipfile.ZipFile(path, "x") as archive:
-        for name, attribute in values.items():
-            value = export.read(attribute.key)
+        found = export.read_all([attribute.key for attribute in values.values()])
+        for (name, attribute), value in zip(values.items(), found, strict=True):
             if isinstance(value, bytes):
                 value = _as_array(value, is_text=attribute.spec.kind == "str")
             entry = zipfile.ZipInfo(f"{name}.npy")  # with a fixed time: equal values, equal files

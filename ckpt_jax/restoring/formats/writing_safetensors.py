@@ -114,8 +114,8 @@ def _write_file(export: Export, path: str, values: Mapping[str, Attribute]) -> N
     with open(path, "xb") as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
-        for _, attribute in ordered:
-            write_array(file, export.read(attribute.key))
+        for value in export.read_all([attribute.key for _, attribute in ordered]):
+            write_array(file, value)
 
 
 def write_array(file: BinaryIO, value: np.ndarray | bytes) -> None:

@@ -174,10 +174,10 @@ def _write_values(
     texts: dict[str, str] = {}
     keys: list[dict[str, Any]] = []
     with _Database(directory) as database:
-        for path, leaf in leaves:
-            if isinstance(leaf, str):
-                continue
-            name, value = _name(path), export.read(leaf.key)
+        stored = [(path, leaf) for path, leaf in leaves if isinstance(leaf, Attribute)]
+        found = export.read_all([leaf.key for _, leaf in stored])
+        for (path, leaf), value in zip(stored, found, strict=True):
+            name = _name(path)
             if isinstance(value, bytes):
                 texts[name] = value.decode("utf-8", "surrogatepass")
                 continue

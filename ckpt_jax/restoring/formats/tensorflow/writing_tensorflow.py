@@ -58,8 +58,8 @@ def write_tensorflow(export: Export, path: str) -> Sequence[str]:
     for shard, part in enumerate(files):
         at = 0
         with open(data_file(path, shard, len(files)), "xb") as file:
-            for value in part:
-                content = export.read(value.attribute.key)
+            contents = export.read_all([value.attribute.key for value in part])
+            for value, content in zip(part, contents, strict=True):
                 if value.attribute.key in translated.negated:
                     content = -np.asarray(content)
                 entry, data = _stored(content, value.attribute)
