@@ -18,6 +18,11 @@ conversions and rename rules, is done by the callers of a reader.
 occur. TensorFlow's checkpoints hold a real graph. Others hold a tree of names; `graph_of` makes a
 graph of it. If there is only an order of values, the graph is a list and says that it is `ordered`.
 
+**Places.** A path may be the URL of an object store. `Files` reads from there, too, and `head_of`,
+`is_file`, `is_directory` and `names_in` say what is there. They remember what they have found out
+while a checkpoint is recognised and opened, so that it is not asked for again. Where requests cost
+time, `Files.fetch` and `Files.expect` let many be under way at once.
+
 **Arrays as plain bytes.** In most formats an array lies in a file as plain bytes. Then it is enough
 to say where: see `Stored`, `Extent` and `ExtentsReader`, which does all reading, on several threads
 and within bounded memory. `ckpt_jax.testing.ReaderTests` tests any reader.
@@ -41,6 +46,7 @@ from ckpt_jax.graph.plain_slots import slots_as_children
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.objects.registry import undone_with_registrations
 from ckpt_jax.store.extents import Checksum, Extent, Stored
+from ckpt_jax.store.looks import head_of, is_directory, is_file, names_in
 from ckpt_jax.store.stored import ExtentsReader
 from ckpt_jax.store.watched import Files
 
@@ -242,8 +248,9 @@ class Format:
 
     Attributes:
       name: for people, and for `ckpt.export(format=...)`.
-      recognises: whether what lies at a path is of this format, by its content. It is called with
-        every path that is opened, so it has to be quick, and must not raise if nothing is there.
+      recognises: whether what lies at a path or URL is of this format, by its content. It is called
+        with every path that is opened, so it has to be quick, and must not raise if nothing is
+        there.
       open: opens it.
       steps: the checkpoints of this format that a directory holds, by number, as far as their names
         have numbers. `latest_checkpoint` and managers ask for them.
@@ -326,6 +333,10 @@ __all__ = [
     "Reader",
     "Stored",
     "graph_of",
+    "head_of",
+    "is_directory",
+    "is_file",
+    "names_in",
     "register_format",
     "registered_formats",
 ]

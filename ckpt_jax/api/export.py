@@ -270,8 +270,8 @@ def _chosen(reader: CheckpointReader, only: Selection | None) -> ObjectGraph:
     ]
     if savers:
         raise UnsupportedFormatError(
-            f"{reader.path}: only their registered savers can read {', '.join(savers)}. Leave them "
-            "out (only=...)."
+            f"{reader.path}: only their registered savers can read {', '.join(savers)}. "
+            "ckpt.export(only=...) leaves them out; ckpt.copy copies all of a checkpoint."
         )
     nodes = [
         replace(node, attributes=tuple([a for a in node.attributes if a.key in keys]))

@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ckpt_jax.api.signatures import Parts, array_like, decode, leaves_that_fit, put_together
 from ckpt_jax.errors import CheckpointError, CorruptCheckpointError, UnsupportedFormatError
 from ckpt_jax.graph.as_tree import as_tree
+from ckpt_jax.graph.dtypes import LossyConversionError, converted
 from ckpt_jax.graph.labels import VARIABLE_VALUE
 from ckpt_jax.graph.nodes import Attribute, ObjectGraph
 from ckpt_jax.graph.plain_slots import slots_as_children
@@ -39,6 +41,8 @@ from ckpt_jax.restoring.run import require_fit
 from ckpt_jax.restoring.shardings import with_shardings
 from ckpt_jax.values.leaves import encode
 
+Seen = dict[int, tuple[Any, Mapping[Any, Any]]]
+_GONE = object()  # stands for a value that is not there any more
 _WINDOW = (
     "jax.export promises that an artifact can be read for 6 months after the release of JAX that "
     "wrote it, and by releases of JAX that are up to 3 weeks older than that"
@@ -52,11 +56,13 @@ class Weight(NamedTuple):
       path: of the value in its object.
       spec: what it is in the checkpoint.
       dtype: as the function takes it.
+      others: its other paths, if several places of the object have this one value.
     """
 
     path: str
     spec: LeafSpec
     dtype: Any
+    others: tuple[str, ...] = ()
 
     def can_be(self, found: LeafSpec) -> bool:
         """Whether another value can take its place. One that was cast when it was saved, on either
@@ -126,7 +132,8 @@ class LoadedFunction:
         """Runs the function.
 
         Raises:
-          TypeError: naming all arguments that do not have the signature.
+          TypeError: naming all arguments that do not have the signature, or all values that the
+            object has now, but that are no such arrays any more.
           ValueError: it was not compiled for the present platform, or symbolic sizes differ.
         """
         leaves = self._checked(arguments, named)
@@ -137,10 +144,9 @@ class LoadedFunction:
                 f"this program runs on {here}. Save it again with "
                 f"platforms={(*self.platforms, here)}."
             )
-        weights = [
-            _as(value, weight.dtype)
-            for value, weight in zip(self._values(), self._weights, strict=True)
-        ]
+        values = [*zip(self._values(), self._weights, strict=True)]
+        _require_shapes(self.signature, values)
+        weights = [_as(value, weight.dtype) for value, weight in values]
         try:
             results = self._call(*weights, *leaves)
         except ValueError as error:  # of JAX, which need not say which function it is about
@@ -257,54 +263,83 @@ def functions_of(reader: CheckpointReader, root: Any) -> dict[str, LoadedFunctio
     if not reader.saved_functions:
         return {}
     live = live_graph(root)
-    bound = match(reader.object_graph, live.graph).bound
+    matched = match(reader.object_graph, live.graph)
+    places: dict[int, list[_Place]] = {}  # of each saved node
+    place_of = _places(live)
+    for node, saved in sorted(matched.sources().items()):
+        places.setdefault(saved, []).append(place_of(node))
     found: dict[str, LoadedFunction] = {}
     for name, record in reader.saved_functions.items():
-        if lost := [node for node in record.inputs if bound.get(node, -1) < 0]:
+        if lost := [node for node in record.inputs if node not in places]:
             paths = ", ".join([reader.object_graph.paths[node] for node in lost])
             raise CheckpointError(
                 f"{reader.path}: the function {name!r} takes {paths}, which the object that was "
                 "made anew does not have; load it with ckpt.load_function"
             )
-        places = [_Place.of(live, bound[node]) for node in record.inputs]
+        inputs = [places[node] for node in record.inputs]
         exported = read_exported(reader, name)
         weights = _weights(reader, record, exported)
 
-        def values(places: Sequence[_Place] = places) -> list[Any]:
-            return [place.value() for place in places]
+        def values(inputs: Sequence[Sequence[_Place]] = inputs) -> list[Any]:
+            seen: Seen = {}
+            return [_the_value(each, seen) for each in inputs]
 
         found[name] = LoadedFunction(name, record, exported, weights, values)
     return found
 
 
-class _Place:
-    """Where an object holds a value: the nearest mutable object, and the labels from there on."""
+def _the_value(places: Sequence[_Place], seen: Seen) -> Any:
+    """The value that an object has at one place, or at several that have to agree."""
+    first, *others = [(place.path, place.value(seen)) for place in places]
+    if any([value is _GONE or isinstance(value, bytes) for _, value in (first, *others)]):
+        return _GONE
+    differing = [(path, value) for path, value in others if value is not first[1]]
+    _require_equal("the object", [((first[0], path), first[1], value) for path, value in differing])
+    return first[1]
 
-    def __init__(self, start: Any, labels: Sequence[Any]):
-        self.start, self.labels = start, tuple(labels)
 
-    @staticmethod
-    def of(live: LiveGraph, node: int) -> _Place:
-        parents = {
-            child: (parent, label)
-            for parent, entry in enumerate(live.graph.nodes)
-            for label, child in reversed(entry.children)
-        }
-        labels: list[Any] = []
+def _places(live: LiveGraph) -> Callable[[int], _Place]:
+    """A function that gives the place of a node."""
+    parents = {
+        child: (parent, label)
+        for parent, entry in enumerate(live.graph.nodes)
+        for label, child in reversed(entry.children)
+    }
+
+    def place_of(node: int) -> _Place:
+        path, labels = live.graph.paths[node], list[Any]()
         while node and not live.views[node].mutable:
             node, label = parents[node]
             labels.append(label)
-        return _Place(live.objects[node], labels[::-1])
+        return _Place(path, live.objects[node], labels[::-1])
 
-    def value(self) -> Any:
-        """The value that is there now."""
+    return place_of
+
+
+class _Place:
+    """Where an object holds a value: the nearest mutable object, and the labels from there on."""
+
+    def __init__(self, path: str, start: Any, labels: Sequence[Any]):
+        self.path, self.start, self.labels = path, start, tuple(labels)
+
+    def value(self, seen: Seen) -> Any:
+        """The value that is there now; `_GONE` if there is none.
+
+        Args:
+          seen: containers with their children, by identity: several places have them in common.
+        """
         obj = self.start
         for label in self.labels:
-            view = view_of(obj)
-            assert view is not None
-            obj = dict(view.children(obj))[label]
+            if id(obj) not in seen:
+                view = view_of(obj)
+                seen[id(obj)] = obj, {} if view is None else dict(view.children(obj))
+            _, children = seen[id(obj)]
+            if label not in children:
+                return _GONE
+            obj = children[label]
         view = view_of(obj)
-        return encode(obj if view is None else view.values(obj)[VARIABLE_VALUE])
+        values = {} if view is None else view.values(obj)
+        return encode(values[VARIABLE_VALUE]) if VARIABLE_VALUE in values else _GONE
 
 
 def read_exported(reader: CheckpointReader, name: str) -> jax.export.Exported:
@@ -347,11 +382,17 @@ def _weights(
 ) -> list[Weight]:
     """The values that a function takes."""
     graph = reader.object_graph
-    found = [(node, graph.nodes[node].attributes[0]) for node in record.inputs]
-    return [
-        Weight(graph.value_path(node, a.name), a.spec, aval.dtype)
-        for (node, a), aval in zip(found, exported.in_avals, strict=False)
-    ]
+    paths: dict[int, list[str]] = {node: [] for node in record.inputs}
+    for path, (node, _) in _by_path(graph).items():
+        if node in paths:
+            paths[node].append(path)
+    weights: list[Weight] = []
+    for node, aval in zip(record.inputs, exported.in_avals, strict=False):
+        (attribute, *_) = graph.nodes[node].attributes
+        path = graph.value_path(node, attribute.name)
+        others = tuple([other for other in paths[node] if other != path])
+        weights.append(Weight(path, attribute.spec, aval.dtype, others))
+    return weights
 
 
 def _values_of_checkpoint(
@@ -381,9 +422,47 @@ def _values_of_checkpoint(
     wrong = tuple([ReportEntry(where, what=what) for where, what in problems])
     require_fit(RestoreReport(reader.path, mismatched=wrong), "Pass a sharding= that fits.")
     requests = {a.key: placed.get((node, a.name), structs[node, a.name]) for node, a in chosen}
+    pairs = _pairs(weights, places)
+    requests |= {two: requests[one] for _, one, two in pairs}
     derived = DerivedReader(reader, saved.derived)
-    data = derived.read(requests, DEFAULT, lambda nbytes: None)
+    try:
+        data = derived.read(requests, DEFAULT, lambda nbytes: None)
+    except LossyConversionError as error:
+        path = next((path for path, (_, a) in places.items() if a.key == error.key), "a weight")
+        raise LossyConversionError(f"{reader.path}: {path}: {error}") from error
+    _require_equal(reader.path, [(where, data[one], data[two]) for where, one, two in pairs])
     return [data[a.key] for _, a in chosen]
+
+
+def _pairs(
+    weights: Sequence[Weight], places: Mapping[str, tuple[int, Attribute]]
+) -> list[tuple[tuple[str, str], str, str]]:
+    """The values that are one in the function and two in a source: their paths, and their keys."""
+    return [
+        ((weight.path, other), one, two)
+        for weight in weights
+        for other in weight.others
+        if other in places
+        and (one := places[weight.path][1].key) != (two := places[other][1].key)
+        and weight.can_be(places[other][1].spec)
+    ]
+
+
+def _require_equal(source: str, pairs: Iterable[tuple[tuple[str, str], Any, Any]]) -> None:
+    """Raises RestoreMismatchError for pairs that differ; a function could take only one of each."""
+    wrong = [
+        ReportEntry(
+            where[0],
+            what=f"one value in the function, but two that differ in the source: {where[0]} and "
+            f"{where[1]}",
+        )
+        for where, one, two in pairs
+        if not bool(jnp.array_equal(one, two, equal_nan=True))
+    ]
+    require_fit(
+        RestoreReport(source, mismatched=tuple(wrong)),
+        "Save the function with an object in which they are arrays of their own.",
+    )
 
 
 def _by_path(graph: ObjectGraph) -> dict[str, tuple[int, Attribute]]:
@@ -435,15 +514,44 @@ def _values_of_object(source: Any, weights: Sequence[Weight]) -> list[Any]:
         ),
         "Pass an object of the same structure.",
     )
-    found: list[Any] = []
-    for weight in weights:
-        node, attribute = places[weight.path]
-        found.append(_as(encode(live.values[node][attribute.name]), weight.dtype))
-    return found
+
+    def value(node: int, attribute: Attribute, weight: Weight) -> Any:
+        return _as(encode(live.values[node][attribute.name]), weight.dtype)
+
+    _require_equal(
+        "the given object",
+        [
+            ((weight.path, other), value(*places[weight.path], weight), value(*there, weight))
+            for weight in weights
+            for other in weight.others
+            if (there := places.get(other)) is not None
+            and there[0] != places[weight.path][0]
+            and weight.can_be(there[1].spec)
+        ],
+    )
+    return [value(*places[weight.path], weight) for weight in weights]
+
+
+def _require_shapes(signature: str, values: Iterable[tuple[Any, Weight]]) -> None:
+    """Raises TypeError for values that an object has got since, and that a function cannot take."""
+    lines = [
+        f"  {weight.path}: expected {weight.spec}, got {_outline(value)}"
+        for value, weight in values
+        if value is _GONE or np.shape(value) != weight.spec.shape
+    ]
+    if lines:
+        listed = "\n".join(lines)
+        raise TypeError(f"{signature} takes values that the object does not have now:\n{listed}")
+
+
+def _outline(value: Any) -> str:
+    if value is _GONE:
+        return "no array"
+    return str(array_like(value))
 
 
 def _as(value: Any, dtype: Any) -> Any:
     """A weight as the artifact takes it."""
-    if isinstance(value, jax.Array) and value.dtype == dtype:
-        return value
-    return jnp.asarray(value, dtype)
+    if isinstance(value, jax.Array):
+        return value if value.dtype == dtype else value.astype(dtype)
+    return jnp.asarray(converted(np.asarray(value), np.dtype(dtype)))

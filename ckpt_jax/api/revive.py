@@ -173,7 +173,7 @@ def load_object(path: Path, *, sharding: Any = None) -> Any:
 
     If functions were saved with the object, it has them by name in its attribute `functions`. They
     take the values that the object has when they are called. (A child that is called `functions`
-    keeps its name; then `ckpt.load_function` loads them.)
+    keeps its name, and an array of numpy has no attributes; then `ckpt.load_function` loads them.)
 
     Args:
       path: of a checkpoint that `save_object` wrote.
@@ -215,18 +215,18 @@ def load_object(path: Path, *, sharding: Any = None) -> Any:
             )
         _check_registered(graph, objects, reader.path)
         root = _Revival(reader, graph, objects, sharding).run()
+        if not reader.saved_functions:
+            return root
+        root = _WITH_FUNCTIONS.get(type(root), lambda root: root)(root)
         return _with_functions(root, functions_of(reader, root))
 
 
 def _with_functions(root: Any, functions: dict[str, LoadedFunction]) -> Any:
-    """The object, with functions as its attribute."""
-    if not functions:
-        return root
-    if type(root) in _WITH_FUNCTIONS:
-        root = _WITH_FUNCTIONS[type(root)](root)
+    """The object, with functions as its attribute, if it can have one."""
     if not hasattr(root, "functions"):
         tracks = issubclass(type(root), AutoTrackable)  # what is assigned to its attributes
-        root.functions = NoDependency(functions) if tracks else functions
+        with contextlib.suppress(AttributeError):  # of an array of numpy, a number, a text
+            root.functions = NoDependency(functions) if tracks else functions
     return root
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,8 @@ def as_policies(policies: Any) -> tuple[tuple[RetentionPolicy, ...], SaveAny | N
       TypeError: one of them says neither.
     """
     is_one = isinstance(policies, RetentionPolicy | SavePolicy)
-    given = (policies,) if is_one else (*policies,)
+    is_several = isinstance(policies, Iterable) and not is_one
+    given: tuple[Any, ...] = tuple(policies) if is_several else (policies,)
     for policy in given:
         if not isinstance(policy, RetentionPolicy | SavePolicy):
             raise TypeError(

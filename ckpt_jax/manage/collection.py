@@ -329,7 +329,11 @@ class Collection:
             is_overtaken = True  # by a save in a signal handler, during this loop
         self.ledger = ledger
         self._forget_recorded()
-        unknown, sweep = self._plan_sweep(self.ledger)
+        try:
+            unknown, sweep = self._plan_sweep(self.ledger)
+        except Exception as error:  # of a policy of the program
+            error.add_note(f"{path} was saved and is the latest. No checkpoint was removed.")
+            raise
         if unknown:
             self.ledger = self.ledger.without(unknown)
         if (sweep.preserve or sweep.remove) and self._is_latest_usable():
@@ -390,6 +394,10 @@ class Collection:
     def _plan_sweep(self, ledger: Ledger) -> tuple[frozenset[str], Sweep]:
         """The paths of checkpoints that a policy cannot judge, and the plan for all others."""
         sweep = self._planned(ledger)
+        gone = self._removed_by_hand(sweep)
+        if gone:
+            unknown, sweep = self._plan_sweep(ledger.without(gone))
+            return gone | unknown, sweep
         unknown = frozenset(
             record.path
             for record in ledger.records
@@ -406,6 +414,13 @@ class Collection:
             ", ".join(sorted(map(os.path.basename, unknown))),
         )
         return unknown, self._planned(ledger.without(unknown))
+
+    def _removed_by_hand(self, sweep: Sweep) -> frozenset[str]:
+        """The checkpoints that a plan keeps, but that are not there any more. No other one may be
+        removed in their favour. In an object store, which would be asked for each, nobody looks."""
+        if not sweep.remove or is_url(self._directory):
+            return frozenset()
+        return frozenset([record.path for record in sweep.keep if _is_gone(record.path)])
 
     def _planned(self, ledger: Ledger) -> Sweep:
         records, last_preserved = ledger.records, ledger.last_preserved
@@ -556,6 +571,13 @@ def _taken_away(path: str) -> Callable[[], None] | None:
             remove_rest()
 
     return work
+
+
+def _is_gone(path: str) -> bool:
+    try:
+        return not checkpoint_exists(path)
+    except OSError:  # not known
+        return False
 
 
 def _attempt(remove: Callable[[str], bool], path: str) -> bool | None:

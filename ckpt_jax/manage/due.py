@@ -249,12 +249,19 @@ class SaveAny:
         return any([policy.due(occasion) for policy in self.policies])
 
 
-def goes_by_step(policy: SavePolicy) -> bool:
-    """Whether a policy is known to depend on steps alone, so that all processes answer alike.
+def parted(policy: SavePolicy) -> tuple[list[SavePolicy], list[SavePolicy]]:
+    """The policies of which a policy is made: those that are known to depend on steps alone, so
+    that all processes answer alike, and the others.
 
-    >>> goes_by_step(SaveAny((SaveAtSteps((1,)),))), goes_by_step(SaveEveryNSeconds(60))
-    (True, False)
+    >>> parted(SaveAny((SaveAtSteps((1,)), SaveEveryNSeconds(60))))
+    ([SaveAtSteps(steps=(1,))], [SaveEveryNSeconds(seconds=60)])
     """
-    if isinstance(policy, SaveAny):
-        return all(map(goes_by_step, policy.policies))
-    return isinstance(policy, SaveEveryNSteps | SaveAtSteps)
+    by_step: list[SavePolicy] = []
+    others: list[SavePolicy] = []
+    for part in policy.policies if isinstance(policy, SaveAny) else ():
+        found = parted(part)
+        by_step += found[0]
+        others += found[1]
+    if not isinstance(policy, SaveAny):
+        (by_step if isinstance(policy, SaveEveryNSteps | SaveAtSteps) else others).append(policy)
+    return by_step, others

@@ -41,7 +41,7 @@ from ckpt_jax.graph.metadata import METADATA_KEY, encode
 from ckpt_jax.manage.arguments import as_integer, as_limit, as_metrics, as_policies
 from ckpt_jax.manage.asking import Asking
 from ckpt_jax.manage.collection import AT_ONCE, Collection
-from ckpt_jax.manage.due import SavePolicy, goes_by_step
+from ckpt_jax.manage.due import SavePolicy, parted
 from ckpt_jax.manage.ledger import known_metrics, own_number
 from ckpt_jax.manage.managed_save import ManagedSave
 from ckpt_jax.manage.mirror import Mirror
@@ -182,6 +182,8 @@ class CheckpointManager:
             )
         if init_fn is not None and not callable(init_fn):
             raise TypeError(f"init_fn must be a function of no argument, got {init_fn!r}")
+        if not isinstance(checkpoint_name, str):
+            raise TypeError(f"expected a str as checkpoint_name, got {checkpoint_name!r}")
         if os.path.basename(checkpoint_name) != checkpoint_name:
             raise ValueError(f"expected a name without directories, got {checkpoint_name!r}")
         limit = as_limit(max_to_keep)
@@ -372,17 +374,20 @@ class CheckpointManager:
         if is_due is not None or policy is None:
             return is_due is not False
 
-        def answer() -> bool:
+        def answer(policies: Iterable[SavePolicy]) -> bool:
             occasion = schedule.occasion(
                 step,
                 is_saving=save_runs_of(self._checkpoint).background.is_busy,
                 is_preempted=any([noticed() for noticed in self._notices]),
             )
-            return bool(policy.due(occasion))
+            return any([policy.due(occasion) for policy in policies])
 
-        if goes_by_step(policy):
-            return answer()
-        return self._asking.is_due(context.processes, patience, answer)
+        by_step, others = parted(policy)
+        if answer(by_step):  # on all processes, without a question
+            return True
+        if not others:
+            return False
+        return self._asking.is_due(context.processes, patience, lambda: answer(others))
 
     def _new_record(
         self, count: int, number: Any, metrics: Mapping[str, Any] | None, leads: bool

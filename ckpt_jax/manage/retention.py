@@ -226,7 +226,7 @@ class KeepAny:
 
     def keep(self, records: tuple[CheckpointRecord, ...]) -> frozenset[int]:
         """The numbers that at least one policy keeps."""
-        return frozenset().union(*(policy.keep(records) for policy in self.policies))
+        return frozenset().union(*(_kept(policy, records) for policy in self.policies))
 
 
 @dataclass(frozen=True, slots=True)

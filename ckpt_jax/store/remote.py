@@ -71,8 +71,7 @@ class RemoteFile:
     Attributes:
       url: the same.
       generation: of the value; None if nothing of it was read.
-      is_named: whether something says that it is there, a list or another file; see
-        `objects.read`.
+      is_named: whether a list or another file says that it is there; see `objects.read`.
     """
 
     def __init__(self, url: str):
@@ -137,26 +136,36 @@ class RemoteFile:
         Raises:
           EOFError: it ends before.
         """
+        if stop - start < _SMALL_NBYTES:
+            found = self.read_up_to(start, stop)
+            if start + len(found) < stop:
+                raise EOFError(self.url)
+            return found
         if (found := self._kept(start, stop)) is not None:
             return found
+        starts = range(start, stop, _REQUEST_NBYTES)
+        asked = [self._begin(each, min(each + _REQUEST_NBYTES, stop)) for each in starts]
+        return b"".join([outcome() for outcome in asked])
+
+    def read_up_to(self, start: int, stop: int) -> bytes:
+        """The same, or fewer bytes if it ends before."""
+        wanted = stop if self._length is None else max(start, min(stop, self._length))
+        if (found := self._kept(start, wanted)) is not None:
+            return found
         if stop - start >= _SMALL_NBYTES:
-            starts = range(start, stop, _REQUEST_NBYTES)
-            asked = [self._begin(each, min(each + _REQUEST_NBYTES, stop)) for each in starts]
-            return b"".join([outcome() for outcome in asked])
+            return self._up_to(start, stop)
         found = self._up_to(start, start + _AHEAD_NBYTES)
         self._windows.append((start, found))
-        if start + len(found) < stop:
-            raise EOFError(self.url)
         return found[: stop - start]
 
     def read_whole(self) -> None:
         """Reads all of it, unless it is very large, so that further reads need no requests."""
-        at = len(self.head(HEAD_NBYTES))
+        data = self.head(HEAD_NBYTES)
         for stop in (_FIRST_GUESS_NBYTES, WHOLE_NBYTES):
-            if self._length is None or at < self._length:
-                found = self._up_to(at, stop)
-                self._extend(found)
-                at += len(found)
+            if self._length is None or len(data) < self._length:
+                data += self._up_to(len(data), stop)
+        with self._lock:
+            self._spans = [(0, data)]
 
     def forget(self) -> None:
         """Frees the memory of what was read."""
@@ -193,9 +202,12 @@ class RemoteFile:
         try:
             return self._begin(start, stop)()
         except EOFError:
-            pass
+            return self._rest(start)
+
+    def _rest(self, start: int) -> bytes:
+        """The bytes from `start` on, of which there are few."""
         try:
-            found = self._begin(start)()  # fewer bytes than were asked for
+            found = self._begin(start)()
         except EOFError:  # it ends before `start`
             return b""
         self._length = start + len(found)
@@ -225,12 +237,6 @@ class RemoteFile:
         with self._lock:
             insort(self._spans, span, key=lambda span: span[0])
         return span
-
-    def _extend(self, data: bytes) -> None:
-        """Keeps what follows the first bytes."""
-        with self._lock:
-            start, first = self._spans[0]
-            self._spans[0] = start, first + data
 
     # --- the size ----------------------------------------------------------------------
 
@@ -301,7 +307,7 @@ def fetch(parts: Iterable[Part]) -> list[tuple[RemoteFile, Span]]:
             try:
                 found = outcome()
             except EOFError:
-                found = part.file._up_to(part.start, part.stop)
+                found = part.file._rest(part.start)
             kept.append((part.file, part.file._keep(part.start, found)))
     return kept
 

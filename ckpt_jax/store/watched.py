@@ -95,6 +95,13 @@ class Files:
             source.read_into(memoryview(buffer), offset)
         return bytes(buffer)
 
+    def read_up_to(self, file: str, offset: int, nbytes: int) -> bytes:
+        """The same, or fewer bytes if the file ends before."""
+        if is_url(file):
+            with self._remote_file(file) as found:
+                return found.read_up_to(offset, offset + nbytes)
+        return self.read(file, offset, max(0, min(nbytes, self.size(file) - offset)))
+
     def opened(self, file: str) -> OpenFile:
         """Opens a file, which has to be the one whose size was asked for."""
         size = self.size(file)

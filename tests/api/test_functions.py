@@ -20,6 +20,7 @@ from places import ROOT
 
 import ckpt_jax as ckpt
 from ckpt_jax.graph._proto import saved_object_graph_pb2 as pb
+from ckpt_jax.graph.dtypes import LossyConversionError
 from ckpt_jax.graph.labels import SAVED_OBJECTS_KEY
 from ckpt_jax.store.seal import seal, unseal
 
@@ -266,6 +267,70 @@ def test_weights_that_were_cast_on_save_are_cast_back(tmp_path):
         plain.with_weights(narrow)
     fed = plain.with_weights(narrow, rename=[("net/**", "net/**", ckpt.Cast())])
     np.testing.assert_allclose(fed(x), fn(rounded(newer), x), rtol=1e-6)
+
+
+def test_a_weight_at_several_places_has_one_value_or_is_refused(tmp_path):
+    w = jnp.eye(3)
+    fn = (lambda tree, x: x @ tree["a"] @ tree["b"], spec("n, 3"))
+    x = np.ones((1, 3), np.float32)
+    path = saved(tmp_path / "a", {"a": w, "b": w}, f=fn)
+    f = ckpt.load_function(path, "f")
+    assert f.weights == ("a",)
+    apart = {"a": w * 2, "b": w * 3}
+    alike = {"a": w * 2, "b": np.asarray(w * 2)}  # two arrays, as safetensors has them
+    for number, (newer, fits) in enumerate([(alike, True), (apart, False)]):
+        for source in (newer, ckpt.save(tmp_path / f"new{number}", newer)):
+            if fits:
+                assert f.with_weights(source)(x).tolist() == [[4, 4, 4]]
+                continue
+            with pytest.raises(ckpt.RestoreMismatchError, match="a: one value .* a and b"):
+                f.with_weights(source)
+    anew = ckpt.load_object(path)
+    g = anew.functions["f"]
+    assert g(x).tolist() == [[1, 1, 1]]
+    anew["b"] = w * 3
+    with pytest.raises(ckpt.RestoreMismatchError, match="a: one value .* a and b"):
+        g(x)
+    anew["a"] = w * 3
+    assert g(x).tolist() == [[9, 9, 9]]
+
+
+def test_what_an_edited_object_lacks_is_named(tmp_path):
+    tree = {"deep": {"w": jnp.ones((3, 2)), "b": jnp.ones(2)}, "n": jnp.ones(2)}
+
+    def fn(tree, x):
+        return x @ tree["deep"]["w"] + tree["deep"]["b"] + tree["n"]
+
+    anew = ckpt.load_object(saved(tmp_path / "a", tree, f=(fn, spec("b, 3"))))
+    f, x = anew.functions["f"], np.ones((1, 3), np.float32)
+    anew["deep"] = {"w": jnp.zeros((3, 2)), "b": jnp.ones(2)}
+    assert f(x).tolist() == [[2, 2]]
+    anew["deep"] = {"w": jnp.zeros((3, 4))}
+    anew["n"] = "text"
+    with pytest.raises(TypeError) as raised:
+        f(x)
+    text = str(raised.value)
+    assert r"deep/w: expected float32[3, 2], got float32[3, 4]" in text
+    assert "deep/b: expected float32[2], got no array" in text
+    assert "n: expected float32[2], got no array" in text
+
+
+@pytest.mark.parametrize("root", [np.arange(3.0), jnp.arange(3.0), 2.5, jnp.float32(2)])
+def test_roots_that_are_no_containers(tmp_path, root):
+    fn = (lambda root, x: x * root, spec((3,)))
+    path = ckpt.save_object(root, tmp_path / "a", functions={"f": fn})
+    x = np.ones(3, np.float32)
+    np.testing.assert_allclose(ckpt.load_function(path, "f")(x), root * x)
+    np.testing.assert_allclose(ckpt.load_object(path), root)
+
+
+def test_integers_that_do_not_fit_are_named_and_never_wrapped(tmp_path):
+    tree = {"n": np.array([5, 2**40])}
+    path = saved(tmp_path / "a", tree, f=(lambda tree, x: x + tree["n"], spec((2,), "int32")))
+    with pytest.raises(LossyConversionError, match="n: 1099511627776 does not fit into int32"):
+        ckpt.load_function(path, "f")
+    with pytest.raises(LossyConversionError, match="1099511627776 does not fit into int32"):
+        ckpt.load_object(path).functions["f"](np.zeros(2, np.int32))
 
 
 def test_weights_that_do_not_fit_are_named_together(tmp_path):

@@ -292,6 +292,11 @@ def test_a_policy_that_asks_for_a_step_that_nobody_says_is_an_error(tmp_path):
     assert run_in(tmp_path, policies=ckpt.SaveEveryNSeconds(10)).save() is not None
 
 
+class KeepsQuiet:
+    def due(self, occasion):
+        return False
+
+
 def test_contradictions_are_refused_at_once(tmp_path):
     with pytest.raises(ValueError, match="checkpoint_interval or policies.*got both"):
         run_in(
@@ -344,6 +349,22 @@ def test_short_steps_do_not_ask_each_time_and_all_processes_agree(tmp_path):
     assert len(gaps) >= 8 and 60 <= min(gaps) and max(gaps) <= 60 + 11
     late = [step for step in first if step >= 621]
     assert late == [*range(621, 640)]  # a save at each of them
+
+
+@pytest.mark.parametrize(
+    "other", [ckpt.SaveEveryNSeconds(1e9), ckpt.SaveOnPreemption(), ckpt.SaveAny((KeepsQuiet(),))]
+)
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_step_is_never_missed_because_another_policy_is_not_asked_each_time(
+    tmp_path, other, count
+):
+    def program(processes: Processes):
+        steps = ckpt.SaveAny((ckpt.SaveAtSteps((5, 6)), ckpt.SaveEveryNSteps(100)))
+        manager = run_in(tmp_path, policies=[other, steps], clock=Clock(), max_to_keep=None)
+        return [step for step in range(1, 350) if manager.save(step, step=step)]
+
+    first = {1} if isinstance(other, ckpt.SaveEveryNSeconds) else set()
+    assert run_processes(count, program) == [sorted({5, 6, 100, 200, 300} | first)] * count
 
 
 def test_steps_need_no_talk_between_processes(tmp_path):

@@ -384,6 +384,42 @@ def test_a_policy_that_answers_with_paths_is_an_error(tmp_path):
         manager.save(1)
 
 
+def test_no_checkpoint_is_removed_in_favour_of_one_that_was_removed_by_hand(tmp_path):
+    best = run_in(tmp_path / "best", max_to_keep=1, policies=ckpt.KeepBest("acc"))
+    save(best, 1, metrics={"acc": 5})
+    shutil.rmtree(tmp_path / "best" / "ckpt-1")
+    save(best, 2, metrics={"acc": 3})
+    save(best, 3, metrics={"acc": 1})
+    assert best.steps == (2, 3) and numbers_in(tmp_path / "best") == [2, 3]
+    latest = run_in(tmp_path / "latest", max_to_keep=3)
+    save(latest, 1, 2, 3)
+    shutil.rmtree(tmp_path / "latest" / "ckpt-3")
+    save(latest, 4)
+    assert numbers_in(tmp_path / "latest") == [1, 2, 4]
+    save(latest, 5)
+    assert latest.steps == (2, 4, 5) and numbers_in(tmp_path / "latest") == [2, 4, 5]
+
+
+@pytest.mark.parametrize("answer", [None, 3, ["1"], [1.5]])
+def test_a_policy_whose_answer_is_no_numbers_is_named_and_what_was_saved_stays(tmp_path, answer):
+    class Odd:
+        def keep(self, records):
+            return answer if len(records) > 1 else ()
+
+    manager = run_in(tmp_path, max_to_keep=1, policies=[Odd()])
+    save(manager, 1)
+    with pytest.raises(TypeError, match=r"Odd object.*record\.number") as raised:
+        save(manager, 2)
+    assert manager.steps == (1, 2) and manager.latest_checkpoint.endswith("ckpt-2")
+    assert "ckpt-2 was saved and is the latest" in raised.value.__notes__[0]
+
+
+@pytest.mark.parametrize("policies", [5, [None], "x", object()])
+def test_policies_that_are_none_are_refused_by_name(tmp_path, policies):
+    with pytest.raises(TypeError, match="expected policies that say what to keep or when to save"):
+        run_in(tmp_path, policies=policies)
+
+
 def test_numbers_of_the_save_counter_under_a_policy_of_steps_are_told_once(tmp_path, caplog):
     manager = interval_of_10(tmp_path, policies=[ckpt.KeepEveryNSteps(50)])
     for manager.checkpoint.step in range(40):

@@ -83,6 +83,13 @@ def test_a_signal_saves_at_the_next_step_boundary_and_ends_the_loop(tmp_path: Pa
     assert ckpt.load(tmp_path / "ckpt-1")["step"] == 2
 
 
+def test_a_manager_that_cannot_save_has_no_handler(tmp_path: Path):
+    manager = ckpt.CheckpointManager(ckpt.Checkpoint(step=0), tmp_path, read_only=True)
+    with pytest.raises(ckpt.CheckpointError, match="read-only and cannot save"):
+        ckpt.PreemptionHandler(manager)
+    ckpt.PreemptionHandler(manager, save=lambda step: None)  # another one may
+
+
 def test_without_a_signal_nothing_is_saved(tmp_path: Path):
     manager = manager_in(tmp_path, x=1)
     with ckpt.PreemptionHandler(manager) as handler:

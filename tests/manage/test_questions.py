@@ -159,6 +159,20 @@ def test_a_restart_before_the_first_metric_manages_what_waits(tmp_path):
     assert numbers_in(tmp_path) == [3, 4]
 
 
+def test_the_best_of_no_numbers_is_no_checkpoint_and_the_error_says_so(tmp_path):
+    manager = run_in(tmp_path)
+    with pytest.raises(ckpt.CheckpointNotFoundError, match="found none. Save first"):
+        manager.restore(best="loss")
+    save(manager, 1)
+    for metrics in ({}, {"loss": math.nan}):
+        save(manager, 2, metrics=metrics, force=True)
+        assert manager.best("loss") is None
+        with pytest.raises(ckpt.CheckpointNotFoundError, match="metric 'loss', found none for"):
+            manager.restore(best="loss")
+    save(manager, 3, metrics={"loss": math.inf})
+    assert manager.restore(best="loss").assert_consumed() and manager.checkpoint.step == 3
+
+
 def test_what_is_no_metric_or_has_no_checkpoint_is_refused(tmp_path):
     manager = run_in(tmp_path)
     save(manager, 1, metrics={"loss": 0.5})

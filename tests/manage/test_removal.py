@@ -112,6 +112,25 @@ def test_trash_is_emptied_in_the_background_if_both_are_asked_for(tmp_path):
     assert os.listdir(tmp_path / "trash") == ["ckpt-2.1000010"]
 
 
+def test_what_is_deleted_by_hand_goes_through_the_trash_too(tmp_path):
+    manager = run_in(tmp_path, removal=TRASH)
+    save(manager, 1, 2, 3)
+    manager.delete(2)
+    manager.delete(3)  # the latest
+    assert manager.steps == (1,) and numbers_in(tmp_path) == [1]
+    thrown_away = sorted(os.listdir(tmp_path / "trash"))
+    assert [name.partition(".")[0] for name in thrown_away] == ["ckpt-2", "ckpt-3"]
+    assert ckpt.load(tmp_path / "trash" / thrown_away[0])["step"] == 2
+
+
+def test_a_trash_that_is_called_like_a_checkpoint_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="not called like a checkpoint ckpt-N, got 'ckpt-7'"):
+        run_in(tmp_path, removal=ckpt.Removal(trash="ckpt-7"))
+    run_in(tmp_path, removal=ckpt.Removal(trash="old-7"))
+    with pytest.raises(TypeError, match="in_background must be True or False"):
+        ckpt.Removal(in_background="trash")
+
+
 def test_what_is_leased_is_neither_removed_nor_thrown_away(tmp_path):
     for removal in (ckpt.Removal(in_background=True), ckpt.Removal(trash="trash")):
         directory = tmp_path / str(removal.in_background)

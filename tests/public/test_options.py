@@ -83,7 +83,6 @@ def test_callbacks_take_the_path_or_nothing_whatever_else_they_could_take(tmp_pa
         {"write_callbacks": [lambda path, more: None]},
         {"write_callbacks": [lambda *, more: None]},
     ],
-    ids=str,
 )
 def test_an_option_of_the_wrong_kind_is_named_where_it_is_given(wrong: dict[str, Any]):
     (name,) = wrong

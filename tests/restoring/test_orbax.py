@@ -655,6 +655,15 @@ HOSTILE = {
 }
 
 
+def test_arrays_of_another_checkpoint_with_the_same_names_are_not_taken(copied):
+    path, other = copied("0.12.8_zarr_files"), copied("0.12.8_zarr_files", "other")
+    with ckpt.load_checkpoint(path) as reader:
+        shutil.rmtree(path)
+        other.rename(path)
+        with pytest.raises(ckpt.CheckpointNotFoundError, match="was replaced"):
+            reader.read(dict.fromkeys(reader.keys()))
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_files_are_refused_within_bounds(copied, name):
     path = copied(name)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -160,6 +161,57 @@ def test_moments_of_optimizers_can_be_cast_and_managers_restore_them(tmp_path):
     dtypes = {spec.dtype for spec in ckpt.object_metadata(path).by_key.values() if spec.shape}
     assert dtypes == {"float32", "bfloat16"}
     assert manager.restore(options=ckpt.CheckpointOptions(cast=True)).assert_consumed()
+
+
+def test_a_run_that_casts_goes_on_where_it_was(tmp_path):
+    manager = ckpt.CheckpointManager(ckpt.Checkpoint(w=jnp.arange(4.0) / 7), tmp_path)
+    manager.save(3, options=cast(("w", jnp.bfloat16)))
+    fresh = ckpt.CheckpointManager(ckpt.Checkpoint(w=jnp.zeros(4)), tmp_path)
+    with pytest.raises(ckpt.RestoreMismatchError, match="cast=True converts it"):
+        fresh.restore_or_initialize()
+    fresh.restore_or_initialize(options=ckpt.CheckpointOptions(cast=True))
+    assert fresh.checkpoint.w.dtype == jnp.float32
+    np.testing.assert_allclose(fresh.checkpoint.w, jnp.arange(4.0) / 7, rtol=0.01)
+
+
+def test_objects_of_registered_classes_have_their_own_dtypes_when_they_are_made_anew(tmp_path):
+    with ckpt.registration_scope():
+
+        @ckpt.register_serializable()
+        class Model(ckpt.AutoTrackable):
+            def __init__(self):
+                self.net = nnx.Linear(2, 3, rngs=nnx.Rngs(0))
+                self.half = nnx.Linear(2, 3, rngs=nnx.Rngs(0), param_dtype=jnp.float16)
+
+        model = Model()
+        path = ckpt.save_object(model, tmp_path / "a", options=cast(("net/*", jnp.bfloat16)))
+        anew = ckpt.load_object(path)
+        assert anew.net.kernel[...].dtype == jnp.float32
+        assert anew.half.kernel[...].dtype == jnp.float16
+        np.testing.assert_allclose(anew.net.kernel[...], model.net.kernel[...], rtol=0.01)
+        # A dtype that was another one before the cast is a mismatch, as without a cast.
+        Model.__init__ = lambda self: setattr(
+            self, "net", nnx.Linear(2, 3, rngs=nnx.Rngs(0), param_dtype=jnp.float16)
+        )
+        with pytest.raises(ckpt.RestoreMismatchError, match="net/kernel"):
+            ckpt.load_object(path)
+
+
+def test_a_conversion_that_casts_says_what_the_program_had(tmp_path):
+    path = ckpt.save(tmp_path / "a", state(), options=BF16)
+    for dtype, was in ((jnp.float16, "float32"), (jnp.float32, ""), (jnp.bfloat16, "float32")):
+        name = np.dtype(dtype).name
+        other = ckpt.convert(path, tmp_path / name, options=cast(("params/w", dtype)))
+        specs = {key.partition("/.A")[0]: spec for key, spec in specs_of(other).items()}
+        assert (specs["params/w"].dtype, specs["params/w"].cast_from) == (name, was)
+        assert (specs["params/host"].dtype, specs["params/host"].cast_from) == (
+            "bfloat16",
+            "float64",
+        )
+
+
+def specs_of(path):
+    return ckpt.object_metadata(path).by_key
 
 
 def test_several_processes_cast_alike(tmp_path):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.readers import Format, Reader, registered_formats
 from ckpt_jax.restoring.formats.equinox import EQUINOX
+from ckpt_jax.restoring.formats.keras import KERAS
 from ckpt_jax.restoring.formats.msgpack import MSGPACK
 from ckpt_jax.restoring.formats.npz import NPY, NPZ
 from ckpt_jax.restoring.formats.orbax import ORBAX
@@ -30,7 +31,7 @@ FORMATS: tuple[Format, ...] = (
     replace(NPZ, write=write_npz),
     replace(ORBAX, write=write_orbax, nests=True),
     replace(TENSORFLOW, write=write_tensorflow),
-    *(EQUINOX, NPY, TORCH, TORCH_DISTRIBUTED, MSGPACK),
+    *(EQUINOX, NPY, TORCH, TORCH_DISTRIBUTED, KERAS, MSGPACK),
     *REFUSED,  # after all that can be read
 )
 

@@ -20,10 +20,19 @@ class Cursor:
 
     def __init__(self, files: Files, file: str, at: int = 0, end: int | None = None):
         self.at = at
-        self.end = files.size(file) if end is None else end
+        # In a store the size of a file is not known before its end is reached.
+        self._end = files.size(file) if end is None and not is_url(file) else end
         self._files, self._file = files, file
         self._window, self._start = b"", at
         self._window_nbytes = _REMOTE_WINDOW_NBYTES if is_url(file) else _WINDOW_NBYTES
+
+    @property
+    def end(self) -> int:
+        """Where the bytes end."""
+        if self._end is None:
+            self._files.expect({self._file: self.at})
+            self._end = self._files.size(self._file)
+        return self._end
 
     def take(self, nbytes: int) -> bytes:
         """The next bytes.
@@ -34,9 +43,14 @@ class Cursor:
         self._require(nbytes)
         begin = self.at - self._start
         if not 0 <= begin <= begin + nbytes <= len(self._window):
-            length = min(max(nbytes, self._window_nbytes), self.end - self.at)
-            self._window = self._files.read(self._file, self.at, length)
+            length = max(nbytes, self._window_nbytes)
+            if self._end is not None:
+                length = min(length, self._end - self.at)
+            self._window = self._files.read_up_to(self._file, self.at, length)
             self._start, begin = self.at, 0
+            if len(self._window) < length:
+                self._end = self.at + len(self._window)
+                self._require(nbytes)
         self.at += nbytes
         return self._window[begin : begin + nbytes]
 
@@ -68,5 +82,5 @@ class Cursor:
         return int.from_bytes(self.take(nbytes), "big" if order == "big" else "little")
 
     def _require(self, nbytes: int) -> None:
-        if nbytes < 0 or self.at + nbytes > self.end:
+        if nbytes < 0 or (self._end is not None and self.at + nbytes > self._end):
             raise ValueError(f"{nbytes} bytes are expected, there are {self.end - self.at}")

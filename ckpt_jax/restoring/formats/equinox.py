@@ -14,6 +14,7 @@ from ckpt_jax.readers import ExtentsReader, Files, Format, Stored
 from ckpt_jax.restoring.formats.names import graph_of_tree
 from ckpt_jax.restoring.formats.npz import MAGIC, UNKNOWN, stored_array
 from ckpt_jax.store.looks import head_of
+from ckpt_jax.store.objects import is_url
 
 _MAX_LINE_NBYTES = 1 << 20
 _MAX_ARRAYS = 1 << 20
@@ -26,15 +27,15 @@ def open_equinox(path: str) -> ExtentsReader:
       CorruptCheckpointError: it is damaged.
     """
     files = Files(path)
-    size = files.size(path)
-    start = files.read(path, 0, min(size, _MAX_LINE_NBYTES))
-    at = start.index(b"\n") + 1 if start[:1] == b"{" else 0
+    at = 0
+    if files.read_up_to(path, 0, 1) == b"{":
+        at = files.read_up_to(path, 0, _MAX_LINE_NBYTES).index(b"\n") + 1
     found: list[Stored] = []
     try:
-        while at < size:
+        while files.read_up_to(path, at, 1):
             if len(found) >= _MAX_ARRAYS:
                 raise ValueError(f"it has more than {_MAX_ARRAYS} arrays")
-            stored, nbytes = _array(files, path, at, size - at)
+            stored, nbytes = _array(files, path, at)
             found.append(stored)
             at += nbytes
     except ValueError as error:
@@ -43,11 +44,12 @@ def open_equinox(path: str) -> ExtentsReader:
     return ExtentsReader(path, values, lambda: replace(graph, ordered=True), files)
 
 
-def _array(files: Files, path: str, at: int, rest: int) -> tuple[Stored, int]:
-    """The array that begins at a byte, of which `rest` follow, and how many bytes it takes."""
+def _array(files: Files, path: str, at: int) -> tuple[Stored, int]:
+    """The array that begins at a byte, and how many bytes it takes."""
+    rest = UNKNOWN if is_url(path) else files.size(path) - at
 
     def head(nbytes: int) -> bytes:
-        return files.read(path, at, min(nbytes, rest))
+        return files.read_up_to(path, at, min(nbytes, rest))
 
     stored, header, nbytes = stored_array(path, at, rest, head, exact=False)
     return stored, len(header) + nbytes
@@ -60,9 +62,7 @@ def _recognises(path: str) -> bool:
     if start == MAGIC:
         try:
             files = Files(path)
-            end = _array(files, path, 0, UNKNOWN)[1]
-            files.expect({path: end})
-            return end < files.size(path)
+            return files.read_up_to(path, _array(files, path, 0)[1], 1) != b""
         except (ValueError, CheckpointError):
             return False
     if start[:1] != b"{":

@@ -17,11 +17,6 @@ _ADVICE = {
         "a GGUF file, whose arrays are quantised in blocks. Open the model that it was made of, "
         "which usually is a directory of safetensors",
     ),
-    "hdf5": (
-        b"\x89HDF\r\n\x1a\n",
-        "an HDF5 file. Load it with the library that wrote it, and save its arrays as .npz or "
-        ".safetensors",
-    ),
     "pickle": (
         b"\x80",
         "a pickle. To read it would mean to run whatever code it names. Load it in a program that "

@@ -247,7 +247,8 @@ def _starts_as_file(path: str) -> bool:
 def _is_index(path: str) -> bool:
     if head_of(path, 1) != b"{" or (size := size_of(path) or HEAD_NBYTES) > _MAX_HEADER_NBYTES:
         return False
-    return b'"weight_map"' in head_of(path, size)
+    head = head_of(path, size)
+    return b'"weight_map"' in head and b'.weights.h5"' not in head  # which is one of Keras
 
 
 def _recognises(path: str) -> bool:

@@ -22,6 +22,7 @@ from ckpt_jax.restoring.formats.pickled import Call, Global, read_pickle
 from ckpt_jax.restoring.formats.torch import read_archive, sizes_of, tensor_of, tree_of
 from ckpt_jax.restoring.formats.zips import Archive
 from ckpt_jax.store.looks import head_of, is_file
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.remote import together
 
 _METADATA = ".metadata"
@@ -49,7 +50,8 @@ def open_distributed(path: str) -> ExtentsReader:
         if missing:
             listed = ", ".join(missing[:_MAX_LISTED])
             raise ValueError(f"{len(missing)} files that it names are missing: {listed}")
-        files.expect(_ends(path, places))
+        if is_url(path):
+            files.expect(_ends(path, places))
         described = metadata.state["state_dict_metadata"].items()
         found = together(
             path, lambda item: _value(files, path, item[0], item[1], places), [*described]

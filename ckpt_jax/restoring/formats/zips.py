@@ -71,12 +71,8 @@ class Archive:
         if nbytes is None:
             _expect_size(files, file)
         self._nbytes = files.size(file) - base if nbytes is None else nbytes
-        first, last = self._ends()
-        self._end = b""
-        if is_url(file):  # the end, with the directory, is read for each compressed member
-            files.fetch([first, last])
-            self._end = files.read(file, last[1], last[2] - last[1])
-        with self._damage(), self._opened() as archive:
+        files.fetch(self._ends())
+        with self._damage(), zipfile.ZipFile(self._window()) as archive:
             self._infos = {info.filename: info for info in archive.infolist()}
         files.fetch([self._head(info) for info in self._infos.values()])
         self.members = {name: self._member(info) for name, info in self._infos.items()}
@@ -104,12 +100,10 @@ class Archive:
         Its CRC is checked if the buffer takes all the rest of the member.
         """
         info = self._infos[name]
-        with (
-            self._damage(name),
-            self._files.fetched(self._compressed(info, skip + len(buffer))),
-            self._opened() as archive,
-            archive.open(info) as member,
-        ):
+        with self._damage(name), self._files.fetched(self._compressed(info, skip + len(buffer))):
+            window = self._window()
+            window.seek(self._start(info))
+            member = zipfile.ZipExtFile(window, "r", info)
             while skip:
                 skip -= len(member.read(min(skip, _COPY_NBYTES))) or skip
             done = 0
@@ -130,20 +124,28 @@ class Archive:
                 what = f"{info.compress_size} compressed bytes cannot be {size} bytes"
                 raise self._files.damage(self.file, what, name)
             return Member(name, size, info.CRC, None)
-        at = info.header_offset
         with self._damage(name):
-            if at < 0 or at + _LOCAL_HEADER_NBYTES > self._nbytes or info.compress_size != size:
-                raise ValueError("its header does not lie inside the file")
-            header = self._files.read(self.file, self._base + at, _LOCAL_HEADER_NBYTES)
-            if header[:4] != _MAGIC:
-                raise ValueError("its header is damaged")
-            lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(
-                header[28:30], "little"
-            )
-            start = at + _LOCAL_HEADER_NBYTES + lengths
-            if start + size > self._nbytes:
-                raise ValueError(f"it ends at {start + size} of {self._nbytes} bytes")
-        return Member(name, size, info.CRC, self._base + start)
+            if info.compress_size != size:
+                raise ValueError(f"it has {info.compress_size} bytes, {size} were expected")
+            return Member(name, size, info.CRC, self._base + self._start(info))
+
+    def _start(self, info: zipfile.ZipInfo) -> int:
+        """Where the bytes of a member begin in the archive.
+
+        Raises:
+          ValueError: they do not lie inside it.
+        """
+        at = info.header_offset
+        if at < 0 or at + _LOCAL_HEADER_NBYTES > self._nbytes:
+            raise ValueError("its header does not lie inside the file")
+        header = self._files.read(self.file, self._base + at, _LOCAL_HEADER_NBYTES)
+        if header[:4] != _MAGIC:
+            raise ValueError("its header is damaged")
+        lengths = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+        start = at + _LOCAL_HEADER_NBYTES + lengths
+        if start + info.compress_size > self._nbytes:
+            raise ValueError(f"it ends at {start + info.compress_size} of {self._nbytes} bytes")
+        return start
 
     def _ends(self) -> list[tuple[str, int, int]]:
         """Where the directory lies, and in small archives what comes first."""
@@ -169,9 +171,8 @@ class Archive:
         needed = min(info.compress_size, nbytes + _COMPRESSED_HEAD_NBYTES)
         return [(file, at, max(stop, at + _HEAD_NBYTES + needed))]
 
-    def _opened(self) -> zipfile.ZipFile:
-        window = _Window(self._files, self.file, self._base, self._nbytes, self._end)
-        return zipfile.ZipFile(window)
+    def _window(self) -> _Window:
+        return _Window(self._files, self.file, self._base, self._nbytes)
 
     @contextmanager
     def _damage(self, name: str | None = None) -> Iterator[None]:
@@ -184,6 +185,8 @@ class Archive:
                 raise
             raise self._files.damage(self.file, str(error), name) from error
         except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError) as error:
+            if is_url(self.file) and isinstance(error, OSError) and error.errno is not None:
+                raise  # the store has failed
             raise self._files.damage(self.file, str(error), name) from error
 
 
@@ -205,11 +208,10 @@ def _expect_size(files: Files, file: str) -> None:
 
 
 class _Window(io.RawIOBase):
-    """A part of a file as a file, whose end may be in memory."""
+    """A part of a file as a file."""
 
-    def __init__(self, files: Files, file: str, base: int, nbytes: int, end: bytes):
+    def __init__(self, files: Files, file: str, base: int, nbytes: int):
         self._files, self._file, self._base, self._nbytes = files, file, base, nbytes
-        self._end = end  # what is known of it already
         self._at = 0
 
     def readable(self) -> bool:
@@ -231,11 +233,7 @@ class _Window(io.RawIOBase):
     def read(self, size: int = -1) -> bytes:
         rest = max(0, self._nbytes - self._at)
         size = rest if size is None or size < 0 else min(size, rest)
-        known = self._at - (self._nbytes - len(self._end))
-        if known >= 0:
-            data = self._end[known : known + size]
-        else:
-            data = self._files.read(self._file, self._base + self._at, size)
+        data = self._files.read(self._file, self._base + self._at, size)
         self._at += size
         return data
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ckpt_jax.errors import CorruptCheckpointError
 from ckpt_jax.graph.boxes import Box
 from ckpt_jax.graph.dtypes import dtype_name
 from ckpt_jax.graph.nodes import ObjectGraph
@@ -52,6 +53,9 @@ class OrbaxReader:
         require_addressable(path)
         tree, places = tree_in(path)
         self._marks = small_files(path)
+        # Chunks outside of a database have the same names in any other checkpoint.
+        self._has_plain_names = not all([place.is_database for place in places])
+        self._identity = self.identity()
         arrays = dict(zip(places, open_arrays(places), strict=True))
         described = {place: Stored(_spec(array)) for place, array in arrays.items()}
 
@@ -110,6 +114,10 @@ class OrbaxReader:
             asked = [requests[number] for number in numbers]
             for at, arrays in reader.read(asked, max_inflight_bytes=max_inflight_bytes):
                 yield numbers[at], arrays
+        if self._has_plain_names and self.identity() != self._identity:
+            raise CorruptCheckpointError(
+                f"{self.path}: another checkpoint has taken its place", file=self.path
+            )
 
     def read_bytes(self, key: str) -> bytes:
         """A byte string."""

@@ -19,6 +19,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeGuard
 
@@ -45,6 +46,9 @@ _VERSION_1 = "orbax.checkpoint"  # an empty file
 STRINGS = "_strings.json"
 ARRAY_METADATAS = "array_metadatas"
 _PROCESS = "ocdbt.process_"
+_COMMIT = "commit_success.txt"
+_COMMIT_TIME = "commit_timestamp_nsecs"
+_RENAMES_NOTHING = "gs://"
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _JSON = "metadata"
 _METRICS = "metrics"  # folder and file of a manager's metrics, which belong to no program
@@ -159,9 +163,30 @@ def steps_in(directory: str) -> dict[int, str]:
     found: dict[int, str] = {}
     for name in sorted(names_in(directory)):
         path = os.path.join(directory, name)
-        if (step := step_of(name)) is not None and is_orbax(path):
+        if (step := step_of(name)) is not None and is_orbax(path) and _is_committed(path):
             found[step] = path
     return found
+
+
+def _is_committed(path: str) -> bool:
+    """Whether Orbax has finished a step, or an item of one, on Google Cloud Storage, where it
+    renames nothing."""
+    places = (path, os.path.dirname(path)) if path.startswith(_RENAMES_NOTHING) else ()
+    return not places or any(map(_says_committed, places))
+
+
+def _says_committed(directory: str) -> bool:
+    """Whether a directory says that Orbax has finished it. On Google Cloud Storage it writes
+    `commit_success.txt` last. What older versions finished on a disk, and was copied, has a time
+    instead."""
+    if is_file(os.path.join(directory, _COMMIT)):
+        return True
+    if not is_file(os.path.join(directory, STEP_METADATA)):
+        return False
+    with suppress(CorruptCheckpointError):
+        described = _json(directory, STEP_METADATA)
+        return isinstance(described, dict) and described.get(_COMMIT_TIME) is not None
+    return False
 
 
 def _is_folder(path: str, name: str) -> bool:
@@ -173,7 +198,9 @@ def small_files(path: str) -> list[str]:
     return [
         os.path.join(path, key)
         for key in keys_below(path)
-        if os.path.basename(key) in _SMALL_FILES and key.count("/") <= _MAX_ITEM_DEPTH
+        if os.path.basename(key) in _SMALL_FILES
+        and key.count("/") <= _MAX_ITEM_DEPTH
+        and _PROCESS not in key
     ]
 
 
@@ -216,6 +243,13 @@ def tree_in(path: str) -> tuple[Any, list[Place]]:
                 "finished. Restore another step, or save again",
                 file=path,
             )
+    if not _is_committed(path):
+        raise CorruptCheckpointError(
+            f"{path}: expected {_COMMIT}, which Orbax writes last on Google Cloud Storage, found "
+            "none: the save has not finished. Restore another step, or save again. If it is a copy "
+            "of what Orbax had finished on a disk, add an empty file of this name",
+            file=path,
+        )
     if _is_item(path, names):
         return _tree_of_item(path, names)
     trees, places = _tree_of_items(path, names)

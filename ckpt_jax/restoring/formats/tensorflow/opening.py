@@ -32,6 +32,7 @@ from ckpt_jax.restoring.formats.tensorflow.checksums import unmask
 from ckpt_jax.restoring.formats.tensorflow.table import MAGIC
 from ckpt_jax.store.looks import is_directory, is_file, names_in, tail_of
 from ckpt_jax.store.manifest import MANIFEST
+from ckpt_jax.store.objects import is_url
 from ckpt_jax.store.remote import together
 from ckpt_jax.values.host import without_gc
 
@@ -116,7 +117,8 @@ def open_checkpoint(path: str) -> ExtentsReader:
         raise files.damage(index, str(error)) from error
     except UnsupportedFormatError as error:
         raise UnsupportedFormatError(f"{index}: {error}") from error
-    files.expect(_ends(prefix, bundle))
+    if is_url(prefix):
+        files.expect(_ends(prefix, bundle))
     values = {key: _stored(files, prefix, bundle, key) for key in bundle.tensors}
     graph = values.pop(OBJECT_GRAPH_KEY, None)
     reader = ExtentsReader(path, values, lambda: _graph(files, index, reader, graph), files)
