@@ -14,6 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
+from ckpt_jax.manage.ranges import require_real, require_whole
+
 
 @dataclass(frozen=True, slots=True)
 class SaveOccasion:
@@ -109,8 +111,7 @@ class SaveEveryNSteps:
     steps: int
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise ValueError(f"expected steps to be at least 1, got {self.steps}")
+        require_whole(1, steps=self.steps)
 
     def due(self, occasion: SaveOccasion) -> bool:
         """Whether a multiple lies between the last step and this one."""
@@ -135,6 +136,8 @@ class SaveAtSteps:
     steps: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        for step in self.steps:
+            require_whole(0, steps=step)
         object.__setattr__(self, "steps", tuple(sorted({*self.steps})))
         if not self.steps:
             raise ValueError("expected at least one step, got none")
@@ -160,8 +163,7 @@ class SaveEveryNSeconds:
     seconds: float
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0:
-            raise ValueError(f"expected seconds to be positive, got {self.seconds}")
+        require_real(is_positive=True, seconds=self.seconds)
 
     def due(self, occasion: SaveOccasion) -> bool:
         """Whether enough time has passed."""
@@ -191,10 +193,7 @@ class SaveContinuously:
     min_interval_seconds: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.min_interval_seconds >= 0:
-            raise ValueError(
-                f"expected min_interval_seconds of 0 or more, got {self.min_interval_seconds}"
-            )
+        require_real(min_interval_seconds=self.min_interval_seconds)
 
     def due(self, occasion: SaveOccasion) -> bool:
         """Whether nothing is being saved, and enough time has passed."""

@@ -45,6 +45,7 @@ from ckpt_jax.manage.due import SavePolicy, parted
 from ckpt_jax.manage.ledger import known_metrics, own_number
 from ckpt_jax.manage.managed_save import ManagedSave
 from ckpt_jax.manage.mirror import Mirror
+from ckpt_jax.manage.ranges import require_kind, require_real
 from ckpt_jax.manage.removal import Removal
 from ckpt_jax.manage.restart import Restart, shown, synchronise
 from ckpt_jax.manage.retention import (
@@ -201,8 +202,9 @@ class CheckpointManager:
         self._given = as_path(directory, "directory", is_directory=True)
         self._directory = absolute(self._given)  # stays if the working directory changes
         hours = keep_checkpoint_every_n_hours
-        if hours is not None and hours < 0:
-            raise ValueError(f"expected keep_checkpoint_every_n_hours of 0 or more, got {hours}")
+        if hours is not None:
+            require_real(keep_checkpoint_every_n_hours=hours)
+        require_kind(bool, "True or False", read_only=read_only)
         preserve_interval_seconds = hours * SECONDS_PER_HOUR if hours else None
         self._name = checkpoint_name
         self._interval = checkpoint_interval
@@ -236,8 +238,11 @@ class CheckpointManager:
         self._is_read_only = read_only
         self._mirror: Mirror | None = None
         if mirror is not None:
+            place = absolute(as_path(mirror, "mirror", is_directory=True))
+            if place == self._directory:
+                raise ValueError(f"mirror: expected another directory than {directory}")
             self._mirror = Mirror(
-                absolute(as_path(mirror, "mirror", is_directory=True)),
+                place,
                 checkpoint_name,
                 as_integer(mirror_every),
                 None if limit is None else everything,

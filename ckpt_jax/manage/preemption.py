@@ -50,6 +50,7 @@ from ckpt_jax.manage.manager import (
     require_writable,
     save_step,
 )
+from ckpt_jax.manage.ranges import require_kind, require_real
 from ckpt_jax.processes.common_step import CommonStep
 from ckpt_jax.processes.current import current
 from ckpt_jax.processes.service import CoordinationService
@@ -114,9 +115,10 @@ class PreemptionHandler:
         save: Save | None = None,
         agree: Agree | None = None,
     ):
-        if grace_seconds is not None and grace_seconds < 0:
-            raise ValueError(f"expected grace_seconds of 0 or more, or None, got {grace_seconds}")
+        if grace_seconds is not None:
+            require_real(grace_seconds=grace_seconds)
         if save is None:
+            require_kind(CheckpointManager, "a CheckpointManager", manager=manager)
             require_writable(manager, "save")
         self._manager = manager
         self._grace_seconds = grace_seconds

@@ -12,6 +12,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol, runtime_checkable
 
+from ckpt_jax.manage.ranges import require_kind, require_real, require_whole
+
 
 @dataclass(frozen=True, slots=True)
 class CheckpointRecord:
@@ -79,7 +81,7 @@ class KeepLatest:
     count: int
 
     def __post_init__(self) -> None:
-        _check_positive(count=self.count)
+        require_whole(1, count=self.count)
 
     def keep(self, records: tuple[CheckpointRecord, ...]) -> frozenset[int]:
         """The numbers of the last `count` checkpoints."""
@@ -109,7 +111,7 @@ class KeepEveryNSteps:
     steps: int
 
     def __post_init__(self) -> None:
-        _check_positive(steps=self.steps)
+        require_whole(1, steps=self.steps)
 
     def keep(self, records: tuple[CheckpointRecord, ...]) -> frozenset[int]:
         """The first number at or after each multiple."""
@@ -152,9 +154,9 @@ class KeepBest:
     awaiting: int = 0
 
     def __post_init__(self) -> None:
-        _check_positive(count=self.count)
-        if self.awaiting < 0:
-            raise ValueError(f"expected awaiting to be 0 or more, got {self.awaiting}")
+        require_kind(str, "the name of a metric", metric=self.metric)
+        require_whole(1, count=self.count)
+        require_whole(0, awaiting=self.awaiting)
         if self.mode not in ("max", "min"):
             raise ValueError(f"expected mode 'max' or 'min', got {self.mode!r}")
 
@@ -192,8 +194,7 @@ class KeepFor:
     seconds: float
 
     def __post_init__(self) -> None:
-        if not self.seconds > 0:
-            raise ValueError(f"expected seconds to be positive, got {self.seconds}")
+        require_real(is_positive=True, seconds=self.seconds)
 
     def keep(self, records: tuple[CheckpointRecord, ...]) -> frozenset[int]:
         """The numbers of the checkpoints that are young enough."""
@@ -315,9 +316,3 @@ def counts_steps(policy: RetentionPolicy) -> bool:
 def can_keep(policy: RetentionPolicy) -> bool:
     """Whether a policy can keep anything."""
     return not isinstance(policy, KeepAny) or any(map(can_keep, policy.policies))
-
-
-def _check_positive(**values: int) -> None:
-    for name, value in values.items():
-        if value < 1:
-            raise ValueError(f"expected {name} to be at least 1, got {value}")

@@ -134,6 +134,9 @@ def test_five_checkpoints_are_kept_by_default(tmp_path, checkpoint):
         ({"step_counter": 5, "checkpoint_interval": -2}, "checkpoint_interval of 0 or more"),
         ({"keep_checkpoint_every_n_hours": -1}, "keep_checkpoint_every_n_hours of 0 or more"),
         ({"init_fn": 3}, "init_fn must be a function"),
+        ({"read_only": 3}, "read_only: expected True or False, got 3"),
+        ({"keep_checkpoint_every_n_hours": "x"}, "every_n_hours: expected a number, got 'x'"),
+        ({"keep_checkpoint_every_n_hours": float("nan")}, "every_n_hours of 0 or more, got nan"),
     ],
 )
 def test_a_manager_refuses_what_it_could_not_work_with(
@@ -142,6 +145,39 @@ def test_a_manager_refuses_what_it_could_not_work_with(
     given = {"checkpoint": ckpt.Checkpoint(x=1), "directory": tmp_path, **wrong}
     with pytest.raises((TypeError, ValueError), match=message):
         ckpt.CheckpointManager(**given)
+
+
+def test_a_manager_is_no_mirror_of_itself(tmp_path: Path):
+    with pytest.raises(ValueError, match="mirror: expected another directory"):
+        ckpt.CheckpointManager(ckpt.Checkpoint(x=1), tmp_path, mirror=f"{tmp_path}/")
+
+
+@pytest.mark.parametrize(
+    "policy, arguments",
+    [
+        (ckpt.KeepLatest, ["x"]),
+        (ckpt.KeepLatest, [1.5]),
+        (ckpt.KeepLatest, [True]),
+        (ckpt.KeepEveryNSteps, [None]),
+        (ckpt.KeepFor, ["x"]),
+        (ckpt.KeepBest, [3]),
+        (ckpt.KeepBest, ["loss", "2"]),
+        (ckpt.SaveEveryNSteps, ["x"]),
+        (ckpt.SaveAtSteps, [["x"]]),
+        (ckpt.SaveEveryNSeconds, ["x"]),
+        (ckpt.SaveContinuously, ["x"]),
+    ],
+)
+def test_what_a_policy_is_given_has_to_be_of_its_kind(policy: Any, arguments: list[Any]):
+    with pytest.raises(TypeError, match=r": expected (a|the) .*, got "):
+        policy(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [{"manager": "x"}, {"grace_seconds": "x"}])
+def test_what_a_handler_of_preemption_is_given_has_to_be_of_its_kind(tmp_path, arguments):
+    given = {"manager": ckpt.CheckpointManager(ckpt.Checkpoint(x=1), tmp_path), **arguments}
+    with pytest.raises(TypeError, match=f"{next(iter(arguments))}: expected a .*, got 'x'"):
+        ckpt.PreemptionHandler(**given)
 
 
 # --- keeping the latest ---------------------------------------------------------------------
