@@ -602,7 +602,10 @@ def test_every_value_that_keras_3_saves_is_read(trained, tmp_path, form):
     left = [x.tobytes() for x in found.values()]
     lost = []
     for name, value in expected.items():
-        (left.remove if value.tobytes() in left else lambda x: lost.append(name))(value.tobytes())
+        if value.tobytes() in left:
+            left.remove(value.tobytes())
+        else:
+            lost.append(name)
     assert left == [] and not [name for name in lost if "seed_generator" not in name]
 
 
