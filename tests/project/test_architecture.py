@@ -173,10 +173,8 @@ def test_only_its_doors_import(target: str):
 
 
 def test_importing_the_package_imports_no_library_that_it_may_not_need():
-    program = (
-        f"import sys, {PACKAGE}\n"
-        "print([name for name in ('flax', 'optax', 'orbax', 'tensorflow', 'h5py') if name in sys.modules])"
-    )
+    names = ("flax", "optax", "orbax", "tensorflow", "h5py")
+    program = f"import sys, {PACKAGE}\nprint([n for n in {names} if n in sys.modules])"
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         cwd=ROOT.parent,

@@ -99,6 +99,8 @@ class Place:
                 raise pages.error from None
             what = str(error).strip("'\"")  # a KeyError quotes it
             raise self.files.damage(self.file, what, key) from error
+        finally:
+            pages.forget()
         if pages.error is not None:
             raise pages.error
 
@@ -114,7 +116,7 @@ def h5py_for(path: str) -> Any:
       UnsupportedFormatError: it is not installed.
     """
     try:
-        import h5py  # pyright: ignore[reportMissingImports]  # optional, and slow to import
+        import h5py  # optional, and slow to import
     except ImportError as error:
         raise UnsupportedFormatError(
             f"{path}: HDF5 files are read with h5py, which is not installed. Run: "
@@ -158,6 +160,10 @@ class _Pages(io.RawIOBase):
         self._place, self._at = place, 0
         self._page_nbytes = _REMOTE_PAGE_NBYTES if is_url(place.file) else _PAGE_NBYTES
         self._page = lru_cache(_MAX_PAGES)(self._read_page)
+
+    def forget(self) -> None:
+        """Frees the memory of the pages."""
+        self._page.cache_clear()
 
     def readable(self) -> bool:
         return True
