@@ -228,7 +228,7 @@ class CheckpointReader:
         """What the program said about the checkpoint (`CheckpointManager.save(metadata=...)`).
 
         It is empty if the program said nothing. Of other formats, those of Orbax
-        (`custom_metadata`) and safetensors can hold it.
+        (`custom_metadata`), safetensors and Keras (its configuration) can hold it.
 
         Raises:
           CorruptCheckpointError: it is damaged.

@@ -567,6 +567,7 @@ def test_damage_on_the_way_is_an_error(run, managed, verb):
 @pytest.mark.parametrize(
     "name",
     ["new.pt", "hub", "all_dtypes.safetensors", "types.msgpack", "dcp_adamw", "mlp_adam.eqx",
+     "keras2.h5", "keras3.keras",
      "tensorflow/keras3", "tensorflow/dtypes", "tensorflow/strings", "tensorflow/saved_model"],
 )  # fmt: skip
 def test_every_format_is_shown_measured_and_equal_to_itself(run_json, name):

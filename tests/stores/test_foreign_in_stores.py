@@ -275,7 +275,14 @@ def test_a_save_of_orbax_that_has_not_finished_on_google_cloud_storage(gcs):
     assert_alike(contents(later), contents(MANAGER / "1"))
 
 
-CUT = ["all_dtypes.safetensors", "new.pt", "types.msgpack", "old.pt", "mlp_adam.eqx"]
+CUT = [
+    "all_dtypes.safetensors",
+    "new.pt",
+    "types.msgpack",
+    "old.pt",
+    "mlp_adam.eqx",
+    "keras3.keras",
+]
 
 
 @pytest.mark.parametrize("name", CUT)
@@ -315,6 +322,33 @@ def test_what_is_no_checkpoint_is_said_as_ever(any_store):
         ckpt.load(f"{any_store.url}/other/model.safetensors")
 
 
+def test_what_h5py_reads_and_what_lies_as_it_is(uploaded, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    x = np.arange(400_000.0).reshape(1000, 400)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["plain"] = x
+        file.create_dataset("compressed", data=x, chunks=(100, 400), compression="gzip")
+    url = uploaded(tmp_path / "a.h5")
+    for name in ("plain", "compressed"):
+        with ckpt.load_checkpoint(url) as reader:
+            np.testing.assert_array_equal(reader.get_tensor(name, ((5, 7), (0, 9))), x[5:7, :9])
+            np.testing.assert_array_equal(reader.get_tensor(name), x)
+    assert_alike(contents(url), contents(tmp_path / "a.h5"))
+
+
+def test_what_a_store_refuses_while_h5py_reads_is_no_damage(a_server, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        x = np.random.default_rng(0).normal(size=(2000, 400))
+        file.create_dataset("x", data=x, chunks=(100, 400), compression="gzip")
+    url = upload(tmp_path / "a.h5", f"{a_server.url}/a.h5")
+    proxy = a_server.through_proxy()
+    with ckpt.load_checkpoint(url) as reader:
+        proxy.fault(answer(403), operation="READ", key="a.h5")
+        with pytest.raises(PermissionError):
+            reader.get_tensor("x")
+
+
 def test_a_bucket_that_is_missing(any_s3):
     with pytest.raises(FileNotFoundError, match="no such bucket") as caught:
         ckpt.load("s3://no-such-bucket-of-tests/model.safetensors")
@@ -330,6 +364,7 @@ def test_a_bucket_that_is_missing(any_s3):
         ("orbax/0.12.8_standard", "/d/"),
         ("tensorflow/dtypes", "data-00000"),
         ("dcp_two_ranks", "__1_0"),
+        ("keras3.keras", "a"),
     ],
 )
 def test_what_a_store_refuses_is_no_damage(a_server, name, data):

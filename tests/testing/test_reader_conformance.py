@@ -1,9 +1,11 @@
 """The conformance suite for readers, run against every reader of this library that has a writer."""
 
 import os
+from typing import ClassVar
 
 import equinox as eqx
 import numpy as np
+import pytest
 import torch_files
 from flax import serialization
 
@@ -66,6 +68,22 @@ class TestCompressedNpz(OfFormat):
     def write(self, path, arrays):
         with open(path, "wb") as file:
             np.savez_compressed(file, **arrays)
+
+
+class TestHdf5(OfFormat):
+    name = "keras"
+    options: ClassVar[dict] = {}
+
+    def write(self, path, arrays):
+        h5py = pytest.importorskip("h5py")
+        with h5py.File(path, "w") as file:
+            for name, array in arrays.items():
+                options = self.options if array.size and array.ndim else {}
+                file.create_dataset(name, data=array, **options)
+
+
+class TestCompressedHdf5(TestHdf5):
+    options: ClassVar[dict] = {"compression": "gzip", "chunks": True}
 
 
 class TestMsgpack(OfFormat):

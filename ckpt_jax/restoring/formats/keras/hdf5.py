@@ -97,7 +97,10 @@ class Place:
         except _FROM_H5PY as error:
             if pages.error is not None:
                 raise pages.error from None
-            raise self.files.damage(self.file, str(error), key) from error
+            what = str(error).strip("'\"")  # a KeyError quotes it
+            raise self.files.damage(self.file, what, key) from error
+        finally:
+            pages.forget()
         if pages.error is not None:
             raise pages.error
 
@@ -113,7 +116,7 @@ def h5py_for(path: str) -> Any:
       UnsupportedFormatError: it is not installed.
     """
     try:
-        import h5py  # pyright: ignore[reportMissingImports]  # optional, and slow to import
+        import h5py  # optional, and slow to import
     except ImportError as error:
         raise UnsupportedFormatError(
             f"{path}: HDF5 files are read with h5py, which is not installed. Run: "
@@ -158,6 +161,10 @@ class _Pages(io.RawIOBase):
         self._page_nbytes = _REMOTE_PAGE_NBYTES if is_url(place.file) else _PAGE_NBYTES
         self._page = lru_cache(_MAX_PAGES)(self._read_page)
 
+    def forget(self) -> None:
+        """Frees the memory of the pages."""
+        self._page.cache_clear()
+
     def readable(self) -> bool:
         return True
 
@@ -195,26 +202,30 @@ class _Pages(io.RawIOBase):
         data = b"".join(map(self._page, range(first, last + 1)))
         begin = start - first * self._page_nbytes
         data = data[begin : begin + stop - start]
-        if data.startswith(_HEAP) and not _ends(data):
+        if data.startswith(_HEAP) and not self._heap_ends(start, data):
             raise self._place.files.damage(self._place.file, "a heap of texts does not end")
         return data
+
+    def _heap_ends(self, start: int, head: bytes) -> bool:
+        """Whether one comes to the end of a heap, in which texts lie, by going from object to
+        object. The C library would go on for ever if one has no size, or too large a one."""
+        nbytes = int.from_bytes(head[8:16], "little")
+        if nbytes > self._place.nbytes - start:
+            return False
+        heap = self._place.read(start, start + nbytes)
+        at = 16
+        while at + 16 <= nbytes:
+            number = int.from_bytes(heap[at : at + 2], "little")
+            size = int.from_bytes(heap[at + 8 : at + 16], "little")
+            size = 16 + -(-size // 8) * 8 if number else size
+            if not 16 <= size <= nbytes - at:
+                return False
+            at += size
+        return True
 
     def _read_page(self, number: int) -> bytes:
         start = number * self._page_nbytes
         return self._place.read(start, min(start + self._page_nbytes, self._place.nbytes))
-
-
-def _ends(heap: bytes) -> bool:
-    """Whether one comes to the end of a heap, in which texts lie, by going from object to object.
-    The C library would go on for ever if there is a block of free space that has no size."""
-    at, end = 16, min(len(heap), int.from_bytes(heap[8:16], "little"))
-    while at + 16 <= end:
-        number = int.from_bytes(heap[at : at + 2], "little")
-        size = int.from_bytes(heap[at + 8 : at + 16], "little")
-        if number == 0 and size < 16:
-            return False
-        at += size if number == 0 else 16 + -(-size // 8) * 8
-    return True
 
 
 @dataclass(frozen=True, slots=True)
