@@ -470,12 +470,13 @@ def test_no_memory_is_taken_for_more_than_the_file_can_hold(tmp_path, options, w
         ckpt.list_variables(path)
 
 
-def test_a_heap_that_does_not_end_is_damage(tmp_path):
+@pytest.mark.parametrize("size", [0, (1 << 64) - 16])
+def test_a_heap_that_does_not_end_is_damage(tmp_path, size):
     data = bytearray(WEIGHTS.read_bytes())
     at = data.index(b"GCOL") + 16
     while data[at : at + 2] != b"\0\0":  # the names of the layers, and then what is free
         at += 16 + -(-int.from_bytes(data[at + 8 : at + 16], "little") // 8) * 8
-    data[at + 8 : at + 16] = bytes(8)
+    data[at + 8 : at + 16] = size.to_bytes(8, "little")
     (tmp_path / "a.h5").write_bytes(data)
     with pytest.raises(ckpt.CorruptCheckpointError, match="a heap of texts does not end"):
         ckpt.load(tmp_path / "a.h5")
