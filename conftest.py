@@ -8,6 +8,11 @@ are inherited by the processes that tests start.
 """
 
 import os
+import signal
+
+# Jobs in the background of a shell ignore Ctrl-C, and so would all processes that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("CKPT_JAX_TEST_PLATFORM", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
