@@ -76,9 +76,15 @@ NOTICE = """
 import signal
 from ckpt_jax.values.jax_internals import PREEMPTION_NOTICE, service_client
 
+client = service_client()
 if index == 1:
     os.kill(os.getpid(), signal.SIGTERM)
-print(bool(service_client().blocking_key_value_get(PREEMPTION_NOTICE, 30_000)))
+print(bool(client.blocking_key_value_get(PREEMPTION_NOTICE, 60_000)), flush=True)
+if index == 1:
+    client.key_value_set("done", "")
+else:
+    client.blocking_key_value_get("done", 60_000)
+os._exit(0)  # after a notice, JAX's own end sometimes hangs on a busy machine
 """
 
 
