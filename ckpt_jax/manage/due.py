@@ -136,9 +136,10 @@ class SaveAtSteps:
     steps: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        for step in self.steps:
+        steps = {*self.steps}  # once: it may be an iterator
+        for step in steps:
             require_whole(0, steps=step)
-        object.__setattr__(self, "steps", tuple(sorted({*self.steps})))
+        object.__setattr__(self, "steps", tuple(sorted(steps)))
         if not self.steps:
             raise ValueError("expected at least one step, got none")
 

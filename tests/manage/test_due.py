@@ -77,6 +77,7 @@ def test_saves_by_time_keep_their_distance_for_years():
 
 def test_given_steps_are_saved_at_the_first_offer_after_each():
     policy = ckpt.SaveAtSteps([1000, 10, 10, 500_000])
+    assert policy == ckpt.SaveAtSteps(iter([10, 1000, 500_000]))
     assert policy.steps == (10, 1000, 500_000)
     saved = [step for step, _ in simulated(policy, steady(5, 3))]
     assert saved == [12, 1002, 500_001]
