@@ -370,7 +370,7 @@ class _Jobs:
         work.close_job()
 
     def _start(self, work: _Work, extent: Extent, pieces: Sequence[Piece]) -> None:
-        job_nbytes = _REMOTE_JOB_NBYTES if is_url(extent.file) else _JOB_NBYTES
+        job_nbytes = _job_nbytes(extent)
         if work.stored.contents is not None or extent.checksum is not None:  # on one thread
             nbytes = sum([piece.nbytes for piece in pieces])
             waits = work.stored.contents is not None and is_url(extent.file)  # for requests
@@ -392,7 +392,7 @@ class _Jobs:
             work.open_jobs += 1
         self._small.append((work, extent, pieces))
         self._small_nbytes += nbytes
-        if self._small_nbytes >= (_REMOTE_JOB_NBYTES if is_url(extent.file) else _JOB_NBYTES):
+        if self._small_nbytes >= _job_nbytes(extent):
             self.flush()
 
     def flush(self) -> None:
@@ -448,6 +448,10 @@ class _Jobs:
             return
         with self._files.opened(file) as source:
             yield source
+
+
+def _job_nbytes(extent: Extent) -> int:
+    return _REMOTE_JOB_NBYTES if is_url(extent.file) else _JOB_NBYTES
 
 
 def _take_contents(
