@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from ckpt_jax.api.signatures import Array, Signature, array_like, encode, taken_apart
-from ckpt_jax.errors import UnsaveableError
 from ckpt_jax.graph.labels import VARIABLE_VALUE
 from ckpt_jax.graph.saved_objects import FunctionRecord
 from ckpt_jax.matching.assign import assign
 from ckpt_jax.matching.trace import LiveGraph
+from ckpt_jax.saving.unsaveable import Unsaveable
 
 ARTIFACT = "_FUNCTION/"  # begins the keys of artifacts
 _PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
@@ -48,20 +48,11 @@ def compiled(
     """
     records: dict[str, FunctionRecord] = {}
     artifacts: dict[str, bytes] = {}
-    problems: list[tuple[str, str]] = []
-    causes: list[Exception] = []
+    unsaveable = Unsaveable()
     for name, given in functions.items():
-        try:
+        with unsaveable.at(name):
             records[name], artifacts[ARTIFACT + name] = _compiled(name, live, given, platforms)
-        except Exception as error:  # of code of the program, which may raise anything
-            problems.append((name, f"{type(error).__name__}: {error}"))
-            causes.append(error)
-    if problems:
-        lines = "\n".join(f"  {name}: {what}" for name, what in problems)
-        raise UnsaveableError(
-            f"{len(problems)} functions cannot be saved; nothing was written:\n{lines}",
-            tuple(problems),
-        ) from causes[0]
+    unsaveable.require_none("functions cannot be saved")
     return records, artifacts
 
 

@@ -41,6 +41,7 @@ from ckpt_jax.restoring.checkpoint_reader import CheckpointReader
 from ckpt_jax.restoring.rename import Renamed
 from ckpt_jax.restoring.run import EVERYTHING, plan_matched, require_fit
 from ckpt_jax.saving.pipeline import encoded_values
+from ckpt_jax.saving.unsaveable import Unsaveable
 from ckpt_jax.store.seal import seal, unseal
 from ckpt_jax.values.leaves import decode
 
@@ -128,21 +129,12 @@ def _states(objects: dict[str, Any]) -> dict[str, Any]:
       UnsaveableError: naming all objects that do not give their state.
     """
     found: dict[str, Any] = {}
-    problems: list[tuple[str, str]] = []
-    causes: list[Exception] = []
+    unsaveable = Unsaveable()
     for name, each in objects.items():
         inner = _value_of(each)
-        try:
+        with unsaveable.at(path_of(name) or "(root)"):
             found[name] = state_of(inner) if _gives_state(inner) else inner
-        except Exception as error:  # of code of the program, which may raise anything
-            problems.append((path_of(name) or "(root)", f"{type(error).__name__}: {error}"))
-            causes.append(error)
-    if problems:
-        lines = "\n".join(f"  {path}: {what}" for path, what in problems)
-        raise UnsaveableError(
-            f"{len(problems)} objects did not give their state; nothing was written:\n{lines}",
-            tuple(problems),
-        ) from causes[0]
+    unsaveable.require_none("objects did not give their state")
     return found
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import jax
 
-from ckpt_jax.errors import CheckpointError, ProcessError, ShardError, UnsaveableError
+from ckpt_jax.errors import CheckpointError, ProcessError, ShardError
 from ckpt_jax.graph import codec
 from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY, path_of
 from ckpt_jax.matching.trace import LiveGraph
@@ -37,6 +37,7 @@ from ckpt_jax.processes.moment import Moment, evidence_of
 from ckpt_jax.progress import progress
 from ckpt_jax.saving.casts import with_casts
 from ckpt_jax.saving.snapshot import counts, snapshot
+from ckpt_jax.saving.unsaveable import Unsaveable
 from ckpt_jax.saving.write import plan_write, write
 from ckpt_jax.store.index import Shard, Table, decode_entry, encode_entry
 from ckpt_jax.store.merge import SHARDS, assemble, read_shard
@@ -348,23 +349,11 @@ def _check_shared(shards: Sequence[Sequence[tuple[Shard, bytes]]], staging: str,
 def encoded_values(live: LiveGraph) -> dict[str, Any]:
     """Every value of the default saver by key, as an array or a byte string."""
     values: dict[str, Any] = {}
-    problems: list[tuple[str, str]] = []
-    causes: list[Exception] = []
+    unsaveable = Unsaveable()
     for node, attribute in live.graph.attributes():
-        value = live.values[node][attribute.name]
-        try:
-            values[attribute.key] = encode(value)
-        except Exception as error:  # a user's serialize() may raise anything
-            problems.append(
-                (path_of(live.graph.object_keys[node]), f"{type(error).__name__}: {error}")
-            )
-            causes.append(error)
-    if problems:
-        lines = "\n".join(f"  {path or '(root)'}: {what}" for path, what in problems)
-        raise UnsaveableError(
-            f"{len(problems)} values cannot be saved; nothing was written:\n{lines}",
-            tuple(problems),
-        ) from causes[0]
+        with unsaveable.at(path_of(live.graph.object_keys[node])):
+            values[attribute.key] = encode(live.values[node][attribute.name])
+    unsaveable.require_none("values cannot be saved")
     return values
 
 
