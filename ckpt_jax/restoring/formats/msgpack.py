@@ -9,7 +9,6 @@ arrays lie; their bytes are not read. There are no checksums.
 from __future__ import annotations
 
 import math
-import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -21,8 +20,8 @@ from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Extent, ExtentsReader, Files, Format, Stored
 from ckpt_jax.restoring.formats.cursor import Cursor
 from ckpt_jax.restoring.formats.names import graph_of_tree
-from ckpt_jax.store.looks import head_of, names_in
-from ckpt_jax.store.remote import together
+from ckpt_jax.restoring.formats.numbered import numbered_in
+from ckpt_jax.store.looks import head_of
 
 SUFFIX = ".msgpack"
 _STEP = re.compile(r".*_(\d+)")
@@ -268,14 +267,7 @@ def _recognises(path: str) -> bool:
 
 def _steps(directory: str) -> dict[int, str]:
     """The files `checkpoint_N`, or of another name with a number, in a directory."""
-    numbered = {
-        os.path.join(directory, name): int(match[1])
-        for name in names_in(directory)
-        if (match := _STEP.fullmatch(name))
-    }
-    are_own = together(directory, _recognises, [*numbered])
-    found = zip(numbered.items(), are_own, strict=True)
-    return {number: path for (path, number), is_own in found if is_own}
+    return numbered_in(directory, _STEP, _recognises)
 
 
 MSGPACK = Format("msgpack", _recognises, open_msgpack, _steps, suffixes=(SUFFIX,))

@@ -26,6 +26,7 @@ from ckpt_jax.graph.labels import OBJECT_GRAPH_KEY
 from ckpt_jax.graph.nodes import ObjectGraph
 from ckpt_jax.graph.specs import LeafSpec
 from ckpt_jax.readers import Checksum, Extent, ExtentsReader, Files, Stored
+from ckpt_jax.restoring.formats.numbered import numbered_in
 from ckpt_jax.restoring.formats.tensorflow import object_graph, strings
 from ckpt_jax.restoring.formats.tensorflow.bundle import Bundle, Bytes, Tensor, read_bundle
 from ckpt_jax.restoring.formats.tensorflow.checksums import unmask
@@ -33,7 +34,6 @@ from ckpt_jax.restoring.formats.tensorflow.table import MAGIC
 from ckpt_jax.store.looks import is_directory, is_file, names_in, tail_of
 from ckpt_jax.store.manifest import MANIFEST
 from ckpt_jax.store.objects import is_url
-from ckpt_jax.store.remote import together
 from ckpt_jax.values.host import without_gc
 
 INDEX = ".index"
@@ -87,14 +87,8 @@ def data_file(prefix: str, shard: int, shards: int) -> str:
 
 def steps(directory: str) -> Mapping[int, str]:
     """The checkpoints in a directory by their number: the prefixes `<name>-<number>`."""
-    numbered = {
-        os.path.join(directory, name): int(match[1])
-        for name in names_in(directory)
-        if (match := _NUMBERED.fullmatch(name))
-    }
-    are_tables = together(directory, _is_table, [*numbered])
-    found = zip(numbered.items(), are_tables, strict=True)
-    return {number: path.removesuffix(INDEX) for (path, number), is_table in found if is_table}
+    found = numbered_in(directory, _NUMBERED, _is_table)
+    return {number: path.removesuffix(INDEX) for number, path in found.items()}
 
 
 @without_gc()
