@@ -123,7 +123,7 @@ def _save(objects: dict[str, Any], prefix: str) -> str:
 
 
 def _states(objects: dict[str, Any]) -> dict[str, Any]:
-    """What is saved of each object: its value, or the state that it gives.
+    """The value that is saved for each object: its own, or the state that it gives.
 
     Raises:
       UnsaveableError: naming all objects that do not give their state.

@@ -168,8 +168,8 @@ def load_object(path: Path, *, sharding: Any = None) -> Any:
     imported their class, and otherwise strings or numbers. Functions and other parts of modules
     that are no state become None, in their places.
 
-    What the save has cast (`CheckpointOptions.cast_on_save`) becomes what it was before if it goes
-    into an object that a registered class makes, and stays as it is stored everywhere else.
+    A value that the save has cast (`CheckpointOptions.cast_on_save`) gets its earlier dtype back if
+    it goes into an object that a registered class makes. Everywhere else it stays as it is stored.
 
     If functions were saved with the object, it has them by name in its attribute `functions`. They
     take the values that the object has when they are called. (A child that is called `functions`

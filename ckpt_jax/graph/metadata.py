@@ -77,7 +77,7 @@ def _plain(value: Any) -> Any:
 
 
 def finite(value: Any) -> Any:
-    """What another library has written as JSON, without numbers that JSON does not have.
+    """JSON that another library has written, without numbers that JSON does not have.
 
     >>> finite({"loss": float("nan"), "steps": [1]})
     {'loss': 'nan', 'steps': [1]}

@@ -230,7 +230,7 @@ class _Pages(io.RawIOBase):
 
 @dataclass(frozen=True, slots=True)
 class Tree:
-    """What was found in a file.
+    """The contents of a file, as far as they were found.
 
     Attributes:
       values: by the path in the file, such as "layers/dense/vars/0".
@@ -290,7 +290,7 @@ class _Walk:
                 )
 
     def _child(self, group: Any, name: bytes) -> Any:
-        """What a link leads to; why it is not followed."""
+        """The object that a link leads to, or the reason why the link is not followed."""
         if b"/" in name or name in (b"", b"."):
             raise ValueError(f"{name!r} is no name")  # it would be taken for a path
         link = group.links.get_info(name)

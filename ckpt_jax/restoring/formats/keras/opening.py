@@ -175,7 +175,7 @@ def _name_of(path: str, layers: set[str]) -> str:
 
 
 def _in_attributes(tree: Tree) -> dict[str, Any]:
-    """What the file says of the model, and how it calls the layers."""
+    """The configuration of the model in the attributes of a file, and the names of its layers."""
     found: dict[str, Any] = {}
     for group in ("", _WHOLE_MODEL):
         for name in _OF_ATTRIBUTES:

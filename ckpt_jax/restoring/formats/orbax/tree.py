@@ -169,8 +169,8 @@ def steps_in(directory: str) -> dict[int, str]:
 
 
 def _is_committed(path: str) -> bool:
-    """Whether Orbax has finished a step, or an item of one, on Google Cloud Storage, where it
-    renames nothing."""
+    """Whether Orbax has finished a step, or an item of one. Only on Google Cloud Storage it may
+    be unfinished, because Orbax renames nothing there."""
     places = (path, os.path.dirname(path)) if path.startswith(_RENAMES_NOTHING) else ()
     return not places or any(map(_says_committed, places))
 
